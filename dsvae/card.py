@@ -1,0 +1,81 @@
+"""The model card of an exported model, written from what was measured."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dsvae.config import RunConfig
+from dsvae.reporting import result_table
+
+
+def write_card(
+    path: Path, config: RunConfig, metrics: dict[str, Any], pairs: list[tuple[str, str]], prior: list[str]
+) -> None:
+    """Writes the model card (README.md with the hub's metadata) of a finished run.
+
+    Args:
+        metrics: of the test sentences, from `dsvae.metrics.evaluate`.
+        pairs, prior: text samples, from `dsvae.metrics.text`.
+    """
+    base = config.model.name or "a new T5 from its configuration"
+    data = config.data.train_file or config.data.dataset or "dsvae's built-in corpus"
+    phases = {"all": "phase 1 and phase 2", "1": "phase 1", "2": "phase 2"}[config.phase]
+    reconstructions = "\n".join(f"- `{_code(a)}`\n  `{_code(b)}`" for a, b in pairs)
+    sentences = "\n".join(f"- `{_code(text)}`" for text in prior)
+    path.write_text(
+        f"""---
+library_name: transformers
+tags:
+- dsvae
+- variational-autoencoder
+---
+
+# A sentence VAE
+
+A T5 as a variational autoencoder of sentences, finetuned with dsvae {version("dsvae")} after Park & Lee 2021
+(*Finetuning Pretrained Transformers into Variational Autoencoders*).
+
+- from: {base}
+- data: {data}
+- trained: {phases}; latent dimensions {config.model.latent_dim}, pooling {config.model.pooling}, injection
+  {config.model.injection}
+
+## Measured
+
+Means per sentence, {metrics["samples"]} sample(s) of z, computed in {metrics["precision"]}.
+
+```
+{result_table("test", metrics)}
+```
+
+## Use
+
+```python
+from dsvae import T5VAE
+from transformers import AutoTokenizer
+
+model, tokenizer = T5VAE.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
+batch = tokenizer(["a sentence to encode"], return_tensors="pt", padding=True)
+z = model.encode(batch.input_ids, batch.attention_mask).mean
+print(tokenizer.batch_decode(model.generate(latent=z, max_new_tokens=40), skip_special_tokens=True))
+```
+
+## Samples
+
+Test sentences, each above the greedy reconstruction of its posterior mean:
+
+{reconstructions}
+
+Greedy sentences of z from the prior:
+
+{sentences}
+""",
+        encoding="utf-8",
+    )
+
+
+def _code(text: str) -> str:
+    """Text inside a code span."""
+    return text.replace("`", "'").replace("\n", " ")

@@ -1,0 +1,446 @@
+"""RunConfig and its parts: what a run can be told, how it is read, checked and printed.
+
+A value comes from, in rising order: the defaults here, a recipe or a file (`--config`), the command line. Unknown names and
+wrong types are errors that name the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dsvae.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "quickstart"
+
+
+@dataclass
+class DataConfig:
+    """Where the sentences come from and how they are batched."""
+
+    train_file: str | None = None
+    """Training sentences: .txt (one a line), .jsonl, .csv or .parquet. None and no `dataset`: the built-in corpus."""
+    valid_file: str | None = None
+    """Validation sentences. None: held out from the training sentences (5%, at most 5,000)."""
+    test_file: str | None = None
+    """Test sentences. None: held out from the training sentences (5%, at most 5,000)."""
+    dataset: str | None = None
+    """A hub data set instead of files: ID or ID:CONFIG, with its own train/validation/test splits."""
+    text_column: str = "text"
+    """Column that holds the sentence (.jsonl, .csv, .parquet and hub data sets)."""
+    builtin_size: int = 20_000
+    """Sentences of the built-in corpus (training, validation and test together)."""
+    builtin_seed: int = 0
+    """Seed of the built-in corpus."""
+    max_tokens: int = 64
+    """Longest sentence in tokens, EOS included; longer ones are truncated (counted and reported)."""
+    batch_size: int = 128
+    """Sentences of one optimizer step, over all ranks and micro-batches."""
+    micro_batch_tokens: int = 8192
+    """Most padded tokens of one forward pass on one rank; a step is cut into as many micro-batches as that takes."""
+    cache_dir: str | None = None
+    """Where tokenized corpora are cached by content. None: `dsvae` inside the cache directory of `datasets`."""
+
+
+@dataclass
+class ModelConfig:
+    """Which T5, and the latent path put on it."""
+
+    name: str | None = None
+    """A pretrained T5, mT5, umT5, ByT5 or T5VAE: hub id or directory. None: a new T5 from `t5`."""
+    t5: dict[str, Any] = field(default_factory=dict)
+    """Fields of transformers' T5 configuration for a new T5; `model_type` may be t5, mt5 or umt5."""
+    vocab_size: int = 4000
+    """Pieces of the tokenizer that is trained on the corpus for a new T5."""
+    dropout: float | None = None
+    """Dropout rate of the T5. None: the model's own."""
+    latent_dim: int = 32
+    """Z, the dimensions of z."""
+    pooling: Literal["mean", "max", "first", "attention"] = "mean"
+    """How the encoder's states become one vector."""
+    injection: Literal["memory", "embedding", "both"] = "memory"
+    """How z enters the decoder."""
+    memory_slots: int = 1
+    """Key/value slots a decoder layer, for injection by memory."""
+    gradient_checkpointing: bool = False
+    """Recompute the blocks' activations in backward: less memory, about a third more time."""
+
+
+@dataclass
+class BetaConfig:
+    """Weight of the KL term, by optimizer step of the phase (see `dsvae.objective.schedules`)."""
+
+    kind: Literal["constant", "linear", "cyclic"] = "linear"
+    """constant: `max` throughout. linear: one rise over the phase. cyclic: `cycles` equal rises (Fu et al. 2019)."""
+    max: float = 1.0
+    """The value that is reached."""
+    zero: float = 0.0
+    """Share of the phase (of each cycle) that beta stays at 0 before it rises."""
+    rise: float = 0.5
+    """Share of the phase (of each cycle) over which beta rises from 0 to `max`; it stays there for the rest."""
+    cycles: int = 4
+    """Number of cycles, for cyclic."""
+
+
+@dataclass
+class PhaseConfig:
+    """Optimization of one phase: AdamW, gradient clipping, a learning-rate schedule, and the encoder's input noise."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stay, or fall to zero at the last step."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; none for norms, biases, embeddings and position biases."""
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's beta1 and beta2."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm; 0: not clipped."""
+    deletion: float = 0.0
+    """Share of the tokens deleted from the encoder's input while training (never EOS; the decoder's side stays clean)."""
+
+
+@dataclass
+class Phase1Config(PhaseConfig):
+    """Phase 1: a plain autoencoder, no KL term."""
+
+    sample_latent: bool = True
+    """Decode a sample of q(z|x) (True) or its mean (False)."""
+    freeze_decoder: bool = False
+    """Train the encoder and the latent path (posterior and injection) only."""
+
+
+@dataclass
+class Phase2Config(PhaseConfig):
+    """Phase 2: everything trains, with the KL term."""
+
+    beta: BetaConfig = field(default_factory=BetaConfig)
+    free_bits: float = 0.0
+    """KL threshold in nats; below it the KL has no gradient. 0: none."""
+    free_bits_mode: Literal["dimension", "total"] = "dimension"
+    """Whether `free_bits` holds for each dimension or for their sum (on the mean over the global batch)."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on validation text while training, and on test text at the end."""
+
+    samples: int = 1
+    """Samples of z a sentence for `rec`."""
+    batch_tokens: int = 16384
+    """Most padded tokens of one forward pass on one rank."""
+    sentences: int = 5000
+    """At most this many validation sentences while training (the final evaluation takes all)."""
+    shown: int = 8
+    """Reconstructions and prior samples written out as text at every evaluation."""
+
+
+@dataclass
+class RunConfig:
+    """A whole run."""
+
+    ds_config: str | None = None
+    """DeepSpeed configuration file (JSON); `auto` values are filled in from this configuration."""
+    output_dir: str = "runs/dsvae"
+    """Where the run writes everything."""
+    resume: str = "auto"
+    """auto: go on from the newest complete checkpoint in output_dir, if any. never: a fresh run, refused where one lies.
+    DIR: go on from the newest complete checkpoint of that run directory."""
+    phase: Literal["all", "1", "2"] = "all"
+    """Which phases to run. 2 alone starts from output_dir/phase1/model where that exists, else from the model itself."""
+    seed: int = 0
+    """Of everything random: initialization, order of the sentences, deletion noise, z, dropout."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Fills `bf16.enabled`, `fp16.enabled` and `torch_autocast.enabled` where the ds_config says auto. auto: bf16."""
+    log_every: int = 10
+    """Optimizer steps between two logged ones."""
+    eval_every: int = 500
+    """Optimizer steps between two evaluations on validation text; 0: only at the end of each phase."""
+    checkpoint_every: int = 500
+    """Optimizer steps between two checkpoints; 0: only at the end of each phase."""
+    keep_checkpoints: int = 2
+    """The newest N complete checkpoints are kept."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    phase1: Phase1Config = field(default_factory=Phase1Config)
+    phase2: Phase2Config = field(default_factory=Phase2Config)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+ALIASES = {
+    "model": "model.name",
+    "injection": "model.injection",
+    "latent_dim": "model.latent_dim",
+    "pooling": "model.pooling",
+    "train_file": "data.train_file",
+    "valid_file": "data.valid_file",
+    "test_file": "data.test_file",
+    "dataset": "data.dataset",
+    "text_column": "data.text_column",
+}
+"""Short command-line flags and the fields they set."""
+
+RESUMABLE = ("output_dir", "resume", "phase", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "data.cache_dir")
+"""Fields that a resumed run may change: they say nothing about what is learned."""
+
+
+def read(argv: Sequence[str]) -> RunConfig:
+    """The configuration that a command line asks for.
+
+    Args:
+        argv: `--name value` or `--name=value` pairs; `--name` alone sets a boolean. Names are dotted fields of `RunConfig` or
+            `ALIASES`; `--config` takes a recipe's name or a YAML file; `--local_rank` (from launchers) is ignored.
+
+    Raises:
+        UserError: unknown name, wrong type, unreadable file, or values that make no sense together.
+    """
+    given = parse_flags(argv)
+    source = given.pop("config", None)
+    tree = load_tree(str(source)) if source is not None else load_tree(DEFAULT_RECIPE)
+    for name, value in given.items():
+        _set(tree, ALIASES.get(name, name), value)
+    config = build(tree, where="command line" if given else f"--config {source}")
+    if "output_dir" not in tree:
+        config.output_dir = f"runs/{Path(str(source)).stem if source is not None else DEFAULT_RECIPE}"
+    check(config)
+    return config
+
+
+def parse_flags(argv: Sequence[str]) -> dict[str, str]:
+    """`--name value` pairs of a command line, with values as the strings they are."""
+    known = set(field_types()) | set(ALIASES) | {"config", "local_rank"}
+    given: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise UserError(f"{flag!r} on the command line is not a flag: write --name value")
+        name, equals, value = flag[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in known:
+            raise UserError(f"unknown flag --{name}{_nearest(name, known)}")
+        if not equals:
+            if rest and not _is_flag(rest[0]):
+                value = rest.pop(0)
+            elif field_types().get(ALIASES.get(name, name)) is bool:
+                value = "true"
+            else:
+                raise UserError(f"--{name} needs a value")
+        if name in given:
+            raise UserError(f"--{name} is given twice")
+        given[name] = value
+    given.pop("local_rank", None)
+    return given
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word starts a new flag; `-1` and `-1e-3` are values."""
+    return word.startswith("--") and len(word) > 2
+
+
+def load_tree(source: str) -> dict[str, Any]:
+    """The mapping in a recipe (by name) or in a YAML file (by path)."""
+    path = RECIPES / f"{source}.yaml"
+    if not path.is_file():
+        path = Path(source)
+        if not path.is_file():
+            names = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+            raise UserError(f"--config {source}: no such file, and not one of the recipes {', '.join(names)}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must hold a mapping of fields to values")
+    build(tree, where=str(path))
+    return tree
+
+
+def build(tree: Mapping[str, Any], *, where: str) -> RunConfig:
+    """A RunConfig of a mapping; `where` names its source in errors."""
+    return _build(RunConfig, tree, "", where)
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """The plain nested mapping of a configuration."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML; `--config` of it repeats the run."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+
+
+def difference(old: RunConfig, new: RunConfig) -> list[str]:
+    """`field: old -> new` for every field that a resumed run may not change and that differs."""
+    before, after = flatten(to_tree(old)), flatten(to_tree(new))
+    names = [name for name in before | after if name not in RESUMABLE and name != "ds_config"]
+    return [f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
+
+
+def check(config: RunConfig) -> None:
+    """Raises UserError where values make no sense, alone or together."""
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    need(config.ds_config is not None, "--ds_config is missing: for example --ds_config ds_configs/zero2.json")
+    for name in ("log_every", "keep_checkpoints"):
+        need(getattr(config, name) >= 1, f"{name} must be at least 1")
+    for name in ("eval_every", "checkpoint_every"):
+        need(getattr(config, name) >= 0, f"{name} must not be negative (0: only at the end of each phase)")
+    for name in ("max_tokens", "batch_size", "micro_batch_tokens", "builtin_size"):
+        need(getattr(config.data, name) >= 1, f"data.{name} must be at least 1")
+    need(config.data.max_tokens >= 2, "data.max_tokens must be at least 2: one token and EOS")
+    need(
+        config.data.micro_batch_tokens >= config.data.max_tokens,
+        f"data.micro_batch_tokens ({config.data.micro_batch_tokens}) is less than one sentence of "
+        f"data.max_tokens ({config.data.max_tokens})",
+    )
+    for name in ("latent_dim", "memory_slots", "vocab_size"):
+        need(getattr(config.model, name) >= 1, f"model.{name} must be at least 1")
+    need(
+        config.model.name is None or not config.model.t5,
+        f"model.name ({config.model.name}) and model.t5 are both given: a pretrained T5 has its own configuration",
+    )
+    if config.model.dropout is not None:
+        need(0 <= config.model.dropout < 1, "model.dropout must be in [0, 1)")
+    for name in ("samples", "batch_tokens", "sentences"):
+        need(getattr(config.eval, name) >= 1, f"eval.{name} must be at least 1")
+    need(config.eval.shown >= 0, "eval.shown must not be negative")
+    for name in ("phase1", "phase2"):
+        phase = getattr(config, name)
+        need(phase.steps >= 1, f"{name}.steps must be at least 1 (to leave a phase out: --phase 1 or --phase 2)")
+        need(phase.lr > 0, f"{name}.lr must be positive")
+        need(0 <= phase.warmup_steps <= phase.steps, f"{name}.warmup_steps must lie between 0 and {name}.steps")
+        need(0 <= phase.deletion < 1, f"{name}.deletion is a share of the tokens and must be in [0, 1)")
+        need(phase.max_grad_norm >= 0 and phase.weight_decay >= 0, f"{name}: negative max_grad_norm or weight_decay")
+        need(
+            len(phase.adam_betas) == 2 and all(0 <= beta < 1 for beta in phase.adam_betas),
+            f"{name}.adam_betas must be two numbers in [0, 1)",
+        )
+    beta = config.phase2.beta
+    need(beta.max >= 0 and config.phase2.free_bits >= 0, "phase2.beta.max and phase2.free_bits must not be negative")
+    need(
+        beta.zero >= 0 and beta.rise >= 0 and beta.zero + beta.rise <= 1,
+        "phase2.beta.zero and phase2.beta.rise are shares: not negative, and at most 1 together",
+    )
+    need(beta.cycles >= 1, "phase2.beta.cycles must be at least 1")
+
+
+def field_types() -> dict[str, Any]:
+    """The type of every field of RunConfig by its dotted name, nested configurations left out."""
+    return _field_types(RunConfig, "")
+
+
+def _field_types(cls: type, prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found |= _field_types(typing.cast(type, kind), f"{prefix}{name}.")
+        else:
+            found[prefix + name] = kind
+    return found
+
+
+def _build(cls: type, tree: Any, prefix: str, where: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{where}: {prefix.rstrip('.')} must hold fields, not {tree!r}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in tree.items():
+        if name not in hints:
+            known = field_types()
+            raise UserError(f"{where}: unknown field {prefix}{name}{_nearest(f'{prefix}{name}', known)}")
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.", where)
+        else:
+            values[name] = _convert(value, hints[name], f"{where}: {prefix}{name}")
+    return cls(**values)
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """`value` (a YAML value, or a string from the command line) as `kind`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and type(None) in arguments):
+            return None
+        return _convert(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is Literal:
+        if str(value) not in arguments:
+            raise UserError(f"{where} is {value!r}, not one of {', '.join(arguments)}")
+        return str(value)
+    if origin in (dict, list):
+        if isinstance(value, str):
+            try:
+                value = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise UserError(f"{where} is not valid YAML: {value!r}") from None
+        if not isinstance(value, origin):
+            raise UserError(f"{where} must be a {origin.__name__}, not {value!r}")
+        return [_convert(each, arguments[0], where) for each in value] if origin is list else value
+    if kind is bool:
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            value = value.lower() == "true"
+        if not isinstance(value, bool):
+            raise UserError(f"{where} must be true or false, not {value!r}")
+        return value
+    if kind is str:
+        return str(value)
+    try:
+        if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        number = kind(value)
+        if number != number or number in (float("inf"), float("-inf")):
+            raise ValueError
+        return number
+    except (TypeError, ValueError):
+        raise UserError(f"{where} must be {'a whole' if kind is int else 'a'} number, not {value!r}") from None
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, name = dotted.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[name] = value
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a nested mapping by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean X?` for an unknown name, or nothing."""
+    known = sorted(known)
+    by_last_part = {each: each.rsplit(".", 1)[-1] for each in known}
+    same_last = [each for each, last in by_last_part.items() if last == name.rsplit(".", 1)[-1]]
+    close = same_last or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:
+        last = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part.values(), n=1, cutoff=0.5)
+        close = [each for each, part in by_last_part.items() if last and part == last[0]]
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,207 @@
+"""The built-in corpus: English sentences of independent, known factors of variation.
+
+A sentence is one choice a factor (`FACTORS`), drawn independently and uniformly, so that what a latent dimension
+learned can be compared with what the sentence was made of. The map from choices to sentences is one to one.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from dsvae.errors import UserError
+
+# Singular and plural differ in every noun, else the number of the subject would not show in the past and the future.
+_SUBJECTS = {
+    "artist": "artists",
+    "child": "children",
+    "doctor": "doctors",
+    "farmer": "farmers",
+    "hero": "heroes",
+    "king": "kings",
+    "lady": "ladies",
+    "man": "men",
+    "neighbor": "neighbors",
+    "pilot": "pilots",
+    "sailor": "sailors",
+    "student": "students",
+    "teacher": "teachers",
+    "thief": "thieves",
+    "witch": "witches",
+    "woman": "women",
+}
+# Base form: (third person singular, past). The past differs from the base (no "put", "cut"), else "the kings put" would
+# be present and past at once.
+_VERBS = {
+    "admire": ("admires", "admired"),
+    "break": ("breaks", "broke"),
+    "bring": ("brings", "brought"),
+    "buy": ("buys", "bought"),
+    "carry": ("carries", "carried"),
+    "catch": ("catches", "caught"),
+    "choose": ("chooses", "chose"),
+    "draw": ("draws", "drew"),
+    "find": ("finds", "found"),
+    "hide": ("hides", "hid"),
+    "keep": ("keeps", "kept"),
+    "lose": ("loses", "lost"),
+    "sell": ("sells", "sold"),
+    "steal": ("steals", "stole"),
+    "throw": ("throws", "threw"),
+    "wash": ("washes", "washed"),
+}
+# Adjective: its indefinite article. Listed, not guessed from the first letter: "an ugly" but "a useful".
+_ADJECTIVES = {
+    "blue": "a",
+    "cheap": "a",
+    "expensive": "an",
+    "heavy": "a",
+    "new": "a",
+    "old": "an",
+    "ordinary": "an",
+    "red": "a",
+    "small": "a",
+    "strange": "a",
+    "ugly": "an",
+    "useful": "a",
+}
+_OBJECTS = {
+    "apple": "apples",
+    "basket": "baskets",
+    "box": "boxes",
+    "candle": "candles",
+    "cup": "cups",
+    "egg": "eggs",
+    "hat": "hats",
+    "key": "keys",
+    "knife": "knives",
+    "lamp": "lamps",
+    "leaf": "leaves",
+    "potato": "potatoes",
+    "ring": "rings",
+    "toy": "toys",
+    "umbrella": "umbrellas",
+    "watch": "watches",
+}
+
+FACTORS: dict[str, tuple[str, ...]] = {
+    "sentence_type": ("statement", "question", "exclamation"),
+    "tense": ("past", "present", "future"),
+    "polarity": ("affirmative", "negative"),
+    "subject_number": ("singular", "plural"),
+    "subject": tuple(_SUBJECTS),
+    "verb": tuple(_VERBS),
+    "object_number": ("singular", "plural"),
+    "adjective": tuple(_ADJECTIVES),
+    "object": tuple(_OBJECTS),
+}
+"""Factor name -> its values. 3,538,944 combinations, each a different sentence."""
+
+_SIZES = tuple(len(values) for values in FACTORS.values())
+_TOTAL = prod(_SIZES)
+
+
+class Sentence(NamedTuple):
+    """A sentence and what it was made of: `factors[i]` indexes the values of the i-th factor of `FACTORS`."""
+
+    text: str
+    factors: tuple[int, ...]
+
+
+def sentence(factors: Mapping[str, str | int]) -> str:
+    """The English sentence of one choice a factor; a choice is a value of `FACTORS` or its index.
+
+    Raises ValueError for a factor that is missing or unknown, or a value that the factor does not have.
+    """
+    if factors.keys() != FACTORS.keys():
+        raise ValueError(f"expected exactly the factors {', '.join(FACTORS)}, got {', '.join(factors) or 'none'}")
+    value = {name: _value(name, choice) for name, choice in factors.items()}
+    plural = value["subject_number"] == "plural"
+    negation = ["not"] if value["polarity"] == "negative" else []
+    subject = ["the", _SUBJECTS[value["subject"]] if plural else value["subject"]]
+    if value["object_number"] == "plural":
+        noun_phrase = [value["adjective"], _OBJECTS[value["object"]]]
+    else:
+        noun_phrase = [_ADJECTIVES[value["adjective"]], value["adjective"], value["object"]]
+
+    base, tense = value["verb"], value["tense"]
+    singular_present, past = _VERBS[base]
+    auxiliary = {"past": "did", "present": "do" if plural else "does", "future": "will"}[tense]
+    finite = {"past": past, "present": base if plural else singular_present, "future": f"will {base}"}[tense]
+    if value["sentence_type"] == "question":
+        words = [auxiliary, *subject, *negation, base, *noun_phrase]
+    elif negation:
+        words = [*subject, auxiliary, *negation, base, *noun_phrase]
+    else:
+        words = [*subject, finite, *noun_phrase]
+    mark = {"statement": ".", "question": "?", "exclamation": "!"}[value["sentence_type"]]
+    text = " ".join(words) + mark
+    return text[0].upper() + text[1:]
+
+
+def draw(size: int, seed: int) -> Iterator[Sentence]:
+    """`size` sentences drawn with replacement, one at a time; what comes first does not depend on `size`."""
+    # One hash a sentence, not a random generator: it needs no earlier draw and cannot change with a library's version.
+    names = tuple(FACTORS)
+    for position in range(size):
+        digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=16).digest()
+        code = int.from_bytes(digest, "big") % _TOTAL
+        choice = []
+        for cardinality in _SIZES:
+            code, index = divmod(code, cardinality)
+            choice.append(index)
+        yield Sentence(sentence(dict(zip(names, choice, strict=True))), tuple(choice))
+
+
+def generate(size: int, seed: int) -> list[Sentence]:
+    """`size` sentences drawn with replacement; the first k of them are `generate(k, seed)`, on every machine."""
+    return list(draw(size, seed))
+
+
+def write_corpus(
+    path: str | os.PathLike[str], size: int, seed: int, factors_path: str | os.PathLike[str] | None = None
+) -> None:
+    """Write `size` sentences, one a line, and optionally their factors: value indices under the factors' names (csv).
+
+    Row i of the csv belongs to line i. Each file is written whole or not at all. Raises UserError where it cannot be.
+    """
+
+    def sentences(file: IO[str]) -> None:
+        file.writelines(f"{drawn.text}\n" for drawn in draw(size, seed))
+
+    def indices(file: IO[str]) -> None:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(FACTORS)
+        writer.writerows(drawn.factors for drawn in draw(size, seed))
+
+    _write_atomically(Path(path), sentences)
+    if factors_path is not None:
+        _write_atomically(Path(factors_path), indices)
+
+
+def _value(name: str, choice: str | int) -> str:
+    values = FACTORS[name]
+    if choice in values:
+        return str(choice)
+    if isinstance(choice, int) and 0 <= choice < len(values):
+        return values[choice]
+    raise ValueError(f"factor {name} has no value {choice!r}; it has {', '.join(values)}, or 0..{len(values) - 1}")
+
+
+def _write_atomically(path: Path, write: Callable[[IO[str]], None]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                write(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a place that can be written") from error

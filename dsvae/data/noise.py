@@ -1,0 +1,35 @@
+"""Random numbers of single sentences, and the deletion noise made of them.
+
+Every sentence of every optimizer step has its own stream, keyed by (seed, purpose, step, sentence): what it draws depends
+neither on the rank nor on the micro-batch that it falls into, and a resumed run draws what the uncut run would have drawn.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+DELETION, LATENT, PRIOR, ORDER = 1, 2, 3, 4
+"""Purposes: two streams of one sentence never share numbers."""
+
+
+def generator(seed: int, purpose: int, step: int, sentence: int) -> np.random.Generator:
+    """The stream of one sentence. Philox is counter-based: a key costs no warm-up."""
+    key = np.array([(seed << 8) + purpose, step], dtype=np.uint64)
+    counter = np.array([0, 0, sentence, 0], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def delete_tokens(ids: NDArray[np.int64], rate: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Deletes every token with probability `rate`, independently; the last one, EOS, always stays.
+
+    Args:
+        ids: (T,), one sentence without padding, EOS last.
+
+    Returns: (T',) with 1 <= T' <= T; the kept tokens in order.
+    """
+    if rate == 0:
+        return ids
+    keep = rng.random(len(ids)) >= rate
+    keep[-1] = True
+    return ids[keep]

@@ -1,0 +1,1 @@
+"""DeepSpeed: one engine a phase, its configuration, its checkpoints and its weights."""

@@ -1,0 +1,104 @@
+"""The processes of a run: start, rank, and the few collective operations that the run needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from dsvae.errors import UserError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""Longest that a collective operation waits for the other ranks (rank 0 tokenizes large corpora meanwhile)."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        dist.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Runs `function` on rank 0 and gives its (picklable) result to all ranks.
+
+        A `UserError` is raised on every rank: all leave together, and none waits for a rank that has gone.
+        """
+        box: list = [None, None]
+        if self.is_main:
+            try:
+                box[0] = function()
+            except UserError as error:
+                box[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+
+def start() -> World:
+    """Joins the processes that the launcher started: deepspeed, torchrun or srun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT in the environment), or a run of one process where none of these is set."""
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    try:
+        rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"RANK, LOCAL_RANK and WORLD_SIZE must all be set, as whole numbers: {error}") from None
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # A kernel for tensor-parallel inference that training never calls; loading it would need a compiler and a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        device = torch.device("cpu")
+    else:
+        if local_rank >= accelerator.device_count():
+            raise UserError(
+                f"rank {rank} has LOCAL_RANK {local_rank}, but this node has {accelerator.device_count()} GPUs: "
+                "start one process a GPU"
+            )
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(local_rank))
+    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    return World(rank, local_rank, size, device)
+
+
+def stop() -> None:
+    """Leaves the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,182 @@
+"""The DeepSpeed configuration of a phase: read, checked, `auto` resolved.
+
+DeepSpeed ignores unknown top-level keys, drops `"enabled": "auto"` silently and fails on other `auto`s with a TypeError, so all
+of that is settled here before it sees the file.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dsvae.config import PhaseConfig
+from dsvae.errors import UserError
+
+KEYS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer",
+    "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "aio", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "disable_allgather", "log_level",
+}  # fmt: skip
+"""Top-level keys that are passed on to DeepSpeed."""
+
+ELSEWHERE = {
+    "scheduler": "the learning-rate schedule is --phase1.lr_schedule and --phase2.lr_schedule",
+    "activation_checkpointing": "use --model.gradient_checkpointing",
+    "tensorboard": "dsvae writes TensorBoard itself, under output_dir",
+    "csv_monitor": "dsvae writes metrics.jsonl, under output_dir",
+    "wandb": "dsvae writes TensorBoard, under output_dir",
+    "amp": "use bf16 or fp16",
+    "bfloat16": "its name is bf16",
+    "checkpoint": "checkpoints are dsvae's: --checkpoint_every, --keep_checkpoints",
+}
+"""Keys that DeepSpeed knows and this project does not take, and what to do instead."""
+
+OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay"}
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Reads a ds_config file as it is.
+
+    Raises:
+        UserError: no such file, not JSON, an unknown key, or an optimizer other than AdamW.
+    """
+    path = Path(path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"--ds_config {path}: {error.strerror}; the shipped ones are in ds_configs/") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--ds_config {path}: not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"--ds_config {path}: must hold a JSON object")
+    for key in raw:
+        if key in ELSEWHERE:
+            raise UserError(f"--ds_config {path}: {key} is not taken from here: {ELSEWHERE[key]}")
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1)
+            raise UserError(f"--ds_config {path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    for section in ("optimizer", "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "aio"):
+        if not isinstance(raw.get(section, {}), dict):
+            raise UserError(f"--ds_config {path}: {section} must be an object, not {raw[section]!r}")
+    optimizer = raw.get("optimizer", {})
+    if optimizer.get("type", "AdamW") not in ("AdamW", "Adam") or set(optimizer) - {"type", "params"}:
+        raise UserError(f"--ds_config {path}: optimizer must be AdamW with params, not {json.dumps(optimizer)}")
+    if unknown := set(optimizer.get("params", {})) - OPTIMIZER_PARAMS:
+        raise UserError(
+            f"--ds_config {path}: unknown optimizer parameter {sorted(unknown)[0]}; known: {', '.join(sorted(OPTIMIZER_PARAMS))}"
+        )
+    return raw
+
+
+def resolve(
+    raw: dict[str, Any],
+    *,
+    phase: PhaseConfig,
+    precision: str,
+    batch_size: int,
+    micro_batches: int,
+    world_size: int,
+    bf16_supported: bool,
+    fp16_supported: bool,
+) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets, every `auto` replaced.
+
+    Args:
+        raw: from `load`.
+        precision: auto, bf16, fp16 or fp32; fills `enabled: auto` of bf16, fp16 and torch_autocast.
+        batch_size: sentences of an optimizer step over all ranks.
+        micro_batches: most micro-batches of a step. Batches are cut by tokens, so the batch sizes are upper bounds to DeepSpeed;
+            gradients are scaled by the true number of sentences.
+
+    Raises:
+        UserError: an `auto` that nothing resolves, precisions that exclude each other or that the machine cannot do.
+    """
+    config = copy.deepcopy(raw)
+    params = config.setdefault("optimizer", {}).setdefault("params", {})
+    config["optimizer"].setdefault("type", "AdamW")
+    for name, value in {
+        "lr": phase.lr, "betas": phase.adam_betas, "eps": phase.adam_eps, "weight_decay": phase.weight_decay
+    }.items():  # fmt: skip
+        if params.setdefault(name, "auto") == "auto":
+            params[name] = value
+    if config.setdefault("gradient_clipping", "auto") == "auto":
+        config["gradient_clipping"] = phase.max_grad_norm
+    # The batch is data.batch_size; what DeepSpeed is told follows from it and only has to be consistent.
+    if config.setdefault("gradient_accumulation_steps", "auto") == "auto":
+        config["gradient_accumulation_steps"] = micro_batches
+    accumulation = config["gradient_accumulation_steps"]
+    if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
+        raise UserError(f"ds_config: gradient_accumulation_steps must be a positive whole number, not {accumulation!r}")
+    if config.setdefault("train_micro_batch_size_per_gpu", "auto") == "auto":
+        config["train_micro_batch_size_per_gpu"] = -(-batch_size // (accumulation * world_size))
+    total = config["train_micro_batch_size_per_gpu"] * accumulation * world_size
+    if config.setdefault("train_batch_size", "auto") == "auto":
+        config["train_batch_size"] = total
+    if config["train_batch_size"] != total:
+        raise UserError(
+            f"ds_config: train_batch_size {config['train_batch_size']} is not train_micro_batch_size_per_gpu x "
+            f"gradient_accumulation_steps x ranks = {total}; leave them auto and set --data.batch_size"
+        )
+
+    _resolve_precision(config, precision, bf16_supported, fp16_supported)
+    # No lines of DeepSpeed's own between the progress bar's.
+    config.setdefault("steps_per_print", None)
+    # The optimizer is torch's own AdamW, which needs no compiler; DeepSpeed's check is for its CPU Adam.
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    for path, value in _leaves(config):
+        if value == "auto":
+            raise UserError(f"ds_config: {path} is auto, and nothing says what it should be: write a value")
+    return config
+
+
+def _resolve_precision(config: dict[str, Any], precision: str, bf16_supported: bool, fp16_supported: bool) -> None:
+    wanted = {"auto": "bf16"}.get(precision, precision)
+    autos = {name for name in ("bf16", "fp16", "torch_autocast") if config.get(name, {}).get("enabled") == "auto"}
+    for name in autos:
+        kind = str(config[name].get("dtype", "bfloat16")) if name == "torch_autocast" else name
+        config[name]["enabled"] = wanted == {"bfloat16": "bf16", "float16": "fp16"}.get(kind, kind)
+    enabled = [name for name in ("bf16", "fp16", "torch_autocast") if config.get(name, {}).get("enabled", False)]
+    kinds = {"bf16": "bf16", "fp16": "fp16", "torch_autocast": "bf16"}
+    if enabled and config.get("torch_autocast", {}).get("dtype") == "float16":
+        kinds["torch_autocast"] = "fp16"
+    if len(enabled) > 1:
+        raise UserError(f"ds_config: {' and '.join(enabled)} are both enabled: keep one")
+    got = kinds[enabled[0]] if enabled else "fp32"
+    if precision != "auto" and got != precision:
+        raise UserError(
+            f"--precision {precision}, but the ds_config gives {got}: set {precision}.enabled (or bf16/fp16.enabled) to \"auto\""
+        )
+    if got == "fp16" and not fp16_supported:
+        raise UserError("fp16 needs a GPU: on CPU use bf16 (ds_configs/zero2.json) or --precision fp32")
+    if got == "bf16" and not bf16_supported:
+        raise UserError("this GPU has no bf16: use ds_configs/fp16.json or --precision fp32")
+    if got != "bf16":
+        # fp32 accumulation is what bf16 needs; beside fp32 weights DeepSpeed refuses to be told.
+        config.pop("data_types", None) if got == "fp32" else None
+
+
+def precision_of(resolved: dict[str, Any]) -> str:
+    """bf16, fp16 or fp32, as a resolved configuration computes."""
+    if resolved.get("torch_autocast", {}).get("enabled", False):
+        return {"float16": "fp16"}.get(resolved["torch_autocast"].get("dtype", "bfloat16"), "bf16")
+    return next((name for name in ("bf16", "fp16") if resolved.get(name, {}).get("enabled", False)), "fp32")
+
+
+def zero_stage(resolved: dict[str, Any]) -> int:
+    """ZeRO stage, 0 to 3."""
+    return int(resolved.get("zero_optimization", {}).get("stage", 0))
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, (dict, list)):
+            yield from _leaves(value, path)
+        else:
+            yield path, value

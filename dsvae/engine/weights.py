@@ -1,0 +1,129 @@
+"""Weights on their way in and out of an engine: what trains, and plain safetensors of the whole model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dsvae.modeling.t5_vae import T5VAE
+
+if TYPE_CHECKING:
+    from dsvae.engine.distributed import World
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""Largest safetensors file of an exported model, as in transformers."""
+
+
+def freeze_decoder(model: T5VAE) -> None:
+    """Leaves the encoder and the latent path to train: the posterior, and the injection with its random projection.
+
+    The embedding is shared by encoder and decoder and stays as it is: it is the decoder's input, and in T5 v1.0 its output too.
+    """
+    for part in (model.shared, model.decoder, model.lm_head):
+        part.requires_grad_(False)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's groups of the parameters that train: matrices with decay; norms, biases, embeddings and position biases without."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        matrix = parameter.ndim >= 2 and "shared" not in name and "relative_attention_bias" not in name
+        (decayed if matrix else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def frozen_originals(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the frozen weights, taken before the engine casts or shards them: exports give them back bit by bit."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def full_weights(model: nn.Module, frozen: dict[str, Tensor], world: World) -> Iterator[tuple[str, Tensor | None]]:
+    """Every parameter whole and in float32, one at a time: on rank 0 a CPU tensor, elsewhere None.
+
+    Collective: every rank must go through to the end. Trained weights come from the optimizer's float32 copies.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            yield name, frozen[name] if world.is_main else None
+            continue
+        # None where there is no float32 copy beside the parameter: ZeRO 0, whose parameters are float32 themselves.
+        value = safe_get_full_fp32_param(parameter)
+        value = parameter.detach() if value is None else value
+        yield name, value.to("cpu", torch.float32, copy=True) if world.is_main else None
+
+
+def export(
+    model: T5VAE,
+    frozen: dict[str, Tensor],
+    world: World,
+    directory: Path,
+    extras: Callable[[Path], None],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the model as a transformers directory, shard by shard, so that rank 0 never holds more than one shard.
+
+    Args:
+        extras: called on rank 0 with the directory, to add the tokenizer and the model card.
+
+    Collective. The directory appears whole or not at all.
+    """
+    temporary = directory.with_name(f".{directory.name}.tmp")
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    world.on_main(begin)
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(pending, temporary / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in full_weights(model, frozen, world):
+        if tensor is None:
+            continue
+        size = tensor.numel() * tensor.element_size()
+        if pending and sum(t.numel() * t.element_size() for t in pending.values()) + size > max_shard_bytes:
+            flush()
+        pending[name] = tensor.contiguous()
+        total += size
+
+    def finish() -> None:
+        flush()
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+            index = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+            (temporary / "model.safetensors.index.json").write_text(text + "\n")
+        for i, name in enumerate(names):
+            (temporary / f"{i}.safetensors").rename(temporary / name)
+        # Attributes of the running model that belong to the file: what it is, and in which dtype it lies there.
+        config = type(model.config).from_dict(model.config.to_dict())
+        config.architectures, config.dtype = [type(model).__name__], torch.float32
+        config.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
+        extras(temporary)
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            directory.rename(old)
+        temporary.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+
+    world.on_main(finish)

@@ -1,0 +1,1 @@
+"""What a model is worth: likelihood, information in the latent, and what the decoder does with it."""

@@ -1,0 +1,38 @@
+"""Text samples: sentences beside their reconstructions, and sentences from the prior."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dsvae.data.noise import PRIOR
+from dsvae.data.tokenization import TokenizedSplit
+from dsvae.engine.distributed import World
+from dsvae.metrics.passes import noise_of
+from dsvae.modeling.posterior import Gaussian
+from dsvae.modeling.t5_vae import T5VAE
+
+
+@torch.no_grad()
+def samples(
+    model: T5VAE, split: TokenizedSplit, tokenizer: PreTrainedTokenizerBase, world: World, count: int, max_tokens: int
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """(sentence, reconstruction) of the first `count` sentences, decoded greedily from the posterior mean, and as many greedy
+    sentences of z drawn from the prior. Every rank decodes the same, so that sharded weights stay in step.
+    """
+    count = min(count, len(split))
+    if count == 0:
+        return [], []
+    training = model.training
+    model.eval()
+    originals, means = [], []
+    prior = Gaussian.from_prior(noise_of(split.content_keys[:count], PRIOR, 0, model.config.latent_dim))
+    for i in range(count):
+        ids = torch.from_numpy(split.ids(i))[None].to(world.device)
+        originals.append(tokenizer.decode(ids[0], skip_special_tokens=True))
+        means.append(model(ids, encode_only=True).posterior.mean)
+    both = torch.cat([*means, prior.to(world.device)])
+    decoded = model.generate(latent=both, max_new_tokens=max_tokens, do_sample=False)
+    texts = tokenizer.batch_decode(decoded, skip_special_tokens=True)
+    model.train(training)
+    return list(zip(originals, texts[:count], strict=True)), texts[count:]

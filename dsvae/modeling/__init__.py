@@ -1,0 +1,1 @@
+"""What is trained: the T5 VAE. Knows nothing of files, processes or DeepSpeed."""

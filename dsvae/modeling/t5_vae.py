@@ -1,0 +1,364 @@
+"""T5VAE: transformers' own T5 stacks around a latent bottleneck (Park & Lee 2021)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.models.mt5.modeling_mt5 import MT5Stack
+from transformers.models.t5.modeling_t5 import T5Stack
+from transformers.models.umt5.modeling_umt5 import UMT5Stack
+from transformers.utils import ModelOutput
+
+from dsvae.modeling.attention import LATENT_ATTENTION
+from dsvae.modeling.injection import make_injection
+from dsvae.modeling.posterior import Gaussian, GaussianPosterior
+
+STACKS: dict[str, type[PreTrainedModel]] = {"t5": T5Stack, "mt5": MT5Stack, "umt5": UMT5Stack}
+"""The encoder/decoder stack of every supported `model_type` (ByT5 is a t5 or mt5 with a byte vocabulary)."""
+
+
+class T5VAEConfig(PreTrainedConfig):
+    """Configuration of a T5VAE: that of its T5, and that of the latent path.
+
+    Args:
+        t5: the configuration of the T5 (`model_type` t5, mt5 or umt5), as an object or a dict.
+        latent_dim: Z, the dimensions of z.
+        pooling: mean, max, first or attention.
+        injection: memory, embedding or both.
+        memory_slots: key/value slots a decoder layer, for injection by memory.
+        tie_word_embeddings: whether the output projection is the input embedding (T5 v1.0) or its own matrix (v1.1, flan,
+            mT5, umT5). None: what the T5's configuration implies. `T5VAE.from_t5` reads it off the weights.
+    """
+
+    model_type = "t5_vae"
+    sub_configs = {"t5": AutoConfig}
+
+    t5: dict | PreTrainedConfig | None = None
+    latent_dim: int = 32
+    pooling: str = "mean"
+    injection: str = "memory"
+    memory_slots: int = 1
+    tie_word_embeddings: bool | None = None
+    is_encoder_decoder: bool = False  # towards `generate`: a decoder conditioned on z, with no encoder states to carry
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.t5 is None:
+            self.t5 = AutoConfig.for_model("t5")
+        elif isinstance(self.t5, dict):
+            fields = dict(self.t5)
+            self.t5 = AutoConfig.for_model(fields.pop("model_type", "t5"), **fields)
+        if self.t5.model_type not in STACKS:
+            raise ValueError(f"model_type {self.t5.model_type!r} is not one of {', '.join(STACKS)}")
+        if self.tie_word_embeddings is None:
+            # transformers sets `tie_word_embeddings` to True in every T5 configuration, whatever it was; for t5 what the
+            # file said survives in `scale_decoder_outputs`, and the released mT5 and umT5 are all untied.
+            self.tie_word_embeddings = self.t5.model_type == "t5" and self.t5.scale_decoder_outputs
+        kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
+        kwargs.setdefault("eos_token_id", self.t5.eos_token_id)
+        start = getattr(self.t5, "decoder_start_token_id", None)
+        kwargs.setdefault("decoder_start_token_id", self.t5.pad_token_id if start is None else start)
+        super().__post_init__(**kwargs)
+
+    # What `generate` asks of a decoder's configuration to size its cache.
+    @property
+    def vocab_size(self) -> int:
+        return self.t5.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.t5.d_model
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.t5.num_decoder_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.t5.num_heads
+
+
+@dataclass
+class T5VAEOutput(ModelOutput):
+    """What `T5VAE.forward` returns.
+
+    logits (B, T, V); latent (B, Z), the z that was decoded; posterior_parameters (B, 2Z) of q(z|x), None when `latent` was
+    given; past_key_values, the decoder's cache when `use_cache`.
+    """
+
+    logits: Tensor | None = None
+    latent: Tensor | None = None
+    posterior_parameters: Tensor | None = None
+    past_key_values: Cache | None = None
+
+    @property
+    def posterior(self) -> Gaussian:
+        """q(z|x) of the batch."""
+        if self.posterior_parameters is None:
+            raise ValueError("no posterior: the latent was given, so nothing was encoded")
+        return Gaussian.from_parameters(self.posterior_parameters)
+
+
+class T5VAE(PreTrainedModel, GenerationMixin):
+    """A T5 as a variational autoencoder of sentences.
+
+    encoder -> masked pooling -> q(z|x) -> z -> injection -> decoder. The decoder has no cross-attention: z is the only way
+    from the sentence to it, and modules that nothing would read are not kept.
+    """
+
+    config_class = T5VAEConfig
+    base_model_prefix = "t5_vae"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["T5Block", "MT5Block", "UMT5Block"]
+    _keep_in_fp32_modules = ["wo"]
+    _keep_in_fp32_modules_strict = ["posterior"]
+    _tied_weights_keys = {"lm_head.weight": "shared.weight"}
+    _input_embed_layer = "shared"
+
+    def __init__(self, config: T5VAEConfig) -> None:
+        super().__init__(config)
+        t5 = config.t5
+        stack = STACKS[t5.model_type]
+        self.shared = nn.Embedding(t5.vocab_size, t5.d_model)
+        self.encoder = stack(_stack_config(t5, is_decoder=False))
+        self.posterior = GaussianPosterior(t5.d_model, config.latent_dim, config.pooling)
+        self.injection = make_injection(config.injection, t5, config.latent_dim, config.memory_slots)
+        self.decoder = stack(_stack_config(t5, is_decoder=True))
+        for block in self.decoder.block:
+            del block.layer[1]  # cross-attention; the feed-forward stays `layer[-1]`, which is how the block calls it
+        for each in (self.encoder, self.decoder):
+            del each.embed_tokens  # both stacks are fed embeddings from `shared`
+        self.lm_head = nn.Linear(t5.d_model, t5.vocab_size, bias=False)
+        self.output_scale = _output_scale(t5)
+        self.post_init()
+
+    @classmethod
+    def from_t5(cls, name_or_path: str, *, dropout_rate: float | None = None, **latent: Any) -> T5VAE:
+        """A pretrained T5 with a fresh latent path, weights in float32.
+
+        Args:
+            name_or_path: a hub id or a directory in transformers' format.
+            dropout_rate: in place of the checkpoint's own.
+            latent: fields of `T5VAEConfig`: latent_dim, pooling, injection, memory_slots.
+
+        Raises:
+            OSError: no such model, or no weights in it.
+            ValueError: not a T5, mT5 or umT5.
+        """
+        t5_config = AutoConfig.from_pretrained(name_or_path)
+        if t5_config.model_type not in STACKS:
+            raise ValueError(f"{name_or_path} is a {t5_config.model_type} model, not one of {', '.join(STACKS)}")
+        # `from_pretrained` finds out whether the checkpoint's lm_head is its own. The configuration does not say, and
+        # building from it and loading a state dict ties them silently.
+        t5, report = AutoModelForSeq2SeqLM.from_pretrained(
+            name_or_path, dtype=torch.float32, output_loading_info=True
+        )
+        if missing := [key for key in report["missing_keys"] if "EncDecAttention.relative" not in key]:
+            raise ValueError(f"{name_or_path} lacks weights: {', '.join(sorted(missing)[:3])} ({len(missing)} in all)")
+        if dropout_rate is not None:
+            t5_config.dropout_rate = dropout_rate
+        tied = t5.lm_head.weight.data_ptr() == t5.shared.weight.data_ptr()
+        model = cls(cls.config_class(t5=t5_config, tie_word_embeddings=tied, **latent))
+        weights = {_without_cross_attention(key): tensor for key, tensor in t5.state_dict().items()}
+        own = model.state_dict()
+        model.load_state_dict({key: weights[key] for key in own if key in weights}, strict=False)
+        return model
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.shared
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.shared = value
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called by transformers for what a checkpoint does not hold; the stacks initialize themselves."""
+        factor = self.config.t5.initializer_factor
+        if module is self.shared:
+            module.weight.normal_(0.0, factor)
+        elif module is self.lm_head:
+            # Logits of unit scale. (transformers draws every untied head with deviation 1: v1.1 logits start at sqrt(d).)
+            module.weight.normal_(0.0, factor * module.in_features**-0.5 / self.output_scale)
+        elif isinstance(module, nn.Linear):
+            # Unit scale for unit-scale input, as T5 draws its own keys and values.
+            module.weight.normal_(0.0, factor * module.in_features**-0.5)
+            if module.bias is not None:
+                module.bias.zero_()
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Gaussian:
+        """q(z|x) of a batch of sentences.
+
+        Args:
+            input_ids: (B, S).
+            attention_mask: (B, S), 1 = token, 0 = padding; None = no padding.
+
+        Returns: mean and logvar, (B, Z) each, float32.
+        """
+        return Gaussian.from_parameters(self._posterior_parameters(input_ids, attention_mask))
+
+    def _posterior_parameters(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        states = self.encoder(inputs_embeds=self.shared(input_ids), attention_mask=attention_mask).last_hidden_state
+        return self.posterior(states, attention_mask)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        latent: Tensor | None = None,
+        noise: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        encode_only: bool = False,
+        **_: Any,
+    ) -> T5VAEOutput:
+        """Encodes, draws z, and decodes with teacher forcing.
+
+        Args:
+            input_ids, attention_mask: (B, S), the sentence as the encoder sees it.
+            labels: (B, T), the sentence to reconstruct, -100 where there is none; shifted right it is the decoder's input.
+            latent: (B, Z), decoded as it is; the encoder is skipped.
+            noise: (B, Z), what the family's reparametrized sample is made of (standard normal for the Gaussian). None: drawn
+                here while training, zeros (the posterior mean) in evaluation.
+            decoder_input_ids: (B, T), instead of labels.
+            past_key_values, use_cache: the decoder's cache, as in transformers.
+            encode_only: stop at the posterior; `logits` and `latent` stay None.
+
+        Returns: `T5VAEOutput`. The loss is in `dsvae.objective`.
+        """
+        parameters = None
+        if latent is None:
+            if input_ids is None:
+                raise ValueError("T5VAE needs input_ids to encode, or the latent to decode")
+            parameters = self._posterior_parameters(input_ids, attention_mask)
+            if encode_only:
+                return T5VAEOutput(posterior_parameters=parameters)
+            posterior = Gaussian.from_parameters(parameters)
+            if noise is None:
+                noise = torch.randn_like(posterior.mean) if self.training else torch.zeros_like(posterior.mean)
+            latent = posterior.sample(noise)
+        if decoder_input_ids is None:
+            decoder_input_ids = self.shift_right(labels if labels is not None else input_ids)
+
+        embeddings, attention_kwargs = self.injection(latent, self.shared(decoder_input_ids))
+        decoded = self.decoder(
+            inputs_embeds=embeddings, past_key_values=past_key_values, use_cache=use_cache, **attention_kwargs
+        )
+        logits = self.lm_head(decoded.last_hidden_state * self.output_scale)
+        return T5VAEOutput(
+            logits=logits,
+            latent=latent,
+            posterior_parameters=parameters,
+            past_key_values=decoded.past_key_values,
+        )
+
+    def shift_right(self, labels: Tensor) -> Tensor:
+        """The decoder's input for `labels` (B, T): the start token, then all labels but the last; -100 becomes padding."""
+        shifted = labels.new_full(labels.shape, self.config.decoder_start_token_id)
+        shifted[:, 1:] = labels[:, :-1]
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs["decoder_input_ids"] = inputs.pop("input_ids")
+        # Every row has the same number of tokens so far: there is no padding to mask on the decoder's side.
+        inputs.pop("attention_mask", None)
+        return inputs
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        latent: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | ModelOutput:
+        """Decodes z, or the posterior means of sentences, with transformers' `generate` (greedy, sampling, beams).
+
+        Args:
+            input_ids, attention_mask: (B, S), sentences to reconstruct from their posterior mean; or
+            latent: (B, Z), to decode as it is.
+            kwargs: everything that `GenerationMixin.generate` takes.
+
+        Returns: token ids (B, <= 1 + max_new_tokens), the start token first; behind EOS padding (EOS again from beams).
+        """
+        if latent is None:
+            if input_ids is None:
+                raise ValueError("generate needs a latent, or input_ids to encode")
+            latent = self.encode(input_ids, attention_mask).mean
+        start = torch.full(
+            (latent.shape[0], 1), self.config.decoder_start_token_id, dtype=torch.long, device=latent.device
+        )
+        with _no_padding_warning():
+            return super().generate(start, latent=latent, **kwargs)
+
+
+@contextlib.contextmanager
+def _no_padding_warning() -> Iterator[None]:
+    """T5 starts decoding from its pad token, which `generate` takes for right padding in a decoder without encoder states."""
+    logger = logging.getLogger("transformers.generation.utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "right-padding was detected" not in str(record.msg)
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _output_scale(t5: PreTrainedConfig) -> float:
+    """What the decoder's output is multiplied by before the projection to logits: each T5 reads another flag for it."""
+    scaled = {
+        "t5": getattr(t5, "scale_decoder_outputs", False),  # true for v1.0, false for v1.1
+        "umt5": t5.tie_word_embeddings,  # true in every umT5 configuration, tied or not
+        "mt5": False,
+    }[t5.model_type]
+    return t5.d_model**-0.5 if scaled else 1.0
+
+
+def _stack_config(t5: PreTrainedConfig, *, is_decoder: bool) -> PreTrainedConfig:
+    config = copy.deepcopy(t5)
+    config.is_decoder = is_decoder
+    config.is_encoder_decoder = False  # so that the decoder's cache is a plain one
+    config.use_cache = is_decoder
+    if is_decoder:
+        config.num_layers = t5.num_decoder_layers
+        config._attn_implementation = LATENT_ATTENTION
+    return config
+
+
+def _without_cross_attention(key: str) -> str | None:
+    """The name in a T5VAE of a weight of a T5, None for one that is not kept."""
+    if not key.startswith("decoder.block."):
+        return key
+    if ".layer.1." in key:
+        return None
+    return key.replace(".layer.2.", ".layer.1.")
+
+
+AutoConfig.register(T5VAEConfig.model_type, T5VAEConfig)
+AutoModel.register(T5VAEConfig, T5VAE)

@@ -1,0 +1,1 @@
+"""What is minimized: the loss, and beta by optimizer step."""

@@ -1,0 +1,40 @@
+"""beta and the learning rate as functions of the optimizer step of a phase, counted from 0."""
+
+from __future__ import annotations
+
+import math
+
+from dsvae.config import BetaConfig, PhaseConfig
+
+
+def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
+    """The weight of the KL term at optimizer step `step` (0 <= step < steps) of a phase.
+
+    constant: `max`. linear: 0 for a share `zero` of the phase, then a straight rise over a share `rise`, then `max`.
+    cyclic: the same in each of `cycles` equal parts (cyclical annealing, Fu et al. 2019).
+    """
+    if beta.kind == "constant":
+        return beta.max
+    period = steps / beta.cycles if beta.kind == "cyclic" else steps
+    position = math.fmod(step, period) / period
+    if position < beta.zero:
+        return 0.0
+    if position >= beta.zero + beta.rise:
+        return beta.max
+    return beta.max * (position - beta.zero) / beta.rise
+
+
+def lr_factor(step: int, phase: PhaseConfig) -> float:
+    """The learning rate at optimizer step `step` as a share of `phase.lr`.
+
+    A linear warm-up whose first step is not zero, then constant, or a straight or cosine fall that reaches zero one step behind
+    the last.
+    """
+    if step < phase.warmup_steps:
+        return (step + 1) / (phase.warmup_steps + 1)
+    if phase.lr_schedule == "constant":
+        return 1.0
+    progress = (step - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
+    if phase.lr_schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,97 @@
+"""The output directory of a run: claimed by one run at a time, and where in it a run goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from dsvae import config as configuration
+from dsvae.config import RunConfig
+from dsvae.engine import checkpoint
+from dsvae.engine.checkpoint import Checkpoint
+from dsvae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    phases: list[int]
+    """The phases still to run, in order; empty: the run is finished."""
+    checkpoint: Checkpoint | None = None
+    """What the first of them goes on from; None: from its beginning."""
+    weights: Path | None = None
+    """Weights that the first of them starts from; None: the model of the configuration."""
+
+
+def claim(directory: Path) -> TextIO:
+    """Makes the directory, makes sure that it can be written to, and locks it for this process until the file is closed.
+
+    Raises:
+        UserError: not a directory, not writable, or a live run has it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"dsvae")
+            probe.flush()
+        lock = (directory / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"output_dir {directory}: {error.strerror}; give another --output_dir") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(f"output_dir {directory} belongs to a run that is still alive; give another --output_dir") from None
+    return lock
+
+
+def find_start(config: RunConfig, report: Callable[[str], Any]) -> Start:
+    """Where the run of `config` begins: afresh, at a checkpoint, between the phases, or nowhere because it is finished.
+
+    Raises:
+        UserError: `resume` never and a run lies there; auto and it was another configuration; a directory without anything to
+            resume from.
+    """
+    own = Path(config.output_dir)
+    wanted = [1, 2] if config.phase == "all" else [int(config.phase)]
+    source = own if config.resume in ("auto", "never") else Path(config.resume)
+    previous = source / "config.yaml"
+    if config.resume == "never":
+        if previous.exists():
+            raise UserError(f"output_dir {own} holds a run: go on with it (--resume auto) or give another --output_dir")
+        return Start(wanted)
+    if not previous.is_file():
+        if config.resume != "auto":
+            raise UserError(f"--resume {source}: no run there (no config.yaml)")
+        return Start(wanted)
+    old = configuration.build(configuration.load_tree(str(previous)), where=str(previous))
+    if changed := configuration.difference(old, config):
+        advice = "give another --output_dir, or the same values" if config.resume == "auto" else "give the same values"
+        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        raise UserError(f"{source} holds a run with other values: {'; '.join(changed[:3])}{more}: {advice}")
+
+    if source == own and is_finished(own, config.phase):
+        return Start([])
+    between = source / "phase1" / "model"
+    newest = checkpoint.newest_sound(source / "checkpoints", report)
+    if newest is not None and newest.phase in wanted and not (newest.phase == 1 and between.is_dir()):
+        weights = between if newest.phase == 2 and between.is_dir() else None
+        return Start([phase for phase in wanted if phase >= newest.phase], newest, weights)
+    if between.is_dir() and 2 in wanted:
+        return Start([2], None, between)
+    if config.resume != "auto":
+        raise UserError(f"--resume {source}: no complete checkpoint in it")
+    return Start(wanted)
+
+
+def is_finished(directory: Path, phase: str) -> bool:
+    """Whether everything that a run leaves at its end is there."""
+    if phase == "1":
+        return (directory / "phase1" / "model").is_dir()
+    return (directory / "metrics.json").is_file() and (directory / "model").is_dir()
+

@@ -1,0 +1,301 @@
+"""The run, top to bottom: configure, data, phase 1, phase 2, evaluate, export.
+
+    deepspeed dsvae/train.py --ds_config ds_configs/zero2.json
+
+Also under `python`, torchrun and srun. Every rank runs all of it; what rank 0 does alone goes through `world.on_main`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+# `deepspeed dsvae/train.py` puts dsvae/ itself first on the path, where `config`, `data` or `metrics` would hide other packages.
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger as deepspeed_logger
+from transformers.utils import logging as transformers_logging
+
+from dsvae import config as configuration
+from dsvae import output
+from dsvae.card import write_card
+from dsvae.config import RunConfig
+from dsvae.data.batches import TrainingBatches, most_micro_batches
+from dsvae.data.tokenization import Prepared, load_prepared, prepare
+from dsvae.engine import checkpoint, distributed, ds_config, weights
+from dsvae.engine.distributed import World
+from dsvae.engine.engine import PhaseEngine
+from dsvae.errors import EXIT_USER_ERROR, UserError
+from dsvae.files import write_json, write_text
+from dsvae.metrics.evaluate import evaluate
+from dsvae.metrics.text import samples
+from dsvae.engine.build import build_model
+from dsvae.objective.schedules import beta_at
+from dsvae.reporting import Reporter, Speed, result_table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs what a command line asks for; the exit code."""
+    deepspeed_logger.setLevel(os.environ.get("DSVAE_DEEPSPEED_LOG", "WARNING").upper())
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        config = configuration.read(sys.argv[1:] if argv is None else argv)
+        raw = ds_config.load(config.ds_config)
+        world = distributed.start()
+        try:
+            run(config, raw, world)
+        finally:
+            distributed.stop()
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"dsvae: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def run(config: RunConfig, raw: dict[str, Any], world: World) -> None:
+    """A whole run on this rank.
+
+    Args:
+        raw: the DeepSpeed configuration as it was read.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    out = Path(config.output_dir)
+    reporter = Reporter(out, world.is_main)
+    lock: list[Any] = []  # held by rank 0 until the run leaves this function
+    world.on_main(lambda: lock.append(output.claim(out)))
+    start = world.on_main(lambda: output.find_start(config, reporter.say))
+    if not start.phases:
+        world.on_main(lambda: _say_finished(config, reporter))
+        return
+
+    # Data: rank 0 tokenizes, or finds it in the cache; every rank maps the result into memory.
+    source = world.on_main(lambda: _tokenizer_source(config, out))
+    path = world.on_main(
+        lambda: prepare(config.data, tokenizer=source, vocab_size=config.model.vocab_size, seed=config.seed)
+    )
+    data = load_prepared(path)
+    world.on_main(lambda: _write_down(config, raw, data, out, reporter, world))
+
+    weights_from = start.weights
+    first_step = start.checkpoint.step if start.checkpoint else 0
+    first_step += config.phase1.steps if start.phases[0] == 2 and config.phase != "2" else 0
+    reporter.open(first_step + 1)
+    metrics = None
+    for phase in start.phases:
+        resumed = start.checkpoint if start.checkpoint and start.checkpoint.phase == phase else None
+        model = build_model(config.model, data.tokenizer, weights_from, config.seed, world)
+        engine, batches = _engine(config, raw, phase, model, data, world, reporter)
+        if resumed:
+            checkpoint.load(engine.deepspeed, resumed, world, zero_stage=engine.zero_stage)
+            reporter.say(f"going on from {resumed.directory}")
+        train_phase(config, phase, engine, batches, data, world, reporter, resumed.step if resumed else 0)
+        if phase == 1:
+            weights_from = out / "phase1" / "model"
+            weights.export(engine.module, engine.frozen, world, weights_from, data.tokenizer.save_pretrained)
+        else:
+            metrics = finish(config, engine, data, world, reporter)
+        engine.close()
+    reporter.close(config, metrics)
+    world.on_main(lambda: _say_finished(config, reporter))
+
+
+def train_phase(
+    config: RunConfig,
+    phase: int,
+    engine: PhaseEngine,
+    batches: TrainingBatches,
+    data: Prepared,
+    world: World,
+    reporter: Reporter,
+    done: int,
+) -> None:
+    """The optimizer steps of one phase from step `done` on, with what is logged, evaluated and saved between them."""
+    settings = config.phase1 if phase == 1 else config.phase2
+    offset = config.phase1.steps if phase == 2 and config.phase != "2" else 0
+    held_back = data.splits["valid"].smallest_keys(config.eval.sentences)
+    speed = Speed()
+    reporter.start_phase(phase, settings.steps, done)
+    for index in range(done, settings.steps):
+        beta = beta_at(index, settings.steps, config.phase2.beta) if phase == 2 else 0.0
+        lr = engine.lr
+        step = batches.step(index)
+        sums = engine.train_step(index, step, beta)
+        speed.count(step.tokens)
+        reporter.advance()
+
+        done = index + 1
+        last = done == settings.steps
+        if done % config.log_every == 0 or last:
+            rec, kl = sums.means(world)
+            values = {
+                "loss": engine.loss(rec, kl, beta),
+                "rec": rec,
+                "kl": float(kl.sum()),
+                "beta": beta,
+                "lr": lr,
+                "grad_norm": engine.grad_norm,
+                "tokens_per_s": speed.read(),
+                "epoch": done / batches.steps_per_epoch,
+            }
+            reporter.scalars(offset + done, phase, values, kl.tolist())
+        if last or (config.eval_every and done % config.eval_every == 0):
+            found = evaluate(
+                engine.module, held_back, world, samples=config.eval.samples, token_budget=config.eval.batch_tokens
+            )
+            reporter.evaluation(offset + done, phase, "valid", found)
+            reporter.say(
+                f"step {offset + done}: valid rec {found['rec']:.2f} kl {found['kl']:.2f} mi {found['mi']:.2f} "
+                f"au {found['au']} rec_shuffled {found['rec_shuffled']:.2f}"
+            )
+            pairs, prior = samples(
+                engine.module, held_back, data.tokenizer, world, config.eval.shown, config.data.max_tokens
+            )
+            reporter.text(offset + done, pairs, prior)
+            speed.read()  # evaluation is not training time
+        if last or (config.checkpoint_every and done % config.checkpoint_every == 0):
+            checkpoint.save(
+                engine.deepspeed,
+                world,
+                Path(config.output_dir) / "checkpoints",
+                phase=phase,
+                step=done,
+                meta={"world_size": world.size, "zero_stage": engine.zero_stage},
+                keep=config.keep_checkpoints,
+            )
+            speed.read()
+    reporter.end_phase()
+
+
+def finish(
+    config: RunConfig, engine: PhaseEngine, data: Prepared, world: World, reporter: Reporter
+) -> dict[str, Any]:
+    """The final evaluation on all test sentences, and the export; metrics.json comes last and says that all is there."""
+    out = Path(config.output_dir)
+    metrics = evaluate(
+        engine.module, data.splits["test"], world, samples=config.eval.samples, token_budget=config.eval.batch_tokens
+    )
+    metrics["precision"] = engine.precision
+    steps = config.phase2.steps + (config.phase1.steps if config.phase != "2" else 0)
+    reporter.evaluation(steps, 2, "test", metrics)
+    pairs, prior = samples(
+        engine.module, data.splits["test"], data.tokenizer, world, config.eval.shown, config.data.max_tokens
+    )
+
+    def extras(directory: Path) -> None:
+        data.tokenizer.save_pretrained(directory)
+        write_card(directory / "README.md", config, metrics, pairs, prior)
+
+    weights.export(engine.module, engine.frozen, world, out / "model", extras)
+    world.on_main(lambda: write_json(out / "metrics.json", {"test": metrics}))
+    return metrics
+
+
+def _engine(
+    config: RunConfig,
+    raw: dict[str, Any],
+    phase: int,
+    model: Any,
+    data: Prepared,
+    world: World,
+    reporter: Reporter,
+) -> tuple[PhaseEngine, TrainingBatches]:
+    """The engine of a phase and its batches, agreed on how a step is cut."""
+    settings = config.phase1 if phase == 1 else config.phase2
+    train = data.splits["train"]
+    given = raw.get("gradient_accumulation_steps", "auto")
+    most = most_micro_batches(train.lengths, config.data.batch_size, world.size, config.data.micro_batch_tokens)
+    accelerator = get_accelerator()
+    resolved = ds_config.resolve(
+        raw,
+        phase=settings,
+        precision=config.precision,
+        batch_size=config.data.batch_size,
+        micro_batches=most,
+        world_size=world.size,
+        bf16_supported=accelerator.is_bf16_supported(),
+        fp16_supported=accelerator.is_fp16_supported(),
+    )
+    batches = TrainingBatches(
+        train,
+        batch_size=config.data.batch_size,
+        token_budget=config.data.micro_batch_tokens,
+        micro_batches=None if given == "auto" else given,
+        latent_dim=model.config.latent_dim,
+        deletion=settings.deletion,
+        seed=config.seed * 2 + phase - 1,  # each phase its own order and noise
+        rank=world.rank,
+        world_size=world.size,
+        pad_id=model.config.pad_token_id,
+    )
+    world.on_main(lambda: write_json(Path(config.output_dir) / f"ds_config.phase{phase}.json", resolved))
+    reporter.say(f"phase {phase}: ds_config as resolved\n{json.dumps(resolved, indent=2)}")
+    if ds_config.precision_of(resolved) == "fp16":
+        reporter.say("warning: T5 was trained in bf16 and overflows easily in fp16; prefer bf16 where the GPU has it")
+    engine = PhaseEngine(
+        model,
+        world,
+        settings,
+        resolved,
+        sample_latent=config.phase1.sample_latent if phase == 1 else True,
+        freeze=config.phase1.freeze_decoder if phase == 1 else False,
+        free_bits=config.phase2.free_bits if phase == 2 else 0.0,
+        free_bits_mode=config.phase2.free_bits_mode,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        seed=config.seed * 2 + phase - 1,
+    )
+    return engine, batches
+
+
+def _tokenizer_source(config: RunConfig, out: Path) -> str | None:
+    """Where the tokenizer comes from: the pretrained model; or, in a run that goes on, the one trained at its start."""
+    if config.model.name is not None:
+        return config.model.name
+    kept = out / "tokenizer"
+    return str(kept) if kept.is_dir() else None
+
+
+def _write_down(
+    config: RunConfig, raw: dict[str, Any], data: Prepared, out: Path, reporter: Reporter, world: World
+) -> None:
+    """Puts configuration and tokenizer into the output directory, and tells what the data is."""
+    write_json(out / "ds_config.json", raw)
+    if not (out / "tokenizer").is_dir():
+        data.tokenizer.save_pretrained(out / ".tokenizer.tmp")
+        (out / ".tokenizer.tmp").rename(out / "tokenizer")
+    config.ds_config = str(out / "ds_config.json")
+    write_text(out / "config.yaml", configuration.to_yaml(config))
+    reporter.say(f"{world.size} rank(s); data: {json.dumps(data.report, ensure_ascii=False)}")
+
+
+def _say_finished(config: RunConfig, reporter: Reporter) -> None:
+    """The results of a finished run and where everything lies."""
+    out = Path(config.output_dir)
+    if config.phase == "1":
+        reporter.say(f"phase 1 is finished: its weights are in {out / 'phase1' / 'model'}; go on with --phase 2")
+        return
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["test"]
+    reporter.say(
+        "\n".join(
+            (
+                result_table("test", metrics),
+                f"model       {out / 'model'}  (T5VAE.from_pretrained; its README.md is the model card)",
+                f"metrics     {out / 'metrics.json'}, {out / 'metrics.jsonl'}",
+                f"TensorBoard tensorboard --logdir {out / 'tensorboard'}",
+            )
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""Corpora: what is read from files, data sets and the grammar, what is held out, and every bad source in one line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dsvae.config import DataConfig
+from dsvae.data import corpora
+from dsvae.data.corpora import fingerprint, load_corpus
+from dsvae.data.grammar import generate
+from dsvae.errors import UserError
+
+LINES = [f"sentence number {number}" for number in range(200)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+def write(path, content: str | bytes):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def texts(data: DataConfig, split: str = "train", seed: int = 0) -> list[str]:
+    return load_corpus(data, seed).splits[split]["text"][:]
+
+
+def three(path, **options) -> DataConfig:
+    """The same file for all splits, so that nothing is held out."""
+    return DataConfig(train_file=path, valid_file=path, test_file=path, **options)
+
+
+def error_of(data: DataConfig, seed: int = 0) -> str:
+    with pytest.raises(UserError) as caught:
+        load_corpus(data, seed)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# What is read
+
+
+def test_text_lines_end_only_at_newlines(tmp_path):
+    content = "\ufeffone\r\n two \n\n \t\nth\u2028r\x0be\x85e\x0c!\rfour\nlast".encode()
+    corpus = load_corpus(three(write(tmp_path / "a.txt", content)), seed=0)
+    assert corpus.splits["train"]["text"][:] == ["one", "two", "th\u2028r\x0be\x85e\x0c!\rfour", "last"]
+    assert corpus.skipped_blank == {"train": 2, "valid": 2, "test": 2}
+    assert corpus.held_out == ()
+    assert corpus.splits["train"].column_names == ["text"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.text", "a", "A.TXT"])
+def test_text_suffixes(tmp_path, name):
+    assert texts(three(write(tmp_path / name, "x\ny\n"))) == ["x", "y"]
+
+
+def test_more_sentences_than_one_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "_WRITE_ROWS", 7)
+    assert texts(three(write(tmp_path / "a.txt", "\n".join(LINES)))) == LINES
+
+
+def test_jsonl(tmp_path):
+    lines = ['{"text": " a ", "n": 1}', "", '{"n": "x", "text": "2020-01-01"}', '{"text": ""}', '{"text": "b\\nc"}']
+    corpus = load_corpus(three(write(tmp_path / "a.jsonl", "\r\n".join(lines))), seed=0)
+    assert corpus.splits["train"]["text"][:] == ["a", "2020-01-01", "b\nc"]
+    assert corpus.skipped_blank["train"] == 1
+
+
+def test_json_array(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps([{"s": "a"}, {"s": "b"}], indent=2))
+    assert texts(three(path, text_column="s")) == ["a", "b"]
+
+
+def test_csv_and_tsv(tmp_path):
+    path = write(tmp_path / "a.csv", '\ufeffn,text\n1,NA\n2,"a, ""b""\nc"\n\n3,None\n4,12\n5,\n')
+    corpus = load_corpus(three(path), seed=0)
+    assert corpus.splits["train"]["text"][:] == ["NA", 'a, "b"\nc', "None", "12"]
+    assert corpus.skipped_blank["train"] == 2
+    assert texts(three(write(tmp_path / "a.tsv", "text\tn\na, b\t1\n"))) == ["a, b"]
+
+
+def test_parquet(tmp_path):
+    pq.write_table(pa.table({"n": [1, 2, 3], "s": ["a", " ", "b"]}), tmp_path / "a.parquet")
+    corpus = load_corpus(three(str(tmp_path / "a.parquet"), text_column="s"), seed=0)
+    assert corpus.splits["train"]["text"][:] == ["a", "b"]
+    assert corpus.skipped_blank["train"] == 1
+
+
+def test_builtin_is_the_grammar():
+    corpus = load_corpus(DataConfig(builtin_size=400, builtin_seed=9), seed=0)
+    assert {name: len(split) for name, split in corpus.splits.items()} == {"train": 360, "valid": 20, "test": 20}
+    every = sorted(text for split in corpus.splits.values() for text in split["text"])
+    assert every == sorted(item.text for item in generate(400, seed=9))
+    assert corpus.held_out == ("valid", "test")
+
+
+def local_dataset(tmp_path, **splits: list[str]) -> str:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, sentences in splits.items():
+        write(folder / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in sentences))
+    return str(folder)
+
+
+def test_data_set(tmp_path):
+    corpus = load_corpus(DataConfig(dataset=local_dataset(tmp_path, train=LINES, validation=[" v ", ""])), seed=0)
+    assert corpus.splits["valid"]["text"][:] == ["v"]
+    assert corpus.held_out == ("test",)
+    assert sorted([*corpus.splits["train"]["text"], *corpus.splits["test"]["text"]]) == sorted(LINES)
+    assert corpus.skipped_blank == {"train": 0, "valid": 1, "test": 0}
+
+
+# What is held out
+
+
+def test_held_out_is_disjoint_complete_and_seeded(tmp_path):
+    data = DataConfig(train_file=write(tmp_path / "a.txt", "\n".join(LINES)))
+    parts = {name: texts(data, name, seed=1) for name in corpora.SPLITS}
+    assert [len(parts[name]) for name in corpora.SPLITS] == [180, 10, 10]
+    assert sorted(itertools.chain(*parts.values())) == sorted(LINES)
+    assert parts["valid"] == texts(data, "valid", seed=1) != texts(data, "valid", seed=2)
+    assert parts["train"] == [line for line in LINES if line in set(parts["train"])]
+
+
+def test_only_the_missing_split_is_held_out(tmp_path):
+    data = DataConfig(train_file=write(tmp_path / "a.txt", "\n".join(LINES)), test_file=write(tmp_path / "t.txt", "t"))
+    corpus = load_corpus(data, seed=0)
+    assert {name: len(split) for name, split in corpus.splits.items()} == {"train": 190, "valid": 10, "test": 1}
+    assert corpus.held_out == ("valid",)
+    assert corpus.source == "a.txt, t.txt"
+
+
+def test_held_out_has_bounds(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", "a\nb\nc")
+    assert [len(split) for split in load_corpus(DataConfig(train_file=path), 0).splits.values()] == [1, 1, 1]
+    monkeypatch.setattr(corpora, "HELD_OUT_MOST", 3)
+    path = write(tmp_path / "b.txt", "\n".join(LINES))
+    assert len(load_corpus(DataConfig(train_file=path), 0).splits["valid"]) == 3
+
+
+def test_too_few_to_hold_out(tmp_path):
+    message = error_of(DataConfig(train_file=write(tmp_path / "a.txt", "a\nb\n")))
+    assert "a.txt has 2 sentences" in message
+    assert "at least 3" in message
+    assert "built-in" in error_of(DataConfig(builtin_size=2))
+    assert "built-in" in error_of(DataConfig(builtin_size=0))
+
+
+def test_the_corpus_keeps_its_files(tmp_path):
+    split = load_corpus(three(write(tmp_path / "a.txt", "x\ny")), seed=0).splits["train"]
+    assert split["text"][:] == ["x", "y"]
+    work = tmp_path / "work"
+    work.mkdir()
+    corpus = load_corpus(three(str(tmp_path / "a.txt")), seed=0, work_dir=work)
+    assert corpus.workspace is None
+    assert sorted(entry.name for entry in work.iterdir()) == ["test.arrow", "train.arrow", "valid.arrow"]
+
+
+# Bad sources
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"", ["a.txt", "empty"]),
+        ("a.txt", b" \n\r\n\t", ["a.txt", "only 3 blank"]),
+        ("a.txt", b"fine\nfine\nna\xefve\n", ["a.txt:3", "UTF-8", "0xef", "column 3"]),
+        ("a.txt", "x\n".encode("utf-16"), ["a.txt:1", "UTF-8"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ["a.jsonl:2", "UTF-8"]),
+        ("a.csv", b"text\na\n\xe9\n", ["a.csv:3", "UTF-8"]),
+        ("a.docx", b"PK", ["a.docx", ".txt", ".jsonl", ".parquet"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text: 3}\n', ["a.jsonl:2", "json"]),
+        ("a.jsonl", b'"a"\n', ["a.jsonl:1", "object", "str"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', ["a.jsonl:2", "text", "null"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', ["a.jsonl:2", "text", "int"]),
+        ("a.jsonl", b'{"texts": "a", "id": 1}\n', ["a.jsonl:1", "'texts', 'id'", "--text_column texts"]),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', ["a.jsonl:1", "surrogate"]),
+        ("a.json", b'[{"text": "a"}, {"text": []}]', ["a.json, record 2", "list"]),
+        ("a.json", b'[{"text": "a"},', ["a.json", "json"]),
+        ("a.csv", b"text,n\nhello, world,1\n", ["a.csv:2", "3 fields", "header has 2"]),
+        ("a.csv", b"n,text\n1,a\n2\n", ["a.csv:3", "1 fields"]),
+        ("a.csv", b'n,text\n1,"a\n2,b\n', ["a.csv", "csv"]),
+        ("a.csv", b"sentence,n\na,1\n", ["a.csv", "'sentence', 'n'", "--text_column"]),
+        ("a.csv", b"text,n\n", ["a.csv", "no sentences"]),
+        ("a.parquet", b"no parquet", ["a.parquet", "parquet"]),
+    ],
+)
+def test_bad_file(tmp_path, name, content, said):
+    write(tmp_path / "good.txt", "\n".join(LINES))
+    bad = write(tmp_path / name, content)
+    for data in (DataConfig(train_file=bad), DataConfig(train_file=str(tmp_path / "good.txt"), test_file=bad)):
+        message = error_of(data)
+        assert all(part in message for part in said), message
+
+
+def test_bad_parquet_values(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["a", None]}), path)
+    assert f"{path}, row 2" in error_of(three(path))
+    pq.write_table(pa.table({"text": [1, 2]}), path)
+    assert "row 1" in error_of(three(path))
+    pq.write_table(pa.table({"texts": ["a"]}), path)
+    assert "--text_column texts" in error_of(three(path))
+
+
+def test_paths_that_are_no_files(tmp_path):
+    write(tmp_path / "train.txt", "a\n")
+    message = error_of(DataConfig(train_file=str(tmp_path / "trian.txt")))
+    assert "no such file" in message
+    assert "train.txt?" in message
+    assert "directory" in error_of(DataConfig(train_file=str(tmp_path)))
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "regular file" in error_of(DataConfig(train_file=str(tmp_path / "pipe.txt")))
+
+
+def test_contradictions(tmp_path):
+    path = write(tmp_path / "a.txt", "a\n")
+    assert "--dataset and --valid_file" in error_of(DataConfig(dataset="x", valid_file=path))
+    assert "without --train_file" in error_of(DataConfig(test_file=path))
+
+
+def test_bad_data_sets(tmp_path):
+    assert "no/such-set" in error_of(DataConfig(dataset="no/such-set"))
+    name = local_dataset(tmp_path, train=LINES)
+    assert "'text'" in error_of(DataConfig(dataset=name, text_column="sentence"))
+    assert "nonsense" in error_of(DataConfig(dataset=f"{name}:nonsense"))
+
+
+def test_data_set_without_train(tmp_path):
+    assert "no split train, only test" in error_of(DataConfig(dataset=local_dataset(tmp_path, test=LINES)))
+
+
+# What tells sources apart
+
+
+def test_fingerprint(tmp_path):
+    path = write(tmp_path / "a.txt", "\n".join(LINES))
+    base = fingerprint(DataConfig(train_file=path), seed=0)
+    json.dumps(base)
+    (tmp_path / "elsewhere").mkdir()
+    assert fingerprint(DataConfig(train_file=write(tmp_path / "elsewhere" / "a.txt", "\n".join(LINES))), 0) == base
+    assert fingerprint(DataConfig(train_file=path), seed=1) != base
+    assert fingerprint(DataConfig(train_file=path, text_column="unused"), seed=0) == base
+    assert fingerprint(DataConfig(train_file=path, valid_file=path), seed=0) != base
+    assert fingerprint(three(path), seed=0) == fingerprint(three(path), seed=1)
+    write(tmp_path / "a.txt", "\n".join(reversed(LINES)))
+    assert fingerprint(DataConfig(train_file=path), seed=0) != base
+    builtin = fingerprint(DataConfig(), seed=0)
+    assert builtin == fingerprint(DataConfig(max_tokens=3), seed=0)
+    assert builtin != fingerprint(DataConfig(builtin_size=30), seed=0)
+    assert builtin != fingerprint(DataConfig(builtin_seed=1), seed=0)
+
+
+def test_fingerprint_of_a_data_set(tmp_path):
+    name = local_dataset(tmp_path, train=LINES, valid=["v"], test=["t"])
+    base = fingerprint(DataConfig(dataset=name), seed=0)
+    assert base == fingerprint(DataConfig(dataset=name), seed=1)
+    write(tmp_path / "set" / "test.jsonl", '{"text": "other, and longer"}\n')
+    assert base != fingerprint(DataConfig(dataset=name), seed=0)
+
+
+def test_held_out_sizes_follow_the_rule():
+    for total in (3, 19, 40, 59, 60, 99):
+        splits = {"train": datasets.Dataset.from_dict({"text": [str(number) for number in range(total)]})}
+        corpora._hold_out(splits, ("valid", "test"), 0, "here")
+        assert len(splits["valid"]) == len(splits["test"]) == max(1, int(np.floor(total * 5 / 100)))
+        assert len({*splits["train"]["text"], *splits["valid"]["text"], *splits["test"]["text"]}) == total

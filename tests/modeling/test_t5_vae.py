@@ -1,0 +1,274 @@
+"""The model against transformers' own T5 and against arithmetic written out here."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_t5, make_vae
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+
+from dsvae import T5VAE
+
+CLOSE = {"atol": 2e-4, "rtol": 1e-4}
+
+
+def lengths_of(mask):
+    return mask.sum(1).tolist()
+
+
+# Invariant 1: a batch of B equals B batches of one
+
+
+def test_a_batch_equals_batches_of_one(kind, injection, pooling, batch):
+    model = make_vae(kind, injection=injection, pooling=pooling)
+    ids, mask, labels = batch
+    together = model(ids, mask, labels=labels)
+    for row, length in enumerate(lengths_of(mask)):
+        alone = model(ids[row : row + 1, :length], labels=labels[row : row + 1, :length])
+        torch.testing.assert_close(together.posterior.mean[row], alone.posterior.mean[0], **CLOSE)
+        torch.testing.assert_close(together.posterior.logvar[row], alone.posterior.logvar[0], **CLOSE)
+        torch.testing.assert_close(together.logits[row, :length], alone.logits[0], **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}])
+def test_generation_of_a_batch_equals_generation_of_each(kind, injection, batch, options):
+    model = make_vae(kind, injection=injection)
+    ids, mask, _ = batch
+    together = model.generate(ids, mask, max_new_tokens=8, **options)
+    for row, length in enumerate(lengths_of(mask)):
+        alone = model.generate(ids[row : row + 1, :length], max_new_tokens=8, **options)[0]
+        assert together[row, : len(alone)].tolist() == alone.tolist()
+        assert set(together[row, len(alone) :].tolist()) <= {0, 1}  # transformers pads beams with EOS where pad is 0
+
+
+# Invariant 2: padding, causality, cache
+
+
+def test_more_padding_changes_nothing(kind, injection, pooling, batch):
+    model = make_vae(kind, injection=injection, pooling=pooling)
+    ids, mask, labels = batch
+    plain = model(ids, mask, labels=labels)
+    padded = model(F.pad(ids, (0, 7)), F.pad(mask, (0, 7)), labels=F.pad(labels, (0, 5), value=-100))
+    torch.testing.assert_close(plain.posterior.mean, padded.posterior.mean, **CLOSE)
+    torch.testing.assert_close(plain.logits, padded.logits[:, :9], **CLOSE)
+
+
+def test_padding_has_no_influence_whatever_its_tokens(pooling, batch):
+    """The paper's code pools over pad positions."""
+    model = make_vae(pooling=pooling)
+    ids, mask, _ = batch
+    other = torch.where(mask.bool(), ids, torch.full_like(ids, 17))
+    assert torch.equal(model.encode(ids, mask).mean, model.encode(other, mask).mean)
+
+
+def test_a_later_token_changes_no_earlier_logit(kind, injection):
+    model = make_vae(kind, injection=injection)
+    z = torch.randn(2, 6)
+    tokens = torch.randint(3, 60, (2, 8))
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 7) % 50 + 3
+    a = model(latent=z, decoder_input_ids=tokens).logits
+    b = model(latent=z, decoder_input_ids=changed).logits
+    torch.testing.assert_close(a[:, :5], b[:, :5], atol=0, rtol=0)
+    assert not torch.allclose(a[:, 5], b[:, 5], atol=1e-3)
+
+
+def test_cached_decoding_equals_uncached(kind, injection):
+    model = make_vae(kind, injection=injection)
+    z, tokens = torch.randn(3, 6), torch.randint(3, 60, (3, 7))
+    whole = model(latent=z, decoder_input_ids=tokens).logits
+    cache, steps = None, []
+    for i in range(tokens.shape[1]):
+        out = model(latent=z, decoder_input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        steps.append(out.logits)
+    torch.testing.assert_close(whole, torch.cat(steps, dim=1), **CLOSE)
+
+
+def test_sampling_is_repeatable_and_needs_no_sentence(injection):
+    model = make_vae(injection=injection)
+    z = torch.randn(4, 6)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        draws.append(model.generate(latent=z, do_sample=True, max_new_tokens=6))
+    assert torch.equal(*draws)
+    assert draws[0].shape[0] == 4
+
+
+# z
+
+
+def test_z_is_the_only_way_to_the_decoder(kind, injection, batch):
+    """Same z, another sentence: same logits. Another z, same sentence: other logits."""
+    model = make_vae(kind, injection=injection)
+    ids, mask, labels = batch
+    z = torch.randn(5, 6)
+    with_ids = model(ids, mask, labels=labels, latent=z).logits
+    without = model(labels=labels, latent=z).logits
+    assert torch.equal(with_ids, without)
+    assert (model(labels=labels, latent=z + 1).logits - without).abs().max() > 1e-2
+
+
+def test_every_example_gets_its_own_z_in_every_layer():
+    """At batch 128 the paper's reshape left 6 of 768 (layer, example) slots with their own z."""
+    model = make_vae(injection="memory", memory_slots=2)
+    z = torch.randn(128, 6)
+    _, kwargs = model.injection(z, torch.zeros(128, 1, 32))
+    memory = kwargs["latent_memory"]
+    layers, heads, d_kv = 3, 4, 12
+    assert memory.shape == (128, layers, 2, 2, heads, d_kv)
+    projection = model.injection.projection
+    for example in (0, 1, 77, 127):
+        expected = (projection.weight @ z[example] + projection.bias).view(layers, 2, 2, heads, d_kv)
+        torch.testing.assert_close(memory[example], expected, **CLOSE)
+
+
+def test_memory_attention_against_arithmetic():
+    """One decoder layer's attention with slots, written out head by head and query by query."""
+    model = make_vae(injection="memory", memory_slots=2)
+    z, tokens = torch.randn(2, 6), torch.randint(3, 60, (2, 5))
+    captured = {}
+    attention = model.decoder.block[1].layer[0].SelfAttention
+    attention.register_forward_hook(
+        lambda module, args, kwargs, out: captured.update(hidden=args[0], bias=kwargs["position_bias"], out=out[0]),
+        with_kwargs=True,
+    )
+    model(latent=z, decoder_input_ids=tokens)
+    memory = model.injection(z, torch.zeros(2, 1, 32))[1]["latent_memory"]
+    for b in range(2):
+        q, k, v = (getattr(attention, n)(captured["hidden"][b]).view(5, 4, 12) for n in "qkv")
+        heads = torch.zeros(5, 4, 12)
+        for head in range(4):
+            for i in range(5):
+                scores = [q[i, head] @ memory[b, 1, 0, m, head] for m in range(2)]
+                scores += [q[i, head] @ k[j, head] + captured["bias"][0, head, i, j] for j in range(i + 1)]
+                values = [memory[b, 1, 1, m, head] for m in range(2)] + [v[j, head] for j in range(i + 1)]
+                weights = torch.stack(scores).softmax(0)
+                heads[i, head] = sum(w * value for w, value in zip(weights, values, strict=True))
+        torch.testing.assert_close(captured["out"][b], attention.o(heads.view(5, 48)), **CLOSE)
+
+
+def test_the_projection_has_the_size_of_d_kv_not_of_d_model_over_heads():
+    model = make_vae(injection="memory", memory_slots=1)
+    assert model.injection.projection.out_features == 3 * 2 * 4 * 12  # not 3 * 2 * 32
+
+
+# Invariant 3: gradient checkpointing
+
+
+@pytest.mark.parametrize("kind_", ["t5 v1.1", "umt5"])
+def test_gradient_checkpointing_changes_nothing(kind_, injection, batch):
+    ids, mask, labels = batch
+    noise = torch.randn(5, 6)
+    results = []
+    for checkpointing in (False, True):
+        model = make_vae(kind_, injection=injection).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        out = model(ids, mask, labels=labels, noise=noise)
+        loss = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()) + out.posterior.kl().sum()
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], atol=1e-6, rtol=1e-4, msg=name)
+    latent_path = [n for n in results[0][1] if n.startswith(("posterior.", "injection."))]
+    assert latent_path
+    assert all(results[0][1][n].abs().max() > 0 for n in latent_path)
+
+
+# Invariant 7: a loaded T5 computes what transformers' T5 computes
+
+
+def test_encoder_states_are_those_of_transformers(t5_dir, batch):
+    ids, mask, _ = batch
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(t5_dir).eval()
+    ours = T5VAE.from_t5(str(t5_dir), latent_dim=6).eval()
+    expected = theirs.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    found = ours.encoder(inputs_embeds=ours.shared(ids), attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **CLOSE)
+
+
+def test_decoder_logits_are_those_of_transformers_without_cross_attention(t5_dir, batch):
+    """With cross-attention that outputs zero on their side, and z that adds zero on ours."""
+    ids, mask, labels = batch
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(t5_dir).eval()
+    for block in theirs.decoder.block:
+        block.layer[1].EncDecAttention.o.weight.data.zero_()
+    ours = T5VAE.from_t5(str(t5_dir), latent_dim=6, injection="embedding").eval()
+    ours.injection.projection.bias.data.zero_()
+    expected = theirs(input_ids=ids, attention_mask=mask, labels=labels).logits
+    found = ours(labels=labels, latent=torch.zeros(5, 6)).logits
+    assert expected.std() > 1
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_an_untied_head_stays_untied(t5_v11_dir, tmp_path):
+    """transformers' configuration says tied for every T5; building from it and loading a state dict ties silently."""
+    ours = T5VAE.from_t5(str(t5_v11_dir), latent_dim=6)
+    assert not ours.config.tie_word_embeddings
+    ours.save_pretrained(tmp_path)
+    again = T5VAE.from_pretrained(tmp_path)
+    assert not torch.equal(again.lm_head.weight, again.shared.weight)
+    assert torch.equal(again.lm_head.weight, ours.lm_head.weight)
+
+
+def test_nothing_is_kept_that_nothing_reads(kind, injection, batch):
+    """No cross-attention, and every parameter gets a gradient."""
+    model = make_vae(kind, injection=injection, pooling="attention").train()
+    ids, mask, labels = batch
+    out = model(ids, mask, labels=labels, noise=torch.randn(5, 6))
+    (F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()) + out.posterior.kl().sum()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+    assert not [n for n, _ in model.named_parameters() if "EncDec" in n or "embed_tokens" in n]
+
+
+def test_save_and_load(kind, injection, pooling, batch, tmp_path):
+    model = make_vae(kind, injection=injection, pooling=pooling)
+    model.save_pretrained(tmp_path)
+    ids, mask, labels = batch
+    for again in (T5VAE.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert type(again) is T5VAE
+        config = AutoConfig.from_pretrained(tmp_path)
+        for field in ("latent_dim", "pooling", "injection", "memory_slots", "tie_word_embeddings", "decoder_start_token_id"):
+            assert getattr(config, field) == getattr(model.config, field), field
+        assert config.t5.model_type == model.config.t5.model_type
+        assert torch.equal(again.eval()(ids, mask, labels=labels).logits, model(ids, mask, labels=labels).logits)
+
+
+def test_the_posterior_is_float32_in_bfloat16(batch):
+    model = make_vae()
+    ids, mask, labels = batch
+    states = model.encoder(inputs_embeds=model.shared(ids), attention_mask=mask).last_hidden_state
+    half = copy.deepcopy(model).bfloat16()
+    q = half(ids, mask, labels=labels).posterior
+    assert q.mean.dtype == q.logvar.dtype == torch.float32
+    # Given the same states, the head computes in float32: its only error is that of its bfloat16 weights.
+    weight, bias = (t.bfloat16().float() for t in (model.posterior.head.weight, model.posterior.head.bias))
+    pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    torch.testing.assert_close(half.posterior(states, mask), pooled @ weight.T + bias, **CLOSE)
+
+
+def test_dropout_rate_can_be_set_on_a_pretrained_t5(t5_v11_dir):
+    model = T5VAE.from_t5(str(t5_v11_dir), dropout_rate=0.37, latent_dim=6)
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.37}
+
+
+def test_a_directory_without_weights_is_an_error(tmp_path):
+    make_t5("t5 v1.0", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="no file named"):
+        T5VAE.from_t5(str(tmp_path))
+
+
+def test_missing_weights_are_an_error(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make_t5("t5 v1.0", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["encoder.block.0.layer.0.SelfAttention.q.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks weights"):
+        T5VAE.from_t5(str(tmp_path))
