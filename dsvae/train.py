@@ -18,6 +18,7 @@ from typing import Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
 
+import numpy as np
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from transformers.utils import logging as transformers_logging
@@ -81,9 +82,8 @@ def run(config: RunConfig, raw: dict[str, Any], world: World) -> None:
 
     # Data: rank 0 tokenizes, or finds it in the cache; every rank maps the result into memory.
     source = world.on_main(lambda: _tokenizer_source(config, out))
-    path = world.on_main(
-        lambda: prepare(config.data, tokenizer=source, vocab_size=config.model.vocab_size, seed=config.seed)
-    )
+    vocab_size = None if source else config.model.vocab_size
+    path = world.on_main(lambda: prepare(config.data, tokenizer=source, vocab_size=vocab_size, seed=config.seed))
     data = load_prepared(path)
     world.on_main(lambda: _write_down(config, raw, data, out, reporter, world))
 
@@ -123,7 +123,8 @@ def train_phase(
     """The optimizer steps of one phase from step `done` on, with what is logged, evaluated and saved between them."""
     settings = config.phase1 if phase == 1 else config.phase2
     offset = config.phase1.steps if phase == 2 and config.phase != "2" else 0
-    held_back = data.splits["valid"].smallest_keys(config.eval.sentences)
+    valid = data.splits["valid"]
+    watched = valid.select(np.sort(np.argsort(valid.content_keys)[: config.eval.sentences]))  # any order of the file
     speed = Speed()
     reporter.start_phase(phase, settings.steps, done)
     for index in range(done, settings.steps):
@@ -151,7 +152,7 @@ def train_phase(
             reporter.scalars(offset + done, phase, values, kl.tolist())
         if last or (config.eval_every and done % config.eval_every == 0):
             found = evaluate(
-                engine.module, held_back, world, samples=config.eval.samples, token_budget=config.eval.batch_tokens
+                engine.module, watched, world, samples=config.eval.samples, token_budget=config.eval.batch_tokens
             )
             reporter.evaluation(offset + done, phase, "valid", found)
             reporter.say(
@@ -159,7 +160,7 @@ def train_phase(
                 f"au {found['au']} rec_shuffled {found['rec_shuffled']:.2f}"
             )
             pairs, prior = samples(
-                engine.module, held_back, data.tokenizer, world, config.eval.shown, config.data.max_tokens
+                engine.module, watched, data.tokenizer, world, config.eval.shown, config.data.max_tokens
             )
             reporter.text(offset + done, pairs, prior)
             speed.read()  # evaluation is not training time

@@ -76,7 +76,7 @@ def fingerprint(data: DataConfig, seed: int) -> dict[str, Any]:
     if data.dataset is not None:
         # `datasets` derives this from the builder, its configuration and the revision of the repository.
         content = {name: part._fingerprint for name, part in _load_hub(data.dataset).items()}
-        identity = {"dataset": data.dataset, "splits": content, "column": data.text_column}
+        identity: dict[str, Any] = {"dataset": data.dataset, "splits": content, "column": data.text_column}
         cut = _held_out_names(content)
     elif data.train_file is not None:
         files = {split: file for split, file in _files(data).items() if file is not None}
@@ -160,9 +160,7 @@ def _readers(data: DataConfig) -> dict[str, tuple[Iterator[str], str]]:
         found = {split: next((name for name in names if name in parts), None) for split, names in _HUB_NAMES.items()}
         if found["train"] is None:
             raise UserError(f"data set {data.dataset} has no split train, only {', '.join(parts)}: choose another one")
-        named = {
-            split: (parts[name], f"data set {data.dataset}, split {name}") for split, name in found.items() if name
-        }
+        named = {split: (parts[name], f"data set {data.dataset}, split {name}") for split, name in found.items() if name}
         return {split: (_read_dataset(part, data.text_column, at), at) for split, (part, at) in named.items()}
     if data.train_file is None:
         drawn = grammar.draw(data.builtin_size, data.builtin_seed)

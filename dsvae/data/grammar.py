@@ -163,9 +163,7 @@ def generate(size: int, seed: int) -> list[Sentence]:
     return list(draw(size, seed))
 
 
-def write_corpus(
-    path: str | os.PathLike[str], size: int, seed: int, factors_path: str | os.PathLike[str] | None = None
-) -> None:
+def write_corpus(path: str | os.PathLike[str], size: int, seed: int, factors_path: str | os.PathLike[str] | None = None) -> None:
     """Write `size` sentences, one a line, and optionally their factors: value indices under the factors' names (csv).
 
     Row i of the csv belongs to line i. Each file is written whole or not at all. Raises UserError where it cannot be.

@@ -92,6 +92,10 @@ class TokenizedSplit:
             rows.append(self._values[chunk][offsets[row] : offsets[row + 1]].astype(np.int64))
         return rows
 
+    def select(self, indices: Sequence[int] | np.ndarray) -> TokenizedSplit:
+        """The sentences `indices` as a split of their own, held in memory."""
+        return TokenizedSplit(self.dataset.select(indices).flatten_indices(keep_in_memory=True))
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """(N,) int32: tokens of each sentence, EOS included."""
@@ -255,9 +259,7 @@ def load_prepared(path: str | os.PathLike[str]) -> Prepared:
         splits = {name: TokenizedSplit(datasets.load_from_disk(str(path / name))) for name in SPLITS}
         report = json.loads((path / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(
-            f"{path}: the cached corpus is damaged ({type(error).__name__}); delete this directory"
-        ) from error
+        raise UserError(f"{path}: the cached corpus is damaged ({type(error).__name__}); delete this directory") from error
     return Prepared(load_tokenizer(str(path / "tokenizer")), splits, report)
 
 
@@ -269,12 +271,11 @@ def _fill(
     work_dir.mkdir()
     corpus = load_corpus(data, seed, work_dir)
     if tokenizer is None:
+        assert vocab_size is not None  # `prepare` checked that one of the two is given
         tokenizer = train_tokenizer(_sample(corpus.splits["train"]), vocab_size)
     tokenizer.save_pretrained(directory / "tokenizer")
     report: dict[str, Any] = {"source": corpus.source, "vocab_size": len(tokenizer), "max_tokens": data.max_tokens}
-    report["splits"] = {
-        name: _tokenize(corpus, name, tokenizer, data.max_tokens, work_dir, directory / name) for name in SPLITS
-    }
+    report["splits"] = {name: _tokenize(corpus, name, tokenizer, data.max_tokens, work_dir, directory / name) for name in SPLITS}
     (directory / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(work_dir)
 
@@ -308,14 +309,12 @@ def _tokenize(
     }
 
 
-def _encode(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int, figures: Counter[str]
-) -> dict[str, list]:
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int, figures: Counter[str]) -> dict[str, list]:
     """The columns of one batch; adds to `figures`. A text of which the tokenizer leaves nothing counts as blank."""
     # EOS is added here, after the cut, and `split_special_tokens` reads a "</s>" in the text as text.
-    encoded = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
     eos, pad, unk = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id
     columns: dict[str, list] = {name: [] for name in _FEATURES}
     for text, ids in zip(texts, encoded, strict=True):
@@ -329,7 +328,7 @@ def _encode(
             ids = [unk if token in (eos, pad) else token for token in ids]
         if truncated:
             # Figures per word and per byte must count what the model saw.
-            text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         figures["unk"] += ids.count(unk)
         ids = [*ids, eos]
         columns["input_ids"].append(ids)
@@ -357,9 +356,7 @@ def _alphabet(sentences: list[str], vocab_size: int) -> list[str]:
     needed = int(np.searchsorted(covered, _COVERAGE * covered[-1])) + 1
     least = needed + len(_SPECIAL)
     if vocab_size < least:
-        raise UserError(
-            f"a vocabulary of {vocab_size} pieces cannot spell the training sentences: give {least} or more"
-        )
+        raise UserError(f"a vocabulary of {vocab_size} pieces cannot spell the training sentences: give {least} or more")
     return ranked[: max(needed, min(len(ranked), vocab_size // 2))]
 
 
@@ -368,7 +365,7 @@ def _piece_counts(tokenizer: Tokenizer, sentences: list[str]) -> Counter[str]:
     for start in range(0, len(sentences), _BATCH_ROWS):
         for encoding in tokenizer.encode_batch_fast(sentences[start : start + _BATCH_ROWS]):
             counts.update(encoding.ids)
-    return Counter({tokenizer.id_to_token(token): count for token, count in counts.items()})
+    return Counter({str(tokenizer.id_to_token(token)): count for token, count in counts.items()})
 
 
 def _unigram(pieces: list[str], counts: Counter[str]) -> Tokenizer:

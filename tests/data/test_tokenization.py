@@ -171,9 +171,7 @@ def test_prepared_split(tmp_path, trained):
     lines = ["the king", "a box of ünïcode", "the king", "  ", "an old red box is a box ! " * 20]
     trained_dir = tmp_path / "tok"
     trained.save_pretrained(trained_dir)
-    prepared = load_prepared(
-        prepare(config(tmp_path, lines, max_tokens=25), tokenizer=str(trained_dir), vocab_size=None, seed=0)
-    )
+    prepared = load_prepared(prepare(config(tmp_path, lines, max_tokens=25), tokenizer=str(trained_dir), vocab_size=None, seed=0))
     split = prepared.splits["train"]
     assert len(split) == 4
     expected = [trained(line.strip())["input_ids"] for line in lines if line.strip()]

@@ -201,7 +201,7 @@ def test_decoder_logits_are_those_of_transformers_without_cross_attention(t5_dir
     ours.injection.projection.bias.data.zero_()
     expected = theirs(input_ids=ids, attention_mask=mask, labels=labels).logits
     found = ours(labels=labels, latent=torch.zeros(5, 6)).logits
-    assert expected.std() > 1
+    assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
 
