@@ -67,8 +67,8 @@ class ModelConfig:
     """Z, the dimensions of z."""
     pooling: Literal["mean", "max", "first", "attention"] = "mean"
     """How the encoder's states become one vector."""
-    injection: Literal["memory", "embedding", "both"] = "memory"
-    """How z enters the decoder."""
+    injection: Literal["memory", "embedding", "both", "none"] = "memory"
+    """How z enters the decoder; none: a language model of the same decoder, without encoder and latent."""
     memory_slots: int = 1
     """Key/value slots a decoder layer, for injection by memory."""
     gradient_checkpointing: bool = False

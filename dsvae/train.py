@@ -18,6 +18,7 @@ from typing import Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
 
+import datasets
 import numpy as np
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     deepspeed_logger.setLevel(os.environ.get("DSVAE_DEEPSPEED_LOG", "WARNING").upper())
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         config = configuration.read(sys.argv[1:] if argv is None else argv)

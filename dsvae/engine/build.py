@@ -70,6 +70,8 @@ def _build(
         return T5VAE.from_t5(settings.name, dropout_rate=settings.dropout, **latent)
     if settings.dropout is not None:
         config.t5.dropout_rate = settings.dropout
+    if settings.injection == "none":
+        latent["latent_dim"] = 0
     if different := [name for name in LATENT_FIELDS if getattr(config, name) != latent[name]]:
         name = different[0]
         raise ValueError(f"its {name} is {getattr(config, name)}, not {latent[name]}: set --model.{name}")

@@ -39,6 +39,6 @@ def mutual_information(posterior: Gaussian, latent: Tensor, world: World) -> flo
 
 def active_units(posterior: Gaussian, threshold: float = ACTIVE_UNIT_VARIANCE) -> int:
     """Dimensions whose posterior mean varies over the sentences by more than `threshold` (sample variance)."""
-    if len(posterior.mean) < 2:
+    if posterior.mean.shape[0] < 2 or posterior.mean.shape[1] == 0:
         return 0
     return int((posterior.mean.double().var(dim=0) > threshold).sum())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import T5Config
 
-INJECTIONS = ("memory", "embedding", "both")
+INJECTIONS = ("memory", "embedding", "both", "none")
 
 
 class MemoryInjection(nn.Module):
@@ -44,6 +44,13 @@ class EmbeddingInjection(nn.Module):
         return embeddings + added.unsqueeze(1).to(embeddings.dtype), {}
 
 
+class NoInjection(nn.Module):
+    """Nothing enters: the decoder is a plain language model, the baseline to read a VAE's perplexity against."""
+
+    def forward(self, latent: Tensor, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return embeddings, {}
+
+
 class JointInjection(nn.Module):
     """Several injections of the same z, one after the other."""
 
@@ -67,4 +74,6 @@ def make_injection(kind: str, t5: T5Config, latent_dim: int, memory_slots: int) 
         return EmbeddingInjection(t5, latent_dim)
     if kind == "both":
         return JointInjection(MemoryInjection(t5, latent_dim, memory_slots), EmbeddingInjection(t5, latent_dim))
+    if kind == "none":
+        return NoInjection()
     raise ValueError(f"injection {kind!r} is not one of {', '.join(INJECTIONS)}")

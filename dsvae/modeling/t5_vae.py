@@ -40,7 +40,7 @@ class T5VAEConfig(PreTrainedConfig):
         t5: the configuration of the T5 (`model_type` t5, mt5 or umt5), as an object or a dict.
         latent_dim: Z, the dimensions of z.
         pooling: mean, max, first or attention.
-        injection: memory, embedding or both.
+        injection: memory, embedding or both; none: a language model without a latent (Z = 0, and no encoder).
         memory_slots: key/value slots a decoder layer, for injection by memory.
         tie_word_embeddings: whether the output projection is the input embedding (T5 v1.0) or its own matrix (v1.1, flan,
             mT5, umT5). None: what the T5's configuration implies. `T5VAE.from_t5` reads it off the weights.
@@ -69,6 +69,8 @@ class T5VAEConfig(PreTrainedConfig):
             # transformers sets `tie_word_embeddings` to True in every T5 configuration, whatever it was; for t5 what the
             # file said survives in `scale_decoder_outputs`, and the released mT5 and umT5 are all untied.
             self.tie_word_embeddings = self.t5.model_type == "t5" and self.t5.scale_decoder_outputs
+        if self.injection == "none":
+            self.latent_dim = 0
         kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
         kwargs.setdefault("eos_token_id", self.t5.eos_token_id)
         start = getattr(self.t5, "decoder_start_token_id", None)
@@ -137,14 +139,15 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         t5 = config.t5
         stack = STACKS[t5.model_type]
         self.shared = nn.Embedding(t5.vocab_size, t5.d_model)
-        self.encoder = stack(_stack_config(t5, is_decoder=False))
-        self.posterior = GaussianPosterior(t5.d_model, config.latent_dim, config.pooling)
+        if config.injection != "none":
+            self.encoder = stack(_stack_config(t5, is_decoder=False))
+            self.posterior = GaussianPosterior(t5.d_model, config.latent_dim, config.pooling)
+            del self.encoder.embed_tokens  # both stacks are fed embeddings from `shared`
         self.injection = make_injection(config.injection, t5, config.latent_dim, config.memory_slots)
         self.decoder = stack(_stack_config(t5, is_decoder=True))
         for block in self.decoder.block:
             del block.layer[1]  # cross-attention; the feed-forward stays `layer[-1]`, which is how the block calls it
-        for each in (self.encoder, self.decoder):
-            del each.embed_tokens  # both stacks are fed embeddings from `shared`
+        del self.decoder.embed_tokens
         self.lm_head = nn.Linear(t5.d_model, t5.vocab_size, bias=False)
         self.output_scale = _output_scale(t5)
         self.post_init()
@@ -214,6 +217,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         return Gaussian.from_parameters(self._posterior_parameters(input_ids, attention_mask))
 
     def _posterior_parameters(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if self.config.injection == "none":
+            return torch.zeros(len(input_ids), 0, device=input_ids.device)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         states = self.encoder(inputs_embeds=self.shared(input_ids), attention_mask=attention_mask).last_hidden_state
