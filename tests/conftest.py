@@ -103,3 +103,20 @@ def batch():
         ids[row, length - 1] = 1
     mask = (ids != 0).long()
     return ids, mask, ids.masked_fill(ids == 0, -100)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """One cache of tokenized corpora for all runs of the session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, cache_dir):
+    """A configuration file of a whole run in a few seconds."""
+    import yaml
+    from launch import TINY
+
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "cache_dir": str(cache_dir)}}))
+    return path

@@ -1,0 +1,230 @@
+"""From an epoch to micro-batches: nothing lost, nothing twice, and the same sentences and noise however a step is split."""
+
+import numpy as np
+import pytest
+import torch
+
+from dsvae.data.batches import TrainingBatches, cut_step, evaluation_batches, most_micro_batches, plan_epoch
+from dsvae.errors import UserError
+from dsvae.objective.elbo import IGNORE
+
+PAD, EOS = 0, 1
+WORLDS = (1, 2, 3, 5)
+
+
+class Sentences:
+    """As much of a TokenizedSplit as batches need; sentence i can be told by its tokens."""
+
+    def __init__(self, lengths):
+        self.lengths = np.asarray(lengths, dtype=np.int32)
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def rows(self, indices):
+        return [np.append(2 + (i * 31 + np.arange(self.lengths[i] - 1) * 7) % 997, EOS) for i in indices]
+
+
+def sentences(count, shortest=3, longest=20, seed=0):
+    return Sentences(np.random.default_rng(seed).integers(shortest, longest + 1, count))
+
+
+def batches(split, rank=0, world_size=1, **options):
+    defaults = {"batch_size": 16, "token_budget": 64, "latent_dim": 4, "deletion": 0.4, "seed": 3, "pad_id": PAD}
+    return TrainingBatches(split, rank=rank, world_size=world_size, **{**defaults, **options})
+
+
+def all_ranks(split, index, world_size, **options):
+    """Step `index` of every rank."""
+    return [batches(split, rank, world_size, **options).step(index) for rank in range(world_size)]
+
+
+def by_sentence(steps):
+    """sentence -> (noise, what the encoder sees) of one optimizer step of all ranks; a sentence that comes twice fails."""
+    found = {}
+    for step in steps:
+        for micro in step.micro_batches:
+            for row, index in enumerate(micro.indices.tolist()):
+                if micro.weight[row] == 1:
+                    assert index not in found
+                    seen = micro.input_ids[row][micro.attention_mask[row].bool()]
+                    found[index] = (tuple(micro.noise[row].tolist()), tuple(seen.tolist()))
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 17, 127, 1000])
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_an_epoch_has_every_sentence_once(count, batch_size):
+    plan = plan_epoch(sentences(count).lengths, batch_size, seed=1, epoch=2)
+    np.testing.assert_array_equal(np.sort(np.concatenate(plan)), np.arange(count))
+    sizes = [len(step) for step in plan]
+    assert 1 <= min(sizes) <= max(sizes) <= batch_size
+    assert min(sizes) >= max(sizes) - 1  # no small last step
+
+
+def test_steps_are_sorted_the_longest_first():
+    lengths = sentences(100).lengths
+    assert all((np.diff(lengths[step]) <= 0).all() for step in plan_epoch(lengths, 16, 0, 0))
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("options", [{}, {"token_budget": 20}, {"token_budget": 10_000}, {"micro_batches": 3}])
+def test_an_epoch_of_all_ranks_has_every_sentence_once(world_size, options):
+    split = sentences(53)
+    seen = []
+    for index in range(batches(split).steps_per_epoch):
+        seen += by_sentence(all_ranks(split, index, world_size, **options))
+    assert sorted(seen) == list(range(53))
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("options", [{}, {"token_budget": 20}, {"micro_batches": 3}, {"micro_batches": 1}])
+def test_sentences_noise_and_deletion_of_a_step_do_not_depend_on_the_split(world_size, options):
+    split = sentences(53)
+    for index in (0, 3, 6):  # 6: in the second epoch
+        one = by_sentence(all_ranks(split, index, 1, token_budget=10_000))
+        assert by_sentence(all_ranks(split, index, world_size, **options)) == one
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("budget", [20, 33, 64, 10_000])
+def test_ranks_keep_step_within_the_budget(world_size, budget):
+    split = sentences(97)
+    most = most_micro_batches(split.lengths, 16, world_size, budget)
+    for index in range(7):
+        steps = all_ranks(split, index, world_size, token_budget=budget)
+        counts = {len(step.micro_batches) for step in steps}
+        assert len(counts) == 1
+        assert counts.pop() <= most
+        for step in steps:
+            assert all(max(micro.labels.numel(), micro.input_ids.numel()) <= budget for micro in step.micro_batches)
+
+
+def test_the_budget_is_used():
+    """As many rows as fit: 12 sentences of 10 tokens on 2 ranks are 3 micro-batches of 2 at 29 tokens, 2 of 3 at 30."""
+    lengths = np.full(12, 10, dtype=np.int32)
+    assert [(s.start, s.stop) for s in cut_step(lengths, 2, 29)] == [(0, 4), (4, 8), (8, 12)]
+    assert [(s.start, s.stop) for s in cut_step(lengths, 2, 30)] == [(0, 6), (6, 12)]
+
+
+def test_a_given_number_of_micro_batches_cuts_into_equal_parts():
+    cut = cut_step(np.full(10, 7, dtype=np.int32), 1, 1, micro_batches=4)
+    assert sorted(s.stop - s.start for s in cut) == [2, 2, 3, 3]
+    assert len(cut_step(np.full(3, 7, dtype=np.int32), 1, 1, micro_batches=4)) == 3  # no empty ones
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_weights_sum_to_the_sentences_of_the_step(world_size):
+    split = sentences(7)
+    for index in range(2):
+        steps = all_ranks(split, index, world_size, batch_size=5)
+        expected = plan_epoch(split.lengths, 5, 3, 0)[index]
+        assert sum(float(micro.weight.sum()) for step in steps for micro in step.micro_batches) == len(expected)
+        assert {(step.sentences, step.tokens) for step in steps} == {(len(expected), split.lengths[expected].sum())}
+
+
+def test_a_rank_without_a_sentence_gets_a_filler_of_weight_0():
+    split = Sentences([4, 4, 4, 4, 4, 4, 4])
+    steps = all_ranks(split, 1, 5, batch_size=5)  # 7 sentences in 2 steps: at least one rank goes without
+    weights = [micro.weight.tolist() for step in steps for micro in step.micro_batches]
+    fillers = 5 - steps[0].sentences
+    assert fillers >= 1
+    assert sorted(weights) == [[0.0]] * fillers + [[1.0]] * steps[0].sentences
+    assert all((micro.labels != IGNORE).any() for step in steps for micro in step.micro_batches)  # it runs like any other
+
+
+def test_the_encoder_sees_noise_and_the_labels_are_clean():
+    split = sentences(64, shortest=10)
+    shorter = 0
+    for micro in batches(split, token_budget=10_000).step(0).micro_batches:
+        for row, clean in enumerate(split.rows(micro.indices)):
+            assert micro.labels[row][micro.labels[row] != IGNORE].tolist() == clean.tolist()
+            seen = micro.input_ids[row][micro.attention_mask[row].bool()].tolist()
+            rest = iter(clean.tolist())
+            assert all(token in rest for token in seen)  # a subsequence, in order
+            assert seen[-1] == EOS
+            shorter += len(seen) < len(clean)
+        assert (micro.input_ids[micro.attention_mask == 0] == PAD).all()
+        assert (micro.attention_mask.diff(dim=1) <= 0).all()  # padding is on the right
+    assert shorter >= 12  # of 16 sentences, none of which keeps its 9 or more tokens with a chance above 1%
+
+
+def test_without_deletion_encoder_and_labels_agree():
+    for micro in batches(sentences(40), deletion=0.0).step(1).micro_batches:
+        assert torch.equal(micro.input_ids.masked_fill(micro.attention_mask == 0, IGNORE), micro.labels)
+
+
+def test_noise_is_standard_normal_and_new_at_every_step():
+    split = sentences(64)
+    first, second = ({i: noise for i, (noise, _) in by_sentence([batches(split, latent_dim=64).step(s)]).items()} for s in (0, 4))
+    second_epoch = by_sentence([batches(split, latent_dim=64, batch_size=64).step(1)])
+    assert all(noise != second_epoch[i][0] for i, noise in first.items())
+    values = np.array([*first.values(), *second.values()])  # (32, 64)
+    assert abs(values.mean()) < 5 / np.sqrt(values.size)
+    assert abs(values.std() - 1) < 5 / np.sqrt(2 * values.size)
+    assert len(np.unique(values)) == values.size
+
+
+def test_epochs_have_orders_of_their_own_and_a_seed_repeats_them():
+    lengths = sentences(300).lengths
+    plans = [[step.tolist() for step in plan_epoch(lengths, 16, seed, epoch)] for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert plans[0] != plans[1]
+    assert plans[0] != plans[2]
+    assert sorted(map(sorted, plans[0])) != sorted(map(sorted, plans[1]))  # other company, not only another order of steps
+    assert [step.tolist() for step in plan_epoch(lengths, 16, 0, 0)] == plans[0]
+
+
+def test_any_step_may_be_asked_for_at_any_time():
+    split = sentences(50)
+    in_order = batches(split)
+    expected = [by_sentence([in_order.step(i)]) for i in range(12)]  # three epochs
+    other = batches(split)
+    for index in np.random.default_rng(0).permutation(12):
+        assert by_sentence([other.step(int(index))]) == expected[index]
+
+
+def test_training_does_not_follow_the_order_of_the_file():
+    """The paper's code does not shuffle. All sentences of one length, so sorting by it has no part in the order."""
+    order = np.concatenate(plan_epoch(np.full(4000, 9, dtype=np.int32), 16, 0, 0))
+    assert abs(np.corrcoef(order, np.arange(4000))[0, 1]) < 5 / np.sqrt(4000)
+
+
+def test_long_and_short_steps_come_in_random_order():
+    lengths = sentences(8192).lengths
+    means = [lengths[step].mean() for step in plan_epoch(lengths, 16, 0, 0)]
+    assert np.std(means) > 3  # steps do hold sentences of similar length
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 5 / np.sqrt(len(means))
+
+
+@pytest.mark.parametrize("count", [1280, 20_000])
+def test_padding_is_small_for_realistic_lengths(count):
+    lengths = sentences(count).lengths
+    padded = 0
+    for step in plan_epoch(lengths, 128, 0, 0):
+        for part in cut_step(lengths[step], 1, 8192):
+            padded += len(step[part]) * int(lengths[step][part].max())
+    assert 1 - lengths.sum() / padded < 0.10  # in random order: 42%
+
+
+@pytest.mark.parametrize("count", [1, 4, 53])
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_evaluation_takes_every_sentence_once(count, world_size):
+    lengths = sentences(count).lengths
+    ranks = [list(evaluation_batches(lengths, token_budget=40, rank=r, world_size=world_size)) for r in range(world_size)]
+    assert len({len(found) for found in ranks}) == 1
+    real = [int(i) for found in ranks for indices, weights in found for i, w in zip(indices, weights, strict=True) if w == 1]
+    assert sorted(real) == list(range(count))
+    for indices, weights in (batch for found in ranks for batch in found):
+        assert len(indices) >= 1
+        assert set(weights.tolist()) <= {0.0, 1.0}
+        assert len(indices) * lengths[indices].max() <= 40
+
+
+def test_more_ranks_than_sentences_is_an_error():
+    with pytest.raises(UserError, match="5 ranks for 4 training sentences"):
+        batches(sentences(4), world_size=5)
+
+
+def test_a_batch_smaller_than_the_ranks_is_an_error():
+    with pytest.raises(UserError, match=r"data\.batch_size 4 is less than the 5 ranks"):
+        batches(sentences(50), world_size=5, batch_size=4)

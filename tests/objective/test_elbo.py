@@ -1,0 +1,186 @@
+"""The loss against its formula: a loop for the reconstruction, autograd of the contract for the whole."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dsvae.objective.elbo import IGNORE, kl_gates, loss_share, reconstruction_nats, thresholded_kl
+
+EOS = 1
+MEAN_KL = torch.tensor([0.1, 0.5, 2.0])
+
+
+def sentences(width=7, vocab=11, seed=0):
+    """Logits (4, T, V) and labels of sentences of 5, 1, 7 and 3 tokens, EOS last, padded to `width`."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.full((4, width), IGNORE)
+    for row, length in enumerate((5, 1, 7, 3)):
+        labels[row, :length] = torch.randint(2, vocab, (length,), generator=rng)
+        labels[row, length - 1] = EOS
+    return 3 * torch.randn(4, width, vocab, generator=rng), labels
+
+
+def test_reconstruction_is_the_sum_over_the_tokens_eos_included():
+    logits, labels = sentences()
+    expected = []
+    for b in range(4):
+        nats = 0.0
+        for t in range(labels.shape[1]):
+            if labels[b, t] != IGNORE:
+                nats -= torch.log_softmax(logits[b, t].double(), 0)[labels[b, t]].item()
+        expected.append(nats)
+    torch.testing.assert_close(reconstruction_nats(logits, labels), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_eos_is_a_token_like_the_others():
+    logits, labels = sentences()
+    eos_nats = -torch.log_softmax(logits[1, 0], 0)[EOS]  # the sentence that is EOS alone
+    torch.testing.assert_close(reconstruction_nats(logits, labels)[1], eos_nats)
+
+
+def test_padding_changes_neither_the_reconstruction_nor_its_weight_against_the_kl():
+    """The paper's code averages over all positions, so there padding to twice the width doubles the effective beta."""
+    logits, labels = sentences()
+    wide_labels = F.pad(labels, (0, labels.shape[1]), value=IGNORE)
+    grads = []
+    for wide in (False, True):
+        x = logits.clone().requires_grad_()
+        kl = torch.ones(4, 3, requires_grad=True)
+        padding = torch.full_like(logits, 5.0)
+        rec = reconstruction_nats(torch.cat([x, padding], 1), wide_labels) if wide else reconstruction_nats(x, labels)
+        loss_share(rec, kl, torch.ones(4), 0.5, torch.ones(3), 4).backward()
+        grads.append((rec.detach(), x.grad, kl.grad))
+    for narrow, wide in zip(*grads, strict=True):
+        torch.testing.assert_close(narrow, wide)
+
+
+def test_pad_positions_have_no_gradient():
+    logits, labels = sentences()
+    logits.requires_grad_()
+    reconstruction_nats(logits, labels).sum().backward()
+    assert logits.grad[labels == IGNORE].abs().max() == 0
+    assert (logits.grad[labels != IGNORE].abs().amax(-1) > 0).all()
+
+
+def test_a_sentence_twice_as_long_costs_twice_the_nats():
+    logits, labels = sentences()
+    logits, labels = logits[2:3], labels[2:3]  # no padding in it
+    once = reconstruction_nats(logits, labels)
+    twice = reconstruction_nats(torch.cat([logits, logits], 1), torch.cat([labels, labels], 1))
+    torch.testing.assert_close(twice, 2 * once)
+
+
+def test_low_precision_logits_are_summed_in_float32():
+    logits, labels = sentences()
+    half = logits.bfloat16()
+    got = reconstruction_nats(half, labels)
+    exact = -torch.log_softmax(half.double(), -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), (exact * (labels != IGNORE)).sum(1), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "free_bits", "expected"),
+    [
+        ("dimension", 0.0, 2.6),
+        ("dimension", 0.5, 0.5 + 0.5 + 2.0),
+        ("dimension", 3.0, 9.0),
+        ("total", 0.0, 2.6),
+        ("total", 0.5, 2.6),
+        ("total", 3.0, 3.0),
+    ],
+)
+def test_threshold_by_hand(mode, free_bits, expected):
+    assert thresholded_kl(MEAN_KL, free_bits, mode).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "free_bits", "expected"),
+    [
+        ("dimension", 0.3, [0, 1, 1]),
+        ("dimension", 3.0, [0, 0, 0]),
+        ("total", 0.5, [1, 1, 1]),
+        ("total", 3.0, [0, 0, 0]),
+    ],
+)
+def test_gates_by_hand(mode, free_bits, expected):
+    assert kl_gates(MEAN_KL, free_bits, mode).tolist() == expected
+
+
+class Linear:
+    """rec (N,) and kl (N, Z) from two weight matrices, in float64, both positive as nats are."""
+
+    def __init__(self, count=13, features=4, dim=3):
+        rng = torch.Generator().manual_seed(4)
+        self.inputs = torch.randn(count, features, generator=rng, dtype=torch.float64)
+        self.for_rec = torch.randn(features, generator=rng, dtype=torch.float64).requires_grad_()
+        self.for_kl = torch.randn(features, dim, generator=rng, dtype=torch.float64).requires_grad_()
+
+    def __call__(self, rows):
+        return (self.inputs[rows] @ self.for_rec).exp(), (self.inputs[rows] @ self.for_kl).square()
+
+    def gradient(self, loss):
+        return torch.autograd.grad(loss, (self.for_rec, self.for_kl), allow_unused=True)
+
+    def contract(self, beta, free_bits, mode):
+        """(1/N) sum rec + beta * T(mean kl), with the maximum written out."""
+        rec, kl = self(slice(None))
+        mean = kl.mean(0)
+        floor = torch.tensor(free_bits, dtype=torch.float64)
+        threshold = torch.maximum(mean, floor).sum() if mode == "dimension" else torch.maximum(mean.sum(), floor)
+        return self.gradient(rec.mean() + beta * threshold)
+
+    def in_shares(self, beta, free_bits, mode, splits):
+        """The sum of the gradients of the shares; each split is (rows, weight)."""
+        count = len(self.inputs)
+        with torch.no_grad():
+            gates = kl_gates(self(slice(None))[1].mean(0), free_bits, mode)
+        total = [torch.zeros_like(self.for_rec), torch.zeros_like(self.for_kl)]
+        for rows, weight in splits:
+            rec, kl = self(rows)
+            for sum_, part in zip(total, self.gradient(loss_share(rec, kl, weight, beta, gates, count)), strict=True):
+                sum_ += 0 if part is None else part
+        return total
+
+
+def splits(seed, parts, fillers):
+    """13 sentences in random order, in `parts` uneven parts, some with a filler of weight 0 behind them."""
+    rng = torch.Generator().manual_seed(seed)
+    order = torch.randperm(13, generator=rng)
+    cuts = sorted((torch.randperm(12, generator=rng)[: parts - 1] + 1).tolist())
+    found = []
+    for part in torch.tensor_split(order, cuts):
+        extra = torch.randint(0, 13, (fillers,), generator=rng)
+        found.append((torch.cat([part, extra]), torch.cat([torch.ones(len(part)), torch.zeros(fillers)]).double()))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["dimension", "total"])
+@pytest.mark.parametrize("where", ["none", "below all", "between", "above all"])
+def test_shares_of_any_split_sum_to_the_gradient_of_the_contract(mode, where):
+    model = Linear()
+    mean = model(slice(None))[1].mean(0).detach()
+    middle = mean.sort().values[:2].mean().item()
+    free_bits = {"none": 0.0, "below all": 0.5 * mean.min().item(), "between": middle, "above all": 2 * mean.sum().item()}[where]
+    expected = model.contract(0.7, free_bits, mode)
+    gated = (expected[1].abs().amax(0) == 0).sum()  # dimensions without a gradient
+    assert gated == {"above all": 3, "between": 1 if mode == "dimension" else 0}.get(where, 0)
+    for seed, parts, fillers in ((0, 1, 0), (1, 2, 0), (2, 5, 2), (3, 13, 1)):
+        got = model.in_shares(0.7, free_bits, mode, splits(seed, parts, fillers))
+        for mine, reference in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+
+
+def test_a_filler_has_no_gradient():
+    rec, kl = torch.rand(3, requires_grad=True), torch.rand(3, 2, requires_grad=True)
+    loss_share(rec, kl, torch.tensor([1.0, 0.0, 1.0]), 0.5, torch.ones(2), 4).backward()
+    assert rec.grad.tolist() == [0.25, 0, 0.25]
+    assert kl.grad.tolist() == [[0.125, 0.125], [0, 0], [0.125, 0.125]]
+
+
+def test_beta_0_leaves_the_kl_without_a_gradient_even_where_it_is_infinite():
+    rec, kl = torch.rand(3, requires_grad=True), torch.full((3, 2), torch.inf)
+    loss = loss_share(rec, kl, torch.ones(3), 0.0, torch.ones(2), 3)
+    loss.backward()
+    assert loss.item() == pytest.approx(rec.mean().item())
+    torch.testing.assert_close(rec.grad, torch.full((3,), 1 / 3))

@@ -1,0 +1,315 @@
+"""The configuration: what a command line, a recipe and a file give, and what is refused."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+import dsvae
+from dsvae import config as configuration
+from dsvae.config import (
+    ALIASES,
+    RECIPES,
+    BetaConfig,
+    DataConfig,
+    RunConfig,
+    build,
+    check,
+    difference,
+    load_tree,
+    parse_flags,
+    read,
+    to_yaml,
+)
+from dsvae.errors import UserError
+
+DS = ["--ds_config", "ds_configs/zero2.json"]
+RECIPE_FILES = sorted(RECIPES.glob("*.yaml"))
+
+
+def leaves(tree, prefix=""):
+    """dotted name -> value; `model.t5`, a free mapping, is one leaf."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and prefix + name != "model.t5":
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def value_at(config, dotted):
+    for name in dotted.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def file_with(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
+    path = file_with(tmp_path, "data: {batch_size: 7, max_tokens: 9}\nphase2: {beta: {max: 0.25}}\n")
+    config = read([*DS, "--config", path, "--data.max_tokens", "11", "--phase2.beta.kind", "cyclic"])
+    assert (config.data.batch_size, config.data.max_tokens) == (7, 11)
+    assert config.phase2.beta == BetaConfig(kind="cyclic", max=0.25)
+    assert config.phase1 == RunConfig().phase1  # of the quickstart recipe nothing remains
+
+
+def test_without_config_it_is_the_quickstart(tmp_path):
+    assert read(DS) == read([*DS, "--config", "quickstart"])
+    assert read(DS) != read([*DS, "--config", file_with(tmp_path, "")])
+
+
+def test_output_dir_is_named_after_the_recipe_unless_given(tmp_path):
+    assert read([*DS, "--config", "yelp_cpu"]).output_dir == "runs/yelp_cpu"
+    assert read(DS).output_dir == "runs/quickstart"
+    assert read([*DS, "--output_dir", "here"]).output_dir == "here"
+    assert read([*DS, "--config", file_with(tmp_path, "output_dir: there")]).output_dir == "there"
+
+
+@pytest.mark.parametrize("alias", sorted(ALIASES))
+def test_an_alias_sets_its_field(alias):
+    value = {"injection": "both", "latent_dim": "5", "pooling": "max"}.get(alias, "xyz")
+    config = read([*DS, "--config", "park2021", f"--{alias}", value])
+    assert str(value_at(config, ALIASES[alias])) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--seed=4"], "seed", 4),
+        (["--phase1.freeze_decoder"], "phase1.freeze_decoder", True),
+        (["--phase1.freeze_decoder", "--seed", "1"], "phase1.freeze_decoder", True),
+        (["--phase1.sample_latent", "false"], "phase1.sample_latent", False),
+        (["--phase1.sample_latent=False"], "phase1.sample_latent", False),
+        (["--phase2.lr", "3e-4"], "phase2.lr", 3e-4),
+        (["--phase2.free-bits", "0.5"], "phase2.free_bits", 0.5),
+        (["--data.train_file", "my file.txt"], "data.train_file", "my file.txt"),
+        (["--data.train_file", "a=b'\"c.txt"], "data.train_file", "a=b'\"c.txt"),
+        (["--data.train_file=a=b.txt"], "data.train_file", "a=b.txt"),
+        (["--data.train_file=--odd.txt"], "data.train_file", "--odd.txt"),
+        (["--data.train_file", "-"], "data.train_file", "-"),
+        (["--data.train_file", "007"], "data.train_file", "007"),
+        (["--model.dropout", "none"], "model.dropout", None),
+        (["--model.dropout", "0.2"], "model.dropout", 0.2),
+        (["--phase1.adam_betas", "[0.8, 1e-1]"], "phase1.adam_betas", [0.8, 0.1]),
+        (["--model.t5", "{d_model: 8, feed_forward_proj: relu}"], "model.t5", {"d_model": 8, "feed_forward_proj": "relu"}),
+        (["--phase", "1"], "phase", "1"),
+        (["--local_rank=3", "--seed", "2"], "seed", 2),
+    ],
+)
+def test_flags(argv, name, value):
+    got = value_at(read([*DS, *argv]), name)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_a_negative_number_is_a_value_and_no_flag():
+    assert parse_flags(["--phase1.lr", "-1e-3", "--seed", "-1"]) == {"phase1.lr": "-1e-3", "seed": "-1"}
+    with pytest.raises(UserError, match=r"phase1\.lr must be positive"):
+        read([*DS, "--phase1.lr", "-1e-3"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--phase1.stepz", "3"], r"unknown flag --phase1.stepz; did you mean phase1\.steps\?"),
+        (["--free_bits", "3"], r"did you mean phase2\.free_bits\?"),
+        (["--latentdim", "3"], r"did you mean latent_dim\?"),
+        (["--model.t5.d_model", "3"], "unknown flag"),
+        (["--data", "3"], "unknown flag --data"),
+        (["--qqqqqqqq", "3"], "unknown flag --qqqqqqqq$"),
+        (["seed", "3"], "'seed' on the command line is not a flag"),
+        (["--seed", "1", "2"], "'2' on the command line is not a flag"),
+        (["--seed"], "--seed needs a value"),
+        (["--seed", "--phase", "1"], "--seed needs a value"),
+        (["--seed", "1", "--seed=2"], "--seed is given twice"),
+        (["--seed", "x"], "seed must be a whole number, not 'x'"),
+        (["--seed", "1.5"], "seed must be a whole number"),
+        (["--phase2.lr", "fast"], r"phase2\.lr must be a number, not 'fast'"),
+        (["--phase2.lr", "nan"], r"phase2\.lr must be a number"),
+        (["--phase2.lr", "inf"], r"phase2\.lr must be a number"),
+        (["--phase1.freeze_decoder", "maybe"], r"phase1\.freeze_decoder must be true or false"),
+        (["--pooling", "median"], r"model\.pooling is 'median', not one of mean, max, first, attention"),
+        (["--phase1.adam_betas", "0.9"], r"phase1\.adam_betas must be a list"),
+        (["--phase1.adam_betas", "[a, b]"], r"phase1\.adam_betas must be a number"),
+        (["--model.t5", "{d_model"], r"model\.t5 is not valid YAML"),
+        (["--config", "quickstrat"], "quickstrat: no such file, and not one of the recipes .*quickstart"),
+    ],
+)
+def test_bad_flags_are_named(argv, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read([*DS, *argv])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("phase1: {stepz: 3}", r"unknown field phase1\.stepz; did you mean phase1\.steps\?"),
+        ("steps: 3", r"unknown field steps; did you mean phase1\.steps\?"),
+        ("phase1: 3", "phase1 must hold fields"),
+        ("phase1:", "phase1 must hold fields"),
+        ("seed: two", "seed must be a whole number, not 'two'"),
+        ("seed: true", "seed must be a whole number"),
+        ("seed:", "seed must be a whole number"),
+        ("phase1: {freeze_decoder: 1}", r"phase1\.freeze_decoder must be true or false"),
+        ("phase1: {adam_betas: {a: 1}}", r"phase1\.adam_betas must be a list"),
+        ("model: {t5: [1]}", r"model\.t5 must be a dict"),
+        ("- 1\n- 2", "must hold a mapping"),
+        ("a: [1", "not valid YAML"),
+    ],
+)
+def test_faults_of_a_file_name_file_and_field(tmp_path, text, message):
+    path = file_with(tmp_path, text)
+    with pytest.raises(UserError, match=message) as caught:
+        read([*DS, "--config", path])
+    assert path in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"output_dir: \xff\xfe")
+    with pytest.raises(UserError, match="run.yaml: not valid YAML"):
+        read([*DS, "--config", str(tmp_path / "run.yaml")])
+
+
+def test_numbers_as_people_write_them_in_yaml(tmp_path):
+    """YAML 1.1 takes 1e-4 for a string."""
+    assert yaml.safe_load("1e-4") == "1e-4"
+    config = read([*DS, "--config", file_with(tmp_path, "phase1: {lr: 1e-4, steps: 20.0, adam_eps: 1E-6}\nphase2: {lr: 1}\n")])
+    assert (config.phase1.lr, config.phase1.steps, config.phase1.adam_eps, config.phase2.lr) == (1e-4, 20, 1e-6, 1.0)
+    assert isinstance(config.phase1.steps, int)
+    assert isinstance(config.phase2.lr, float)
+
+
+def test_config_yaml_gives_the_same_run_again(tmp_path):
+    argv = [
+        *DS, "--output_dir", "out: x", "--phase", "2", "--train_file", "a 'b' \"ü\".txt", "--phase2.lr", "1e-05",
+        "--phase1.adam_betas", "[0.5, 0.6]", "--phase1.freeze_decoder", "--model.dropout", "0.1", "--text_column", "no",
+    ]  # fmt: skip
+    config = read(argv)
+    again = read(["--config", file_with(tmp_path, to_yaml(config))])
+    assert again == config
+    assert again.phase == "2"
+    assert again.data.text_column == "no"
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_all_that_it_says_arrives(path):
+    config = read([*DS, "--config", path.stem])
+    said = dict(leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    assert said
+    for name, value in said.items():
+        assert value_at(config, name) == value, name
+    assert read([*DS, "--config", str(path)]) == config  # by its path, too
+
+
+def test_recipes_are_shipped():
+    assert {path.stem for path in RECIPE_FILES} >= {"quickstart", "park2021", "optimus"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ds_config": None}, "--ds_config is missing"),
+        ({"log_every": 0}, "log_every"),
+        ({"eval_every": -1}, "eval_every"),
+        ({"checkpoint_every": -1}, "checkpoint_every"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints"),
+        ({"data": {"batch_size": 0}}, r"data\.batch_size"),
+        ({"data": {"max_tokens": 1}}, r"data\.max_tokens"),
+        ({"data": {"max_tokens": 100, "micro_batch_tokens": 99}}, r"data\.micro_batch_tokens \(99\)"),
+        ({"model": {"latent_dim": 0}}, r"model\.latent_dim"),
+        ({"model": {"memory_slots": 0}}, r"model\.memory_slots"),
+        ({"model": {"dropout": 1.0}}, r"model\.dropout"),
+        ({"model": {"name": "t5-small", "t5": {"d_model": 3}}}, r"model\.name \(t5-small\) and model\.t5"),
+        ({"eval": {"samples": 0}}, r"eval\.samples"),
+        ({"eval": {"shown": -1}}, r"eval\.shown"),
+        ({"phase1": {"steps": 0}}, r"phase1\.steps"),
+        ({"phase2": {"lr": 0}}, r"phase2\.lr"),
+        ({"phase2": {"steps": 3, "warmup_steps": 4}}, r"phase2\.warmup_steps"),
+        ({"phase1": {"deletion": 1.0}}, r"phase1\.deletion"),
+        ({"phase1": {"adam_betas": [0.9]}}, r"phase1\.adam_betas"),
+        ({"phase1": {"adam_betas": [0.9, 1.0]}}, r"phase1\.adam_betas"),
+        ({"phase1": {"max_grad_norm": -1}}, "phase1: negative"),
+        ({"phase2": {"beta": {"max": -1}}}, r"phase2\.beta\.max"),
+        ({"phase2": {"free_bits": -1}}, r"phase2\.free_bits"),
+        ({"phase2": {"beta": {"zero": 0.6, "rise": 0.5}}}, r"phase2\.beta\.zero"),
+        ({"phase2": {"beta": {"cycles": 0}}}, r"phase2\.beta\.cycles"),
+    ],
+)
+def test_values_that_make_no_sense(change, message):
+    check(build({"ds_config": "x.json"}, where="test"))  # the rest is in order
+    with pytest.raises(UserError, match=message):
+        check(build({"ds_config": "x.json", **change}, where="test"))
+
+
+@pytest.mark.parametrize("zero", range(101))
+def test_shares_that_sum_to_1_in_decimals_are_allowed(zero):
+    beta = {"zero": zero / 100, "rise": (100 - zero) / 100}
+    check(build({"ds_config": "x.json", "phase2": {"beta": beta}}, where="test"))
+
+
+def test_a_resumed_run_may_change_what_says_nothing_about_learning():
+    old = RunConfig(ds_config="a.json")
+    new = RunConfig(
+        ds_config="b.json", output_dir="x", resume="y", phase="1", log_every=1, eval_every=1, checkpoint_every=1,
+        keep_checkpoints=1, data=DataConfig(cache_dir="z"),
+    )  # fmt: skip
+    assert difference(old, new) == []
+
+
+def test_difference_names_what_may_not_change():
+    old = build({"model": {"t5": {"d_model": 8}}}, where="old")
+    new = build({"seed": 1, "phase2": {"beta": {"max": 0.5}}, "model": {"t5": {"d_model": 16, "d_ff": 4}}}, where="new")
+    assert sorted(difference(old, new)) == [
+        "model.t5.d_ff: None -> 4",
+        "model.t5.d_model: 8 -> 16",
+        "phase2.beta.max: 1.0 -> 0.5",
+        "seed: 0 -> 1",
+    ]
+
+
+def test_every_field_has_a_docstring():
+    tree = ast.parse(inspect.getsource(configuration))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert {node.name for node in classes} >= {"RunConfig", "DataConfig", "ModelConfig", "PhaseConfig", "BetaConfig"}
+    for node in classes:
+        assert ast.get_docstring(node), node.name
+        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign):
+                text = following.value if isinstance(following, ast.Expr) else None
+                documented = isinstance(text, ast.Constant) and isinstance(text.value, str)
+                assert documented, f"{node.name}.{ast.unparse(statement.target)}"
+
+
+def test_every_field_is_read_somewhere():
+    """No option without an effect: each name is an attribute (or in a list of names) outside of config.py."""
+    used = set()
+    for path in Path(dsvae.__file__).parent.rglob("*.py"):
+        if path.name != "config.py":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Attribute):
+                    used.add(node.attr)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    used.add(node.value)
+    names = {name.rsplit(".", 1)[-1] for name in configuration.field_types()}
+    assert names - used == set()
+
+
+def test_defaults_are_not_shared_between_configurations():
+    first, second = RunConfig(), RunConfig()
+    first.phase1.adam_betas.append(1.0)
+    first.model.t5["d_model"] = 3
+    assert second == RunConfig()
+    assert all(dataclasses.is_dataclass(getattr(second, part)) for part in ("data", "model", "phase1", "phase2", "eval"))
+
+
+def test_loading_a_recipe_twice_gives_trees_of_their_own():
+    load_tree("quickstart")["model"]["latent_dim"] = -1
+    assert load_tree("quickstart")["model"]["latent_dim"] > 0
