@@ -10,9 +10,7 @@ from dsvae.config import RunConfig
 from dsvae.reporting import result_table
 
 
-def write_card(
-    path: Path, config: RunConfig, metrics: dict[str, Any], pairs: list[tuple[str, str]], prior: list[str]
-) -> None:
+def write_card(path: Path, config: RunConfig, metrics: dict[str, Any], pairs: list[tuple[str, str]], prior: list[str]) -> None:
     """Writes the model card (README.md with the hub's metadata) of a finished run.
 
     Args:

@@ -130,6 +130,7 @@ class Phase2Config(PhaseConfig):
     """Phase 2: everything trains, with the KL term."""
 
     beta: BetaConfig = field(default_factory=BetaConfig)
+    """Weight of the KL term."""
     free_bits: float = 0.0
     """KL threshold in nats; below it the KL has no gradient. 0: none."""
     free_bits_mode: Literal["dimension", "total"] = "dimension"
@@ -160,11 +161,11 @@ class RunConfig:
     """Where the run writes everything."""
     resume: str = "auto"
     """auto: go on from the newest complete checkpoint in output_dir, if any. never: a fresh run, refused where one lies.
-    DIR: go on from the newest complete checkpoint of that run directory."""
+    DIR: begin with the newest complete checkpoint of that run; once output_dir has a run of its own, as auto."""
     phase: Literal["all", "1", "2"] = "all"
     """Which phases to run. 2 alone starts from output_dir/phase1/model where that exists, else from the model itself."""
     seed: int = 0
-    """Of everything random: initialization, order of the sentences, deletion noise, z, dropout."""
+    """0 to 2^53. Of everything random: initialization, order of the sentences, deletion noise, z, dropout."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Fills `bf16.enabled`, `fp16.enabled` and `torch_autocast.enabled` where the ds_config says auto. auto: bf16."""
     log_every: int = 10
@@ -176,10 +177,15 @@ class RunConfig:
     keep_checkpoints: int = 2
     """The newest N complete checkpoints are kept."""
     data: DataConfig = field(default_factory=DataConfig)
+    """The sentences."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The T5 and its latent path."""
     phase1: Phase1Config = field(default_factory=Phase1Config)
+    """The autoencoder phase."""
     phase2: Phase2Config = field(default_factory=Phase2Config)
+    """The VAE phase."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    """What is measured."""
 
 
 ALIASES = {
@@ -213,7 +219,7 @@ def read(argv: Sequence[str]) -> RunConfig:
     source = given.pop("config", None)
     tree = load_tree(str(source)) if source is not None else load_tree(DEFAULT_RECIPE)
     for name, value in given.items():
-        _set(tree, ALIASES.get(name, name), value)
+        _set(tree, name, value)
     config = build(tree, where="command line" if given else f"--config {source}")
     if "output_dir" not in tree:
         config.output_dir = f"runs/{Path(str(source)).stem if source is not None else DEFAULT_RECIPE}"
@@ -237,10 +243,11 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
         if not equals:
             if rest and not _is_flag(rest[0]):
                 value = rest.pop(0)
-            elif field_types().get(ALIASES.get(name, name)) is bool:
+            elif field_types().get(name) is bool:
                 value = "true"
             else:
                 raise UserError(f"--{name} needs a value")
+        name = ALIASES.get(name, name)
         if name in given:
             raise UserError(f"--{name} is given twice")
         given[name] = value
@@ -303,6 +310,9 @@ def check(config: RunConfig) -> None:
             raise UserError(message)
 
     need(config.ds_config is not None, "--ds_config is missing: for example --ds_config ds_configs/zero2.json")
+    # Two phases and a purpose are packed with the seed into 64 bits.
+    need(0 <= config.seed <= 2**53, f"seed must lie between 0 and 2^53, not {config.seed}")
+    need(0 <= config.data.builtin_seed <= 2**53, f"data.builtin_seed must lie between 0 and 2^53, not {config.data.builtin_seed}")
     for name in ("log_every", "keep_checkpoints"):
         need(getattr(config, name) >= 1, f"{name} must be at least 1")
     for name in ("eval_every", "checkpoint_every"):
@@ -344,6 +354,10 @@ def check(config: RunConfig) -> None:
         "phase2.beta.zero and phase2.beta.rise are shares: not negative, and at most 1 together",
     )
     need(beta.cycles >= 1, "phase2.beta.cycles must be at least 1")
+    need(
+        beta.kind != "cyclic" or beta.cycles <= config.phase2.steps,
+        f"phase2.beta.cycles ({beta.cycles}) must not exceed phase2.steps ({config.phase2.steps})",
+    )
 
 
 def field_types() -> dict[str, Any]:
@@ -404,15 +418,19 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             raise UserError(f"{where} must be true or false, not {value!r}")
         return value
     if kind is str:
+        if value is None or isinstance(value, (dict, list)):
+            raise UserError(f"{where} must be text, not {value!r}")
         return str(value)
     try:
         if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
             raise ValueError
-        number = kind(value)
+        number = kind(float(value)) if kind is int and isinstance(value, str) and "e" in value.lower() else kind(value)
+        if number != float(value):
+            raise ValueError
         if number != number or number in (float("inf"), float("-inf")):
             raise ValueError
         return number
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where} must be {'a whole' if kind is int else 'a'} number, not {value!r}") from None
 
 

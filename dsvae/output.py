@@ -26,6 +26,8 @@ class Start:
     """What the first of them goes on from; None: from its beginning."""
     weights: Path | None = None
     """Weights that the first of them starts from; None: the model of the configuration."""
+    tokenizer: Path | None = None
+    """The tokenizer of the run that goes on; None: that of the configuration."""
 
 
 def claim(directory: Path) -> TextIO:
@@ -59,34 +61,37 @@ def find_start(config: RunConfig, report: Callable[[str], Any]) -> Start:
     """
     own = Path(config.output_dir)
     wanted = [1, 2] if config.phase == "all" else [int(config.phase)]
-    source = own if config.resume in ("auto", "never") else Path(config.resume)
+    # A requeued job repeats its whole command: `--resume DIR` is for its first start only.
+    first_start = not (own / "config.yaml").exists()
+    source = Path(config.resume) if config.resume not in ("auto", "never") and first_start else own
     previous = source / "config.yaml"
     if config.resume == "never":
         if previous.exists():
             raise UserError(f"output_dir {own} holds a run: go on with it (--resume auto) or give another --output_dir")
         return Start(wanted)
     if not previous.is_file():
-        if config.resume != "auto":
+        if source != own:
             raise UserError(f"--resume {source}: no run there (no config.yaml)")
         return Start(wanted)
     old = configuration.build(configuration.load_tree(str(previous)), where=str(previous))
     if changed := configuration.difference(old, config):
-        advice = "give another --output_dir, or the same values" if config.resume == "auto" else "give the same values"
+        advice = "give another --output_dir, or the same values" if source == own else "give the same values"
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise UserError(f"{source} holds a run with other values: {'; '.join(changed[:3])}{more}: {advice}")
 
     if source == own and is_finished(own, config.phase):
         return Start([])
     between = source / "phase1" / "model"
+    tokenizer = source / "tokenizer" if (source / "tokenizer").is_dir() else None
     newest = checkpoint.newest_sound(source / "checkpoints", report)
     if newest is not None and newest.phase in wanted and not (newest.phase == 1 and between.is_dir()):
         weights = between if newest.phase == 2 and between.is_dir() else None
-        return Start([phase for phase in wanted if phase >= newest.phase], newest, weights)
+        return Start([phase for phase in wanted if phase >= newest.phase], newest, weights, tokenizer)
     if between.is_dir() and 2 in wanted:
-        return Start([2], None, between)
-    if config.resume != "auto":
+        return Start([2], None, between, tokenizer)
+    if source != own:
         raise UserError(f"--resume {source}: no complete checkpoint in it")
-    return Start(wanted)
+    return Start(wanted, tokenizer=tokenizer)
 
 
 def is_finished(directory: Path, phase: str) -> bool:
@@ -94,4 +99,3 @@ def is_finished(directory: Path, phase: str) -> bool:
     if phase == "1":
         return (directory / "phase1" / "model").is_dir()
     return (directory / "metrics.json").is_file() and (directory / "model").is_dir()
-

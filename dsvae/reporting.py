@@ -96,9 +96,7 @@ class Reporter:
         rows = "\n".join(f"| {_cell(a)} | {_cell(b)} |" for a, b in pairs)
         self._writer.add_text("reconstruction", f"| sentence | reconstruction of its mean |\n|---|---|\n{rows}", step)
         self._writer.add_text("prior", "\n".join(f"- {_cell(text)}" for text in prior), step)
-        self._record(
-            {"step": step, "split": "text", "reconstruction": [list(pair) for pair in pairs], "prior": prior}
-        )
+        self._record({"step": step, "split": "text", "reconstruction": [list(pair) for pair in pairs], "prior": prior})
 
     def close(self, config: RunConfig, final: dict[str, Any] | None) -> None:
         """Writes hparams with the final metrics, if there are any, and closes the files."""
@@ -109,7 +107,7 @@ class Reporter:
                 numbers = {f"final/{k}": v for k, v in final.items() if isinstance(v, (int, float))}
                 # Into this run's own event file: `SummaryWriter.add_hparams` would open a second run beside it.
                 for summary in hparams(plain, numbers):
-                    self._writer.file_writer.add_summary(summary)
+                    self._writer._get_file_writer().add_summary(summary)
                 for name, value in numbers.items():
                     self._writer.add_scalar(name, value, 0)
             self._writer.close()
@@ -178,7 +176,8 @@ def _truncate_jsonl(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Not splitlines(): it also splits at U+2028 and others, which JSON leaves as they are. A cut may halve a character.
+    for line in filter(None, path.read_bytes().decode(errors="replace").split("\n")):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.tokenization import Prepared, load_prepared, prepare
 from dsvae.engine import checkpoint, distributed, ds_config, weights
+from dsvae.engine.build import build_model
 from dsvae.engine.distributed import World
 from dsvae.engine.engine import PhaseEngine
 from dsvae.errors import EXIT_USER_ERROR, UserError
 from dsvae.files import write_json, write_text
 from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.text import samples
-from dsvae.engine.build import build_model
 from dsvae.objective.schedules import beta_at
 from dsvae.reporting import Reporter, Speed, result_table
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         config = configuration.read(sys.argv[1:] if argv is None else argv)
-        raw = ds_config.load(config.ds_config)
+        raw = ds_config.load(str(config.ds_config))
         world = distributed.start()
         try:
             run(config, raw, world)
@@ -83,30 +84,36 @@ def run(config: RunConfig, raw: dict[str, Any], world: World) -> None:
         return
 
     # Data: rank 0 tokenizes, or finds it in the cache; every rank maps the result into memory.
-    source = world.on_main(lambda: _tokenizer_source(config, out))
+    # A tokenizer comes with a pretrained model; one trained on the corpus is made once and stays with the run.
+    source = config.model.name or (str(start.tokenizer) if start.tokenizer else None)
     vocab_size = None if source else config.model.vocab_size
     path = world.on_main(lambda: prepare(config.data, tokenizer=source, vocab_size=vocab_size, seed=config.seed))
     data = load_prepared(path)
-    world.on_main(lambda: _write_down(config, raw, data, out, reporter, world))
+    reporter.say(f"{world.size} rank(s); data: {json.dumps(data.report, ensure_ascii=False)}")
 
     weights_from = start.weights
-    first_step = start.checkpoint.step if start.checkpoint else 0
-    first_step += config.phase1.steps if start.phases[0] == 2 and config.phase != "2" else 0
-    reporter.open(first_step + 1)
+    # One axis of steps: phase 2 counts on behind a phase 1 that came before it, in this process or in an earlier one.
+    before_phase2 = config.phase1.steps if 1 in start.phases or start.weights else 0
+    first_step = (start.checkpoint.step if start.checkpoint else 0) + (before_phase2 if start.phases[0] == 2 else 0)
     metrics = None
     for phase in start.phases:
         resumed = start.checkpoint if start.checkpoint and start.checkpoint.phase == phase else None
         model = build_model(config.model, data.tokenizer, weights_from, config.seed, world)
         engine, batches = _engine(config, raw, phase, model, data, world, reporter)
+        if phase == start.phases[0]:
+            # Only now: a mistake until here leaves nothing in output_dir that the corrected command would stumble over.
+            world.on_main(lambda: _write_down(config, raw, data, out))
+            reporter.open(first_step + 1)
         if resumed:
             checkpoint.load(engine.deepspeed, resumed, world, zero_stage=engine.zero_stage)
             reporter.say(f"going on from {resumed.directory}")
-        train_phase(config, phase, engine, batches, data, world, reporter, resumed.step if resumed else 0)
+        done, offset = resumed.step if resumed else 0, before_phase2 if phase == 2 else 0
+        train_phase(config, phase, engine, batches, data, world, reporter, done, offset)
         if phase == 1:
             weights_from = out / "phase1" / "model"
-            weights.export(engine.module, engine.frozen, world, weights_from, data.tokenizer.save_pretrained)
+            weights.export(engine.module, engine.frozen, world, weights_from, _save_tokenizer(data))
         else:
-            metrics = finish(config, engine, data, world, reporter)
+            metrics = finish(config, engine, data, world, reporter, offset + config.phase2.steps)
         engine.close()
     reporter.close(config, metrics)
     world.on_main(lambda: _say_finished(config, reporter))
@@ -121,10 +128,14 @@ def train_phase(
     world: World,
     reporter: Reporter,
     done: int,
+    offset: int,
 ) -> None:
-    """The optimizer steps of one phase from step `done` on, with what is logged, evaluated and saved between them."""
+    """The optimizer steps of one phase from step `done` on, with what is logged, evaluated and saved between them.
+
+    Args:
+        offset: steps of the phases before, on the axis of what is reported.
+    """
     settings = config.phase1 if phase == 1 else config.phase2
-    offset = config.phase1.steps if phase == 2 and config.phase != "2" else 0
     valid = data.splits["valid"]
     watched = valid.select(np.sort(np.argsort(valid.content_keys)[: config.eval.sentences]))  # any order of the file
     speed = Speed()
@@ -153,17 +164,13 @@ def train_phase(
             }
             reporter.scalars(offset + done, phase, values, kl.tolist())
         if last or (config.eval_every and done % config.eval_every == 0):
-            found = evaluate(
-                engine.module, watched, world, samples=config.eval.samples, token_budget=config.eval.batch_tokens
-            )
+            found = evaluate(engine.module, watched, world, samples=config.eval.samples, token_budget=config.eval.batch_tokens)
             reporter.evaluation(offset + done, phase, "valid", found)
             reporter.say(
                 f"step {offset + done}: valid rec {found['rec']:.2f} kl {found['kl']:.2f} mi {found['mi']:.2f} "
                 f"au {found['au']} rec_shuffled {found['rec_shuffled']:.2f}"
             )
-            pairs, prior = samples(
-                engine.module, watched, data.tokenizer, world, config.eval.shown, config.data.max_tokens
-            )
+            pairs, prior = samples(engine.module, watched, data.tokenizer, world, config.eval.shown, config.data.max_tokens)
             reporter.text(offset + done, pairs, prior)
             speed.read()  # evaluation is not training time
         if last or (config.checkpoint_every and done % config.checkpoint_every == 0):
@@ -180,20 +187,19 @@ def train_phase(
     reporter.end_phase()
 
 
-def finish(
-    config: RunConfig, engine: PhaseEngine, data: Prepared, world: World, reporter: Reporter
-) -> dict[str, Any]:
-    """The final evaluation on all test sentences, and the export; metrics.json comes last and says that all is there."""
+def finish(config: RunConfig, engine: PhaseEngine, data: Prepared, world: World, reporter: Reporter, step: int) -> dict[str, Any]:
+    """The final evaluation on all test sentences, and the export; metrics.json comes last and says that all is there.
+
+    Args:
+        step: the last one of the run.
+    """
     out = Path(config.output_dir)
     metrics = evaluate(
         engine.module, data.splits["test"], world, samples=config.eval.samples, token_budget=config.eval.batch_tokens
     )
     metrics["precision"] = engine.precision
-    steps = config.phase2.steps + (config.phase1.steps if config.phase != "2" else 0)
-    reporter.evaluation(steps, 2, "test", metrics)
-    pairs, prior = samples(
-        engine.module, data.splits["test"], data.tokenizer, world, config.eval.shown, config.data.max_tokens
-    )
+    reporter.evaluation(step, 2, "test", metrics)
+    pairs, prior = samples(engine.module, data.splits["test"], data.tokenizer, world, config.eval.shown, config.data.max_tokens)
 
     def extras(directory: Path) -> None:
         data.tokenizer.save_pretrained(directory)
@@ -241,7 +247,7 @@ def _engine(
         world_size=world.size,
         pad_id=model.config.pad_token_id,
     )
-    world.on_main(lambda: write_json(Path(config.output_dir) / f"ds_config.phase{phase}.json", resolved))
+    ds_config.check_with_deepspeed(resolved)
     reporter.say(f"phase {phase}: ds_config as resolved\n{json.dumps(resolved, indent=2)}")
     if ds_config.precision_of(resolved) == "fp16":
         reporter.say("warning: T5 was trained in bf16 and overflows easily in fp16; prefer bf16 where the GPU has it")
@@ -257,28 +263,25 @@ def _engine(
         gradient_checkpointing=config.model.gradient_checkpointing,
         seed=config.seed * 2 + phase - 1,
     )
+    world.on_main(lambda: write_json(Path(config.output_dir) / f"ds_config.phase{phase}.json", resolved))
     return engine, batches
 
 
-def _tokenizer_source(config: RunConfig, out: Path) -> str | None:
-    """Where the tokenizer comes from: the pretrained model; or, in a run that goes on, the one trained at its start."""
-    if config.model.name is not None:
-        return config.model.name
-    kept = out / "tokenizer"
-    return str(kept) if kept.is_dir() else None
+def _save_tokenizer(data: Prepared) -> Callable[[Path], None]:
+    def save(directory: Path) -> None:
+        data.tokenizer.save_pretrained(directory)
+
+    return save
 
 
-def _write_down(
-    config: RunConfig, raw: dict[str, Any], data: Prepared, out: Path, reporter: Reporter, world: World
-) -> None:
-    """Puts configuration and tokenizer into the output directory, and tells what the data is."""
+def _write_down(config: RunConfig, raw: dict[str, Any], data: Prepared, out: Path) -> None:
+    """Puts configuration and tokenizer into the output directory."""
     write_json(out / "ds_config.json", raw)
     if not (out / "tokenizer").is_dir():
         data.tokenizer.save_pretrained(out / ".tokenizer.tmp")
         (out / ".tokenizer.tmp").rename(out / "tokenizer")
     config.ds_config = str(out / "ds_config.json")
     write_text(out / "config.yaml", configuration.to_yaml(config))
-    reporter.say(f"{world.size} rank(s); data: {json.dumps(data.report, ensure_ascii=False)}")
 
 
 def _say_finished(config: RunConfig, reporter: Reporter) -> None:

@@ -60,9 +60,7 @@ def commands(launcher: str, ranks: int) -> list[tuple[list[str], dict[str, str]]
     return [
         (
             [sys.executable, str(TRAIN)],
-            environment(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-            ),
+            environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
         )
         for rank in range(ranks)
     ]

@@ -81,9 +81,7 @@ def plan_epoch(lengths: NDArray[np.int32], batch_size: int, seed: int, epoch: in
     return [plan[i] for i in rng.permutation(len(plan))]
 
 
-def cut_step(
-    lengths: NDArray[np.int32], world_size: int, token_budget: int, micro_batches: int | None = None
-) -> list[slice]:
+def cut_step(lengths: NDArray[np.int32], world_size: int, token_budget: int, micro_batches: int | None = None) -> list[slice]:
     """Cuts a step's sentences, sorted by falling length, into micro-batches of all ranks together.
 
     Rank r of W takes every W-th sentence of a slice, from the r-th on: equal shapes on all ranks.
@@ -163,9 +161,7 @@ class TrainingBatches:
         micro_batches: int | None = None,
     ) -> None:
         if world_size > len(split):
-            raise UserError(
-                f"{world_size} ranks for {len(split)} training sentences: use at most as many ranks as sentences"
-            )
+            raise UserError(f"{world_size} ranks for {len(split)} training sentences: use at most as many ranks as sentences")
         if batch_size < world_size:
             raise UserError(
                 f"data.batch_size {batch_size} is less than the {world_size} ranks: every rank needs a sentence a step"
@@ -192,9 +188,7 @@ class TrainingBatches:
     def _micro_batch(self, sentences: NDArray[np.int64], index: int) -> MicroBatch:
         own, weight = share(sentences, self.rank, self.world_size)
         rows = self.split.rows(own)
-        noise = np.stack(
-            [generator(self.seed, LATENT, index, i).standard_normal(self.latent_dim, dtype=np.float32) for i in own]
-        )
+        noise = np.stack([generator(self.seed, LATENT, index, i).standard_normal(self.latent_dim, dtype=np.float32) for i in own])
         noised = None
         if self.deletion:
             streams = (generator(self.seed, DELETION, index, i) for i in own)
@@ -202,9 +196,7 @@ class TrainingBatches:
         return collate(rows, pad_id=self.pad_id, noise=noise, weight=weight, indices=own, encoder_rows=noised)
 
 
-def share(
-    sentences: NDArray[np.int64], rank: int, world_size: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def share(sentences: NDArray[np.int64], rank: int, world_size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """A rank's part of a slice, and its weights: every `world_size`-th sentence; a filler of weight 0 where none is left."""
     own = sentences[rank::world_size]
     if len(own):

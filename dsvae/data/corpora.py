@@ -121,12 +121,35 @@ def check_source(data: DataConfig) -> None:
         _check_file(file, f"--{split}_file")
 
 
+def read_file(file: Path, option: str, column: str) -> Iterator[str]:
+    """The sentences of one file as they stand in it, blank ones included; of any kind of file that training reads.
+
+    `option` is the flag that named the file, for errors. Raises UserError: at once where the file cannot be used, on the way
+    where a line cannot.
+    """
+    _check_file(file, option)
+    return _READERS.get(file.suffix.lower(), _read_text)(file, column)
+
+
+def read_labels(file: Path, option: str) -> list[str]:
+    """The lines of a text file of labels, stripped; the file's suffix says nothing. Raises UserError as `read_file` does."""
+    _check_readable(file, option)
+    return [line.strip() for line in _lines(file)]
+
+
 def _files(data: DataConfig) -> dict[str, Path | None]:
     named = {"train": data.train_file, "valid": data.valid_file, "test": data.test_file}
     return {split: None if name is None else Path(name).expanduser() for split, name in named.items()}
 
 
 def _check_file(file: Path, option: str) -> None:
+    _check_readable(file, option)
+    if file.suffix.lower() not in (*_TEXT_SUFFIXES, *_READERS):
+        supported = ", ".join((*_TEXT_SUFFIXES[1:], *_READERS))
+        raise UserError(f"{file} ({option}): unknown kind of file {file.suffix}; supported are {supported}")
+
+
+def _check_readable(file: Path, option: str) -> None:
     try:
         if not file.exists():
             raise UserError(f"{file} ({option}): no such file; check the path{_similar_file(file)}")
@@ -134,11 +157,8 @@ def _check_file(file: Path, option: str) -> None:
             raise UserError(f"{file} ({option}) is a directory: name one file of sentences")
         if not file.is_file():
             raise UserError(f"{file} ({option}) is not a regular file: save its content to one first")
-        if file.suffix.lower() not in (*_TEXT_SUFFIXES, *_READERS):
-            supported = ", ".join((*_TEXT_SUFFIXES[1:], *_READERS))
-            raise UserError(f"{file} ({option}): unknown kind of file {file.suffix}; supported are {supported}")
         if file.stat().st_size == 0:
-            raise UserError(f"{file} ({option}) is empty: give a file with at least one sentence")
+            raise UserError(f"{file} ({option}) is empty: give a file with at least one line")
     except OSError as error:
         raise UserError(f"{file} ({option}) cannot be read: {error.strerror}; check its permissions") from error
 

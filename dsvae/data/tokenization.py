@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ class TokenizedSplit:
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TokenizedSplit:
         """The sentences `indices` as a split of their own, held in memory."""
-        return TokenizedSplit(self.dataset.select(indices).flatten_indices(keep_in_memory=True))
+        with _no_progress_bars():
+            return TokenizedSplit(self.dataset.select(indices).flatten_indices(keep_in_memory=True))
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -117,12 +119,17 @@ class TokenizedSplit:
         return self._column("truncated")
 
     @cached_property
+    def hashes(self) -> np.ndarray:
+        """(N,) uint64: a hash of each sentence's token ids, the same for equal sentences."""
+        return self._column("hash")
+
+    @cached_property
     def content_keys(self) -> np.ndarray:
         """(N,) uint64: a key of each sentence made of its token ids, and of how many equal ones stand before it.
 
         Repeated sentences have different keys; as a set, the keys do not depend on the order of the sentences.
         """
-        hashes = self._column("hash")
+        hashes = self.hashes
         order = np.argsort(hashes, kind="stable")
         ordered = hashes[order]
         first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])
@@ -309,18 +316,61 @@ def _tokenize(
     }
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int, figures: Counter[str]) -> dict[str, list]:
-    """The columns of one batch; adds to `figures`. A text of which the tokenizer leaves nothing counts as blank."""
+def tokenize(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int, where: str
+) -> tuple[TokenizedSplit, np.ndarray, dict[str, int]]:
+    """Sentences as a split held in memory, outside the cache: text to evaluate a finished model on.
+
+    Args:
+        texts: as they stand in the source; blank ones, and those of which the tokenizer leaves nothing, are skipped.
+        where: what to call the source in an error.
+
+    Returns: the split; (N,) int64, which of the texts each of its sentences is; and the counts `unk`, `truncated` and
+        `skipped_blank`. Raises UserError where no sentence is left.
+    """
+    figures: Counter[str] = Counter()
+    columns: dict[str, list] = {name: [] for name in _FEATURES}
+    kept: list[int] = []
+    stripped = enumerate(text.strip() for text in texts)
+    with _parallel_tokenizers():
+        while batch := list(islice(stripped, _BATCH_ROWS)):
+            figures["blank"] += sum(not text for _, text in batch)
+            positions, sentences = [i for i, text in batch if text], [text for _, text in batch if text]
+            left: list[int] = []
+            if sentences:
+                for name, values in _encode(sentences, tokenizer, max_tokens, figures, left).items():
+                    columns[name] += values
+            kept += [positions[i] for i in left]
+    if not kept:
+        raise UserError(f"{where} has no sentences, only {figures['blank']} blank ones: give at least one sentence")
+    split = TokenizedSplit(datasets.Dataset(pa.Table.from_pydict(columns, schema=_FEATURES.arrow_schema)))
+    counts = {"unk": figures["unk"], "truncated": figures["truncated"], "skipped_blank": figures["blank"]}
+    return split, np.array(kept, dtype=np.int64), counts
+
+
+def _encode(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    figures: Counter[str],
+    kept: list[int] | None = None,
+) -> dict[str, list]:
+    """The columns of one batch; adds to `figures`, and to `kept` which texts have a row.
+
+    A text of which the tokenizer leaves nothing counts as blank.
+    """
     # EOS is added here, after the cut, and `split_special_tokens` reads a "</s>" in the text as text.
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)[
         "input_ids"
     ]
     eos, pad, unk = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id
     columns: dict[str, list] = {name: [] for name in _FEATURES}
-    for text, ids in zip(texts, encoded, strict=True):
+    for position, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
         if not ids:
             figures["blank"] += 1
             continue
+        if kept is not None:
+            kept.append(position)
         truncated = len(ids) >= max_tokens
         ids = ids[: max_tokens - 1]
         if eos in ids or pad in ids:

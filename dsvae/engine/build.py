@@ -52,9 +52,7 @@ def build_model(
     return model
 
 
-def _build(
-    settings: ModelConfig, vocab_size: int, tokenizer: PreTrainedTokenizerBase, weights: Path | None
-) -> T5VAE:
+def _build(settings: ModelConfig, vocab_size: int, tokenizer: PreTrainedTokenizerBase, weights: Path | None) -> T5VAE:
     latent = {name: getattr(settings, name) for name in LATENT_FIELDS}
     if weights is not None:
         return T5VAE.from_pretrained(weights, dtype=torch.float32)

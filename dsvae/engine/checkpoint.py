@@ -81,7 +81,11 @@ def find(root: Path) -> list[Checkpoint]:
 
 def damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with the files of a checkpoint, None if nothing: every size and checksum is compared."""
-    for name, entry in json.loads((checkpoint.directory / COMPLETE).read_text())["files"].items():
+    try:
+        files = json.loads((checkpoint.directory / COMPLETE).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{checkpoint.directory / COMPLETE} cannot be read"
+    for name, entry in files.items():
         path = checkpoint.directory / name
         if not path.is_file():
             return f"{path} is missing"
@@ -127,4 +131,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-

@@ -13,6 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+
 from dsvae.config import PhaseConfig
 from dsvae.errors import UserError
 
@@ -35,6 +40,21 @@ ELSEWHERE = {
     "checkpoint": "checkpoints are dsvae's: --checkpoint_every, --keep_checkpoints",
 }
 """Keys that DeepSpeed knows and this project does not take, and what to do instead."""
+
+NESTED = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
+    "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
+    "data_types": ("grad_accum_dtype",),
+}
+"""Where the known keys of a section stand."""
+
+AUTOCAST_DTYPES = {
+    "bfloat16": "bf16", "bf16": "bf16", "torch.bfloat16": "bf16",
+    "float16": "fp16", "fp16": "fp16", "half": "fp16", "torch.float16": "fp16", "torch.half": "fp16",
+}  # fmt: skip
+"""DeepSpeed's names of the precision of `torch_autocast`."""
 
 OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay"}
 
@@ -63,7 +83,15 @@ def load(path: str | Path) -> dict[str, Any]:
     for section in ("optimizer", "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "aio"):
         if not isinstance(raw.get(section, {}), dict):
             raise UserError(f"--ds_config {path}: {section} must be an object, not {raw[section]!r}")
+    for section, model in NESTED.items():
+        for key in raw.get(section, {}):
+            if key not in (names := _names(model)):
+                near = difflib.get_close_matches(key, names, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(f"--ds_config {path}: unknown key {section}.{key}{hint}")
     optimizer = raw.get("optimizer", {})
+    if not isinstance(optimizer.get("params", {}), dict):
+        raise UserError(f"--ds_config {path}: optimizer.params must be an object")
     if optimizer.get("type", "AdamW") not in ("AdamW", "Adam") or set(optimizer) - {"type", "params"}:
         raise UserError(f"--ds_config {path}: optimizer must be AdamW with params, not {json.dumps(optimizer)}")
     if unknown := set(optimizer.get("params", {})) - OPTIMIZER_PARAMS:
@@ -71,6 +99,22 @@ def load(path: str | Path) -> dict[str, Any]:
             f"--ds_config {path}: unknown optimizer parameter {sorted(unknown)[0]}; known: {', '.join(sorted(OPTIMIZER_PARAMS))}"
         )
     return raw
+
+
+def check_with_deepspeed(resolved: dict[str, Any]) -> None:
+    """Lets DeepSpeed itself read a resolved configuration, in a started process group; its complaint becomes one line.
+
+    Raises:
+        UserError: a value of the wrong type or out of range.
+    """
+    try:
+        DeepSpeedConfig(copy.deepcopy(resolved))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"ds_config: {where}: {first['msg']} (got {first['input']!r})") from None
+    except (AssertionError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"ds_config: DeepSpeed refuses it: {' '.join(str(error).split())}") from None
 
 
 def resolve(
@@ -114,6 +158,9 @@ def resolve(
         raise UserError(f"ds_config: gradient_accumulation_steps must be a positive whole number, not {accumulation!r}")
     if config.setdefault("train_micro_batch_size_per_gpu", "auto") == "auto":
         config["train_micro_batch_size_per_gpu"] = -(-batch_size // (accumulation * world_size))
+    micro = config["train_micro_batch_size_per_gpu"]
+    if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1:
+        raise UserError(f"ds_config: train_micro_batch_size_per_gpu must be a positive whole number, not {micro!r}")
     total = config["train_micro_batch_size_per_gpu"] * accumulation * world_size
     if config.setdefault("train_batch_size", "auto") == "auto":
         config["train_batch_size"] = total
@@ -135,41 +182,58 @@ def resolve(
 
 
 def _resolve_precision(config: dict[str, Any], precision: str, bf16_supported: bool, fp16_supported: bool) -> None:
-    wanted = {"auto": "bf16"}.get(precision, precision)
-    autos = {name for name in ("bf16", "fp16", "torch_autocast") if config.get(name, {}).get("enabled") == "auto"}
-    for name in autos:
-        kind = str(config[name].get("dtype", "bfloat16")) if name == "torch_autocast" else name
-        config[name]["enabled"] = wanted == {"bfloat16": "bf16", "float16": "fp16"}.get(kind, kind)
-    enabled = [name for name in ("bf16", "fp16", "torch_autocast") if config.get(name, {}).get("enabled", False)]
-    kinds = {"bf16": "bf16", "fp16": "fp16", "torch_autocast": "bf16"}
-    if enabled and config.get("torch_autocast", {}).get("dtype") == "float16":
-        kinds["torch_autocast"] = "fp16"
-    if len(enabled) > 1:
-        raise UserError(f"ds_config: {' and '.join(enabled)} are both enabled: keep one")
-    got = kinds[enabled[0]] if enabled else "fp32"
-    if precision != "auto" and got != precision:
-        raise UserError(
-            f"--precision {precision}, but the ds_config gives {got}: set {precision}.enabled (or bf16/fp16.enabled) to \"auto\""
-        )
+    wanted = "bf16" if precision == "auto" else precision
+    sections = [name for name in ("bf16", "fp16", "torch_autocast") if name in config]
+    for name in sections:
+        enabled = config[name].get("enabled", False)
+        if enabled == "auto":
+            config[name]["enabled"] = _kind(config, name) == wanted
+        elif not isinstance(enabled, bool):
+            raise UserError(f'ds_config: {name}.enabled must be true, false or "auto", not {enabled!r}')
+    on = [name for name in sections if config[name].get("enabled", False)]
+    if len(on) > 1:
+        raise UserError(f"ds_config: {' and '.join(on)} are both enabled: keep one")
+    got = _kind(config, on[0]) if on else "fp32"
+    if precision not in ("auto", got):
+        raise UserError(f'--precision {precision}, but the ds_config gives {got}: set its "enabled" to "auto"')
     if got == "fp16" and not fp16_supported:
         raise UserError("fp16 needs a GPU: on CPU use bf16 (ds_configs/zero2.json) or --precision fp32")
     if got == "bf16" and not bf16_supported:
         raise UserError("this GPU has no bf16: use ds_configs/fp16.json or --precision fp32")
-    if got != "bf16":
-        # fp32 accumulation is what bf16 needs; beside fp32 weights DeepSpeed refuses to be told.
-        config.pop("data_types", None) if got == "fp32" else None
+    if got == "fp32":
+        # Float32 gradients are what bf16 needs; beside float32 weights DeepSpeed takes no word on it.
+        config.pop("data_types", None)
+
+
+def _kind(config: dict[str, Any], section: str) -> str:
+    """bf16 or fp16, what a section stands for when it is enabled."""
+    if section != "torch_autocast":
+        return section
+    name = str(config[section].get("dtype", "bfloat16"))
+    if name not in AUTOCAST_DTYPES:
+        raise UserError(f"ds_config: torch_autocast.dtype is {name!r}, not bfloat16 or float16")
+    return AUTOCAST_DTYPES[name]
 
 
 def precision_of(resolved: dict[str, Any]) -> str:
     """bf16, fp16 or fp32, as a resolved configuration computes."""
-    if resolved.get("torch_autocast", {}).get("enabled", False):
-        return {"float16": "fp16"}.get(resolved["torch_autocast"].get("dtype", "bfloat16"), "bf16")
-    return next((name for name in ("bf16", "fp16") if resolved.get(name, {}).get("enabled", False)), "fp32")
+    for name in ("bf16", "fp16", "torch_autocast"):
+        if resolved.get(name, {}).get("enabled", False):
+            return _kind(resolved, name)
+    return "fp32"
 
 
 def zero_stage(resolved: dict[str, Any]) -> int:
     """ZeRO stage, 0 to 3."""
     return int(resolved.get("zero_optimization", {}).get("stage", 0))
+
+
+def _names(section: Any) -> set[str]:
+    """The keys that a section may have: those of a tuple, or the fields of a pydantic model with their aliases."""
+    if isinstance(section, tuple):
+        return set(section)
+    fields = section.model_fields
+    return set(fields) | {str(field.alias) for field in fields.values() if field.alias}
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -33,7 +33,8 @@ def freeze_decoder(model: T5VAE) -> None:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """AdamW's groups of the parameters that train: matrices with decay; norms, biases, embeddings and position biases without."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

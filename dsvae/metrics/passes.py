@@ -23,11 +23,11 @@ EVALUATION_SEED = 0
 """Evaluation draws the same numbers whatever the run's seed: two models are compared on the same noise."""
 
 
-def noise_of(keys: NDArray[np.uint64], purpose: int, sample: int, dim: int) -> Tensor:
+def noise_of(keys: NDArray[np.uint64], purpose: int, sample: int, dim: int, seed: int = EVALUATION_SEED) -> Tensor:
     """Standard normal numbers, (N, dim) float32, of sentences by their content keys."""
-    rows = [
-        generator(EVALUATION_SEED, purpose, sample, int(key)).standard_normal(dim, dtype=np.float32) for key in keys
-    ]
+    if dim == 0:
+        return torch.zeros(len(keys), 0)
+    rows = [generator(seed, purpose, sample, int(key)).standard_normal(dim, dtype=np.float32) for key in keys]
     return torch.from_numpy(np.stack(rows))
 
 

@@ -33,6 +33,6 @@ def samples(
         means.append(model(ids, encode_only=True).posterior.mean)
     both = torch.cat([*means, prior.to(world.device)])
     decoded = model.generate(latent=both, max_new_tokens=max_tokens, do_sample=False)
-    texts = tokenizer.batch_decode(decoded, skip_special_tokens=True)
+    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in decoded]
     model.train(training)
     return list(zip(originals, texts[:count], strict=True)), texts[count:]

@@ -10,7 +10,7 @@ no mask (a prefilled slot would shift causality). Outside the cache, relative po
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def latent_attention_forward(
     Every query sees every slot; slots have no position, so their bias is zero.
     """
     if latent_memory is not None:
-        slots = latent_memory[:, module.layer_idx].to(key.dtype).transpose(2, 3)  # (B, 2, H, M, D)
+        slots = latent_memory[:, cast(int, module.layer_idx)].to(key.dtype).transpose(2, 3)  # (B, 2, H, M, D)
         count = slots.shape[3]
         key = torch.cat([slots[:, 0], key], dim=2)
         value = torch.cat([slots[:, 1], value], dim=2)
@@ -80,9 +80,9 @@ def explicit_causal_mask(
         keys = torch.arange(kv_length, device=device)[None, :] + kv_offset
         return (keys <= queries)[None, None]
     kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, device=device, **kwargs
-    )
+    mask = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, device=device, **kwargs)
+    assert mask is not None  # skipping is off
+    return mask
 
 
 AttentionInterface.register(LATENT_ATTENTION, latent_attention_forward)

@@ -22,6 +22,7 @@ class MemoryInjection(nn.Module):
     def __init__(self, t5: T5Config, latent_dim: int, slots: int) -> None:
         super().__init__()
         # d_kv is its own number in T5: it is not d_model / num_heads in t5-3b, t5-11b, flan-t5-small and v1.1-small.
+        assert t5.num_decoder_layers is not None  # set by the configuration itself, to num_layers
         self.shape = (t5.num_decoder_layers, 2, slots, t5.num_heads, t5.d_kv)  # (L, keys and values, M, H, D)
         size = self.shape[0] * 2 * slots * t5.num_heads * t5.d_kv
         self.projection = nn.Linear(latent_dim, size)

@@ -7,7 +7,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class T5VAEConfig(PreTrainedConfig):
     model_type = "t5_vae"
     sub_configs = {"t5": AutoConfig}
 
-    t5: dict | PreTrainedConfig | None = None
+    t5: Any = None
     latent_dim: int = 32
     pooling: str = "mean"
     injection: str = "memory"
@@ -145,8 +145,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             del self.encoder.embed_tokens  # both stacks are fed embeddings from `shared`
         self.injection = make_injection(config.injection, t5, config.latent_dim, config.memory_slots)
         self.decoder = stack(_stack_config(t5, is_decoder=True))
-        for block in self.decoder.block:
-            del block.layer[1]  # cross-attention; the feed-forward stays `layer[-1]`, which is how the block calls it
+        for block in cast(nn.ModuleList, self.decoder.block):
+            del cast(nn.ModuleList, block.layer)[
+                1
+            ]  # cross-attention; the feed-forward stays `layer[-1]`, which is how the block calls it
         del self.decoder.embed_tokens
         self.lm_head = nn.Linear(t5.d_model, t5.vocab_size, bias=False)
         self.output_scale = _output_scale(t5)
@@ -170,9 +172,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{name_or_path} is a {t5_config.model_type} model, not one of {', '.join(STACKS)}")
         # `from_pretrained` finds out whether the checkpoint's lm_head is its own. The configuration does not say, and
         # building from it and loading a state dict ties them silently.
-        t5, report = AutoModelForSeq2SeqLM.from_pretrained(
-            name_or_path, dtype=torch.float32, output_loading_info=True
-        )
+        t5, report = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
         if missing := [key for key in report["missing_keys"] if "EncDecAttention.relative" not in key]:
             raise ValueError(f"{name_or_path} lacks weights: {', '.join(sorted(missing)[:3])} ({len(missing)} in all)")
         if dropout_rate is not None:
@@ -187,8 +187,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.shared
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.shared = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.shared = cast(nn.Embedding, value)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -264,12 +264,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 noise = torch.randn_like(posterior.mean) if self.training else torch.zeros_like(posterior.mean)
             latent = posterior.sample(noise)
         if decoder_input_ids is None:
-            decoder_input_ids = self.shift_right(labels if labels is not None else input_ids)
+            if labels is None:
+                raise ValueError("T5VAE needs labels, or decoder_input_ids, to decode")
+            decoder_input_ids = self.shift_right(labels)
 
         embeddings, attention_kwargs = self.injection(latent, self.shared(decoder_input_ids))
-        decoded = self.decoder(
-            inputs_embeds=embeddings, past_key_values=past_key_values, use_cache=use_cache, **attention_kwargs
-        )
+        decoded = self.decoder(inputs_embeds=embeddings, past_key_values=past_key_values, use_cache=use_cache, **attention_kwargs)
         logits = self.lm_head(decoded.last_hidden_state * self.output_scale)
         return T5VAEOutput(
             logits=logits,
@@ -284,22 +284,22 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         shifted[:, 1:] = labels[:, :-1]
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc, arg-type]
         inputs["decoder_input_ids"] = inputs.pop("input_ids")
         # Every row has the same number of tokens so far: there is no padding to mask on the decoder's side.
         inputs.pop("attention_mask", None)
         return inputs
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         latent: Tensor | None = None,
         **kwargs: Any,
-    ) -> Tensor | ModelOutput:
+    ) -> Any:
         """Decodes z, or the posterior means of sentences, with transformers' `generate` (greedy, sampling, beams).
 
         Args:
@@ -313,11 +313,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             if input_ids is None:
                 raise ValueError("generate needs a latent, or input_ids to encode")
             latent = self.encode(input_ids, attention_mask).mean
-        start = torch.full(
-            (latent.shape[0], 1), self.config.decoder_start_token_id, dtype=torch.long, device=latent.device
-        )
+        start = torch.full((latent.shape[0], 1), self.config.decoder_start_token_id, dtype=torch.long, device=latent.device)
         with _no_padding_warning():
-            return super().generate(start, latent=latent, **kwargs)
+            return super().generate(start, latent=latent, **kwargs)  # type: ignore[misc]
 
 
 @contextlib.contextmanager

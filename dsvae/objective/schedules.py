@@ -15,8 +15,8 @@ def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
     """
     if beta.kind == "constant":
         return beta.max
-    period = steps / beta.cycles if beta.kind == "cyclic" else steps
-    position = math.fmod(step, period) / period
+    cycles = beta.cycles if beta.kind == "cyclic" else 1
+    position = (step * cycles % steps) / steps  # in whole numbers: a rounded quotient would start some cycles a step late
     if position < beta.zero:
         return 0.0
     if position >= beta.zero + beta.rise:

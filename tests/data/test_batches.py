@@ -165,6 +165,12 @@ def test_noise_is_standard_normal_and_new_at_every_step():
     assert len(np.unique(values)) == values.size
 
 
+def test_deletion_is_new_at_every_step():
+    split = sentences(16, shortest=15)
+    first, second = (by_sentence([batches(split).step(index)]) for index in (0, 1))  # an epoch has one step
+    assert sum(first[i][1] != second[i][1] for i in range(16)) >= 15
+
+
 def test_epochs_have_orders_of_their_own_and_a_seed_repeats_them():
     lengths = sentences(300).lengths
     plans = [[step.tolist() for step in plan_epoch(lengths, 16, seed, epoch)] for seed, epoch in ((0, 0), (0, 1), (1, 0))]
@@ -190,7 +196,7 @@ def test_training_does_not_follow_the_order_of_the_file():
 
 
 def test_long_and_short_steps_come_in_random_order():
-    lengths = sentences(8192).lengths
+    lengths = sentences(1024).lengths  # one window of 64 steps: as sorted, the correlation is -1
     means = [lengths[step].mean() for step in plan_epoch(lengths, 16, 0, 0)]
     assert np.std(means) > 3  # steps do hold sentences of similar length
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 5 / np.sqrt(len(means))

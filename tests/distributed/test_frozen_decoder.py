@@ -7,8 +7,8 @@ from conftest import make_vae
 from launch import CONFIGS, TINY, train
 from safetensors.torch import load_file
 
-from dsvae.data.corpora import load_corpus
 from dsvae.config import DataConfig
+from dsvae.data.corpora import load_corpus
 from dsvae.data.tokenization import train_tokenizer
 
 
@@ -56,9 +56,7 @@ def test_phase_1_with_a_frozen_decoder(stage, injection, cache_dir, tmp_path):
 def _numbers_of(tree, key):
     """Elements of all tensors under `key`, anywhere in a checkpoint."""
     if isinstance(tree, dict):
-        return sum(
-            v.numel() if k == key and torch.is_tensor(v) else _numbers_of(v, key) for k, v in tree.items()
-        )
+        return sum(v.numel() if k == key and torch.is_tensor(v) else _numbers_of(v, key) for k, v in tree.items())
     if isinstance(tree, (list, tuple)):
         return sum(_numbers_of(v, key) for v in tree)
     return 0

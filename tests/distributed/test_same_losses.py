@@ -108,4 +108,3 @@ def test_losses_and_weights_are_those_of_plain_torch(injection, ds_config, ranks
     for name, weight in exported.named_parameters():
         # Adam divides by the root of tiny second moments: where a gradient is nearly zero, rounding decides its direction.
         assert (weight - weights[name]).abs().mean() < 1e-5, name
-

@@ -1,0 +1,286 @@
+"""From a model directory and a file of sentences to everything that is known about the model.
+
+Every rank loads the model and takes its share of every pass; what follows from the passes (scores, plots, files) rank 0 does.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dsvae import pretrained
+from dsvae.config import DataConfig
+from dsvae.data import grammar
+from dsvae.data.tokenization import TokenizedSplit
+from dsvae.engine import distributed
+from dsvae.engine.distributed import World
+from dsvae.errors import UserError
+from dsvae.evaluation import sentences
+from dsvae.evaluation.html import write_report
+from dsvae.evaluation.projector import write_projector
+from dsvae.evaluation.sentences import Sentences
+from dsvae.evaluation.table import table
+from dsvae.files import write_json
+from dsvae.metrics import likelihood, passes
+from dsvae.metrics.disentanglement import disentanglement
+from dsvae.metrics.evaluate import Measured, measure, summarize
+from dsvae.metrics.information import active_unit_curve, near_cap
+from dsvae.metrics.probes import probe
+from dsvae.metrics.reconstruction import compare, reconstruct
+from dsvae.metrics.text import samples as text_samples
+from dsvae.modeling.t5_vae import T5VAE
+
+SHOWN = 20
+"""Reconstructions and prior samples in the report."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_sentences` found."""
+
+    metrics: dict[str, Any]
+    """Of metrics.json, the same on every rank."""
+    measured: Measured
+    pairs: list[tuple[str, str]]
+    """(sentence, greedy reconstruction of its posterior mean)."""
+    prior: list[str]
+    """Greedy sentences of z from the prior."""
+
+
+def evaluate_model(
+    model_dir: str,
+    test_file: str | None = None,
+    labels_file: str | None = None,
+    output: str | None = None,
+    samples: int = 1,
+    iw_samples: int = 0,
+    batch_tokens: int = 16384,
+    text_column: str = "text",
+    max_tokens: int | None = None,
+    seed: int = passes.EVALUATION_SEED,
+) -> dict[str, Any]:
+    """Measures a finished model on sentences, prints a table, and writes metrics.json, report.html and the projector's files.
+
+        from dsvae.evaluation import evaluate_model
+        metrics = evaluate_model("runs/yelp/model", "test.txt", "test.labels", iw_samples=100)
+        print(metrics["elbo"], "+-", metrics["se"]["elbo"])
+
+    Under deepspeed, torchrun or srun every process calls it: the work is shared out, rank 0 prints and writes.
+
+    Args:
+        model_dir: as a run exported it (`output_dir/model`).
+        test_file: sentences, one a line (or .jsonl, .csv, .parquet with `text_column`). None: 5,000 sentences of the built-in
+            corpus, whose factors are known.
+        labels_file: one label a line for the lines of test_file; any strings. Adds probes.
+        output: directory to write into. None: `evaluation` in model_dir.
+        samples: z drawn a sentence for the ELBO.
+        iw_samples: k of the importance-weighted bound; 0: not computed.
+        batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.
+        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted. None: 64, as in training.
+        seed: of the draws of z, and of the folds of the probes.
+
+    Returns: the metrics, on every rank: names and units as in the table; a standard error over sentences in `se` for every
+        mean.
+
+    Raises:
+        UserError: on every rank, before anything is written.
+    """
+    _check(samples, iw_samples, batch_tokens, max_tokens)
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    joined = not dist.is_initialized()
+    world = distributed.start()
+    try:
+        model, tokenizer = _main_first(world, lambda: pretrained.load(model_dir))
+        limit = DataConfig.max_tokens if max_tokens is None else max_tokens
+        text = _main_first(world, lambda: sentences.read(test_file, labels_file, text_column, tokenizer, limit))
+        directory = Path(model_dir).expanduser() / "evaluation" if output is None else Path(output).expanduser()
+        world.on_main(lambda: _claim(directory))
+        nn.Module.to(model, world.device)  # transformers' own `to` has lost its annotation
+        found = evaluate_sentences(
+            model, tokenizer, text, world,
+            samples=samples, iw_samples=iw_samples, token_budget=batch_tokens, max_tokens=limit, seed=seed,
+        )  # fmt: skip
+        found.metrics["model"] = str(model_dir)
+        world.on_main(lambda: _write(directory, found, text, tokenizer))
+        return found.metrics
+    finally:
+        if joined:
+            distributed.stop()
+
+
+def evaluate_sentences(
+    model: T5VAE,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Sentences,
+    world: World,
+    *,
+    samples: int,
+    iw_samples: int,
+    token_budget: int,
+    max_tokens: int,
+    seed: int,
+) -> Evaluation:
+    """All measurements of a model on sentences; writes nothing. Collective. Arguments as in `evaluate_model`."""
+    split = text.split
+    measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
+    metrics = summarize(measured, split)
+    se = metrics["se"]
+    if iw_samples:
+        weights = likelihood.draw_log_weights(
+            model, split, measured.posterior, world, count=iw_samples, token_budget=token_budget, seed=seed
+        )
+        _add(metrics, _importance_weighted(weights, split))
+    pairs: list[tuple[str, str]] = []
+    prior: list[str] = []
+    if model.config.latent_dim:
+        metrics["au_curve"] = active_unit_curve(measured.posterior)
+        decoded = reconstruct(
+            model, split, measured.posterior.mean, world, token_budget=token_budget, max_tokens=max_tokens
+        )
+        _add(metrics, world.on_main(lambda: compare(split, decoded, tokenizer)))
+        shown = split.select(np.argsort(split.content_keys)[:SHOWN])
+        pairs, prior = text_samples(model, shown, tokenizer, world, len(shown), max_tokens)
+        metrics |= world.on_main(lambda: _use_of_latents(measured, text, seed))
+    metrics |= {"unk": text.counts["unk"], "skipped_blank": text.counts["skipped_blank"], "se": se}
+    metrics |= {
+        "latent_dim": model.config.latent_dim,
+        "source": text.source,
+        "max_tokens": max_tokens,
+        "precision": "fp32",
+        "evaluator": f"dsvae {version('dsvae')}",
+        "estimators": _estimators(samples, iw_samples, model.config.latent_dim),
+        "policies": _policies(max_tokens),
+    }
+    metrics["warnings"] = _warnings(metrics, measured)
+    return Evaluation(metrics, measured, pairs, prior)
+
+
+def _importance_weighted(log_weights: Tensor, split: TokenizedSplit) -> dict[str, Any]:
+    """The metrics of the importance-weighted bound, of log-weights (k, N)."""
+    nll = -likelihood.importance_weighted_bound(log_weights)
+    size = likelihood.effective_sample_size(log_weights)
+    value, error = likelihood.mean(nll)
+    units, units_se = likelihood.per_unit(nll, split, "_iw")
+    ess, ess_se = likelihood.mean(size)
+    return {
+        "nll_iw": value,
+        "iw_samples": len(log_weights),
+        "iw_ess": ess,
+        "iw_ess_min": float(size.min()),
+        **units,
+        "se": {"nll_iw": error, "iw_ess": ess_se, **units_se},
+    }
+
+
+def _use_of_latents(measured: Measured, text: Sentences, seed: int) -> dict[str, Any]:
+    """Probes for every label, and disentanglement where the factors are known."""
+    means = measured.posterior.mean.double().numpy()
+    found: dict[str, Any] = {}
+    if text.labels:
+        hashes = text.split.hashes
+        found["probes"] = {name: probe(means, values, hashes, seed) for name, values in text.labels.items()}
+    if text.factors is not None:
+        order = np.argsort(text.split.content_keys)  # the splits and pairs that are drawn follow the order of the rows
+        found["disentanglement"] = disentanglement(means[order], text.factors[order], list(grammar.FACTORS), seed)
+    return found
+
+
+def _estimators(samples: int, iw_samples: int, latent_dim: int) -> dict[str, str]:
+    """Which estimator each likelihood is of."""
+    if latent_dim == 0:
+        return {"rec, ppl_token, ppl_word, bits_per_byte": "log p(x) itself: a language model has no latent to bound it over"}
+    drawn = f"ELBO with closed-form KL and {samples} sample(s) of z a sentence (Kingma & Welling 2014)"
+    found = {"elbo, ppl_token, ppl_word, bits_per_byte": f"{drawn}: log p(x) from below, perplexities from above"}
+    if iw_samples:
+        found["nll_iw, ppl_token_iw, ppl_word_iw, bits_per_byte_iw"] = (
+            f"importance-weighted bound with k = {iw_samples} (Burda et al. 2016): tighter, of the same direction"
+        )
+    return found
+
+
+def _policies(max_tokens: int) -> dict[str, str]:
+    """What was counted, in words."""
+    return {
+        "end of sentence": "EOS is predicted: it is in every likelihood, is one of `tokens`, and counts as one more word and one "
+        "more byte in ppl_word and bits_per_byte",
+        "truncation": f"sentences over {max_tokens} tokens (EOS included) are cut to {max_tokens}, EOS last, and counted in "
+        "`truncated`; words and bytes are those of the text that is left",
+        "unknown": "tokens outside the vocabulary are predicted as one unknown piece and counted in `unk`: with many of them "
+        "likelihoods are too good, and compare only between models with the same tokenizer",
+        "blank": "blank lines are skipped and counted in `skipped_blank`",
+        "standard errors": "over sentences: deviation / sqrt(N); for ratios and perplexities by linearization (delta method)",
+    }
+
+
+def _warnings(metrics: dict[str, Any], measured: Measured) -> list[str]:
+    """What a reader of the numbers must know."""
+    if not metrics["latent_dim"]:
+        return []
+    found = [near_cap(metrics["mi"], metrics["sentences"])]
+    gain, error = likelihood.mean(measured.rec_shuffled - measured.rec)
+    if not gain > 3 * error:
+        found.append(f"another sentence's z does as well (rec_shuffled - rec = {gain:.3f} nats): the decoder does not use z")
+    if metrics["unk"] > 0.01 * metrics["tokens"]:
+        found.append(f"{metrics['unk'] / metrics['tokens']:.1%} of the tokens are unknown pieces: likelihoods are too good")
+    if metrics["truncated"] > 0.01 * metrics["sentences"]:
+        share = metrics["truncated"] / metrics["sentences"]
+        found.append(f"{share:.1%} of the sentences are truncated: give a larger --max_tokens")
+    return [warning for warning in found if warning]
+
+
+def _add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
+    """Adds metrics with their standard errors."""
+    metrics["se"] |= more.pop("se")
+    metrics |= more
+
+
+def _main_first(world: World, load: Callable[[], T]) -> T:
+    """`load()` on every rank, on rank 0 first: its UserError is everyone's. The result stays where it was made."""
+    box: list[T] = []
+    world.on_main(lambda: box.append(load()))
+    return box[0] if world.is_main else load()
+
+
+def _check(samples: int, iw_samples: int, batch_tokens: int, max_tokens: int | None) -> None:
+    numbers = {"samples": (samples, 1), "iw_samples": (iw_samples, 0), "batch_tokens": (batch_tokens, 1)}
+    if max_tokens is not None:
+        numbers["max_tokens"] = (max_tokens, 2)
+    for name, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            hint = " (0: not computed)" if name == "iw_samples" else ""
+            raise UserError(f"--{name} {value}: give a whole number of at least {least or 1}{hint}")
+
+
+def _claim(directory: Path) -> None:
+    """Makes the output directory and makes sure that it can be written to, before hours of work."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}; give another --output") from error
+
+
+def _write(directory: Path, found: Evaluation, text: Sentences, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Everything that is left behind; metrics.json last, so that it says that all is there."""
+    write_projector(directory / "projector", found.measured.posterior, text, tokenizer)
+    write_report(directory / "report.html", found.metrics, found.measured, text, found.pairs, found.prior)
+    write_json(directory / "metrics.json", {"test": found.metrics})
+    print(table(found.metrics))
+    print(f"\nreport       {directory / 'report.html'}\nmetrics      {directory / 'metrics.json'}")
+    if found.metrics["latent_dim"]:
+        print(f"projector    tensorboard --logdir {directory / 'projector'}")

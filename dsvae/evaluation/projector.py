@@ -1,0 +1,44 @@
+"""The latents for TensorBoard's projector, with the sentences and their labels as metadata."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedTokenizerBase
+
+from dsvae.evaluation.sentences import Sentences
+from dsvae.metrics.reconstruction import texts
+from dsvae.modeling.posterior import Gaussian
+
+POINTS = 10_000
+"""What the projector shows without stuttering."""
+
+
+def write_projector(directory: Path, posterior: Gaussian, text: Sentences, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes the posterior means of at most `POINTS` sentences as a TensorBoard log directory, whole or not at all.
+
+    A model without a latent has nothing to show: an older directory goes.
+    """
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if posterior.mean.shape[1]:
+        chosen = np.sort(np.argsort(text.split.content_keys)[:POINTS])
+        columns = {
+            "sentence": texts(text.split.rows(chosen), tokenizer),
+            "tokens": text.split.lengths[chosen].tolist(),
+            **{name: values[chosen].tolist() for name, values in text.labels.items()},
+        }
+        rows = [[_cell(value) for value in row] for row in zip(*columns.values(), strict=True)]
+        with SummaryWriter(str(temporary)) as writer:
+            writer.add_embedding(posterior.mean[chosen], metadata=rows, metadata_header=list(columns), tag="posterior_mean")
+    shutil.rmtree(directory, ignore_errors=True)
+    if temporary.is_dir():
+        temporary.rename(directory)
+
+
+def _cell(value: object) -> str:
+    """Text in a cell of a .tsv file, which knows no escapes."""
+    return " ".join(str(value).split()) or " "

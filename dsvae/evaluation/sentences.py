@@ -1,0 +1,86 @@
+"""The sentences that a finished model is measured on, with what is known about them: labels, or the factors they are made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from dsvae.data import grammar
+from dsvae.data.corpora import read_file, read_labels
+from dsvae.data.tokenization import TokenizedSplit, tokenize
+from dsvae.errors import UserError
+from dsvae.metrics.probes import usable
+
+BUILTIN_SENTENCES = 5_000
+BUILTIN_SEED = 1_000_003
+"""Of the built-in corpus for evaluation: not one that anybody trains on."""
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """N sentences."""
+
+    split: TokenizedSplit
+    source: str
+    """Where they come from, in words."""
+    counts: dict[str, int]
+    """`unk`, `truncated`, `skipped_blank`."""
+    labels: dict[str, NDArray[np.str_]] = field(default_factory=dict)
+    """Name -> (N,): the one of `labels_file`, or every factor of the built-in corpus."""
+    factors: NDArray[np.int64] | None = None
+    """(N, K), indices of the values of `grammar.FACTORS`, for the built-in corpus."""
+
+
+def read(
+    test_file: str | None,
+    labels_file: str | None,
+    text_column: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+) -> Sentences:
+    """The sentences of a file, with their labels if there are any; without a file those of the built-in corpus.
+
+    Raises:
+        UserError: files that are missing, empty or not what they should be; labels that do not fit the sentences.
+    """
+    if test_file is None:
+        if labels_file is not None:
+            raise UserError("--labels_file is given without --test_file: name the sentences too")
+        return _builtin(tokenizer, max_tokens)
+    path = Path(test_file).expanduser()
+    texts = list(read_file(path, "--test_file", text_column))
+    labels = None if labels_file is None else _labels(Path(labels_file).expanduser(), path, texts)
+    split, kept, counts = tokenize(texts, tokenizer, max_tokens, str(path))
+    if labels is None:
+        return Sentences(split, path.name, counts)
+    return Sentences(split, path.name, counts, {"label": labels[kept]})
+
+
+def _labels(path: Path, sentences: Path, texts: list[str]) -> NDArray[np.str_]:
+    """(N,), one for each of the texts; blank only where the text is blank too."""
+    labels = read_labels(path, "--labels_file")
+    if len(labels) != len(texts):
+        raise UserError(
+            f"{path} has {len(labels):,} lines, but {sentences} has {len(texts):,}: "
+            "give one label a line, in the order of the sentences"
+        )
+    pairs = list(zip(labels, texts, strict=True))
+    for number, (label, text) in enumerate(pairs, 1):
+        if not label and text.strip():
+            raise UserError(f"{path}:{number}: no label for a sentence; give every sentence one")
+    usable(Counter(label for label, text in pairs if text.strip()), str(path))
+    return np.array(labels)
+
+
+def _builtin(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Sentences:
+    drawn = grammar.generate(BUILTIN_SENTENCES, BUILTIN_SEED)
+    source = f"the built-in corpus ({BUILTIN_SENTENCES} sentences, seed {BUILTIN_SEED})"
+    split, kept, counts = tokenize((item.text for item in drawn), tokenizer, max_tokens, source)
+    factors = np.array([item.factors for item in drawn], dtype=np.int64)[kept]
+    labels = {name: np.array(values)[factors[:, k]] for k, (name, values) in enumerate(grammar.FACTORS.items())}
+    return Sentences(split, source, counts, labels, factors)

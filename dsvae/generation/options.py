@@ -1,0 +1,65 @@
+"""The options of transformers' `generate` that a command line can give: names, types, and combinations without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dsvae.errors import UserError
+
+SAMPLING: dict[str, type] = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "top_h": float,
+    "typical_p": float,
+    "epsilon_cutoff": float,
+    "eta_cutoff": float,
+}
+"""Read only where `do_sample` is on."""
+
+BEAMS: dict[str, type] = {"early_stopping": bool, "length_penalty": float}
+"""Read only where `num_beams` is at least 2."""
+
+OPTIONS: dict[str, type] = {
+    "do_sample": bool,
+    "num_beams": int,
+    "max_new_tokens": int,
+    "min_new_tokens": int,
+    **SAMPLING,
+    **BEAMS,
+    "repetition_penalty": float,
+    "no_repeat_ngram_size": int,
+    "renormalize_logits": bool,
+    "remove_invalid_values": bool,
+    "bad_words_ids": list,
+    "suppress_tokens": list,
+    "begin_suppress_tokens": list,
+    "use_cache": bool,
+}
+"""Name -> type. What would change the form of the output (num_return_sequences, output_scores, ...) is not among them."""
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Raises UserError for options that transformers would refuse, or ignore with no more than a warning."""
+    from transformers import GenerationConfig  # not above: help and usage errors of the command line need only the names
+
+    for name in options:
+        if name in SAMPLING and not options.get("do_sample"):
+            raise UserError(f"--{name} has no effect without --do_sample: add it, or leave --{name} out")
+        if name in BEAMS and options.get("num_beams", 1) < 2:
+            raise UserError(f"--{name} has no effect without beams: add --num_beams 4, or leave --{name} out")
+    if options.get("num_beams", 1) < 1:
+        raise UserError(f"--num_beams is {options['num_beams']}: give at least 1")
+    try:
+        GenerationConfig(**options)
+    except (ValueError, TypeError) as error:
+        raise refusal(options, error) from error
+
+
+def refusal(options: Mapping[str, Any], error: Exception) -> UserError:
+    """The error for options that transformers refused."""
+    given = " ".join(f"--{name} {value}" for name, value in options.items())
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(f"transformers' generate refuses {given or 'its options'}: {reason.rstrip('.')}; change the option")

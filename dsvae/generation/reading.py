@@ -1,0 +1,135 @@
+"""Sentences and labels from files and stdin, one at a time: nothing here holds a whole file."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+
+from dsvae.data import corpora
+from dsvae.data.noise import ORDER, generator
+from dsvae.errors import UserError
+
+T = TypeVar("T")
+
+WINDOW = 32
+"""Batches of a full window (see `windows`)."""
+
+
+class Line(NamedTuple):
+    """A sentence and where it came from."""
+
+    line: int
+    """1-based number of the sentence in its source, blank ones counted."""
+    text: str
+    """Stripped; not blank."""
+
+
+def read_sentences(file: str | None, text_column: str, option: str = "FILE") -> Iterator[str]:
+    """The sentences of a file as they stand there, blank ones included; of stdin (one a line) for None or "-".
+
+    Args:
+        file: .txt (one a line), .jsonl, .csv, .tsv or .parquet.
+        text_column: the column with the sentence, where the file has columns.
+        option: the flag that named the file, for errors.
+
+    Raises:
+        UserError: now for a file that is missing, empty or of an unknown kind; while reading for content that is not UTF-8, or
+            not what the kind of file says, with the line.
+    """
+    if file is None or file == "-":
+        return _stdin_lines(sys.stdin.buffer)
+    return corpora.read_file(Path(file).expanduser(), option, text_column)
+
+
+def not_blank(sentences: Iterable[str], skipped: Callable[[], None] = lambda: None) -> Iterator[Line]:
+    """The sentences that are not blank, stripped; `skipped` is called for each of the others."""
+    for number, sentence in enumerate(sentences, 1):
+        if text := sentence.strip():
+            yield Line(number, text)
+        else:
+            skipped()
+
+
+def draw_sentences(file: str, text_column: str, count: int, seed: int) -> Iterator[Line]:
+    """`count` sentences of a file, drawn uniformly with replacement, in the order of the file.
+
+    Two passes over the file; in memory are `count` numbers, and not the sentences.
+    """
+    total = sum(1 for _ in not_blank(read_sentences(file, text_column, "--file")))
+    if not total:
+        raise no_sentences(file)
+    drawn = np.sort(generator(seed, ORDER, 0, 0).integers(total, size=count))
+    wanted = iter(drawn.tolist())
+    position = next(wanted, None)
+    for index, line in enumerate(not_blank(read_sentences(file, text_column, "--file"))):
+        while position == index:
+            yield line
+            position = next(wanted, None)
+        if position is None:
+            return
+
+
+def read_labels(file: str) -> Iterable[str]:
+    """One label a line, stripped. Raises UserError as `read_sentences`."""
+    return corpora.read_labels(Path(file).expanduser(), "--labels_file")
+
+
+def check_labels(labels_file: str, text_file: str, text_column: str, toward: str) -> None:
+    """Raises UserError unless every sentence has a label, and both `toward` and another label are among them.
+
+    One pass over both files before any model runs. A blank sentence may have a blank label.
+    """
+    counts: Counter[str] = Counter()
+    labels = sentences = 0
+    missing = None
+    pairs = zip_longest(read_labels(labels_file), read_sentences(text_file, text_column, "--text_file"))
+    for number, (label, text) in enumerate(pairs, 1):
+        labels += label is not None
+        sentences += text is not None
+        if label and text and text.strip():
+            counts[label] += 1
+        elif label == "" and text and text.strip() and missing is None:
+            missing = number
+    if labels != sentences:
+        raise UserError(
+            f"{labels_file} has {labels:,} lines, but {text_file} has {sentences:,}: "
+            "give one label a line, in the order of the sentences"
+        )
+    if missing is not None:
+        raise UserError(f"{labels_file}:{missing}: no label for a sentence; give every sentence one")
+    if toward not in counts:
+        shown = [label for label, _ in counts.most_common(8)] + ["..."] * (len(counts) > 8)
+        raise UserError(f"--toward {toward}: no such label in {labels_file}, only {', '.join(shown)}; give one of them")
+    if len(counts) == 1:
+        raise UserError(f"{labels_file} has no label but {toward}: a direction needs sentences with another one")
+
+
+def no_sentences(source: str) -> UserError:
+    """The error for a source of nothing, or of blank sentences only."""
+    return UserError(f"{source} has no sentences: give at least one that is not blank")
+
+
+def windows(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:
+    """Lists of consecutive items to sort by length: one batch at first, so that output starts at once, then twice as many each
+    time up to `WINDOW` batches.
+    """
+    iterator, size = iter(items), batch_size
+    while window := list(islice(iterator, size)):
+        yield window
+        size = min(2 * size, WINDOW * batch_size)
+
+
+def _stdin_lines(stream: BinaryIO) -> Iterator[str]:
+    if stream.isatty():
+        print("dsvae: reading sentences from the terminal, one a line; Ctrl-D ends", file=sys.stderr)
+    for number, line in enumerate(stream, 1):
+        try:
+            yield line.decode("utf-8").removeprefix("\ufeff" if number == 1 else "")
+        except UnicodeDecodeError:
+            raise UserError(f"stdin:{number}: not UTF-8; convert it, e.g. with iconv -t UTF-8") from None

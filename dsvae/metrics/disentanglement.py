@@ -1,0 +1,179 @@
+"""Does each dimension of z stand for one factor of variation? Scores against the true factors of a corpus that has them.
+
+Codes are posterior means (N, Z) and factors are indices of values (N, K). All scores lie between 0 (nothing) and 1, up to noise.
+The estimators are those of Locatello et al. 2019 (Challenging Common Assumptions) where nothing else is said.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, mutual_info_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.tree import DecisionTreeClassifier
+
+BINS = 20
+"""Equal-width bins of a code, for its mutual information."""
+HELD_OUT = 0.25
+TREES = 50
+LEAF = 5
+PAIRS = 64
+"""Pairs of sentences that are averaged to one point of the z-diff classifier."""
+POINTS = 2_000
+"""Points of the z-diff classifier, training and held-out together."""
+
+Codes = NDArray[np.floating]
+Factors = NDArray[np.integer]
+
+
+def disentanglement(codes: Codes, factors: Factors, names: list[str], seed: int) -> dict[str, Any]:
+    """All scores: mig, dci_disentanglement, dci_completeness, dci_informativeness, z_diff (with z_diff_chance), sap.
+
+    Args:
+        codes: (N, Z), Z >= 1.
+        factors: (N, K), each column with at least two values.
+        names: of the K factors.
+        seed: of held-out splits, forests and pairs.
+
+    Returns: the scores, and `per_factor`: for every factor its MIG gap, SAP gap, completeness, informativeness.
+    """
+    information = mutual_information_matrix(codes, factors)
+    gaps = mig_gaps(information, factors)
+    train, test = _split(len(codes), seed)
+    importance, accuracy = _importance(codes, factors, train, test, seed)
+    completeness = dci_completeness_per_factor(importance)
+    sap = sap_gaps(sap_scores(codes, factors, train, test))
+    return {
+        "mig": float(gaps.mean()),
+        "dci_disentanglement": dci_disentanglement(importance),
+        "dci_completeness": float(completeness.mean()),
+        "dci_informativeness": float(accuracy.mean()),
+        "z_diff": z_diff(codes, factors, seed),
+        "z_diff_chance": 1 / factors.shape[1],
+        "sap": float(sap.mean()),
+        "per_factor": {
+            name: {
+                "mig_gap": float(gaps[k]),
+                "completeness": float(completeness[k]),
+                "informativeness": float(accuracy[k]),
+                "sap_gap": float(sap[k]),
+            }
+            for k, name in enumerate(names)
+        },
+        "information": information.tolist(),
+        "importance": importance.tolist(),
+    }
+
+
+def mutual_information_matrix(codes: Codes, factors: Factors) -> NDArray[np.float64]:
+    """I(z_i; v_k) in nats, (Z, K), of codes in 20 equal-width bins."""
+    binned = np.stack([np.digitize(c, np.histogram_bin_edges(c, BINS)[:-1]) for c in codes.T])
+    return np.array([[mutual_info_score(v, c) for v in factors.T] for c in binned])
+
+
+def mig_gaps(information: NDArray[np.float64], factors: Factors) -> NDArray[np.float64]:
+    """(I(z_1st; v_k) - I(z_2nd; v_k)) / H(v_k) of every factor, (K,); the mean is the mutual information gap (Chen et al. 2018).
+
+    A single code has no second one: its gap is the whole.
+    """
+    entropy = np.array([mutual_info_score(v, v) for v in factors.T])
+    return _gap(information) / entropy
+
+
+def dci_disentanglement(importance: NDArray[np.float64]) -> float:
+    """sum_i rho_i (1 - H_K(P_i)) of the importance (Z, K) of code i for factor k (Eastwood & Williams 2018).
+
+    P_i is the importance of code i as a distribution over the K factors, H_K its entropy to the base K, rho_i its share of all.
+    """
+    if importance.sum() == 0:
+        return 0.0
+    return float((importance.sum(1) / importance.sum() * (1 - _entropy(importance))).sum())
+
+
+def dci_completeness_per_factor(importance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 - H_Z(P_k) of every factor, (K,): P_k is the importance of the Z codes for factor k (Eastwood & Williams 2018)."""
+    return 1 - _entropy(importance.T)
+
+
+def z_diff(codes: Codes, factors: Factors, seed: int) -> float:
+    """The beta-VAE metric (Higgins et al. 2017): held-out accuracy of a linear classifier that tells which factor two sentences
+    share, from the mean |z - z'| of 64 pairs that share it and are random otherwise. Chance is 1/K.
+    """
+    rng = np.random.default_rng(seed)
+    factor_of_point = rng.integers(factors.shape[1], size=POINTS)
+    members = [[np.flatnonzero(column == value) for value in np.unique(column)] for column in factors.T]
+    points = np.empty((POINTS, codes.shape[1]))
+    for row, k in enumerate(factor_of_point):
+        # A value a pair, as often as the corpus has it.
+        groups = [members[k][i] for i in np.searchsorted(np.unique(factors[:, k]), rng.choice(factors[:, k], PAIRS))]
+        pairs = np.array([rng.choice(group, 2) for group in groups])  # (64, 2)
+        points[row] = np.abs(codes[pairs[:, 0]] - codes[pairs[:, 1]]).mean(0)
+    train, test = _split(POINTS, seed)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return float(model.fit(points[train], factor_of_point[train]).score(points[test], factor_of_point[test]))
+
+
+def sap_scores(
+    codes: Codes, factors: Factors, train: NDArray[np.intp], test: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    """How well one code alone tells the value of one factor, (Z, K): held-out balanced accuracy of thresholds on that code (Kumar
+    et al. 2018, for categorical factors), rescaled so that chance is 0 and perfection 1.
+    """
+    scores = np.zeros((codes.shape[1], factors.shape[1]))
+    for k, values in enumerate(factors.T):
+        count = len(np.unique(values))
+        tree = DecisionTreeClassifier(
+            max_leaf_nodes=4 * count, min_samples_leaf=LEAF, class_weight="balanced", random_state=0
+        )
+        for i, code in enumerate(codes.T):
+            tree.fit(code[train, None], values[train])
+            accuracy = balanced_accuracy_score(values[test], tree.predict(code[test, None]))
+            scores[i, k] = max(0.0, (accuracy - 1 / count) / (1 - 1 / count))
+    return scores
+
+
+def sap_gaps(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Best minus second-best score of every factor, (K,); their mean is the separated attribute predictability."""
+    return _gap(scores)
+
+
+def _importance(
+    codes: Codes, factors: Factors, train: NDArray[np.intp], test: NDArray[np.intp], seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of random forests that predict each factor from all codes (a choice of the DCI paper): importances (Z, K), and held-out
+    accuracies (K,)."""
+    importance = np.zeros((codes.shape[1], factors.shape[1]))
+    accuracy = np.zeros(factors.shape[1])
+    for k, values in enumerate(factors.T):
+        forest = RandomForestClassifier(TREES, min_samples_leaf=LEAF, max_features=None, max_samples=0.5, random_state=seed)
+        forest.fit(codes[train], values[train])
+        importance[:, k] = forest.feature_importances_
+        accuracy[k] = forest.score(codes[test], values[test])
+    return importance, accuracy
+
+
+def _split(count: int, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    order = np.random.default_rng(seed).permutation(count)
+    held_out = max(1, int(count * HELD_OUT))
+    return order[held_out:], order[:held_out]
+
+
+def _gap(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The largest minus the second largest of every column."""
+    ordered = np.sort(scores, axis=0)[::-1]
+    return ordered[0] - ordered[1] if len(ordered) > 1 else ordered[0]
+
+
+def _entropy(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The entropy of every row as a distribution, to the base of its length: 0..1; 1 for a row of zeros, which says nothing."""
+    if rows.shape[1] == 1:
+        return np.zeros(len(rows))
+    total = rows.sum(1, keepdims=True)
+    p = np.divide(rows, total, out=np.full_like(rows, 1 / rows.shape[1]), where=total > 0)
+    logs = np.log(p, out=np.zeros_like(p), where=p > 0)
+    return -(p * logs).sum(1) / np.log(rows.shape[1])
