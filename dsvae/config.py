@@ -47,6 +47,8 @@ class DataConfig:
     """Sentences of one optimizer step, over all ranks and micro-batches."""
     micro_batch_tokens: int = 8192
     """Most padded tokens of one forward pass on one rank; a step is cut into as many micro-batches as that takes."""
+    bucket_steps: int = 8
+    """Optimizer steps whose sentences are sorted by length together. More: less padding, steps of more equal lengths."""
     cache_dir: str | None = None
     """Where tokenized corpora are cached by content. None: `dsvae` inside the cache directory of `datasets`."""
 
@@ -317,7 +319,7 @@ def check(config: RunConfig) -> None:
         need(getattr(config, name) >= 1, f"{name} must be at least 1")
     for name in ("eval_every", "checkpoint_every"):
         need(getattr(config, name) >= 0, f"{name} must not be negative (0: only at the end of each phase)")
-    for name in ("max_tokens", "batch_size", "micro_batch_tokens", "builtin_size"):
+    for name in ("max_tokens", "batch_size", "micro_batch_tokens", "builtin_size", "bucket_steps"):
         need(getattr(config.data, name) >= 1, f"data.{name} must be at least 1")
     need(config.data.max_tokens >= 2, "data.max_tokens must be at least 2: one token and EOS")
     need(

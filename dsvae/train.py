@@ -242,6 +242,7 @@ def _engine(
         micro_batches=None if given == "auto" else given,
         latent_dim=model.config.latent_dim,
         deletion=settings.deletion,
+        bucket_steps=config.data.bucket_steps,
         seed=config.seed * 2 + phase - 1,  # each phase its own order and noise
         rank=world.rank,
         world_size=world.size,

@@ -22,9 +22,6 @@ from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.objective.elbo import IGNORE
 
-WINDOW_STEPS = 64
-"""Steps in a window that is sorted by length: long enough for little padding, short enough to keep the order random."""
-
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -63,17 +60,18 @@ class Step:
     """Predicted tokens of the global batch, EOS included."""
 
 
-def plan_epoch(lengths: NDArray[np.int32], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+def plan_epoch(lengths: NDArray[np.int32], batch_size: int, bucket_steps: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
     """The sentences of every optimizer step of an epoch, each step sorted by length, the longest first.
 
     Args:
         lengths: (N,) tokens of every sentence.
         batch_size: most sentences of a step; the steps of a window differ by at most one sentence, so that there is no small
             last step whose few sentences would weigh more than others.
+        bucket_steps: steps of a window.
     """
     rng = generator(seed, ORDER, epoch, 0)
     order = rng.permutation(len(lengths))
-    windows = np.array_split(order, math.ceil(len(order) / (batch_size * WINDOW_STEPS)))
+    windows = np.array_split(order, math.ceil(len(order) / (batch_size * bucket_steps)))
     plan: list[NDArray[np.int64]] = []
     for window in windows:
         by_length = window[np.argsort(-lengths[window], kind="stable")]
@@ -154,6 +152,7 @@ class TrainingBatches:
         token_budget: int,
         latent_dim: int,
         deletion: float,
+        bucket_steps: int,
         seed: int,
         rank: int,
         world_size: int,
@@ -169,17 +168,17 @@ class TrainingBatches:
         self.split, self.lengths = split, split.lengths
         self.batch_size, self.token_budget, self.micro_batches = batch_size, token_budget, micro_batches
         self.latent_dim, self.deletion, self.seed, self.pad_id = latent_dim, deletion, seed, pad_id
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.bucket_steps = rank, world_size, bucket_steps
         # Windows are cut to whole steps of their own, so the plan itself says how many steps an epoch has.
         self._epoch = 0
-        self._plan = plan_epoch(self.lengths, batch_size, seed, 0)
+        self._plan = plan_epoch(self.lengths, batch_size, bucket_steps, seed, 0)
         self.steps_per_epoch = len(self._plan)
 
     def step(self, index: int) -> Step:
         """The `index`-th optimizer step since the start of the phase, for this rank."""
         epoch, position = divmod(index, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._plan = epoch, plan_epoch(self.lengths, self.batch_size, self.seed, epoch)
+            self._epoch, self._plan = epoch, plan_epoch(self.lengths, self.batch_size, self.bucket_steps, self.seed, epoch)
         sentences = self._plan[position]
         tokens = int(self.lengths[sentences].sum())
         slices = cut_step(self.lengths[sentences], self.world_size, self.token_budget, self.micro_batches)

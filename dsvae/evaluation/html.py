@@ -21,18 +21,19 @@ TEMPLATE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ m.model }} on {{ m.source }}</title>
 <style>
-  body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 1180px; margin: 2rem auto; padding: 0 1.5rem; }
+  body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 1120px; margin: 2rem auto; padding: 0 1.5rem; }
   h1 { font-size: 1.5rem; margin-bottom: .2rem; }
   h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #d8dee4; padding-bottom: .2rem; }
   h3 { font-size: .95rem; margin: 1.2rem 0 .3rem; }
   .about { color: #57606a; margin: 0; }
   .warning { background: #fff8c5; border-left: 4px solid #d4a72c; padding: .5rem .8rem; margin: .8rem 0; }
-  .plots, .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr)); gap: .5rem 2rem; }
-  figure { margin: 0; } figure img { width: 100%; } figcaption { font-weight: 600; font-size: .95rem; }
+  .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1rem 2rem; }
+  figure { margin: 0; max-width: 620px; } figure img { width: 100%; } figcaption { font-weight: 600; font-size: .95rem; }
   table { border-collapse: collapse; width: 100%; font-size: .88rem; }
   td, th { padding: .2rem .5rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #eaeef2; }
   td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-  td.name { min-width: 8.5rem; } td.n { min-width: 4.2rem; } td.se { min-width: 4.6rem; } td.unit { min-width: 6.2rem; }
+  .measured td.name { width: 11rem; } .measured td.n { width: 5rem; }
+  .measured td.se { width: 6rem; } .measured td.unit { width: 8rem; }
   td.name, code { font-family: ui-monospace, monospace; font-size: .85em; }
   td.se, td.unit { color: #57606a; white-space: nowrap; }
   .text td { width: 50%; overflow-wrap: anywhere; }
@@ -45,14 +46,13 @@ TEMPLATE = """<!doctype html>
 {% for warning in m.warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
 
 <h2>Measured</h2>
-<div class="columns">
-{% for title, rows in sections %}<section><h3>{{ title }}</h3>
-<table>
+{% for title, rows in sections %}<h3>{{ title }}</h3>
+<table class="measured">
 {% for row in rows %}<tr><td class="name">{{ row.name }}</td><td class="n">{{ row.value }}</td>
 <td class="se">{% if row.error %}&plusmn; {{ row.error }}{% endif %}</td>
 <td class="unit">{{ row.unit }}</td><td>{{ row.meaning }}</td></tr>
-{% endfor %}</table></section>
-{% endfor %}</div>
+{% endfor %}</table>
+{% endfor %}
 {% if m.disentanglement %}
 <h3>Disentanglement by factor</h3>
 <table><tr><th>factor</th>{% for name in factor_columns %}<th>{{ name }}</th>{% endfor %}</tr>

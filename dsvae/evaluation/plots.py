@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
@@ -92,6 +93,7 @@ def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> str:
     axes.set_xlabel("tokens, EOS included")
     axes.set_ylabel("rec (nats)")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _svg(figure)
 
 

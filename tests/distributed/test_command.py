@@ -149,15 +149,16 @@ def mistakes(tmp_path):
 
 
 def test_mistakes(tmp_path, cache_dir):
-    """All of them one after the other, with two ranks: one line on stderr from rank 0, exit code 2 from every rank."""
+    """One line on stderr, from rank 0 alone, and exit code 2 from every rank, whoever finds the mistake."""
     cases = mistakes(tmp_path)
     if torch.cuda.is_available():
         del cases["fp16 on CPU"]
     for name, (arguments, word) in cases.items():
         out = ("--output_dir", tmp_path / "out") if "--output_dir" not in arguments else ()
-        run = start(*arguments, *out, "--data.cache_dir", cache_dir, "--data.builtin_size", "600", ranks=2)
+        ranks = 2 if name in ("more ranks than sentences", "not UTF-8", "model without weights", "auto unresolved") else 1
+        run = start(*arguments, *out, "--data.cache_dir", cache_dir, "--data.builtin_size", "600", ranks=ranks)
         assert run.wait(120) == 2, f"{name}: {run.stderr[-3000:]}"
-        assert [p.returncode for p in run.processes] == [2, 2], name
+        assert [p.returncode for p in run.processes] == [2] * ranks, name
         lines = [line for line in run.stderr.splitlines() if line.startswith("dsvae: error:")]
         assert len(lines) == 1, f"{name}: {run.stderr[-3000:]}"
         assert word in lines[0], f"{name}: {lines[0]}"

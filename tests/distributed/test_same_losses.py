@@ -33,7 +33,7 @@ def reference(directory, prepared):
     """The losses and the final weights of plain torch on one process: each global batch at once, the contract's formula."""
     model = T5VAE.from_pretrained(directory, dtype=torch.float32).train()
     batches = TrainingBatches(
-        prepared.splits["train"], batch_size=32, token_budget=10**6, latent_dim=6, deletion=0.3, seed=1,
+        prepared.splits["train"], batch_size=32, token_budget=10**6, latent_dim=6, deletion=0.3, bucket_steps=8, seed=1,
         rank=0, world_size=1, pad_id=0,
     )  # fmt: skip
     plain = [n for n, p in model.named_parameters() if p.ndim < 2 or "shared" in n or "relative_attention_bias" in n]

@@ -1,0 +1,307 @@
+"""The whole evaluation of a small model: invariances, files, baseline, bad input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, make_t5, make_vae
+from launch import ROOT, environment, free_port
+
+from dsvae.data.grammar import generate
+from dsvae.data.noise import LATENT
+from dsvae.data.tokenization import tokenize, train_tokenizer
+from dsvae.engine.distributed import World
+from dsvae.errors import UserError
+from dsvae.evaluation import evaluate_model
+from dsvae.evaluation.sentences import read
+from dsvae.metrics import passes
+from dsvae.metrics.likelihood import draw_log_weights
+from dsvae.metrics.reconstruction import compare, reconstruct
+from dsvae.modeling.posterior import Gaussian
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+SENTENCES = [drawn.text for drawn in generate(60, seed=3)]
+LABELS = [f"type {drawn.factors[0]}" for drawn in generate(60, seed=3)]
+SENTENCES[7] = SENTENCES[20]  # a repeated one
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(SENTENCES, SMALL["vocab_size"])
+
+
+@pytest.fixture(scope="module")
+def split(tokenizer):
+    return tokenize(SENTENCES, tokenizer, 64, "test")[0]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, tokenizer):
+    """A model directory, and test.txt with test.labels beside it."""
+    return save(tmp_path_factory.mktemp("evaluation"), make_vae(), tokenizer)
+
+
+def save(path, model, tokenizer):
+    model.save_pretrained(path / "model")
+    tokenizer.save_pretrained(path / "model")
+    (path / "test.txt").write_text("\n".join(SENTENCES) + "\n")
+    (path / "test.labels").write_text("\n".join(LABELS) + "\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _same_environment():
+    """A run of one process leaves RANK and its like in the environment."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def run(directory, output, **options):
+    options = {"labels_file": str(directory / "test.labels"), "iw_samples": 3, "max_tokens": 24, **options}
+    return evaluate_model(str(directory / "model"), str(directory / "test.txt"), output=str(output), **options)
+
+
+@pytest.fixture(scope="module")
+def metrics(directory):
+    before = dict(os.environ)
+    found = run(directory, directory / "out", batch_tokens=4096)
+    os.environ.clear()
+    os.environ.update(before)
+    return found
+
+
+def numbers(value, prefix=""):
+    """Every number in nested metrics, by its path."""
+    if isinstance(value, dict):
+        return {k: v for name, part in value.items() for k, v in numbers(part, f"{prefix}{name}.").items()}
+    if isinstance(value, list):
+        return {k: v for i, part in enumerate(value) for k, v in numbers(part, f"{prefix}{i}.").items()}
+    return {prefix: value} if isinstance(value, (int, float)) else {}
+
+
+def assert_same(one, two):
+    one, two = numbers(one), numbers(two)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+def test_batch_size_changes_nothing(directory, metrics, tmp_path):
+    assert_same(metrics, run(directory, tmp_path / "out", batch_tokens=1))
+
+
+def test_order_of_the_file_changes_nothing(directory, metrics, tmp_path):
+    order = np.random.default_rng(0).permutation(len(SENTENCES))
+    (tmp_path / "test.txt").write_text("".join(SENTENCES[i] + "\n" for i in order))
+    (tmp_path / "test.labels").write_text("".join(LABELS[i] + "\n" for i in order))
+    found = evaluate_model(
+        str(directory / "model"), str(tmp_path / "test.txt"), str(tmp_path / "test.labels"), str(tmp_path / "out"),
+        iw_samples=3, max_tokens=24,
+    )  # fmt: skip
+    assert_same(metrics, found)
+
+
+def test_two_ranks_change_nothing(directory, metrics, tmp_path):
+    port = str(free_port())
+    command = [sys.executable, "-m", "dsvae.cli", "evaluate", str(directory / "model"), "--output", str(tmp_path / "out")]
+    command += ["--test_file", str(directory / "test.txt"), "--labels_file", str(directory / "test.labels")]
+    command += ["--iw_samples", "3", "--max_tokens", "24"]
+    processes = []
+    for rank in ("0", "1"):
+        place = environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        processes.append(
+            subprocess.Popen(command, env=place, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        told = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert "Likelihood" in told[0][0]
+    assert "Likelihood" not in told[1][0]
+    assert_same(metrics, json.loads((tmp_path / "out" / "metrics.json").read_text())["test"])
+
+
+def test_what_is_in_the_metrics(metrics, split):
+    assert metrics["sentences"] == 60
+    assert metrics["tokens"] == split.lengths.sum()
+    assert metrics["elbo"] == pytest.approx(-metrics["rec"] - metrics["kl"])
+    assert metrics["kl"] == pytest.approx(metrics["mi"] + metrics["marginal_kl"])
+    assert metrics["kl"] == pytest.approx(sum(metrics["kl_per_dim"]))
+    assert metrics["ppl_token"] == pytest.approx(np.exp(-metrics["elbo"] * 60 / metrics["tokens"]))
+    assert 1 <= metrics["iw_ess_min"] <= metrics["iw_ess"] <= 3
+    assert metrics["au_curve"]["units"][metrics["au_curve"]["threshold"].index(0.01)] == metrics["au"]
+    means = ("rec", "kl", "elbo", "nll_iw", "mi", "marginal_kl", "rec_shuffled", "rec_prior", "exact_match", "token_accuracy")
+    assert all(metrics["se"][name] >= 0 for name in means)
+    assert metrics["probes"]["label"]["classes"] == 3
+
+
+def test_what_is_left_behind(directory, metrics):
+    out = directory / "out"
+    assert json.loads((out / "metrics.json").read_text())["test"]["nll_iw"] == metrics["nll_iw"]
+    report = (out / "report.html").read_text()
+    assert report.count("data:image/svg+xml;base64,") == 4
+    assert not re.search(r'(src|href)="(?!data:)|https?://', report)  # nothing to fetch
+    rows = (out / "projector" / "00000" / "posterior_mean" / "metadata.tsv").read_text().splitlines()
+    assert rows[0] == "sentence\ttokens\tlabel"
+    assert [row.split("\t")[2] for row in rows[1:]] == LABELS
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_weights_are_those_of_single_sentences(split):
+    model = make_vae()
+    posterior = passes.encode(model, split, ALONE, 512)
+    found = draw_log_weights(model, split, posterior, ALONE, count=2, token_budget=512, seed=0)
+    noise = passes.noise_of(split.content_keys, LATENT, 1, model.config.latent_dim)
+    for i in (0, 7, 20, 59):
+        ids = torch.from_numpy(split.ids(i))[None]
+        q = model.encode(ids)
+        z = q.sample(noise[i : i + 1])
+        with torch.no_grad():
+            logits = model(labels=ids, latent=z).logits
+        log_px_z = torch.log_softmax(logits, -1)[0, torch.arange(ids.shape[1]), ids[0]].sum()
+        expected = log_px_z + Gaussian.log_prior(z)[0] - q.log_prob(z)[0]
+        assert float(found[1, i]) == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_reconstructions_are_those_of_single_sentences(split):
+    model = make_vae()
+    mean = passes.encode(model, split, ALONE, 512).mean
+    decoded = reconstruct(model, split, mean, ALONE, token_budget=256, max_tokens=12)
+    for i in range(0, 60, 7):
+        alone = model.generate(latent=mean[i : i + 1], max_new_tokens=12, do_sample=False)[0, 1:]
+        np.testing.assert_array_equal(decoded[i], alone.numpy()[: len(decoded[i])])
+        assert decoded[i][-1] == model.config.eos_token_id or len(decoded[i]) == 12
+        assert model.config.eos_token_id not in decoded[i][:-1]
+
+
+def test_reconstruction_scores_by_hand(tokenizer):
+    split = tokenize(["the king sold the hat", "the lady"], tokenizer, 64, "test")[0]
+    rows = split.rows([0, 1])
+    perfect = compare(split, rows, tokenizer)
+    assert [perfect[name] for name in ("exact_match", "token_accuracy")] == [1, 1]
+    assert [perfect["bleu"], perfect["chrf"]] == pytest.approx([100, 100])
+    # One token inserted in front moves all others; a reconstruction that stops early lacks the rest.
+    shifted = np.concatenate([[5], rows[0]])
+    same = int((shifted[: len(rows[0])] == rows[0]).sum())
+    found = compare(split, [shifted, rows[1][:1]], tokenizer)
+    assert found["exact_match"] == 0
+    assert found["token_accuracy"] == pytest.approx((same + 1) / split.lengths.sum())
+    assert compare(split, [rows[0], rows[1][:-1]], tokenizer)["exact_match"] == 0.5  # EOS belongs to it
+
+
+def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split):
+    model = make_vae(injection="none")
+    save(tmp_path, model, tokenizer)
+    found = run(tmp_path, tmp_path / "out")
+    assert (found["latent_dim"], found["kl"], found["mi"], found["au"]) == (0, 0, 0, 0)
+    assert found["rec"] == found["rec_shuffled"] == found["rec_prior"] == pytest.approx(-found["elbo"])
+    assert found["nll_iw"] == pytest.approx(found["rec"], rel=1e-6)
+    ids = torch.from_numpy(split.ids(0))[None]
+    with torch.no_grad():
+        logits = model(labels=ids, latent=torch.zeros(1, 0)).logits
+    alone = -torch.log_softmax(logits, -1)[0, torch.arange(ids.shape[1]), ids[0]].sum()
+    one = passes.decode(model, split, torch.zeros(60, 0), ALONE, 512)[0]
+    assert float(one) == pytest.approx(float(alone), abs=1e-3)
+    assert "probes" not in found
+    assert "exact_match" not in found
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert not (tmp_path / "out" / "projector").exists()
+
+
+def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr("dsvae.evaluation.sentences.BUILTIN_SENTENCES", 400)
+    found = evaluate_model(str(directory / "model"), output=str(tmp_path / "out"))
+    assert len(found["probes"]) == len(found["disentanglement"]["per_factor"]) == 9
+    assert 0 <= found["disentanglement"]["mig"] <= 1
+    assert "nll_iw" not in found
+
+
+def test_markup_in_sentences_stays_text(directory, tmp_path):
+    (tmp_path / "t.txt").write_text("the <script>alert(1)</script> king\na $ b $ c\n" + "\n".join(SENTENCES))
+    labels = ["<b>$x$</b>", "<b>$x$</b>", *LABELS]
+    (tmp_path / "t.labels").write_text("\n".join(labels + []))
+    evaluate_model(str(directory / "model"), str(tmp_path / "t.txt"), output=str(tmp_path / "out"))
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "<script>" not in report
+
+
+def test_labels_stay_with_their_sentences(tmp_path, tokenizer):
+    (tmp_path / "t.txt").write_text("".join(f"{s}\n\n" for s in SENTENCES))
+    (tmp_path / "t.labels").write_text("".join(f"{label}\n\n" for label in LABELS))
+    found = read(str(tmp_path / "t.txt"), str(tmp_path / "t.labels"), "text", tokenizer, 64)
+    assert found.labels["label"].tolist() == LABELS
+    assert len(found.split) == 60
+    assert found.counts["skipped_blank"] == 60
+
+
+def test_truncation_is_counted(directory, tmp_path):
+    found = run(directory, tmp_path / "out", max_tokens=6, iw_samples=0)
+    assert found["truncated"] == 60
+    assert found["tokens"] == 360
+    assert any("truncated" in warning for warning in found["warnings"])
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+BAD = {
+    "no such directory": (lambda d, t: {"model_dir": str(t / "nothing")}, "no such directory"),
+    "no model": (lambda d, t: {"model_dir": str(d)}, "no config.json.*is it .*model"),
+    "another model": (lambda d, t: {"model_dir": str(make_t5("t5 v1.0", t))}, "holds a t5 model"),
+    "missing file": (lambda d, t: {"test_file": str(t / "nothing.txt")}, "no such file"),
+    "empty file": (lambda d, t: {"test_file": write(t / "empty.txt", "")}, "is empty"),
+    "blank file": (lambda d, t: {"test_file": write(t / "blank.txt", "\n\n"), "labels_file": None}, "no sentences"),
+    "labels of another length": (lambda d, t: {"labels_file": write(t / "l", "a\nb\n")}, "has 2 lines, but .* has 60"),
+    "missing labels": (lambda d, t: {"labels_file": str(t / "nothing")}, "no such file"),
+    "a sentence without label": (lambda d, t: {"labels_file": write(t / "l", "a\n\n" + "a\n" * 58)}, ":2: no label"),
+    "a single label": (lambda d, t: {"labels_file": write(t / "l", "a\n" * 60)}, "two"),
+    "labels alone": (lambda d, t: {"test_file": None}, "without --test_file"),
+    "k below 1": (lambda d, t: {"iw_samples": -1}, "iw_samples -1"),
+    "no samples": (lambda d, t: {"samples": 0}, "samples 0: give a whole number of at least 1"),
+    "half a sample": (lambda d, t: {"samples": 1.5}, "samples 1.5"),
+    "one token": (lambda d, t: {"max_tokens": 1}, "max_tokens 1"),
+    "no directory to write to": (lambda d, t: {"output": write(t / "file", "")}, "give another --output"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, directory, tmp_path):
+    arguments = {
+        "model_dir": str(directory / "model"),
+        "test_file": str(directory / "test.txt"),
+        "labels_file": str(directory / "test.labels"),
+        "output": str(tmp_path / "out"),
+    }
+    change, message = BAD[name]
+    with pytest.raises(UserError, match=message) as raised:
+        evaluate_model(**arguments | change(directory, tmp_path))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_models(directory, tmp_path, tokenizer):
+    model = make_vae()
+    model.save_pretrained(tmp_path / "no_tokenizer")
+    with pytest.raises(UserError, match="tokenizer"):
+        evaluate_model(str(tmp_path / "no_tokenizer"), str(directory / "test.txt"))
+    model.save_pretrained(tmp_path / "no_weights")
+    tokenizer.save_pretrained(tmp_path / "no_weights")
+    (tmp_path / "no_weights" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        evaluate_model(str(tmp_path / "no_weights"), str(directory / "test.txt"))
+    state = {name: weight for name, weight in model.state_dict().items() if "posterior" not in name and name != "lm_head.weight"}
+    model.save_pretrained(tmp_path / "no_head", state_dict=state)
+    tokenizer.save_pretrained(tmp_path / "no_head")
+    with pytest.raises(UserError, match=r"lacks weights: posterior"):
+        evaluate_model(str(tmp_path / "no_head"), str(directory / "test.txt"))

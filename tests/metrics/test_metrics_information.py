@@ -1,0 +1,107 @@
+"""Mutual information against numerical integration; KL and active units of posteriors made by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.stats import norm
+
+from dsvae.engine.distributed import World
+from dsvae.metrics.information import (
+    active_unit_curve,
+    active_units,
+    mean_variance,
+    mutual_information,
+    near_cap,
+)
+from dsvae.modeling.posterior import Gaussian
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+def integrated(means, deviations):
+    """I(x; z) = H(z) - H(z|x) of a mixture of N one-dimensional Gaussians, by quadrature."""
+
+    def density(z):
+        return float(np.mean(norm.pdf(z, means, deviations)))
+
+    low, high = min(means) - 9 * max(deviations), max(means) + 9 * max(deviations)
+    entropy = quad(lambda z: -density(z) * math.log(density(z)) if density(z) > 0 else 0.0, low, high, limit=400)[0]
+    return entropy - float(np.mean([0.5 * math.log(2 * math.pi * math.e * s**2) for s in deviations]))
+
+
+def repeated(means, deviations, times):
+    """The mixture as a set of sentences: each component `times` times. The aggregate posterior is the same."""
+    mean = torch.tensor(means).repeat(times)[:, None]
+    return Gaussian(mean, 2 * torch.log(torch.tensor(deviations)).repeat(times)[:, None])
+
+
+@pytest.mark.parametrize(
+    ("means", "deviations"),
+    [([-0.5, 0.8], [1.0, 0.6]), ([-3.0, 0.0, 1.0], [0.5, 0.3, 1.0]), ([0.0, 0.0], [1.0, 1.0])],
+)
+def test_mutual_information_of_a_mixture(means, deviations):
+    q = repeated(means, deviations, 2000)
+    noise = torch.randn(len(q.mean), 1, generator=torch.Generator().manual_seed(0))
+    terms = mutual_information(q, q.sample(noise), ALONE)
+    error = float(terms.std()) / math.sqrt(len(terms))
+    assert float(terms.mean()) == pytest.approx(integrated(means, deviations), abs=4 * error + 1e-6)
+
+
+def test_mutual_information_of_sentences_that_never_overlap_is_its_cap():
+    q = Gaussian(torch.arange(50.0)[:, None] * 100, torch.zeros(50, 1))
+    terms = mutual_information(q, q.sample(torch.randn(50, 1)), ALONE)
+    torch.testing.assert_close(terms, torch.full((50,), math.log(50), dtype=torch.float64))
+    assert "near its cap" in near_cap(math.log(50), 50)
+    assert "50" in near_cap(math.log(50), 50)
+    assert near_cap(0.5 * math.log(50), 50) is None
+
+
+def test_a_collapsed_posterior_says_nothing():
+    q = Gaussian(torch.zeros(40, 3), torch.zeros(40, 3))
+    terms = mutual_information(q, q.sample(torch.randn(40, 3)), ALONE)
+    torch.testing.assert_close(terms, torch.zeros(40, dtype=torch.float64), atol=1e-9, rtol=0)
+    assert float(q.kl().sum()) == 0
+    assert active_units(q) == 0
+
+
+def test_blocks_change_nothing(monkeypatch):
+    q = Gaussian(torch.randn(37, 2), torch.randn(37, 2))
+    z = q.sample(torch.randn(37, 2))
+    whole = mutual_information(q, z, ALONE)
+    monkeypatch.setattr("dsvae.metrics.information.PAIRS", 100)
+    torch.testing.assert_close(mutual_information(q, z, ALONE), whole)
+
+
+def test_kl_and_marginal_kl_by_hand():
+    """q(z|x) = N(x, s^2) with x ~ N(0, 1 - s^2): the aggregate is the prior, so all of the KL is mutual information."""
+    s = 0.5
+    x = math.sqrt(1 - s**2) * torch.from_numpy(norm.ppf((np.arange(4000) + 0.5) / 4000)).float()
+    q = Gaussian(x[:, None], torch.full((4000, 1), 2 * math.log(s)))
+    kl = float(q.kl().sum(1).double().mean())
+    assert kl == pytest.approx(-math.log(s), abs=1e-3)
+    noise = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    assert float(mutual_information(q, q.sample(noise), ALONE).mean()) == pytest.approx(kl, abs=0.04)
+
+
+def test_active_units_by_hand():
+    column = torch.tensor([-1.0, 1.0]).repeat(50)
+    q = Gaussian(torch.stack([column, 0.15 * column, 0.05 * column, 0 * column + 7], 1), torch.zeros(100, 4))
+    variance = torch.tensor([1.0, 0.0225, 0.0025, 0.0], dtype=torch.float64) * 100 / 99
+    torch.testing.assert_close(mean_variance(q), variance, atol=1e-6, rtol=1e-5)
+    assert active_units(q) == 2
+    curve = active_unit_curve(q)
+    units = dict(zip(curve["threshold"], curve["units"], strict=True))
+    assert units[0.01] == 2
+    assert units[0.001] == 3
+    assert units[0.1] == 1
+    assert units[10.0] == 0
+    assert curve["units"] == sorted(curve["units"], reverse=True)
+
+
+def test_no_latent_and_a_single_sentence():
+    assert active_units(Gaussian(torch.zeros(5, 0), torch.zeros(5, 0))) == 0
+    assert active_units(Gaussian(torch.ones(1, 3), torch.zeros(1, 3))) == 0
+    assert mutual_information(Gaussian(torch.zeros(5, 0), torch.zeros(5, 0)), torch.zeros(5, 0), ALONE).tolist() == [0] * 5
