@@ -49,7 +49,7 @@ def sample(
     whose posterior was sampled and its number in the file.
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model).
+        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         n: number of sentences.
         source: prior draws z from p(z); aggregate from q(z|x) of sentences drawn from --file: where the decoder has been.
         file: sentences for --source aggregate (.txt, .jsonl, .csv, .tsv, .parquet).
@@ -103,7 +103,7 @@ def reconstruct(
     counted), "sentence", "reconstruction"; otherwise the two stand one above the other, behind the number.
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model).
+        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); stdin, one a line, where it is left out or -.
         text_column: column of the sentence, where the file has columns.
         json: one JSON object a line.
@@ -150,7 +150,7 @@ def interpolate(
     The first and the last are the reconstructions of the two. With --json one object a line: "t" (0 to 1), "sentence".
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model).
+        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         a: the sentence to start from.
         b: the sentence to arrive at.
         steps: number of sentences, at least 2.
@@ -188,7 +188,7 @@ def analogy(
     With --json one object: "a", "b", "c", "sentence".
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model).
+        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         a: a sentence.
         b: what became of it.
         c: another sentence, to which the same is to be done.
@@ -224,7 +224,7 @@ def traverse(
     With --json one object a line: "offset" (standard deviations), "value" (the coordinate of z), "sentence".
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model).
+        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         a: the sentence.
         dim: the dimension to move, from 0; the others stay.
         steps: number of sentences, at least 2.
@@ -268,7 +268,7 @@ def edit(
     "sentence", "reconstruction" (strength 0), "edited", "strength".
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model).
+        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         a: the sentence.
         toward: a label of --labels_file.
         labels_file: one label a line, line i for sentence i of --text_file.
@@ -313,7 +313,7 @@ def encode(
     the disk beside the output holds it twice for a moment. The output appears whole or not at all.
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model).
+        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); stdin, one a line, where it is left out or -.
         output: the file to write.
         text_column: column of the sentence, where the file has columns.
@@ -375,7 +375,7 @@ def evaluate(
     Also on several ranks: deepspeed --module dsvae.cli evaluate ...
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model).
+        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         test_file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); the built-in corpus where it is left out.
         labels_file: one label a line, line i for sentence i: how well the latent tells them apart.
         output: directory for metrics.json, report.html and the projector; MODEL_DIR/evaluation where it is left out.

@@ -215,8 +215,8 @@ def _estimators(samples: int, iw_samples: int, latent_dim: int) -> dict[str, str
 def _policies(max_tokens: int) -> dict[str, str]:
     """What was counted, in words."""
     return {
-        "end of sentence": "EOS is predicted: it is in every likelihood, is one of the tokens, and counts as one more word and one "
-        "more byte in ppl_word and bits_per_byte",
+        "end of sentence": "EOS is predicted: it is in every likelihood, is one of the tokens, and counts as one more word and "
+        "one more byte in ppl_word and bits_per_byte",
         "truncation": f"sentences over {max_tokens} tokens (EOS included) are cut to {max_tokens}, EOS last, and counted in "
         "truncated; words and bytes are those of the text that is left",
         "unknown": "tokens outside the vocabulary are predicted as one unknown piece and counted in unk: with many of them "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from dsvae.data import grammar
 from dsvae.data.corpora import read_file, read_labels
 from dsvae.data.tokenization import TokenizedSplit, tokenize
 from dsvae.errors import UserError
-from dsvae.metrics.probes import usable
+from dsvae.metrics.probes import usable_labels
 
 BUILTIN_SENTENCES = 5_000
 BUILTIN_SEED = 1_000_003
@@ -58,6 +57,8 @@ def read(
     split, kept, counts = tokenize(texts, tokenizer, max_tokens, str(path))
     if labels is None:
         return Sentences(split, path.name, counts)
+    # Before hours of work; equal sentences are those of equal tokens.
+    usable_labels(zip(labels[kept].tolist(), split.hashes.tolist(), strict=True), str(labels_file))
     return Sentences(split, path.name, counts, {"label": labels[kept]})
 
 
@@ -69,11 +70,9 @@ def _labels(path: Path, sentences: Path, texts: list[str]) -> NDArray[np.str_]:
             f"{path} has {len(labels):,} lines, but {sentences} has {len(texts):,}: "
             "give one label a line, in the order of the sentences"
         )
-    pairs = list(zip(labels, texts, strict=True))
-    for number, (label, text) in enumerate(pairs, 1):
+    for number, (label, text) in enumerate(zip(labels, texts, strict=True), 1):
         if not label and text.strip():
             raise UserError(f"{path}:{number}: no label for a sentence; give every sentence one")
-    usable(Counter(label for label, text in pairs if text.strip()), str(path))
     return np.array(labels)
 
 

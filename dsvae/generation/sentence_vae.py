@@ -80,7 +80,7 @@ class SentenceVAE:
 
     @classmethod
     def from_pretrained(cls, model_dir: str, *, device: str | None = None, **settings: Any) -> SentenceVAE:
-        """The model and the tokenizer of a directory (`model/` in the output of a run), in float32.
+        """The model and the tokenizer of a directory (`model/` in the output of a run) or a hub id, in float32.
 
         Args:
             device: as torch calls it. None: the accelerator, where there is one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def probe(
 
     Args:
         features: (N, Z), posterior means.
-        labels: (N,), any strings; sentences of a label that fewer than five sentences have are left out.
+        labels: (N,), any strings; sentences of a label that fewer than five different sentences have are left out.
         groups: (N,), equal for equal sentences.
         seed: of the folds.
 
@@ -43,14 +44,12 @@ def probe(
         `classes`, `sentences` and `left_out` that they are about.
 
     Raises:
-        UserError: fewer than two labels that five sentences have.
+        UserError: fewer than two labels that five different sentences have.
     """
     # The folds follow the order of the rows: make it one of the content.
     order = np.lexsort((labels, groups))
     features, labels, groups = features[order].astype(np.float64), labels[order], groups[order]
-    counts = Counter(labels.tolist())
-    common = [label for label, count in counts.items() if count >= FOLDS]
-    usable(counts, "the labels")
+    common = usable_labels(zip(labels.tolist(), groups.tolist(), strict=True), "the labels")
     keep = np.isin(labels, common)
     features, labels, groups = features[keep], labels[keep], groups[keep]
     folds = StratifiedGroupKFold(n_splits=FOLDS, shuffle=True, random_state=seed)
@@ -72,10 +71,16 @@ def probe(
     return {**found, "classes": len(common), "sentences": count, "left_out": len(keep) - count, "se": se}
 
 
-def usable(counts: Counter[str], where: str) -> None:
-    """Raises UserError where labels of these counts cannot be probed; `where` names them."""
-    if sum(count >= FOLDS for count in counts.values()) < 2:
+def usable_labels(pairs: Iterable[tuple[str, Hashable]], where: str) -> list[str]:
+    """The labels of `pairs` (label, sentence) that five different sentences have: every fold can hold out one.
+
+    Raises UserError where there are fewer than two; `where` names the labels.
+    """
+    counts = Counter(label for label, _ in set(pairs))
+    common = [label for label, count in counts.items() if count >= FOLDS]
+    if len(common) < 2:
         raise UserError(
-            f"{where}: {len(counts)} different labels, of which fewer than two stand at {FOLDS} sentences or more: "
-            "a probe needs two such classes"
+            f"{where}: of {len(counts)} different labels {len(common)} stand at {FOLDS} different sentences or more: "
+            "a probe needs two such labels"
         )
+    return common

@@ -29,7 +29,7 @@ def samples(
     prior = Gaussian.from_prior(noise_of(split.content_keys[:count], PRIOR, 0, model.config.latent_dim))
     for i in range(count):
         ids = torch.from_numpy(split.ids(i))[None].to(world.device)
-        originals.append(tokenizer.decode(ids[0], skip_special_tokens=True))
+        originals.append(str(tokenizer.decode(ids[0], skip_special_tokens=True)))
         means.append(model(ids, encode_only=True).posterior.mean)
     both = torch.cat([*means, prior.to(world.device)])
     decoded = model.generate(latent=both, max_new_tokens=max_tokens, do_sample=False)

@@ -1,0 +1,432 @@
+"""The `dsvae` command: through `main` in this process, and in a few tests as the real command in a shell."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_t5, make_vae
+from safetensors.torch import load_file
+
+from dsvae import cli, command_line
+from dsvae.cli import COMMANDS, main
+from dsvae.data.tokenization import train_tokenizer
+from dsvae.errors import UserError
+from dsvae.generation import SentenceVAE
+
+TEXTS = ["a bad bee", "the cab had a bed", "abe", "he had the beach ball", "each ace bathed", "a tea"]
+FEW = ("--max_new_tokens", "7", "--device", "cpu")
+# Besides those that the model was trained for: what fire would read as Python, or as its own signs.
+LITERAL = ["1, 2", "None", "[ok]", "True", "1.0", "{'a': 1}", "-", "- a bed", "(a)", '"a"', "a=b", "1e3", "0x1f"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([*TEXTS, "1, 2 None [ok] True - = ( ) { } ' : \" . x"] * 3, 60)
+
+
+def save(directory, tokenizer, **latent):
+    make_vae(**latent).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tokenizer, tmp_path_factory):
+    return save(tmp_path_factory.mktemp("run") / "model", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def vae(model_dir):
+    return SentenceVAE.from_pretrained(model_dir, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("corpus")
+    (directory / "text.txt").write_text("\n".join([TEXTS[0], "", *TEXTS[1:]]) + "\n")
+    (directory / "labels.txt").write_text("pos\n\nneg\npos\nneg\npos\nneg\n")
+    (directory / "text.csv").write_text("n,review\n" + "".join(f"1,{text}\n" for text in TEXTS))
+    (directory / "empty.txt").write_text("")
+    (directory / "blank.txt").write_text("\n  \n")
+    (directory / "short.txt").write_text("pos\nneg\n")
+    (directory / "one.txt").write_text("pos\n" * 7)
+    (directory / "gap.txt").write_text("pos\n\nneg\n\nneg\npos\nneg\n")
+    (directory / "latin.txt").write_bytes(b"a bed\ncaf\xe9\n")
+    return directory
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line that must succeed: its stdout."""
+
+    def call(*words):
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out
+
+    return call
+
+
+@pytest.fixture
+def fail(capsys):
+    """Runs a command line that must fail as a user error: its one line."""
+
+    def call(*words):
+        assert main([str(word) for word in words]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        errors = [line for line in err.splitlines() if not line.startswith("dsvae: seed")]
+        assert len(errors) == 1, err
+        assert errors[0].startswith("dsvae: error: ")
+        return errors[0]
+
+    return call
+
+
+def objects(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def stdin(monkeypatch, data):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+# What the commands print
+
+
+def test_sample_repeats_with_its_seed(run, vae, model_dir):
+    words = ("sample", model_dir, "-n", 4, "--seed", 3, *FEW)
+    expected = vae.sample(4, seed=3, max_new_tokens=7)
+    assert objects(run(*words, "--json")) == [{"sample": i, "sentence": text} for i, text in enumerate(expected, 1)]
+    assert run(*words) == "".join(f"{i}  {text}\n" for i, text in enumerate(expected, 1))
+    drawn = run(*words, "--do_sample", "--temperature", 1.5)
+    assert drawn == run(*words, "--do_sample", "--temperature", 1.5)
+    assert drawn != run("sample", model_dir, "-n", 4, "--seed", 4, "--do_sample", "--temperature", 1.5, *FEW)
+
+
+def test_sample_tells_a_fresh_seed_that_repeats_it(capsys, model_dir):
+    words = ["sample", model_dir, "-n", "3", "--do_sample", *FEW]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    seed = re.search(r"--seed (\d+)", err)[1]
+    assert main([*words, "--seed", seed]) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_sample_of_the_aggregate_posterior_says_where_it_comes_from(run, model_dir, corpus):
+    words = ("sample", model_dir, "-n", 6, "--seed", 1, "--json", "--source", "aggregate", "--file", corpus / "text.txt", *FEW)
+    rows = objects(run(*words))
+    lines = (corpus / "text.txt").read_text().splitlines()
+    assert [row["sample"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(lines[row["line"] - 1] == row["from"] for row in rows)
+    assert objects(run(*words)) == rows
+
+
+@pytest.mark.parametrize("batch_size", [2, 128])
+def test_reconstruct_takes_files_and_stdin(run, vae, model_dir, corpus, monkeypatch, batch_size):
+    words = ("reconstruct", model_dir, *FEW, "--batch_size", batch_size)
+    found = vae.reconstruct(TEXTS, max_new_tokens=7)
+    numbers = [1, 3, 4, 5, 6, 7]
+    rows = [
+        {"line": n, "sentence": text, "reconstruction": made} for n, text, made in zip(numbers, TEXTS, found, strict=True)
+    ]
+    assert objects(run(*words, corpus / "text.txt", "--json")) == rows
+    pairs = [f"{n:>6}  {text}\n        {made}\n" for n, text, made in zip(numbers, TEXTS, found, strict=True)]
+    assert run(*words, "--file", corpus / "text.txt") == "".join(pairs)
+    for source in ([], ["-"]):
+        stdin(monkeypatch, (corpus / "text.txt").read_bytes())
+        assert objects(run(*words, *source, "--json")) == rows
+    csv = objects(run(*words, corpus / "text.csv", "--text_column", "review", "--json"))
+    assert [row["reconstruction"] for row in csv] == found
+
+
+def test_reconstruct_reports_on_stderr_what_was_not_taken_as_it_came(capsys, model_dir, corpus):
+    assert main(["reconstruct", model_dir, str(corpus / "text.txt"), *FEW, "--max_tokens", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 * len(TEXTS)
+    assert "dsvae: 1 blank sentences skipped" in err
+    assert re.search(r"dsvae: \d sentences truncated to 4 tokens \(--max_tokens\)", err)
+    assert re.search(r"dsvae: \d generated sentences cut before their end \(--max_new_tokens\)", err)
+
+
+def test_interpolate_analogy_and_traverse_print_what_the_class_gives(run, vae, model_dir):
+    a, b, c = TEXTS[1], TEXTS[3], TEXTS[4]
+    for path in ("linear", "slerp"):
+        rows = objects(run("interpolate", model_dir, a, b, "--steps", 5, "--path", path, "--json", *FEW))
+        assert [row["t"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
+        assert [row["sentence"] for row in rows] == vae.interpolate(a, b, steps=5, path=path, max_new_tokens=7)
+    text = vae.analogy(a, b, c, max_new_tokens=7)
+    assert objects(run("analogy", model_dir, a, b, c, "--json", *FEW)) == [{"a": a, "b": b, "c": c, "sentence": text}]
+    assert run("analogy", model_dir, a, b, c, *FEW) == f"a         {a}\nb         {b}\nc         {c}\nsentence  {text}\n"
+    rows = objects(run("traverse", model_dir, a, "--dim", 3, "--steps", 3, "--width", 1.5, "--json", *FEW))
+    assert [row["offset"] for row in rows] == [row["value"] for row in rows] == [-1.5, 0, 1.5]
+    assert [row["sentence"] for row in rows] == vae.traverse(a, 3, steps=3, width=1.5, max_new_tokens=7)
+    lines = run("traverse", model_dir, a, "--dim=3", "--steps=3", "--scale=posterior", *FEW).splitlines()
+    assert [line[:8] for line in lines] == [" -3.00  ", " +0.00  ", " +3.00  "]
+
+
+def test_edit_moves_along_the_attribute_vector(run, vae, model_dir, corpus):
+    labels = ["pos", "neg", "pos", "neg", "pos", "neg"]
+    vector = vae.attribute_vector(TEXTS, labels, "neg")
+    words = ("edit", model_dir, TEXTS[0], "--toward", "neg", "--labels_file", corpus / "labels.txt", "--strength", 2.5)
+    words = (*words, "--text_file", corpus / "text.txt", *FEW)
+    expected = vae.edit(TEXTS[0], vector, strength=2.5, max_new_tokens=7)
+    plain = vae.reconstruct([TEXTS[0]], max_new_tokens=7)[0]
+    row = {"sentence": TEXTS[0], "reconstruction": plain, "edited": expected, "strength": 2.5}
+    assert objects(run(*words, "--json")) == [row]
+    assert run(*words).splitlines()[2] == f"edited          {expected}"
+
+
+def test_encode_writes_the_posteriors_in_the_order_of_the_file(run, vae, model_dir, corpus, tmp_path, monkeypatch):
+    path = tmp_path / "latents.safetensors"
+    posterior = vae.encode(TEXTS)
+    stdin(monkeypatch, (corpus / "text.txt").read_bytes())
+    for source in ([corpus / "text.txt"], []):
+        assert run("encode", model_dir, *source, "-o", path, "--batch_size", 2, "--device", "cpu") == ""
+        found = load_file(path)
+        torch.testing.assert_close(found["mean"], posterior.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["logvar"], posterior.logvar, rtol=1e-4, atol=1e-5)
+        assert found["line"].tolist() == [1, 3, 4, 5, 6, 7]
+        path.unlink()
+
+
+def test_corpus_writes_sentences_and_factors(run, tmp_path):
+    printed = run("corpus", "-n", 3, "--seed", 5)
+    assert len(printed.splitlines()) == 3
+    run("corpus", "-n", 3, "--seed", 5, "-o", tmp_path / "c.txt", "--factors", tmp_path / "f.csv")
+    assert (tmp_path / "c.txt").read_text() == printed
+    assert len((tmp_path / "f.csv").read_text().splitlines()) == 4
+
+
+def test_evaluate_hands_everything_over(run, monkeypatch):
+    import dsvae.evaluation
+
+    seen = {}
+    monkeypatch.setattr(dsvae.evaluation, "evaluate_model", lambda model_dir, **kwargs: seen.update(kwargs, model_dir=model_dir))
+    run("evaluate", "DIR", "--test_file", "1.0", "--iw_samples", 8, "--max_tokens", 32)
+    assert seen == {
+        "model_dir": "DIR", "test_file": "1.0", "labels_file": None, "output": None, "samples": 1, "iw_samples": 8,
+        "batch_tokens": 16384, "text_column": "text", "max_tokens": 32,
+    }  # fmt: skip
+    main(["--local_rank=1", "evaluate", "OTHER"])  # as the deepspeed launcher starts it
+    assert seen["model_dir"] == "OTHER"
+
+
+# The command line
+
+
+@pytest.mark.parametrize("text", LITERAL)
+def test_sentences_that_look_like_python_arrive_as_they_are(run, model_dir, text):
+    (row,) = objects(run("analogy", model_dir, text, TEXTS[0], text, "--json", *FEW))
+    assert (row["a"], row["b"], row["c"]) == (text, TEXTS[0], text)
+    (row,) = objects(run("analogy", model_dir, "--json", *FEW, "--b=" + text, "--", "--a", "--"))
+    assert (row["a"], row["b"], row["c"]) == ("--a", text, "--")
+
+
+def test_a_boolean_flag_may_stand_anywhere(run, model_dir):
+    after = run("interpolate", model_dir, *TEXTS[:2], "--steps", 2, *FEW, "--json")
+    assert run("interpolate", "--json", model_dir, *TEXTS[:2], "--steps", 2, *FEW) == after
+    assert run("interpolate", "--json=true", model_dir, *TEXTS[:2], "--steps=2", *FEW) == after
+    assert run("interpolate", "--max-new-tokens=7", model_dir, *TEXTS[:2], "-j", "--steps=2", "--device=cpu") == after
+    plain = run("interpolate", "--json", "false", model_dir, *TEXTS[:2], "--steps", 2, *FEW)
+    assert plain.splitlines()[0].startswith("0.000  ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_documents_every_flag(run, name):
+    text = run(name, "--help")
+    assert text == run(name, "-h")
+    for flag in command_line._types(COMMANDS[name]):
+        assert re.search(rf"--{flag}\b|^    {flag.upper()}$", text, re.M), flag
+    own = text.split("OPTIONS OF GENERATE")[0]
+    described = re.findall(r"^    (?:-., )?--\w+=.*\n(?:        (?:Type|Default): .*\n)*(.*)", own, re.M)
+    assert described
+    assert all(line.startswith("        ") for line in described)
+    for letter, flag in re.findall(r"^    -(.), --(\w+)=", own, re.M):
+        assert command_line._letters(COMMANDS[name])[letter] == flag
+    assert "FIRE_METADATA" not in text
+    assert "Optional[" not in text
+
+
+def test_help_lists_the_commands_and_version_is_the_package_s(run):
+    text = run("--help")
+    assert all(re.search(rf"^    {name} +\w", text, re.M) for name in COMMANDS)
+    assert re.fullmatch(r"dsvae \d+\.\d+.*\n", run("--version"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no command"),
+        (["smaple"], "did you mean sample?"),
+        (["sample", "M", "--temprature", "1"], "unknown flag --temprature; did you mean --temperature?"),
+        (["sample", "M", "--num_return_sequences", "2"], "unknown flag --num_return_sequences"),
+        (["encode", "M", "--outptu", "x"], "did you mean --output?"),
+        (["encode", "M", "F"], "--output is missing: dsvae encode MODEL_DIR [FILE]"),
+        (["traverse", "M", "a"], "--dim is missing"),
+        (["traverse", "M", "a", "--dim"], "--dim needs a value"),
+        (["traverse", "M", "a", "--dim", "1.5"], "--dim must be a whole number, not '1.5'"),
+        (["traverse", "M", "a", "--dim", "1", "--width", "nan"], "--width must be a number"),
+        (["interpolate", "M", "a"], "B is missing: dsvae interpolate MODEL_DIR A B"),
+        (["interpolate", "M", "a", "b", "c"], "'c' is one word too many for dsvae interpolate MODEL_DIR A B"),
+        (["interpolate", "M", "a", "b", "--path", "slep"], "--path is 'slep', not one of linear, slerp; did you mean slerp?"),
+        (["interpolate", "M", "a", "b", "--steps", "1"], "at least 2"),
+        (["interpolate", "M", "a", "b", "--steps", "3", "--steps", "4"], "--steps is given twice"),
+        (["interpolate", "M", "-bad", "b"], "unknown flag -bad"),
+        (["sample", "M", "--do_sample", "x"], "'x' is one word too many"),
+        (["sample", "M", "--json=maybe"], "--json must be true or false"),
+        (["sample", "M", "--bad_words_ids", "1,2"], "--bad_words_ids must be a list in JSON"),
+        (["sample", "M", "-n", "0"], "at least 1"),
+        (["sample", "M", "--source", "aggregate"], "belong together"),
+        (["sample", "M", "--top_p", "0.9"], "no effect without --do_sample"),
+        (["corpus", "-n", "0"], "at least 1"),
+        (["corpus", "--factors", "f.csv"], "--factors needs --output"),
+    ],
+)
+def test_mistakes_in_the_command_line(fail, words, message):
+    assert message in fail(*words)
+
+
+def test_unknown_flags_are_told_before_anything_runs():
+    called = []
+
+    @command_line.command()
+    def work(word: str, *, n: int = 1) -> None:
+        """Works."""
+        called.append((word, n))
+
+    commands = {"work": work}
+    with pytest.raises(UserError, match="unknown flag --m"):
+        command_line.dispatch(commands, ["work", "a", "--m", "2"], "test")
+    assert called == []
+    command_line.dispatch(commands, ["work", "1,2", "-n", "-3"], "test")
+    assert called == [("1,2", -3)]
+
+
+def test_bad_input_is_told_in_one_line(fail, model_dir, corpus, tokenizer, tmp_path, monkeypatch):
+    text, labels = corpus / "text.txt", corpus / "labels.txt"
+    assert "no such directory" in fail("sample", tmp_path / "none")
+    assert "config.json" in fail("sample", corpus)
+    assert "model" in fail("sample", Path(model_dir).parent)
+    (tmp_path / "t5").mkdir()
+    assert "t5 model" in fail("sample", make_t5("t5 v1.0", tmp_path / "t5"))
+    assert "injection none" in fail("sample", save(tmp_path / "lm", tokenizer, injection="none"))
+    make_vae().save_pretrained(tmp_path / "bare")
+    assert "tokenizer" in fail("sample", tmp_path / "bare")
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    (broken / "model.safetensors").unlink()
+    assert "model.safetensors" in fail("sample", broken)
+    assert "no such file" in fail("reconstruct", model_dir, tmp_path / "none.txt")
+    assert "is empty" in fail("reconstruct", model_dir, corpus / "empty.txt")
+    assert "no sentences" in fail("reconstruct", model_dir, corpus / "blank.txt")
+    assert "no sentences" in fail("sample", model_dir, "--source", "aggregate", "--file", corpus / "blank.txt")
+    assert "no column 'text'" in fail("reconstruct", model_dir, corpus / "text.csv")
+    for data, message in ((b"", "stdin has no sentences"), (b"a\n\xe9\n", "stdin:2: not UTF-8")):
+        stdin(monkeypatch, data)
+        assert message in fail("reconstruct", model_dir)
+    assert "dimensions 0 to 5" in fail("traverse", model_dir, "a", "--dim", 6)
+    assert "longer than max_tokens (4)" in fail("analogy", model_dir, *TEXTS[1:4], "--max_tokens", 4)
+    assert "blank" in fail("interpolate", model_dir, "a", " ")
+    assert "--device warp" in fail("sample", model_dir, "--device", "warp")
+    assert "--seed is -1" in fail("sample", model_dir, "--seed", -1)
+    assert "strictly positive" in fail("sample", model_dir, "--do_sample", "--temperature", 0)
+
+    def edit(toward, labels_file, text_file=text):
+        return fail("edit", model_dir, "a", "--toward", toward, "--labels_file", labels_file, "--text_file", text_file)
+
+    assert "no such label" in edit("great", labels)
+    assert "only pos, neg" in edit("great", labels) or "only neg, pos" in edit("great", labels)
+    assert "has 2 lines" in edit("pos", corpus / "short.txt")
+    assert "no label but pos" in edit("pos", corpus / "one.txt")
+    assert "gap.txt:4: no label" in edit("pos", corpus / "gap.txt")
+    assert "no such file" in edit("pos", corpus / "none.txt")
+
+
+def test_a_failed_encode_leaves_nothing(fail, model_dir, corpus, tmp_path):
+    output = tmp_path / "out" / "latents.safetensors"
+    assert "latin.txt:2: not UTF-8" in fail("encode", model_dir, corpus / "latin.txt", "-o", output)
+    assert "no sentences" in fail("encode", model_dir, corpus / "blank.txt", "-o", output)
+    assert list(output.parent.iterdir()) == []
+    assert "cannot write" in fail("encode", model_dir, corpus / "text.txt", "-o", corpus / "text.txt" / "x")
+
+
+def test_interrupts_and_closed_pipes_end_quietly(capsys, monkeypatch):
+    def raises(error):
+        def work() -> None:
+            """Works."""
+            raise error
+
+        return work
+
+    monkeypatch.setattr(cli, "COMMANDS", {"stop": raises(KeyboardInterrupt), "close": raises(BrokenPipeError)})
+    assert main(["stop"]) == 130
+    assert capsys.readouterr().err == "dsvae: interrupted\n"
+    assert main(["close"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# The real command
+
+
+def command():
+    beside = Path(sys.executable).with_name("dsvae")
+    return [str(beside)] if beside.exists() else [sys.executable, "-m", "dsvae.cli"]
+
+
+def test_the_command_in_a_pipeline(vae, model_dir):
+    reconstruct = " ".join([*command(), "reconstruct", model_dir, *FEW])
+    shell = f"set -o pipefail; yes 'a bad bee' | head -20000 | {reconstruct} | head -1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "     1  a bad bee\n"
+    assert done.stderr == ""
+    data = "".join(f"{text}\n" for text in LITERAL)
+    words = [*command(), "reconstruct", model_dir, "--json", *FEW]
+    done = subprocess.run(words, input=data, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert [row["sentence"] for row in objects(done.stdout)] == LITERAL
+    assert [row["reconstruction"] for row in objects(done.stdout)] == vae.reconstruct(LITERAL, max_new_tokens=7)
+    done = subprocess.run([*command(), "sample", "./none"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"dsvae: error: .*no such directory.*\n", done.stderr)
+
+
+def test_a_terminated_encode_leaves_nothing(model_dir, tmp_path):
+    output = tmp_path / "latents.safetensors"
+    words = [*command(), "encode", model_dir, "-o", str(output), "--batch_size", "4", "--device", "cpu"]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        process.stdin.write(b"a bad bee\n" * 5000)
+        process.stdin.flush()  # returns once most is read; the pipe stays open, so the command waits for more
+        deadline = time.monotonic() + 60
+        while not unnamed_files(process.pid, tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert unnamed_files(process.pid, tmp_path)  # it is writing
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()
+    assert list(tmp_path.iterdir()) == []
+
+
+def unnamed_files(pid, directory):
+    """Open files of a process that lie in a directory and have no name there."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = os.readlink(entry)
+        except OSError:
+            continue
+        if target.startswith(str(directory)) and target.endswith("(deleted)"):
+            found.append(target)
+    return found
