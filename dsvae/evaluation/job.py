@@ -138,7 +138,6 @@ def evaluate_sentences(
     split = text.split
     measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
     metrics = summarize(measured, split)
-    se = metrics["se"]
     if iw_samples:
         weights = likelihood.draw_log_weights(
             model, split, measured.posterior, world, count=iw_samples, token_budget=token_budget, seed=seed
@@ -155,7 +154,7 @@ def evaluate_sentences(
         shown = split.select(np.argsort(split.content_keys)[:SHOWN])
         pairs, prior = text_samples(model, shown, tokenizer, world, len(shown), max_tokens)
         metrics |= world.on_main(lambda: _use_of_latents(measured, text, seed))
-    metrics |= {"unk": text.counts["unk"], "skipped_blank": text.counts["skipped_blank"], "se": se}
+    metrics |= {"unk": text.counts["unk"], "skipped_blank": text.counts["skipped_blank"]}
     metrics |= {
         "latent_dim": model.config.latent_dim,
         "source": text.source,

@@ -53,8 +53,8 @@ def test_rotated_codes_are_informative_and_entangled(factors):
 
 
 def test_the_same_seed_gives_the_same_scores(factors):
-    codes = np.random.default_rng(4).normal(size=(300, 2))
-    assert disentanglement(codes, factors[:300], NAMES, 5) == disentanglement(codes, factors[:300], NAMES, 5)
+    codes = np.random.default_rng(4).normal(size=(120, 2))
+    assert disentanglement(codes, factors[:120], NAMES, 5) == disentanglement(codes, factors[:120], NAMES, 5)
 
 
 def test_gaps_by_hand():
