@@ -42,7 +42,8 @@ A T5 as a variational autoencoder of sentences, finetuned with dsvae {version("d
 
 ## Measured
 
-Means per sentence, {metrics["samples"]} sample(s) of z, computed in {metrics["precision"]}.
+By the evaluation of dsvae {version("dsvae")}, at the end of training: means per sentence, {metrics["samples"]} sample(s) of z,
+computed in {metrics["precision"]}.
 
 ```
 {result_table("test", metrics)}
@@ -58,6 +59,13 @@ model, tokenizer = T5VAE.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR
 batch = tokenizer(["a sentence to encode"], return_tensors="pt", padding=True)
 z = model.encode(batch.input_ids, batch.attention_mask).mean
 print(tokenizer.batch_decode(model.generate(latent=z, max_new_tokens=40), skip_special_tokens=True))
+```
+
+```bash
+dsvae evaluate DIR --test_file test.txt          # every number above and more, with standard errors; report.html
+dsvae sample DIR -n 20
+dsvae reconstruct DIR sentences.txt
+dsvae interpolate DIR "one sentence" "another" --steps 8
 ```
 
 ## Samples

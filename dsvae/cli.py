@@ -19,13 +19,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsvae.command_line import command, dispatch
-from dsvae.errors import EXIT_USER_ERROR, UserError
+from dsvae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from dsvae.generation.options import OPTIONS, check
 
 if TYPE_CHECKING:
     from dsvae.generation import SentenceVAE
-
-EXIT_INTERRUPTED = 130
 
 
 @command(OPTIONS)
@@ -365,10 +363,11 @@ def evaluate(
     labels_file: str | None = None,
     output: str | None = None,
     samples: int = 1,
-    iw_samples: int = 0,
+    iw_samples: int | None = None,
     batch_tokens: int = 16384,
     text_column: str = "text",
     max_tokens: int | None = None,
+    seed: int = 0,
 ) -> None:
     """What a model is worth: likelihood, information in the latent, reconstruction, and use of the latent.
 
@@ -380,10 +379,11 @@ def evaluate(
         labels_file: one label a line, line i for sentence i: how well the latent tells them apart.
         output: directory for metrics.json, report.html and the projector; MODEL_DIR/evaluation where it is left out.
         samples: samples of z a sentence for the ELBO.
-        iw_samples: samples of z a sentence for the importance-weighted bound; 0, none.
+        iw_samples: samples of z a sentence for the importance-weighted bound; without it there is none.
         batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.
         text_column: column of the sentence, where the file has columns.
-        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted.
+        max_tokens: longest sentence in tokens, EOS included (64); longer ones are truncated and counted.
+        seed: of the draws of z, and of the folds of the probes.
     """
     from dsvae.evaluation import evaluate_model
 
@@ -397,6 +397,7 @@ def evaluate(
         batch_tokens=batch_tokens,
         text_column=text_column,
         max_tokens=max_tokens,
+        seed=seed,
     )
 
 

@@ -35,7 +35,7 @@ from dsvae.engine import checkpoint, distributed, ds_config, weights
 from dsvae.engine.build import build_model
 from dsvae.engine.distributed import World
 from dsvae.engine.engine import PhaseEngine
-from dsvae.errors import EXIT_USER_ERROR, UserError
+from dsvae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from dsvae.files import write_json, write_text
 from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.text import samples
@@ -62,6 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"dsvae: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("dsvae: interrupted; the same command goes on from the last complete checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -137,9 +137,7 @@ def test_reconstruct_takes_files_and_stdin(run, vae, model_dir, corpus, monkeypa
     words = ("reconstruct", model_dir, *FEW, "--batch_size", batch_size)
     found = vae.reconstruct(TEXTS, max_new_tokens=7)
     numbers = [1, 3, 4, 5, 6, 7]
-    rows = [
-        {"line": n, "sentence": text, "reconstruction": made} for n, text, made in zip(numbers, TEXTS, found, strict=True)
-    ]
+    rows = [{"line": n, "sentence": text, "reconstruction": made} for n, text, made in zip(numbers, TEXTS, found, strict=True)]
     assert objects(run(*words, corpus / "text.txt", "--json")) == rows
     pairs = [f"{n:>6}  {text}\n        {made}\n" for n, text, made in zip(numbers, TEXTS, found, strict=True)]
     assert run(*words, "--file", corpus / "text.txt") == "".join(pairs)
@@ -216,7 +214,7 @@ def test_evaluate_hands_everything_over(run, monkeypatch):
     run("evaluate", "DIR", "--test_file", "1.0", "--iw_samples", 8, "--max_tokens", 32)
     assert seen == {
         "model_dir": "DIR", "test_file": "1.0", "labels_file": None, "output": None, "samples": 1, "iw_samples": 8,
-        "batch_tokens": 16384, "text_column": "text", "max_tokens": 32,
+        "batch_tokens": 16384, "text_column": "text", "max_tokens": 32, "seed": 0,
     }  # fmt: skip
     main(["--local_rank=1", "evaluate", "OTHER"])  # as the deepspeed launcher starts it
     assert seen["model_dir"] == "OTHER"

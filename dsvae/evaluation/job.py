@@ -66,7 +66,7 @@ def evaluate_model(
     labels_file: str | None = None,
     output: str | None = None,
     samples: int = 1,
-    iw_samples: int = 0,
+    iw_samples: int | None = None,
     batch_tokens: int = 16384,
     text_column: str = "text",
     max_tokens: int | None = None,
@@ -87,7 +87,7 @@ def evaluate_model(
         labels_file: one label a line for the lines of test_file; any strings. Adds probes.
         output: directory to write into. None: `evaluation` in model_dir.
         samples: z drawn a sentence for the ELBO.
-        iw_samples: k of the importance-weighted bound; 0: not computed.
+        iw_samples: k of the importance-weighted bound, at least 1. None: not computed.
         batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.
         max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted. None: 64, as in training.
         seed: of the draws of z, and of the folds of the probes.
@@ -129,7 +129,7 @@ def evaluate_sentences(
     world: World,
     *,
     samples: int,
-    iw_samples: int,
+    iw_samples: int | None,
     token_budget: int,
     max_tokens: int,
     seed: int,
@@ -147,9 +147,7 @@ def evaluate_sentences(
     prior: list[str] = []
     if model.config.latent_dim:
         metrics["au_curve"] = active_unit_curve(measured.posterior)
-        decoded = reconstruct(
-            model, split, measured.posterior.mean, world, token_budget=token_budget, max_tokens=max_tokens
-        )
+        decoded = reconstruct(model, split, measured.posterior.mean, world, token_budget=token_budget, max_tokens=max_tokens)
         _add(metrics, world.on_main(lambda: compare(split, decoded, tokenizer)))
         shown = split.select(np.argsort(split.content_keys)[:SHOWN])
         pairs, prior = text_samples(model, shown, tokenizer, world, len(shown), max_tokens)
@@ -198,7 +196,7 @@ def _use_of_latents(measured: Measured, text: Sentences, seed: int) -> dict[str,
     return found
 
 
-def _estimators(samples: int, iw_samples: int, latent_dim: int) -> dict[str, str]:
+def _estimators(samples: int, iw_samples: int | None, latent_dim: int) -> dict[str, str]:
     """Which estimator each likelihood is of."""
     if latent_dim == 0:
         return {"rec, ppl_token, ppl_word, bits_per_byte": "log p(x) itself: a language model has no latent to bound it over"}
@@ -254,14 +252,15 @@ def _main_first(world: World, load: Callable[[], T]) -> T:
     return box[0] if world.is_main else load()
 
 
-def _check(samples: int, iw_samples: int, batch_tokens: int, max_tokens: int | None) -> None:
-    numbers = {"samples": (samples, 1), "iw_samples": (iw_samples, 0), "batch_tokens": (batch_tokens, 1)}
+def _check(samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: int | None) -> None:
+    numbers = {"samples": (samples, 1), "batch_tokens": (batch_tokens, 1)}
+    if iw_samples is not None:
+        numbers["iw_samples"] = (iw_samples, 1)
     if max_tokens is not None:
         numbers["max_tokens"] = (max_tokens, 2)
     for name, (value, least) in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            hint = " (0: not computed)" if name == "iw_samples" else ""
-            raise UserError(f"--{name} {value}: give a whole number of at least {least or 1}{hint}")
+            raise UserError(f"--{name} {value}: give a whole number of at least {least}")
 
 
 def _claim(directory: Path) -> None:

@@ -1,9 +1,9 @@
 """Sentences from latents and latents from sentences: what a trained model is used for.
 
-    from dsvae.generation import SentenceVAE
+from dsvae.generation import SentenceVAE
 
-    vae = SentenceVAE.from_pretrained(DIR)
-    vae.interpolate("the food was cold .", "i love this place !", steps=5)
+vae = SentenceVAE.from_pretrained(DIR)
+vae.interpolate("the food was cold .", "i love this place !", steps=5)
 """
 
 from typing import TYPE_CHECKING, Any

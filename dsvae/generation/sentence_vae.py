@@ -65,9 +65,7 @@ class SentenceVAE:
         UserError: a model without a latent, or a batch_size or max_tokens that leaves no room.
     """
 
-    def __init__(
-        self, model: T5VAE, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 128, max_tokens: int = 512
-    ) -> None:
+    def __init__(self, model: T5VAE, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 128, max_tokens: int = 512) -> None:
         if model.config.injection == "none":
             raise UserError("the model is a language model without a latent (injection none): give one with a latent")
         if batch_size < 1:

@@ -118,18 +118,14 @@ def z_diff(codes: Codes, factors: Factors, seed: int) -> float:
     return float(model.fit(points[train], factor_of_point[train]).score(points[test], factor_of_point[test]))
 
 
-def sap_scores(
-    codes: Codes, factors: Factors, train: NDArray[np.intp], test: NDArray[np.intp]
-) -> NDArray[np.float64]:
+def sap_scores(codes: Codes, factors: Factors, train: NDArray[np.intp], test: NDArray[np.intp]) -> NDArray[np.float64]:
     """How well one code alone tells the value of one factor, (Z, K): held-out balanced accuracy of thresholds on that code (Kumar
     et al. 2018, for categorical factors), rescaled so that chance is 0 and perfection 1.
     """
     scores = np.zeros((codes.shape[1], factors.shape[1]))
     for k, values in enumerate(factors.T):
         count = len(np.unique(values))
-        tree = DecisionTreeClassifier(
-            max_leaf_nodes=4 * count, min_samples_leaf=LEAF, class_weight="balanced", random_state=0
-        )
+        tree = DecisionTreeClassifier(max_leaf_nodes=4 * count, min_samples_leaf=LEAF, class_weight="balanced", random_state=0)
         for i, code in enumerate(codes.T):
             tree.fit(code[train, None], values[train])
             accuracy = balanced_accuracy_score(values[test], tree.predict(code[test, None]))

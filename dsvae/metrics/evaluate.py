@@ -67,9 +67,7 @@ def evaluate(
     return summarize(measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed), split)
 
 
-def measure(
-    model: T5VAE, split: TokenizedSplit, world: World, *, samples: int, token_budget: int, seed: int
-) -> Measured:
+def measure(model: T5VAE, split: TokenizedSplit, world: World, *, samples: int, token_budget: int, seed: int) -> Measured:
     """The passes of `evaluate`; its arguments. Collective."""
     training = model.training
     model.eval()

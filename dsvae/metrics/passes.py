@@ -35,9 +35,7 @@ def noise_of(keys: NDArray[np.uint64], purpose: int, sample: int, dim: int, seed
 def encode(model: T5VAE, split: TokenizedSplit, world: World, token_budget: int) -> Gaussian:
     """q(z|x) of all N sentences, in the split's order, on CPU. Collective."""
     parameters = torch.zeros(len(split), 2 * model.config.latent_dim, device=world.device)
-    for indices, weight in evaluation_batches(
-        split.lengths, token_budget=token_budget, rank=world.rank, world_size=world.size
-    ):
+    for indices, weight in evaluation_batches(split.lengths, token_budget=token_budget, rank=world.rank, world_size=world.size):
         batch = _batch(model, split, indices, weight).to(world.device)
         out = model(batch.input_ids, batch.attention_mask, encode_only=True)
         real = batch.weight.bool()
@@ -49,9 +47,7 @@ def encode(model: T5VAE, split: TokenizedSplit, world: World, token_budget: int)
 def decode(model: T5VAE, split: TokenizedSplit, latent: Tensor, world: World, token_budget: int) -> Tensor:
     """-log p(x|z) in nats of all N sentences under the given z (N, Z), (N,) float32 on CPU. Collective."""
     nats = torch.zeros(len(split), device=world.device)
-    for indices, weight in evaluation_batches(
-        split.lengths, token_budget=token_budget, rank=world.rank, world_size=world.size
-    ):
+    for indices, weight in evaluation_batches(split.lengths, token_budget=token_budget, rank=world.rank, world_size=world.size):
         batch = _batch(model, split, indices, weight).to(world.device)
         out = model(labels=batch.labels, latent=latent[indices].to(world.device))
         real = batch.weight.bool()
@@ -62,6 +58,4 @@ def decode(model: T5VAE, split: TokenizedSplit, latent: Tensor, world: World, to
 
 def _batch(model: T5VAE, split: TokenizedSplit, indices: NDArray[np.int64], weight: NDArray[np.float32]):
     no_noise = np.zeros((len(indices), 0), dtype=np.float32)
-    return collate(
-        split.rows(indices), pad_id=model.config.pad_token_id, noise=no_noise, weight=weight, indices=indices
-    )
+    return collate(split.rows(indices), pad_id=model.config.pad_token_id, noise=no_noise, weight=weight, indices=indices)

@@ -25,9 +25,7 @@ NEIGHBORS = 10
 ITERATIONS = 1000
 
 
-def probe(
-    features: NDArray[np.floating], labels: NDArray[np.str_], groups: NDArray[np.uint64], seed: int
-) -> dict[str, Any]:
+def probe(features: NDArray[np.floating], labels: NDArray[np.str_], groups: NDArray[np.uint64], seed: int) -> dict[str, Any]:
     """Accuracy of a linear and of a nearest-neighbour probe on held-out sentences, beside the majority baseline.
 
     Every sentence is held out once: five stratified folds, equal sentences in the same one, so that no probe has seen what it is

@@ -30,9 +30,7 @@ def reconstruct(
     ids = torch.zeros(len(split), max_tokens, dtype=torch.int32, device=world.device)
     # Of sentences of similar length, so that few rows wait for the longest; a reconstruction may be as long as `max_tokens`.
     lengths = np.maximum(split.lengths, max_tokens // 4)
-    for indices, weight in evaluation_batches(
-        lengths, token_budget=token_budget, rank=world.rank, world_size=world.size
-    ):
+    for indices, weight in evaluation_batches(lengths, token_budget=token_budget, rank=world.rank, world_size=world.size):
         decoded = model.generate(
             latent=latent[indices].to(world.device), max_new_tokens=max_tokens, do_sample=False, num_beams=1
         )[:, 1:]  # the start token first
@@ -43,9 +41,7 @@ def reconstruct(
     return [_until(row[row > 0] - 1, eos) for row in found]
 
 
-def compare(
-    split: TokenizedSplit, decoded: list[NDArray[np.int64]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def compare(split: TokenizedSplit, decoded: list[NDArray[np.int64]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """How alike sentences and their reconstructions are.
 
     Returns:

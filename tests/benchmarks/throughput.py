@@ -71,7 +71,8 @@ def engine_ratio(args: argparse.Namespace, data, world) -> None:
     phase = Phase2Config(lr=1e-4, free_bits=0.5)
     split = data.splits["train"]
     batches = TrainingBatches(
-        split, batch_size=args.batch_size, token_budget=10**6, latent_dim=32, deletion=0.0, bucket_steps=8, seed=0, rank=0, world_size=1,
+        split, batch_size=args.batch_size, token_budget=10**6, latent_dim=32, deletion=0.0, bucket_steps=8,
+        seed=0, rank=0, world_size=1,
         pad_id=0,
     )  # fmt: skip
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
@@ -119,7 +120,8 @@ def padding_ratio(args: argparse.Namespace, data, world) -> None:
     from dsvae.engine.weights import parameter_groups
 
     batches = TrainingBatches(
-        data.splits["train"], batch_size=args.batch_size, token_budget=10**6, latent_dim=32, deletion=0.0, bucket_steps=8, seed=0, rank=0,
+        data.splits["train"], batch_size=args.batch_size, token_budget=10**6, latent_dim=32, deletion=0.0, bucket_steps=8,
+        seed=0, rank=0,
         world_size=1, pad_id=0,
     )  # fmt: skip
 

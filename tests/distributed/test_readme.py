@@ -44,13 +44,16 @@ def test_the_flags_of_other_commands_are_known(command, monkeypatch):
     assert (CONFIGS / config.ds_config.rsplit("/", 1)[-1]).exists()
 
 
-def test_the_python_example(tmp_path, monkeypatch, capsys):
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_python_examples(example, tmp_path, monkeypatch, capsys):
     model = make_vae()
     tokenizer = train_tokenizer(["the cats see a dog", "a dog sees the cats"] * 4, 60)
     directory = tmp_path / "runs" / "dsvae" / "model"
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     monkeypatch.chdir(tmp_path)
-    (example,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "from_pretrained" in block]
     exec(example, {})
     assert capsys.readouterr().out.startswith("['")

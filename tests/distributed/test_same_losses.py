@@ -1,15 +1,19 @@
 """Invariant 4: one gradient, whatever the split. The real command against a bare loop of plain torch."""
 
+import json
+
 import pytest
 import torch
 import yaml
-from launch import CONFIGS, TINY, rows, train
+from launch import CONFIGS, ROOT, TINY, rows, train
 from torch.nn import functional as F
 
 from dsvae import T5VAE, T5VAEConfig
 from dsvae.config import DataConfig
 from dsvae.data.batches import TrainingBatches
 from dsvae.data.tokenization import load_prepared, prepare
+from dsvae.engine.distributed import World
+from dsvae.metrics.evaluate import evaluate
 
 STEPS = 6
 
@@ -61,6 +65,27 @@ def reference(directory, prepared):
     return losses, {n: p.detach() for n, p in model.named_parameters()}
 
 
+YELP = ROOT.parent / "shared" / "data" / "yelp"
+
+
+@pytest.mark.skipif(not YELP.is_dir(), reason="the Yelp sentences are not there")
+def test_yelp_cpu_agrees_at_zero_1_2_and_3(cache_dir, tmp_path):
+    """The recipe on real text, two ranks, fp32: the losses of the stages are equal to 1e-4."""
+    losses = []
+    for stage in (1, 2, 3):
+        out = tmp_path / str(stage)
+        train(
+            "--config", "yelp_cpu", "--ds_config", CONFIGS / f"zero{stage}.json", "--precision", "fp32", "--output_dir", out,
+            "--train_file", YELP / "valid.txt", "--valid_file", YELP / "test.txt", "--test_file", YELP / "test.txt",
+            "--data.cache_dir", cache_dir, "--phase1.steps", "8", "--phase2.steps", "8", "--log_every", "1",
+            "--eval.shown", "0", "--eval.sentences", "200", ranks=2,
+        )  # fmt: skip
+        losses.append([row["loss"] for row in rows(out)])
+    assert len(losses[0]) == 16
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-4)
+
+
 SPLITS = [
     # injection, ds_config, ranks, micro_batch_tokens
     ("memory", "zero0", 1, 10**6),
@@ -89,7 +114,9 @@ def references(prepared, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("injection", "ds_config", "ranks", "tokens"), SPLITS)
-def test_losses_and_weights_are_those_of_plain_torch(injection, ds_config, ranks, tokens, references, cache_dir, tmp_path):
+def test_losses_and_weights_are_those_of_plain_torch(
+    injection, ds_config, ranks, tokens, references, prepared, cache_dir, tmp_path
+):
     start, losses, weights = references[injection]
     config = {
         **TINY,
@@ -108,3 +135,9 @@ def test_losses_and_weights_are_those_of_plain_torch(injection, ds_config, ranks
     for name, weight in exported.named_parameters():
         # Adam divides by the root of tiny second moments: where a gradient is nearly zero, rounding decides its direction.
         assert (weight - weights[name]).abs().mean() < 1e-5, name
+
+    # The evaluation at the end, sharded over ranks and weights, against one process with the whole model.
+    alone = evaluate(exported, prepared.splits["test"], World(0, 0, 1, torch.device("cpu")), samples=1, token_budget=700)
+    final = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
+    for name in ("rec", "kl", "elbo", "mi", "au", "rec_shuffled", "rec_prior", "ppl_token", "kl_per_dim", "tokens"):
+        assert final[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name

@@ -244,7 +244,7 @@ def test_labels_stay_with_their_sentences(tmp_path, tokenizer):
 
 
 def test_truncation_is_counted(directory, tmp_path):
-    found = run(directory, tmp_path / "out", max_tokens=6, iw_samples=0)
+    found = run(directory, tmp_path / "out", max_tokens=6, iw_samples=None)
     assert found["truncated"] == 60
     assert found["tokens"] == 360
     assert any("truncated" in warning for warning in found["warnings"])
@@ -267,7 +267,7 @@ BAD = {
     "a sentence without label": (lambda d, t: {"labels_file": write(t / "l", "a\n\n" + "a\n" * 58)}, ":2: no label"),
     "a single label": (lambda d, t: {"labels_file": write(t / "l", "a\n" * 60)}, "two"),
     "labels alone": (lambda d, t: {"test_file": None}, "without --test_file"),
-    "k below 1": (lambda d, t: {"iw_samples": -1}, "iw_samples -1"),
+    "k below 1": (lambda d, t: {"iw_samples": 0}, "iw_samples 0"),
     "no samples": (lambda d, t: {"samples": 0}, "samples 0: give a whole number of at least 1"),
     "half a sample": (lambda d, t: {"samples": 1.5}, "samples 1.5"),
     "one token": (lambda d, t: {"max_tokens": 1}, "max_tokens 1"),
