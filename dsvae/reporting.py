@@ -104,12 +104,11 @@ class Reporter:
         if self._writer is not None:
             if final is not None:
                 plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flatten(to_tree(config)).items()}
-                numbers = {f"final/{k}": v for k, v in final.items() if isinstance(v, (int, float))}
+                # The metrics are the scalars of the final evaluation, which are there already.
+                numbers = {f"test/{k}": v for k, v in final.items() if isinstance(v, (int, float))}
                 # Into this run's own event file: `SummaryWriter.add_hparams` would open a second run beside it.
                 for summary in hparams(plain, numbers):
                     self._writer._get_file_writer().add_summary(summary)
-                for name, value in numbers.items():
-                    self._writer.add_scalar(name, value, 0)
             self._writer.close()
         if self._jsonl is not None:
             self._jsonl.close()

@@ -159,6 +159,7 @@ def train_phase(
             values = {
                 "loss": engine.loss(rec, kl, beta),
                 "rec": rec,
+                "rec_per_token": rec * step.sentences / step.tokens,  # steps differ in length: this one shows the trend
                 "kl": float(kl.sum()),
                 "beta": beta,
                 "lr": lr,

@@ -138,7 +138,9 @@ def test_tensorboard_has_hparams_and_final_metrics_in_the_one_run(tmp_path, repo
     config = RunConfig(seed=17)
     config.phase2.beta.max = 0.25
     reporter.open(1)
-    reporter.close(config, {"rec": 4.5, "sentences": 7, "kl_per_dim": [1.0], "precision": "fp32"})
+    final = {"rec": 4.5, "sentences": 7, "kl_per_dim": [1.0], "precision": "fp32"}
+    reporter.evaluation(9, 2, "test", final)
+    reporter.close(config, final)
     found = events(tmp_path)
     content = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     given = HParamsPluginData.FromString(content).session_start_info.hparams
@@ -146,8 +148,10 @@ def test_tensorboard_has_hparams_and_final_metrics_in_the_one_run(tmp_path, repo
     assert given["phase2.beta.max"].number_value == 0.25
     assert given["phase2.beta.kind"].string_value == "linear"
     assert given["phase1.freeze_decoder"].bool_value is False
-    assert [e.value for e in found.Scalars("final/rec")] == [4.5]
-    assert [e.value for e in found.Scalars("final/sentences")] == [7]
+    experiment = HParamsPluginData.FromString(found.summary_metadata["_hparams_/experiment"].plugin_data.content).experiment
+    metrics = {info.name.tag for info in experiment.metric_infos}
+    assert metrics == {"test/rec", "test/sentences"}
+    assert [[(e.step, e.value) for e in found.Scalars(tag)] for tag in sorted(metrics)] == [[(9, 4.5)], [(9, 7)]]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
