@@ -348,6 +348,21 @@ def tokenize(
     return split, np.array(kept, dtype=np.int64), counts
 
 
+def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[tuple[list[int], bool]]:
+    """(ids with EOS last and nowhere else, whether they were truncated to `max_tokens`) of each text.
+
+    The ids of a text of which the tokenizer leaves nothing are EOS alone.
+    """
+    # EOS is added here, after the cut, and `split_special_tokens` reads a "</s>" in the text as text.
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    # T5's own vocabulary holds "</s>" as an ordinary piece too: the end of a sentence in its middle.
+    inner = {tokenizer.eos_token_id: tokenizer.unk_token_id, tokenizer.pad_token_id: tokenizer.unk_token_id}
+    most = max_tokens - 1
+    return [([*(inner.get(i, i) for i in ids[:most]), tokenizer.eos_token_id], len(ids) > most) for ids in encoded]
+
+
 def _encode(
     texts: list[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -359,28 +374,17 @@ def _encode(
 
     A text of which the tokenizer leaves nothing counts as blank.
     """
-    # EOS is added here, after the cut, and `split_special_tokens` reads a "</s>" in the text as text.
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
-    eos, pad, unk = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id
     columns: dict[str, list] = {name: [] for name in _FEATURES}
-    for position, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-        if not ids:
+    for position, (text, (ids, truncated)) in enumerate(zip(texts, token_ids(texts, tokenizer, max_tokens), strict=True)):
+        if len(ids) == 1:
             figures["blank"] += 1
             continue
         if kept is not None:
             kept.append(position)
-        truncated = len(ids) >= max_tokens
-        ids = ids[: max_tokens - 1]
-        if eos in ids or pad in ids:
-            # T5's own vocabulary holds "</s>" as an ordinary piece too: the end of a sentence in its middle.
-            ids = [unk if token in (eos, pad) else token for token in ids]
         if truncated:
             # Figures per word and per byte must count what the model saw.
-            text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        figures["unk"] += ids.count(unk)
-        ids = [*ids, eos]
+            text = str(tokenizer.decode(ids[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        figures["unk"] += ids.count(tokenizer.unk_token_id)
         columns["input_ids"].append(ids)
         columns["words"].append(len(text.split()))
         columns["bytes"].append(len(text.encode()))

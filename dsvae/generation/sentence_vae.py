@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsvae import pretrained
 from dsvae.data.noise import LATENT, ORDER, PRIOR, generator
+from dsvae.data.tokenization import token_ids
 from dsvae.errors import UserError
 from dsvae.generation import geometry
 from dsvae.generation.options import refusal
@@ -261,15 +262,8 @@ class SentenceVAE:
     # Batches
 
     def _tokenize(self, texts: Sequence[str]) -> list[tuple[list[int], bool]]:
-        """(ids with EOS last and nowhere else, whether they were truncated) of each text, as in training."""
-        tokenizer = self.tokenizer
-        # EOS is added here, after the cut, and `split_special_tokens` reads a "</s>" in the text as text.
-        encoded = tokenizer(
-            list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        inner = {tokenizer.eos_token_id: tokenizer.unk_token_id, tokenizer.pad_token_id: tokenizer.unk_token_id}
-        most = self.max_tokens - 1
-        return [([*(inner.get(i, i) for i in ids[:most]), tokenizer.eos_token_id], len(ids) > most) for ids in encoded]
+        """(ids, whether they were truncated) of each text, as in training."""
+        return token_ids(texts, self.tokenizer, self.max_tokens)
 
     def _meant(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of sentences that someone gave one by one. Raises UserError for one that cannot be taken whole."""
