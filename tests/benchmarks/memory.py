@@ -1,8 +1,8 @@
 """Peak resident memory of a rank at each ZeRO stage, of the real command on a T5 from its configuration.
 
-    python tests/benchmarks/memory.py [--configs zero0,zero1,zero2,zero3] [--ranks 2] [--precision bf16]
+    python tests/benchmarks/memory.py [--configs zero0,zero1,FILE.json] [--ranks 2] [--precision bf16]
 
-Read from VmHWM of every rank's process: everything counts, the Python and its libraries (printed as `imports`) too.
+Read from VmHWM of every rank's process: everything counts, the Python and its libraries too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from launch import CONFIGS, start
 
-T5_100M = "{d_model: 768, d_kv: 64, d_ff: 2048, num_layers: 8, num_heads: 12, vocab_size: 500, dropout_rate: 0.0}"
+T5_100M = "{d_model: 768, d_kv: 64, d_ff: 2048, num_layers: 10, num_heads: 12, dropout_rate: 0.0}"  # 111 M parameters
 
 
 def peak_mib(pid: int) -> float:
@@ -41,7 +41,8 @@ def main() -> None:
     for name in args.configs.split(","):
         out = tempfile.mkdtemp()
         run = start(
-            "--ds_config", CONFIGS / f"{name}.json", "--precision", args.precision, "--output_dir", f"{out}/run",
+            "--ds_config", name if name.endswith(".json") else CONFIGS / f"{name}.json",
+            "--precision", args.precision, "--output_dir", f"{out}/run",
             "--data.cache_dir", cache, "--data.builtin_size", "400", "--model.t5", T5_100M, "--model.vocab_size", "500",
             "--phase", "2", "--phase2.steps", "6", "--data.batch_size", "16", "--eval.shown", "0", ranks=args.ranks,
         )  # fmt: skip
