@@ -28,8 +28,8 @@ def test_the_quickstart(tmp_path, cache_dir):
     )
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
     assert metrics["au"] >= 10
-    assert metrics["rec_shuffled"] - metrics["rec"] > 10
-    assert metrics["mi"] > 4
+    assert metrics["rec_shuffled"] - metrics["rec"] > 6
+    assert metrics["mi"] > 3
     for shown in ("test (1,000 sentences)", "model ", "metrics ", "TensorBoard "):
         assert shown in run.stdout
 
