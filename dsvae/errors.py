@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause and can mend."""
+"""The one exception for what a user can cause and can mend, and what each exit code of a run means."""
 
 from __future__ import annotations
 
@@ -12,5 +12,14 @@ class UserError(Exception):
 
 
 EXIT_USER_ERROR = 2
+"""A mistake of the user's: the line on stderr says what to change. Repeating the command unchanged fails again."""
+EXIT_NON_FINITE = 65
+"""Losses or gradients were not finite for too many steps in a row (sysexits' EX_DATAERR). The batch lies in output_dir."""
+EXIT_RANK_LOST = 69
+"""Another rank did not answer within `hang_timeout` (EX_UNAVAILABLE). The same command goes on from the last checkpoint."""
+EXIT_DISK = 74
+"""The disk took no checkpoint, and `on_disk_full` is stop (EX_IOERR). With room made, the same command goes on."""
+EXIT_RESUMABLE = 75
+"""SIGTERM or SIGUSR1 came: saved at the next step, left (EX_TEMPFAIL). The same command goes on exactly there."""
 EXIT_INTERRUPTED = 130
-"""128 + SIGINT, as shells count it."""
+"""Ctrl-C: saved at the next step, left (128 + SIGINT, as shells count it). The same command goes on exactly there."""
