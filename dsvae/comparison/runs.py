@@ -96,7 +96,10 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
             found += sorted(inside, key=lambda child: _natural(child.name))
     if not found:
         raise UserError(f"{', '.join(words[:3]) or 'nothing'}: no directories of runs; give the output directories themselves")
-    return list({path.resolve(): path for path in reversed(found)}.values())[::-1], files
+    once: dict[Path, Path] = {}
+    for path in found:
+        once.setdefault(path.resolve(), path)
+    return list(once.values()), files
 
 
 def is_run(directory: Path) -> bool:
