@@ -21,6 +21,8 @@ from typing import Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line, not one under stacks of torch's own sockets
+
 if __name__ == "__main__":
     # Until `Stopping` listens, there is nothing to save: the imports below alone take seconds, on a cold file system minutes.
     for _number, _code in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
