@@ -31,7 +31,7 @@ from dsvae.card import write_card
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.tokenization import Prepared, load_prepared, prepare
-from dsvae.engine import checkpoint, distributed, ds_config, weights
+from dsvae.engine import checkpoint, distributed, ds_config, universal, weights
 from dsvae.engine.build import build_model
 from dsvae.engine.distributed import World
 from dsvae.engine.engine import PhaseEngine
@@ -109,7 +109,8 @@ def run(config: RunConfig, raw: dict[str, Any], world: World) -> None:
             world.on_main(lambda: _write_down(config, raw, data, out))
             reporter.open(first_step + 1)
         if resumed:
-            checkpoint.load(engine.deepspeed, resumed, world, zero_stage=engine.zero_stage)
+            if converted := checkpoint.load(engine.deepspeed, resumed, world, out / "checkpoints"):
+                reporter.say(converted)
             reporter.say(f"going on from {resumed.directory}")
         done, offset = resumed.step if resumed else 0, before_phase2 if phase == 2 else 0
         train_phase(config, phase, engine, batches, data, world, reporter, done, offset)
@@ -185,7 +186,7 @@ def train_phase(
                 Path(config.output_dir) / "checkpoints",
                 phase=phase,
                 step=done,
-                meta={"world_size": world.size, "zero_stage": engine.zero_stage},
+                meta=universal.shape_of(engine.deepspeed, world),
                 keep=config.keep_checkpoints,
             )
             speed.read()
