@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dsvae.engine.distributed import World
 from dsvae.engine.weights import parameter_names
-from dsvae.errors import UserError
+from dsvae.errors import EXIT_DISK, RunStopped, UserError
 
 SCRATCH = ".universal"
 """The directory of a conversion, inside `checkpoints`: there only while one is under way."""
@@ -72,7 +72,8 @@ def load(engine: Any, source: Path, meta: dict[str, Any], world: World, root: Pa
         One line that says what was converted, carried and reset; and the checkpoint's client state.
 
     Raises:
-        UserError: a shape that cannot be converted, no room, or DeepSpeed's converter failed. The checkpoint stays as it is.
+        UserError: a shape that cannot be converted, or DeepSpeed's converter failed. The checkpoint stays as it is.
+        RunStopped: no room for the conversion. The same.
     """
     now = shape_of(engine, world)
     names = [group for group in parameter_names(engine.module) if group]
@@ -121,9 +122,10 @@ def _convert(
     # Fragments and whole parameters lie side by side until the end of the conversion.
     needed, free = 2 * size, shutil.disk_usage(root.parent).free
     if free < needed:
-        raise UserError(
-            f"{source}: converting it from {_words(meta)} to {_words(now)} takes about {needed / 1e9:.1f} GB in "
-            f"{root} for a while, and {free / 1e9:.1f} GB are free: make room, or resume with {_words(meta)}"
+        raise RunStopped(
+            EXIT_DISK,
+            f"error: {source}: converting it from {_words(meta)} to {_words(now)} takes about {needed / 1e9:.1f} GB in "
+            f"{root} for a while, and {free / 1e9:.1f} GB are free: make room, or resume with {_words(meta)}",
         )
     try:
         directory.mkdir(parents=True)
@@ -144,13 +146,19 @@ def _convert(
             same = meta.get("dtype", now["dtype"]) == now["dtype"]
             bare = names if meta["zero_stage"] == 3 else []
             _level(common, directory, bare, groups, step, scaler if same else {}, now["zero_stage"])
-    except Exception as error:  # whatever the converter meets (a full disk is a RuntimeError of torch): the other ranks wait
+    except RunStopped:  # on a signal
+        clean(root)
+        raise
+    except Exception as error:  # whatever the converter meets: the other ranks wait for an answer
         clean(root)
         what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
+        line = (
             f"{source}: converting it from {_words(meta)} to {_words(now)} failed ({what}); it is unharmed: "
             f"resume with {_words(meta)}"
-        ) from error
+        )
+        if isinstance(error, OSError) or "PytorchStreamWriter" in what:  # torch's writer raises RuntimeError on a full disk
+            raise RunStopped(EXIT_DISK, f"error: {line}, or make room in {root}") from error
+        raise UserError(line) from error
 
 
 def _from_shards(source: Path, directory: Path) -> tuple[list[dict], float, dict[str, Any]]:
