@@ -42,7 +42,20 @@ def test_losses_agree_with_the_cpu(tiny, tmp_path):
 
 def test_a_run_goes_on_at_other_stages(tiny, tmp_path):
     """ZeRO 2, 3, 1, 0 on one GPU: the converted states must lie where each stage has its own."""
-    common = ("--config", tiny, "--precision", "fp32", "--phase", "1", "--phase1.steps", "12", "--checkpoint_every", "3")
+    common = (
+        "--config",
+        tiny,
+        "--precision",
+        "fp32",
+        "--phase",
+        "1",
+        "--phase1.steps",
+        "12",
+        "--checkpoint_every",
+        "3",
+        "--keep_checkpoints",
+        "9",
+    )
     train(*common, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path / "uncut", timeout=300)
     cut = (*common, "--output_dir", tmp_path / "cut")
     for stage, step in (("zero2", 3), ("zero3", 6), ("zero1", 9)):
