@@ -40,7 +40,7 @@ from dsvae.card import write_card
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.tokenization import Prepared, load_prepared, prepare
-from dsvae.engine import checkpoint, distributed, ds_config, weights
+from dsvae.engine import checkpoint, distributed, ds_config, universal, weights
 from dsvae.engine.build import build_model
 from dsvae.engine.distributed import World
 from dsvae.engine.engine import PhaseEngine
@@ -148,7 +148,8 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
             world.on_main(lambda: _write_down(config, raw, data, out))
             reporter.open(first_step + 1)
         if resumed:
-            checkpoint.load(engine.deepspeed, resumed, world, zero_stage=engine.zero_stage)
+            if converted := checkpoint.load(engine.deepspeed, resumed, world, out / "checkpoints"):
+                reporter.say(converted)
             reporter.say(f"going on from {resumed.directory}")
         done, offset = resumed.step if resumed else 0, before_phase2 if phase == 2 else 0
         with stopping.between_steps():
@@ -234,7 +235,7 @@ def train_phase(
             speed.read()  # evaluation is not training time
         if last or stop or (config.checkpoint_every and done % config.checkpoint_every == 0):
             reporter.flush()
-            meta = {"world_size": world.size, "zero_stage": engine.zero_stage, "valid": valid_loss}
+            meta = {**universal.shape_of(engine.deepspeed, world), "valid": valid_loss}
             try:
                 checkpoint.save(
                     engine.deepspeed,

@@ -33,17 +33,31 @@ def freeze_decoder(model: T5VAE) -> None:
         part.requires_grad_(False)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's groups of the parameters that train: matrices with decay; norms, biases, embeddings and position biases without."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def parameter_names(model: nn.Module) -> list[list[str]]:
+    """The names of the parameters that train, by AdamW's groups: matrices; norms, biases, embeddings and position biases.
+
+    The same before and after an engine has sharded the model.
+    """
+    matrices: list[str] = []
+    others: list[str] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        matrix = parameter.ndim >= 2 and "shared" not in name and "relative_attention_bias" not in name
-        (decayed if matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves parameters without their elements
+        matrix = len(shape) >= 2 and "shared" not in name and "relative_attention_bias" not in name
+        (matrices if matrix else others).append(name)
+    return [matrices, others]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's groups of the parameters that train: matrices with decay, the others without."""
+    parameters = dict(model.named_parameters())
+    decays = (weight_decay, 0.0)
+    return [
+        {"params": [parameters[name] for name in names], "weight_decay": decay}
+        for names, decay in zip(parameter_names(model), decays, strict=True)
+        if names
+    ]
 
 
 def frozen_originals(model: nn.Module) -> dict[str, Tensor]:
