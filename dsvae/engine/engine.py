@@ -17,7 +17,7 @@ from dsvae.config import PhaseConfig
 from dsvae.data.batches import MicroBatch, Step
 from dsvae.engine import ds_config as ds_configs
 from dsvae.engine.distributed import World
-from dsvae.engine.weights import freeze_decoder, frozen_originals, parameter_groups
+from dsvae.engine.weights import freeze_decoder, parameter_groups
 from dsvae.modeling.posterior import Gaussian
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.objective.elbo import (
@@ -81,7 +81,6 @@ class PhaseEngine:
         model.requires_grad_(True)
         if freeze:
             freeze_decoder(model)
-        self.frozen = frozen_originals(model) if world.is_main else {}
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant: no gradient through keyword arguments
         optimizer_params = ds_config["optimizer"]["params"]
