@@ -56,7 +56,7 @@ def build_model(
             first_line = str(error).strip().split("\n")[0]
             raise UserError(f"model {what}: {first_line}") from error
 
-    def find_first() -> tuple[T5VAEConfig, Any]:
+    def find_first() -> tuple[Any, Any]:
         origins.append(find())
         model = origins[0].skeleton()
         if len(tokenizer) > model.config.vocab_size:
