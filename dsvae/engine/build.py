@@ -83,12 +83,14 @@ def _partition(model: T5VAE, origin: Origin | None, ds_config: dict[str, Any]) -
     Args:
         origin: of the weights, on rank 0, which DeepSpeed lets send its values to the others.
     """
-    dtype = parameter_dtype(ds_config)
+    # All pass through one buffer: large temporaries between the parts that stay would leave the heap full of holes.
+    buffer = torch.empty(max(p.numel() for p in model.parameters()), dtype=parameter_dtype(ds_config))
     first: Any = None
     for name, parameter, put in slots(model):
-        value = torch.empty(parameter.shape, dtype=dtype) if origin is None else origin.tensor(name).to(dtype)
+        value = buffer[: parameter.numel()].view(parameter.shape)
+        if origin is not None:
+            origin.copy(name, value)
         new = nn.Parameter(value, requires_grad=parameter.requires_grad)
-        del value
         if first is None:
             holder = nn.Module()
             holder.weight = first = new

@@ -52,13 +52,13 @@ class SafetensorsFiles:
         with safe_open(self._files[key], framework="pt") as reader:
             return tuple(reader.get_slice(key).get_shape())
 
-    def tensor(self, key: str) -> Tensor:
-        """A tensor in float32, in memory of its own.
+    def copy(self, key: str, out: Tensor) -> None:
+        """Copies a tensor into `out`, of whatever dtype, straight from the mapped file.
 
         The file is opened for each: what its mapping held of the pages read goes with it, and counts for no process.
         """
         with safe_open(self._files[key], framework="pt") as reader:
-            return reader.get_tensor(key).to(torch.float32, copy=True)
+            out.copy_(reader.get_tensor(key))
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors are the same; a few rows are in memory at a time."""
@@ -103,15 +103,15 @@ class Origin:
         self._make, self._seed, self._files = make, seed, files
         self._keys: dict[str, str] = {}
         self._drawn: dict[str, Tensor] = {}
+        self._shapes = {name: tuple(p.shape) for name, p in self._skeleton.named_parameters()}
         if files is None:
             return
-        shapes = {name: tuple(p.shape) for name, p in self._skeleton.named_parameters()}
-        self._keys = {name: key for name in shapes if (key := key_of(name)) is not None}
+        self._keys = {name: key for name in self._shapes if (key := key_of(name)) is not None}
         if missing := [key for key in self._keys.values() if key not in files]:
             raise ValueError(f"{files.name} lacks weights: {', '.join(sorted(missing)[:3])} ({len(missing)} in all)")
         for name, key in self._keys.items():
-            if (found := files.shape(key)) != shapes[name]:
-                raise ValueError(f"{files.name}: {key} has the shape {found}, by its config.json {shapes[name]}")
+            if (found := files.shape(key)) != self._shapes[name]:
+                raise ValueError(f"{files.name}: {key} has the shape {found}, by its config.json {self._shapes[name]}")
 
     @property
     def config(self) -> Any:
@@ -123,13 +123,19 @@ class Origin:
         with torch.device("meta"):
             return self._make()
 
-    def tensor(self, name: str) -> Tensor:
-        """The value of a parameter, float32 on CPU."""
+    @torch.no_grad()
+    def copy(self, name: str, out: Tensor) -> Tensor:
+        """Copies the value of a parameter into `out`, in its dtype; returns it."""
         if name in self._keys:
-            return cast(SafetensorsFiles, self._files).tensor(self._keys[name])
+            cast(SafetensorsFiles, self._files).copy(self._keys[name], out)
+            return out
         if name not in self._drawn:
             self._drawn = self._draw(name)
-        return self._drawn.pop(name)
+        return out.copy_(self._drawn.pop(name))
+
+    def tensor(self, name: str) -> Tensor:
+        """The value of a parameter, float32 on CPU."""
+        return self.copy(name, torch.empty(self._shapes[name], dtype=torch.float32))
 
     def check_unchanged(self) -> None:
         """Raises OSError where the files are no longer those that the model was loaded from."""

@@ -25,7 +25,7 @@ from launch import CONFIGS, environment, free_port
 
 SIZES = {
     "large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},  # t5-large: 738 M parameters
-    "medium": {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 8, "num_heads": 12},  # 142 M
+    "medium": {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "vocab_size": 8000},  # 167 M
 }
 MIB = 2**20
 
@@ -36,13 +36,20 @@ def save_t5(directory: Path, size: str, max_shard_size: str) -> None:
 
     from dsvae.data.tokenization import train_tokenizer
 
-    config = T5Config(vocab_size=32128, decoder_start_token_id=0, dropout_rate=0.0, **SIZES[size])
+    config = T5Config(decoder_start_token_id=0, dropout_rate=0.0, **{"vocab_size": 32128, **SIZES[size]})
     T5ForConditionalGeneration(config).save_pretrained(directory, max_shard_size=max_shard_size)
     train_tokenizer(["a small cat sees the old dog", "an old dog sees a cat"], 40).save_pretrained(directory)
 
 
 def measure(
-    model: Path, ds_config: Path, *, ranks: int = 2, precision: str = "fp32", freeze: bool = False, load_only: bool, timeout: float
+    model: Path,
+    ds_config: Path,
+    *,
+    ranks: int = 2,
+    precision: str = "fp32",
+    freeze: bool = False,
+    load_only: bool,
+    timeout: float,
 ) -> list[dict]:
     """The figures of every rank; the ranks are processes of their own."""
     out = Path(tempfile.mkdtemp())
@@ -143,7 +150,7 @@ def worker(model: str, ds_config: str, precision: str, freeze: str, load_only: s
             found["shards"] = len(list(directory.glob("*.safetensors")))
     (Path(out) / f"{world.rank}.json").write_text(json.dumps(found))
     world.barrier()
-    distributed.stop()
+    distributed.stop(world)
 
 
 def main() -> None:
