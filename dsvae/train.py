@@ -40,7 +40,7 @@ from dsvae.card import write_card
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.tokenization import Prepared, load_prepared, prepare
-from dsvae.engine import checkpoint, distributed, ds_config, weights
+from dsvae.engine import checkpoint, distributed, ds_config, universal, weights
 from dsvae.engine.build import build_model
 from dsvae.engine.distributed import World
 from dsvae.engine.engine import PhaseEngine
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         _complain(f"error: {error}")
         code = EXIT_USER_ERROR
     except RunStopped as stopped:
-        _complain(stopped.message)
+        _complain(stopped.message, everywhere=world is None)  # where the ranks never met, rank 0 may be the one that is missing
         code = stopped.code
     except KeyboardInterrupt:
         _complain("interrupted twice, left at once; the same command goes on from the last complete checkpoint")
@@ -101,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _complain(line: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+def _complain(line: str, everywhere: bool = False) -> None:
+    if everywhere or int(os.environ.get("RANK", "0")) == 0:
         print(f"dsvae: {line}", file=sys.stderr, flush=True)
 
 
@@ -140,13 +140,15 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     metrics = None
     for phase in start.phases:
         resumed = start.checkpoint if start.checkpoint and start.checkpoint.phase == phase else None
-        engine, batches = _engine(config, raw, phase, weights_from, data, world, reporter)
+        with world.patient():
+            engine, batches = _engine(config, raw, phase, weights_from, data, world, reporter)
         if phase == start.phases[0]:
             # Only now: a mistake until here leaves nothing in output_dir that the corrected command would stumble over.
             world.on_main(lambda: _write_down(config, raw, data, out))
             reporter.open(first_step + 1)
         if resumed:
-            checkpoint.load(engine.deepspeed, resumed, world, zero_stage=engine.zero_stage)
+            if converted := checkpoint.load(engine.deepspeed, resumed, world, out / "checkpoints"):
+                reporter.say(converted)
             reporter.say(f"going on from {resumed.directory}")
         done, offset = resumed.step if resumed else 0, before_phase2 if phase == 2 else 0
         with stopping.between_steps():
@@ -232,7 +234,7 @@ def train_phase(
             speed.read()  # evaluation is not training time
         if last or stop or (config.checkpoint_every and done % config.checkpoint_every == 0):
             reporter.flush()
-            meta = {"world_size": world.size, "zero_stage": engine.zero_stage, "valid": valid_loss}
+            meta = {**universal.shape_of(engine.deepspeed, world), "valid": valid_loss}
             try:
                 checkpoint.save(
                     engine.deepspeed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,18 +35,31 @@ def freeze_decoder(model: T5VAE) -> None:
         part.requires_grad_(False)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's groups of the parameters that train: matrices with decay; norms, biases, embeddings and position biases without."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def parameter_names(model: nn.Module) -> list[list[str]]:
+    """The names of the parameters that train, by AdamW's groups: matrices; norms, biases, embeddings and position biases.
+
+    The same before and after an engine has sharded the model.
+    """
+    matrices: list[str] = []
+    others: list[str] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        ndim = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 leaves an empty vector in place of a matrix
-        matrix = ndim >= 2 and "shared" not in name and "relative_attention_bias" not in name
-        (decayed if matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves parameters without their elements
+        matrix = len(shape) >= 2 and "shared" not in name and "relative_attention_bias" not in name
+        (matrices if matrix else others).append(name)
+    return [matrices, others]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's groups of the parameters that train: matrices with decay, the others without."""
+    parameters = dict(model.named_parameters())
+    decays = (weight_decay, 0.0)
+    return [
+        {"params": [parameters[name] for name in names], "weight_decay": decay}
+        for names, decay in zip(parameter_names(model), decays, strict=True)
+        if names
+    ]
 
 
 def full_weights(model: nn.Module, origin: Origin | None, world: World) -> Iterator[tuple[str, Tensor | None]]:
@@ -93,6 +108,9 @@ def export(
         extras: called on rank 0 with the directory, to add the tokenizer and the model card.
 
     Collective. The directory appears whole or not at all.
+
+    Raises:
+        OSError: on every rank: the disk is full.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
 
@@ -103,10 +121,17 @@ def export(
     world.on_main(begin)
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
+    failures: list[OSError] = []
     total = 0
 
     def flush() -> None:
-        save_file(pending, temporary / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        if not failures:  # raised in `finish`: here the other ranks would wait for this one in the next gathering
+            try:
+                save_file(pending, temporary / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+            except SafetensorError as error:
+                free = shutil.disk_usage(temporary).free
+                number = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
+                failures.append(OSError(number, f"{error}, {free / 2**20:.0f} MiB free", str(temporary)))
         shards.append(list(pending))
         pending.clear()
 
@@ -121,6 +146,9 @@ def export(
 
     def finish() -> None:
         flush()
+        if failures:
+            shutil.rmtree(temporary)
+            raise failures[0]
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
