@@ -43,7 +43,11 @@ def free_port() -> int:
 def environment(**more: str) -> dict[str, str]:
     """The test's environment without what a launcher around it may have set."""
     drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
-    return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | more
+    return (
+        {k: v for k, v in os.environ.items() if not k.startswith(drop)}
+        | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        | more
+    )
 
 
 def commands(launcher: str, ranks: int, script: Path, more: dict[str, str]) -> list[tuple[list[str], dict[str, str]]]:
