@@ -18,24 +18,31 @@ if [ "${1:-}" = --dry_run ]; then dry_run=1 && shift; fi
 restarts=${SLURM_RESTART_COUNT:-0}
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-run=$(run_dir "$code" "$@")
-dir=$run/slurm/$job
-pointer=$SLURM_SUBMIT_DIR/.slurm-jobs/$SLURM_JOB_ID
+pointer=$SLURM_SUBMIT_DIR/.slurm-jobs/$SLURM_JOB_ID # to DIR: train.sbatch and the lines below look there at a restart
 
 # ---- What runs, and beside the run what it was.
-if [ -z "$dry_run" ]; then
+if [ "$restarts" -gt 0 ] && [ -f "$pointer/arguments" ]; then # as it began, whatever happened to the files it was made of
+    dir=$(readlink "$pointer")
+    run=${dir%/slurm/*}
+    mapfile -d '' -t ARGS < "$dir/arguments"
+elif [ -z "$dry_run" ]; then
+    run=$(run_dir "$code" "$@")
+    dir=$run/slurm/$job
     mkdir -p "$dir" || die 78 "$(hostname) cannot write to $run"
     dir=$(cd "$dir" && pwd -P)
     if [ ! -e "$code/SNAPSHOT" ]; then
         snapshot "$code" "$dir" || die 78 "$(hostname) cannot write a snapshot to $dir"
         code=$dir/code
-        if mkdir -p "${pointer%/*}" 2>/dev/null; then ln -sfn "$code" "$pointer"; fi # where a restart finds it: train.sbatch
     fi
     freeze_args "$code" "$dir" "$@"
+    complete_args "$code" "$run" "${ARGS[@]}"
+    printf '%s\0' "${ARGS[@]}" > "$dir/arguments"
+    if mkdir -p "${pointer%/*}" 2>/dev/null; then ln -sfn "$dir" "$pointer"; fi
 else
-    ARGS=("$@")
+    run=$(run_dir "$code" "$@")
+    dir=$run/slurm/$job
+    complete_args "$code" "$run" "$@"
 fi
-complete_args "$code" "$run" "${ARGS[@]}"
 command=$(shown "${ARGS[@]}")
 
 # ---- --signal=B:USR1@N reaches this shell; srun passes USR1 on to every rank. Preemption's SIGTERM reaches the ranks directly.
@@ -65,7 +72,9 @@ requeue() { # WHY CODE: back into the queue, or the end
     exit "$2"
 }
 
-if grep -qxF -- "$command" "$run/slurm/done" 2>/dev/null; then
+# Without the places of the copies, which are another job's own, and with what is in them.
+marker=$(sed 's|[^ ]*/slurm/[^/ ]*/\(code/\)\?\(config\|ds_configs\?\)/||g' <<< "$command")$(cat "$dir"/config/* "$dir"/ds_config/* 2>/dev/null | cksum)
+if grep -qxF -- "$marker" "$run/slurm/done" 2>/dev/null; then
     say "finished already ($run/slurm/done): nothing to do"
     leave 0
 fi
@@ -84,8 +93,7 @@ if [ -n "$dry_run" ]; then
     shown "${step[@]}"
     leave 0
 fi
-echo "$command" > "$dir/command"
-dsvae_activate || die 2 "the environment was not made: see dsvae_activate in $code/slurm/site.sh"
+activate || die 2 "the environment was not made: see dsvae_activate in $code/slurm/site.sh"
 
 # ---- Preflight.
 if [ "$DSVAE_PREFLIGHT" != 0 ]; then
@@ -112,7 +120,7 @@ wait "$tail_pid"
 
 # ---- What the exit code asks for.
 if [ "$status" -eq 0 ]; then
-    echo "$command" >> "$run/slurm/done"
+    echo "$marker" >> "$run/slurm/done"
     say "finished"
     leave 0
 fi

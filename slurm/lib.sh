@@ -6,6 +6,13 @@ die() { # CODE MESSAGE
     echo "slurm: error: $2" >&2
     exit "$1"
 }
+activate() { # module and activate scripts read unset variables
+    set +u
+    dsvae_activate
+    local status=$?
+    set -u
+    return $status
+}
 shown() { printf '%q ' "$@"; echo; } # a command as one could type it
 
 # What the first --NAME among WORDS says; fails if it is not there. train.py takes --output_dir, --output-dir and --output_dir=X alike.

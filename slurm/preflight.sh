@@ -22,7 +22,7 @@ fi
 . "$root/slurm/lib.sh"
 layout
 export DSVAE_CONTAINER DSVAE_PYTHON PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} MASTER_PORT=$((MASTER_PORT + 1))
-[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || dsvae_activate || exit 2
+[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || activate || exit 2
 
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
