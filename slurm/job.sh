@@ -64,16 +64,18 @@ requeue() { # WHY CODE: back into the queue, or the end
         say "$1; restarted $restarts times already: given up. The same sbatch command goes on from here."
         leave "$2"
     fi
-    case $(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*') in
-        *CANCELLED*) say "$1; the job was cancelled: not requeued. The same sbatch command goes on from here." && leave "$2" ;;
-    esac
+    # SLURM itself is ending a job that is no longer RUNNING: cancelled, or preempted and requeued in any case.
+    if ! scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
+        say "$1; not requeued: the job is being ended. The same sbatch command goes on from here."
+        leave "$2"
+    fi
     say "$1: requeued"
     scontrol requeue "$SLURM_JOB_ID" || { say "SLURM does not requeue this job. The same sbatch command goes on from here." && leave "$2"; }
     exit "$2"
 }
 
 # Without the places of the copies, which are another job's own, and with what is in them.
-marker=$(sed 's|[^ ]*/slurm/[^/ ]*/\(code/\)\?\(config\|ds_configs\?\)/||g' <<< "$command")$(cat "$dir"/config/* "$dir"/ds_config/* 2>/dev/null | cksum)
+marker=$(sed 's,[^ ]*/slurm/[^/ ]*/\(code/\)\?\(config\|ds_configs\?\)/,,g' <<< "$command")$(cat "$dir"/config/* "$dir"/ds_config/* 2>/dev/null | cksum)
 if grep -qxF -- "$marker" "$run/slurm/done" 2>/dev/null; then
     say "finished already ($run/slurm/done): nothing to do"
     leave 0

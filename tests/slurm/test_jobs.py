@@ -171,7 +171,9 @@ def test_a_cancelled_job_is_not_requeued(cluster, checkout, stand_in, tmp_path):
     """Its ranks get SIGTERM, save and leave with 75, as for preemption."""
     stubborn = tmp_path / "stubborn"
     stubborn.write_text(
-        "#!/bin/bash\ntrap 'sleep 0.5; exit 75' TERM\ntouch " + str(tmp_path / "there") + "\nwhile :; do sleep 0.1; done\n"
+        "#!/bin/bash\ntrap 'sleep 0.5; exit 75' TERM; trap '' USR1\ntouch "
+        + str(tmp_path / "there")
+        + "\nwhile :; do sleep 0.1; done\n"
     )
     stubborn.chmod(0o755)
     job = cluster.sbatch("slurm/train.sbatch", "--output_dir", "runs/cancelled", cwd=checkout, DSVAE_PYTHON=str(stubborn))
