@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import signal
 import sys
@@ -21,6 +20,8 @@ from typing import Any
 # `deepspeed dsvae/train.py` puts dsvae/ itself first on the path, where `config`, `data` or `metrics` would hide other packages.
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line, not one under stacks of torch's own sockets
 
 if __name__ == "__main__":
     # Until `Stopping` listens, there is nothing to save: the imports below alone take seconds, on a cold file system minutes.
@@ -37,15 +38,16 @@ from dsvae import config as configuration
 from dsvae import output
 from dsvae.card import write_card
 from dsvae.config import RunConfig
-from dsvae.data.batches import Step, TrainingBatches, most_micro_batches
+from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.tokenization import Prepared, load_prepared, prepare
 from dsvae.engine import checkpoint, distributed, ds_config, weights
 from dsvae.engine.build import build_model
 from dsvae.engine.distributed import World
-from dsvae.engine.engine import PhaseEngine, StepSums
+from dsvae.engine.engine import PhaseEngine
+from dsvae.engine.non_finite import SkippedSteps
 from dsvae.engine.stopping import Stopping
-from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_NON_FINITE, EXIT_USER_ERROR, RunStopped, UserError
-from dsvae.files import finite, write_json, write_text
+from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
+from dsvae.files import write_json, write_text
 from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.text import samples
 from dsvae.objective.schedules import beta_at
@@ -87,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
             code = stopping.pending.code
         elif world is not None and world.watchdog is not None and (lost := world.watchdog.lost()):
             line, code = lost
-            print(f"dsvae: error: rank {world.rank}: {line}", file=sys.stderr)
+            advice = "the same command goes on from the last complete checkpoint"
+            print(f"dsvae: error: rank {world.rank}: {line}; {advice}", file=sys.stderr, flush=True)
         else:
             raise
     else:
@@ -183,7 +186,11 @@ def train_phase(
     valid = data.splits["valid"]
     watched = valid.select(np.sort(np.argsort(valid.content_keys)[: config.eval.sentences]))  # any order of the file
     speed = Speed()
-    skipped_in_a_row = 0
+
+    def decode(ids: list[int]) -> str:
+        return str(data.tokenizer.decode(ids, skip_special_tokens=True))
+
+    skipped = SkippedSteps(config.max_skipped_steps, Path(config.output_dir), phase, decode, reporter.say)
     reporter.start_phase(phase, settings.steps, done)
     for index in range(done, settings.steps):
         beta = beta_at(index, settings.steps, config.phase2.beta) if phase == 2 else 0.0
@@ -195,7 +202,7 @@ def train_phase(
 
         done = index + 1
         last = done == settings.steps
-        skipped_in_a_row = _count_skipped(config, phase, engine, index, step, sums, skipped_in_a_row, data, world, reporter)
+        skipped.count(engine, world, index, step, sums)
         stop = stopping.agreed(world)
         valid_loss = None
         if done % config.log_every == 0 or last:
@@ -246,47 +253,6 @@ def train_phase(
         if stop:
             raise stop
     reporter.end_phase()
-
-
-def _count_skipped(
-    config: RunConfig,
-    phase: int,
-    engine: PhaseEngine,
-    index: int,
-    step: Step,
-    sums: StepSums,
-    before: int,
-    data: Prepared,
-    world: World,
-    reporter: Reporter,
-) -> int:
-    """How many steps in a row were skipped by now, given how many there were before this one. Collective.
-
-    Raises:
-        RunStopped: too many; the batch of the last of them lies in output_dir.
-    """
-    if not sums.skipped:
-        return 0
-    rec, kl = sums.means(world)
-    if engine.precision == "fp16" and math.isfinite(rec) and bool(kl.isfinite().all()):
-        return before  # the gradients overflowed under a loss scale that is still too high
-    reporter.say(f"warning: phase {phase}, step {index + 1} is skipped: loss or gradients are not finite (rec {rec:.4g})")
-    if before + 1 < config.max_skipped_steps:
-        return before + 1
-    rows = [row for part in world.gather(engine.inspect(index, step)) for row in part]
-    path = Path(config.output_dir) / f"non_finite.phase{phase}-step{index + 1:08d}.jsonl"
-
-    def write() -> None:
-        for row in rows:
-            row["text"] = data.tokenizer.decode(row["labels"], skip_special_tokens=True)
-        write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
-
-    world.on_main(write)
-    raise RunStopped(
-        EXIT_NON_FINITE,
-        f"error: phase {phase}: loss or gradients of {before + 1} steps in a row were not finite; the last batch is in {path}; "
-        "lower the learning rate, or clip gradients, in a new output_dir",
-    )
 
 
 def finish(config: RunConfig, engine: PhaseEngine, data: Prepared, world: World, reporter: Reporter, step: int) -> dict[str, Any]:

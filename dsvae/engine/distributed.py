@@ -120,7 +120,10 @@ def start(hang_timeout: float = HANG_TIMEOUT) -> World:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
-    watchdog = Watchdog(_own_store(rank, size, device), rank, size, hang_timeout) if size > 1 else None
+    watchdog = None
+    if size > 1:
+        watchdog = Watchdog(_own_store(rank, size, device), rank, size, hang_timeout)
+        dist.barrier()  # every rank has said something: from here on silence means something
     return World(rank, local_rank, size, device, watchdog)
 
 

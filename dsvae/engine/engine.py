@@ -203,9 +203,9 @@ class PhaseEngine:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
             self._norm = float(norm)
             if not math.isfinite(self._norm):
-                self.deepspeed.zero_grad()  # to None: AdamW passes over a parameter without gradient
-                self.deepspeed.step()
+                self.deepspeed.zero_grad()
                 self.deepspeed.skipped_steps += 1  # as DeepSpeed counts at the other stages
+                self.deepspeed.lr_scheduler.step()
                 return False
         self.deepspeed.step()
         if self.deepspeed.was_step_applied():
