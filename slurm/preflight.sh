@@ -26,16 +26,20 @@ export DSVAE_CONTAINER DSVAE_PYTHON PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} 
 
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
+# shellcheck disable=SC2016  # expanded in the ranks
+begin='trap "" TERM USR1
+[ -f "$1" ] || { echo "preflight: BAD $SLURMD_NODENAME: rank $SLURM_PROCID: does not see $1: it must lie on a shared file system"; exit 78; }
+exec bash "$@"'
 # A warning (preemption, time limit) is for the training that comes next: the ranks of this step ignore it. They have time limits of their own; the outer one is for a step that srun cannot even start.
-timeout --kill-after=15 "$((DSVAE_PREFLIGHT_SECONDS + 60))" "${SRUN[@]}" --wait=30 \
-    bash -c 'trap "" TERM USR1; exec bash "$@"' _ "$root/slurm/rank.sh" -m dsvae.preflight \
+timeout --kill-after=15 "$((DSVAE_PREFLIGHT_SECONDS + 60))" "${SRUN[@]}" --wait="$((DSVAE_PREFLIGHT_SECONDS + 30))" \
+    bash -c "$begin" _ "$root/slurm/rank.sh" -m dsvae.preflight \
     --output_dir "$1" --seconds "$DSVAE_PREFLIGHT_SECONDS" --min_free_gb "$DSVAE_MIN_FREE_GB" \
     --nodes "$(IFS=,; echo "${NODES[*]}")" 2>&1 | tee "$report"
 
 mapfile -t bad < <(sed -n 's/^preflight: BAD \([^:]*\):.*/\1/p' "$report" | sort -u)
 for rank in $(seq 0 $((RANKS - 1))); do # a node that is gone says nothing
     node=${NODES[rank / PER_NODE]}
-    if ! grep -q "^preflight: rank $rank \|^preflight: BAD $node:" "$report"; then
+    if ! grep -q "^preflight: rank $rank \|^preflight: BAD [^:]*: rank $rank:" "$report"; then
         echo "preflight: BAD $node: rank $rank did not answer"
         bad+=("$node")
     fi

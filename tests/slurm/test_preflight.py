@@ -42,18 +42,15 @@ def test_all_well(cluster, checkout, tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_node_that_cannot_write_has_another_directory_and_no_gpu(cluster, checkout, tmp_path):
-    """Three things that each rank finds by itself, on one node; training is not begun."""
+def test_a_node_that_cannot_write(cluster, checkout, tmp_path):
+    """Training is not begun, and the job ends with preflight's exit code."""
     run = tmp_path / "run"
     run.mkdir()
-    cluster.lab("node-exec", "node2", "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", run)
+    cluster.lab("node-exec", "node2", "mount", "--bind", run, run)
+    cluster.lab("node-exec", "node2", "mount", "-o", "remount,bind,ro", run)
     try:
         job = cluster.sbatch(
-            *(*NODES, "slurm/train.sbatch", "--output_dir", run),
-            cwd=checkout,
-            DSVAE_PREFLIGHT="1",
-            DSVAE_MIN_FREE_GB="0.1",
-            DSVAE_SRUN_ARGS="--chdir=/",
+            *(*NODES, "slurm/train.sbatch", "--output_dir", run), cwd=checkout, DSVAE_PREFLIGHT="1", DSVAE_MIN_FREE_GB="0.1"
         )
         ended = cluster.wait(job)
     finally:
@@ -62,9 +59,24 @@ def test_a_node_that_cannot_write_has_another_directory_and_no_gpu(cluster, chec
     assert (ended["JobState"], ended["ExitCode"]) == FAILED, log
     assert blamed(log) == {"node2"}
     assert f"cannot write to {run}: Read-only file system" in log
-    assert "is not the directory that node1 sees" in log
     assert "bad: node2. Leave them out with sbatch --exclude=node2" in log
     assert not (run / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("hidden", ["run", "code"])
+def test_a_node_with_a_directory_of_its_own(hidden, cluster, checkout, tmp_path):
+    """Its output_dir is another one; or it has not even the code, and cannot start."""
+    run = tmp_path / "run"
+    run.mkdir()
+    place = run if hidden == "run" else checkout / "slurm"
+    cluster.lab("node-exec", "node2", "mount", "-t", "tmpfs", "tmpfs", place)
+    try:
+        ended, log = preflight(cluster, checkout, run, seconds=15)
+    finally:
+        cluster.lab("node-exec", "node2", "umount", place)
+    assert (ended["JobState"], ended["ExitCode"]) == FAILED, log
+    assert blamed(log) == {"node2"}
+    assert ("is not the directory that node1 sees" if hidden == "run" else "does not see") in log
 
 
 def test_a_node_that_is_cut_off(cluster, checkout, tmp_path):
@@ -73,14 +85,14 @@ def test_a_node_that_is_cut_off(cluster, checkout, tmp_path):
     cluster.lab("node-exec", "node2", "ip", "route", "add", "10.77.0.1", "via", "10.77.0.99", "table", "100")
     cluster.lab("node-exec", "node2", "ip", "rule", "add", *rule)
     try:
-        ended, log = preflight(cluster, checkout, tmp_path / "run", seconds=20)
+        ended, log = preflight(cluster, checkout, tmp_path / "run", seconds=15)
     finally:
         cluster.lab("node-exec", "node2", "ip", "rule", "del", *rule)
         cluster.lab("node-exec", "node2", "ip", "route", "flush", "table", "100")
     assert (ended["JobState"], ended["ExitCode"]) == FAILED, log
     assert blamed(log) == {"node2"}
-    assert "rank 0: rank(s) 2, 3 did not arrive within 20 s" in log
-    assert re.search(r"BAD node2: rank 3: cannot reach node1 \(node1:\d+\) within 20 s", log)
+    assert "rank 0: rank(s) 2, 3 did not arrive within 15 s" in log
+    assert re.search(r"BAD node2: rank 3: cannot reach node1 \(node1:\d+\) within 15 s", log)
 
 
 def test_no_gpu_and_no_space(cluster, checkout, tmp_path):
