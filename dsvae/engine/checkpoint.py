@@ -88,9 +88,14 @@ def save(
     except OSError as error:  # of `on_main`, and so on every rank
         problem = str(error)
     if problem is not None:
-        world.on_main(lambda: shutil.rmtree(directory, ignore_errors=True))
+        world.on_main(lambda: _remove_incomplete(directory))
         raise SaveFailed(f"checkpoint {directory} cannot be written ({problem}); those before it are as they were")
     return Checkpoint(phase, step, directory)
+
+
+def _remove_incomplete(directory: Path) -> None:
+    if not (directory / COMPLETE).exists():  # else it was `latest` that could not be moved: what is complete stays
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def prune(root: Path, keep: int, keep_best: bool) -> None:
