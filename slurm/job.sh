@@ -75,6 +75,7 @@ requeue() { # WHY CODE: back into the queue, or the end
 }
 
 # Without the places of the copies, which are another job's own, and with what is in them.
+# shellcheck disable=SC2001
 marker=$(sed 's,[^ ]*/slurm/[^/ ]*/\(code/\)\?\(config\|ds_configs\?\)/,,g' <<< "$command")$(cat "$dir"/config/* "$dir"/ds_config/* 2>/dev/null | cksum)
 if grep -qxF -- "$marker" "$run/slurm/done" 2>/dev/null; then
     say "finished already ($run/slurm/done): nothing to do"
