@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dsvae.engine.distributed import World
 from dsvae.errors import UserError
 from dsvae.files import write_text
+
+if TYPE_CHECKING:  # it imports deepspeed, which who only looks at checkpoints need not wait for
+    from dsvae.engine.distributed import World
 
 COMPLETE = "COMPLETE"
 _TAG = re.compile(r"phase(\d)-step(\d{8})")
