@@ -85,23 +85,28 @@ class Cluster:
         return dict(re.findall(r"(\S+?)=(\S*)", text.split("\n")[0]))
 
     def wait(self, job: str, states=FINAL, timeout=120) -> dict[str, str]:
-        """Until the job is in one of `states`. A requeued job is held for two minutes: here it starts at once."""
+        """Until the job is in one of `states`."""
         end = time.monotonic() + timeout
         while True:
             found = self.job(job)
             if found["JobState"] in states:
                 return found
-            if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
-                self.run("scontrol", "update", f"job={job}", "StartTime=now")
+            self.release(job, found)
             assert time.monotonic() < end, f"job {job} is {found['JobState']} ({found['Reason']}) after {timeout} s"
             time.sleep(0.2)
+
+    def release(self, job: str, found: dict[str, str]) -> None:
+        """A requeued job is held for two minutes: here it starts at once."""
+        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+            self.run("scontrol", "update", f"job={job}", "StartTime=now")
 
     def wait_for(self, path: Path, job: str, timeout=120) -> None:
         """Until a file exists, while the job lives."""
         end = time.monotonic() + timeout
         while not path.exists():
-            state = self.job(job)["JobState"]
-            assert state not in FINAL, f"job {job} is {state}, and {path} is not there"
+            found = self.job(job)
+            assert found["JobState"] not in FINAL, f"job {job} is {found['JobState']}, and {path} is not there"
+            self.release(job, found)
             assert time.monotonic() < end, f"{path} is not there after {timeout} s"
             time.sleep(0.1)
 
