@@ -64,10 +64,10 @@ requeue() { # WHY CODE: back into the queue, or the end
         say "$1; restarted $restarts times already: given up. The same sbatch command goes on from here."
         leave "$2"
     fi
-    # SLURM itself is ending a job that is no longer RUNNING: cancelled, or preempted and requeued in any case.
+    # SLURM itself is ending a job that is no longer RUNNING: cancelled, or requeued by SLURM (which then needs the pointer).
     if ! scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
-        say "$1; not requeued: the job is being ended. The same sbatch command goes on from here."
-        leave "$2"
+        say "$1; SLURM is ending the job. The same sbatch command goes on from here."
+        exit "$2"
     fi
     say "$1: requeued"
     scontrol requeue "$SLURM_JOB_ID" || { say "SLURM does not requeue this job. The same sbatch command goes on from here." && leave "$2"; }
