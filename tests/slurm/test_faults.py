@@ -46,16 +46,15 @@ def test_preempted(arguments, undisturbed, cluster, checkout, tmp_path):
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
 
-def test_nodes_die(arguments, undisturbed, cluster, checkout, tmp_path):
-    """SIGKILL of everything on a node, twice; SLURM notices and requeues. node1 is the one that the batch script runs on."""
+def test_a_node_dies(arguments, undisturbed, cluster, checkout, tmp_path):
+    """SIGKILL of everything on the node that the batch script runs on; SLURM notices and requeues."""
     job = cluster.sbatch(*NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run", cwd=checkout)
-    for node, moment in (("node2", "phase1-step00000010"), ("node1", "phase2-step00000010")):
-        cluster.wait_for(tmp_path / "run/checkpoints" / moment / "COMPLETE", job)
-        cluster.lab("kill-node", node)
-        cluster.wait(job, {"PENDING"})
-        cluster.lab("start-node", node)
+    cluster.wait_for(tmp_path / "run/checkpoints/phase1-step00000010/COMPLETE", job)
+    cluster.lab("kill-node", "node1")
+    cluster.wait(job, {"PENDING"})
+    cluster.lab("start-node", "node1")
     ended = cluster.wait(job)
     log = (checkout / f"dsvae-{job}.out").read_text()
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "2"), log[-3000:]
-    assert log.count("going on from") == 2
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), log[-3000:]
+    assert "going on from" in log
     assert numbers(tmp_path / "run") == numbers(undisturbed)
