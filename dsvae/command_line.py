@@ -196,7 +196,7 @@ def _letters(function: Callable[..., None]) -> dict[str, str]:
 
 def _plain(kind: Any) -> Any:
     """`X` of `X | None`: what a given value is; not giving the flag is None."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # `Literal[...] | None` is the second, `str | None` the first
         return next(each for each in typing.get_args(kind) if each is not type(None))
     return kind
 

@@ -69,7 +69,9 @@ def build(config: T5VAEConfig) -> T5VAE:
 
 def weights_of(model: T5VAE, freeze_decoder: bool) -> list[Weight]:
     """All parameters in the order of `named_parameters`, each once however often it is tied."""
-    frozen = {id(p) for part in (model.shared, model.decoder, model.lm_head) for p in part.parameters()} if freeze_decoder else set()
+    frozen = (
+        {id(p) for part in (model.shared, model.decoder, model.lm_head) for p in part.parameters()} if freeze_decoder else set()
+    )
     found = []
     for name, p in model.named_parameters():
         decays = p.ndim >= 2 and "shared" not in name and "relative_attention_bias" not in name

@@ -14,6 +14,7 @@ from typing import Any
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from dsvae.engine import ds_config
+from dsvae.engine.weights import MAX_SHARD_BYTES
 from dsvae.errors import UserError
 from dsvae.planning.dry_run import DryRun, Weight
 
@@ -48,7 +49,9 @@ class Engine:
         autocast = bool(resolved.get("torch_autocast", {}).get("enabled", False))
         compute = 2 if precision != "fp32" and not autocast else 4
         if stage == 0 and compute == 2:
-            raise UserError(f"dsvae plan: stage 0 with {precision} weights is not planned for: use torch_autocast, as zero0.json does")
+            raise UserError(
+                f"dsvae plan: stage 0 with {precision} weights is not planned for: use torch_autocast, as zero0.json does"
+            )
         if stage > 0 and autocast:
             raise UserError("dsvae plan: torch_autocast is planned for at stage 0 only: use bf16, as the other shipped files do")
         accumulate = 4 if resolved.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32") else compute
@@ -115,14 +118,14 @@ def estimate(
         checkpoint_numel: elements of the pretrained checkpoint that every rank loads to build its model, None for a new model.
     """
     states = _States(engine, weights, ranks)
-    static, at_start, extra = states.static(), 0, _Backward(engine, weights, states, accumulates)
+    static, backward = states.static(), _Backward(engine, weights, states, accumulates)
     moments = {}
     always = sum(static.values())
-    peak, held = extra.walk(run)
+    peak, held = backward.walk(run)
     moments["forward and backward"] = always + peak
     moments["optimizer step"] = always + held + run.kept + states.step_scratch()
     if run.evaluation:
-        moments["evaluation"] = always + run.evaluation + extra.gathered
+        moments["evaluation"] = always + run.evaluation + backward.gathered
     host, disk = states.host(accumulates)
     everywhere = {name: size * ranks.per_node for name, size in host.items()}
     # Every rank builds the whole model in float32 before the engine shards it; a pretrained one stands beside its T5VAE.
@@ -132,16 +135,15 @@ def estimate(
     # While the engine is made, the float32 model gives way to the shards; the offloaded states (moments aside) join it.
     made = 4 * total * ranks.per_node + sum(size for name, size in everywhere.items() if name != "Adam moments")
     resident = sum(everywhere.values()) + frozen
-    # Imported late in the run: a shard of the export on rank 0.
-    from dsvae.engine.weights import MAX_SHARD_BYTES
-
     host_moments = {
-        "building the model": start + at_start,
+        "building the model": start,
         "making the engine": made + frozen,
         "training": resident,
         "export": resident + min(4 * total, MAX_SHARD_BYTES),
     }
-    return Estimate(static, moments, everywhere | ({"frozen originals": frozen} if frozen else {}), host_moments, disk * ranks.per_node)
+    return Estimate(
+        static, moments, everywhere | ({"frozen originals": frozen} if frozen else {}), host_moments, disk * ranks.per_node
+    )
 
 
 class _States:

@@ -63,7 +63,7 @@ KNOWN = _known()
 """Configuration of every known model by its hub id."""
 
 
-def configuration(name: str) -> dict[str, Any] | None:
+def configuration_of(name: str) -> dict[str, Any] | None:
     """The T5 configuration of a public model, None for an unknown name; `t5-base` is `google-t5/t5-base`, and so on."""
     for candidate in (name, f"google-t5/{name}", f"google/{name}"):
         if candidate in KNOWN:
