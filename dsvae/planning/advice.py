@@ -29,7 +29,8 @@ class Advice:
         needs = (
             f"The least of any option is {self.gpu_memory / GB:.1f} GB a GPU and {self.host_memory / GB:.1f} GB a node, "
             "margin included."
-        )if not self.changes:
+        )
+        if not self.changes:
             return f"{needs} Neither smaller micro-batches nor up to {MOST_GPUS} GPUs would do."
         return f"{needs} It would fit with {', or with '.join(self.changes)}."
 
