@@ -178,6 +178,17 @@ class RunConfig:
     """Optimizer steps between two checkpoints; 0: only at the end of each phase."""
     keep_checkpoints: int = 2
     """The newest N complete checkpoints are kept."""
+    keep_best: bool = True
+    """Keeps the best checkpoint of the running phase besides: that with the smallest rec (phase 1) or rec + kl (phase 2) on
+    validation text, among those saved at a step with an evaluation."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When the disk takes no checkpoint (full, over quota): stop with exit code 74, or say so and train on until the next one."""
+    max_skipped_steps: int = 10
+    """Optimizer steps in a row that may be skipped because loss or gradients are not finite; at the last of them the run saves
+    the batch and stops with exit code 65. A loss scale that is still being found (fp16) does not count."""
+    hang_timeout: float = 600.0
+    """Seconds without progress (a micro-batch, an evaluation batch, a part of a checkpoint) after which a rank is given up: the
+    others name it and leave with exit code 69."""
     data: DataConfig = field(default_factory=DataConfig)
     """The sentences."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -203,7 +214,10 @@ ALIASES = {
 }
 """Short command-line flags and the fields they set."""
 
-RESUMABLE = ("output_dir", "resume", "phase", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "data.cache_dir")
+RESUMABLE = (
+    "output_dir", "resume", "phase", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best",
+    "on_save_error", "max_skipped_steps", "hang_timeout", "data.cache_dir",
+)  # fmt: skip
 """Fields that a resumed run may change: they say nothing about what is learned."""
 
 

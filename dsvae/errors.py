@@ -23,3 +23,11 @@ EXIT_RESUMABLE = 75
 """SIGTERM or SIGUSR1 came: saved at the next step, left (EX_TEMPFAIL). The same command goes on exactly there."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C: saved at the next step, left (128 + SIGINT, as shells count it). The same command goes on exactly there."""
+
+
+class RunStopped(Exception):
+    """The run ends early, by no mistake in the command. The entry point prints the line and leaves with `code`."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(code, message)  # both: exceptions travel between ranks by their arguments
+        self.code, self.message = code, message

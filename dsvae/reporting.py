@@ -6,6 +6,7 @@ Both phases share one axis of optimizer steps: phase 2 goes on counting where ph
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -97,6 +98,12 @@ class Reporter:
         self._writer.add_text("reconstruction", f"| sentence | reconstruction of its mean |\n|---|---|\n{rows}", step)
         self._writer.add_text("prior", "\n".join(f"- {_cell(text)}" for text in prior), step)
         self._record({"step": step, "split": "text", "reconstruction": [list(pair) for pair in pairs], "prior": prior})
+
+    def flush(self) -> None:
+        """Puts on the disk what was reported so far: before a checkpoint, behind which nothing is reported again."""
+        if self._jsonl is not None and self._writer is not None:
+            os.fsync(self._jsonl.fileno())
+            self._writer.flush()
 
     def close(self, config: RunConfig, final: dict[str, Any] | None) -> None:
         """Writes hparams with the final metrics, if there are any, and closes the files."""

@@ -7,8 +7,10 @@ Also under `python`, torchrun and srun. Every rank runs all of it; what rank 0 d
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +20,13 @@ from typing import Any
 # `deepspeed dsvae/train.py` puts dsvae/ itself first on the path, where `config`, `data` or `metrics` would hide other packages.
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line, not one under stacks of torch's own sockets
+
+if __name__ == "__main__":
+    # Until `Stopping` listens, there is nothing to save: the imports below alone take seconds, on a cold file system minutes.
+    for _number, _code in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
+        signal.signal(_number, lambda *_, code=_code: os._exit(code))
 
 import datasets
 import numpy as np
@@ -35,7 +44,9 @@ from dsvae.engine import checkpoint, distributed, ds_config, weights
 from dsvae.engine.build import build_model
 from dsvae.engine.distributed import World
 from dsvae.engine.engine import PhaseEngine
-from dsvae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from dsvae.engine.non_finite import SkippedSteps
+from dsvae.engine.stopping import Stopping
+from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
 from dsvae.files import write_json, write_text
 from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.text import samples
@@ -50,26 +61,52 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    world: World | None = None
+    stopping = Stopping()
+    stopping.install()
     try:
         config = configuration.read(sys.argv[1:] if argv is None else argv)
         raw = ds_config.load(str(config.ds_config))
-        world = distributed.start()
-        try:
-            run(config, raw, world)
-        finally:
-            distributed.stop()
+        world = distributed.start(config.hang_timeout)
+        run(config, raw, world, stopping)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"dsvae: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        _complain(f"error: {error}")
+        code = EXIT_USER_ERROR
+    except RunStopped as stopped:
+        _complain(stopped.message)
+        code = stopped.code
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print("dsvae: interrupted; the same command goes on from the last complete checkpoint", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+        _complain("interrupted twice, left at once; the same command goes on from the last complete checkpoint")
+        code = EXIT_INTERRUPTED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(f"error: {error}; make room, and the same command goes on from the last complete checkpoint")
+        code = EXIT_DISK
+    except RuntimeError:
+        # An operation with the other ranks has failed: because this rank left it on a signal, or because one of them is gone.
+        if stopping.pending is not None:
+            code = stopping.pending.code
+        elif world is not None and world.watchdog is not None and (lost := world.watchdog.lost()):
+            line, code = lost
+            advice = "the same command goes on from the last complete checkpoint"
+            print(f"dsvae: error: rank {world.rank}: {line}; {advice}", file=sys.stderr, flush=True)
+        else:
+            raise
+    else:
+        distributed.stop(world)
+        return 0
+    if world is not None and world.watchdog is not None:
+        world.watchdog.close(code)
+    return code
 
 
-def run(config: RunConfig, raw: dict[str, Any], world: World) -> None:
+def _complain(line: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"dsvae: {line}", file=sys.stderr, flush=True)
+
+
+def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping) -> None:
     """A whole run on this rank.
 
     Args:
@@ -77,6 +114,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World) -> None:
 
     Raises:
         UserError: on every rank alike.
+        RunStopped: on every rank alike, or on this one alone where nothing is left to be saved.
     """
     out = Path(config.output_dir)
     reporter = Reporter(out, world.is_main)
@@ -112,7 +150,8 @@ def run(config: RunConfig, raw: dict[str, Any], world: World) -> None:
             checkpoint.load(engine.deepspeed, resumed, world, zero_stage=engine.zero_stage)
             reporter.say(f"going on from {resumed.directory}")
         done, offset = resumed.step if resumed else 0, before_phase2 if phase == 2 else 0
-        train_phase(config, phase, engine, batches, data, world, reporter, done, offset)
+        with stopping.between_steps():
+            train_phase(config, phase, engine, batches, data, world, reporter, stopping, done, offset)
         if phase == 1:
             weights_from = out / "phase1" / "model"
             weights.export(engine.module, engine.frozen, world, weights_from, _save_tokenizer(data))
@@ -131,6 +170,7 @@ def train_phase(
     data: Prepared,
     world: World,
     reporter: Reporter,
+    stopping: Stopping,
     done: int,
     offset: int,
 ) -> None:
@@ -138,11 +178,19 @@ def train_phase(
 
     Args:
         offset: steps of the phases before, on the axis of what is reported.
+
+    Raises:
+        RunStopped: on every rank: told to stop and saved; no checkpoint could be saved; or nothing finite came for too long.
     """
     settings = config.phase1 if phase == 1 else config.phase2
     valid = data.splits["valid"]
     watched = valid.select(np.sort(np.argsort(valid.content_keys)[: config.eval.sentences]))  # any order of the file
     speed = Speed()
+
+    def decode(ids: list[int]) -> str:
+        return str(data.tokenizer.decode(ids, skip_special_tokens=True))
+
+    skipped = SkippedSteps(config.max_skipped_steps, Path(config.output_dir), phase, decode, reporter.say)
     reporter.start_phase(phase, settings.steps, done)
     for index in range(done, settings.steps):
         beta = beta_at(index, settings.steps, config.phase2.beta) if phase == 2 else 0.0
@@ -154,6 +202,9 @@ def train_phase(
 
         done = index + 1
         last = done == settings.steps
+        skipped.count(engine, world, index, step, sums)
+        stop = stopping.agreed(world)
+        valid_loss = None
         if done % config.log_every == 0 or last:
             rec, kl = sums.means(world)
             values = {
@@ -164,6 +215,7 @@ def train_phase(
                 "beta": beta,
                 "lr": lr,
                 "grad_norm": engine.grad_norm,
+                "skipped_steps": float(engine.skipped_steps),
                 "tokens_per_s": speed.read(),
                 "epoch": done / batches.steps_per_epoch,
             }
@@ -171,6 +223,7 @@ def train_phase(
         if last or (config.eval_every and done % config.eval_every == 0):
             found = evaluate(engine.module, watched, world, samples=config.eval.samples, token_budget=config.eval.batch_tokens)
             reporter.evaluation(offset + done, phase, "valid", found)
+            valid_loss = found["rec"] + (found["kl"] if phase == 2 else 0.0)
             reporter.say(
                 f"step {offset + done}: valid rec {found['rec']:.2f} kl {found['kl']:.2f} mi {found['mi']:.2f} "
                 f"au {found['au']} rec_shuffled {found['rec_shuffled']:.2f}"
@@ -178,17 +231,27 @@ def train_phase(
             pairs, prior = samples(engine.module, watched, data.tokenizer, world, config.eval.shown, config.data.max_tokens)
             reporter.text(offset + done, pairs, prior)
             speed.read()  # evaluation is not training time
-        if last or (config.checkpoint_every and done % config.checkpoint_every == 0):
-            checkpoint.save(
-                engine.deepspeed,
-                world,
-                Path(config.output_dir) / "checkpoints",
-                phase=phase,
-                step=done,
-                meta={"world_size": world.size, "zero_stage": engine.zero_stage},
-                keep=config.keep_checkpoints,
-            )
+        if last or stop or (config.checkpoint_every and done % config.checkpoint_every == 0):
+            reporter.flush()
+            meta = {"world_size": world.size, "zero_stage": engine.zero_stage, "valid": valid_loss}
+            try:
+                checkpoint.save(
+                    engine.deepspeed,
+                    world,
+                    Path(config.output_dir) / "checkpoints",
+                    phase=phase,
+                    step=done,
+                    meta=meta,
+                    keep=config.keep_checkpoints,
+                    keep_best=config.keep_best,
+                )
+            except checkpoint.SaveFailed as failure:
+                if stop or config.on_save_error == "stop":
+                    raise RunStopped(EXIT_DISK, f"error: {failure}; make room, and the same command goes on from there") from None
+                reporter.say(f"warning: {failure}; training goes on without (on_save_error is continue)")
             speed.read()
+        if stop:
+            raise stop
     reporter.end_phase()
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -45,37 +46,42 @@ def environment(**more: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | {"OMP_NUM_THREADS": "1"} | more
 
 
-def commands(launcher: str, ranks: int) -> list[tuple[list[str], dict[str, str]]]:
+def commands(launcher: str, ranks: int, script: Path, more: dict[str, str]) -> list[tuple[list[str], dict[str, str]]]:
     """(command, environment) of every process to start, without the script's own arguments."""
     port = str(free_port())
     if launcher == "deepspeed":
-        command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", port, str(TRAIN)]
-        return [(command, environment())]
+        command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", port, str(script)]
+        return [(command, environment(**more))]
     if launcher == "torchrun":
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-        return [([*command, str(TRAIN)], environment())]
+        return [([*command, str(script)], environment(**more))]
     if launcher == "python":
-        return [([sys.executable, str(TRAIN)], environment())]
+        return [([sys.executable, str(script)], environment(**more))]
     # As srun starts them: one process a rank, the rendezvous in the environment.
     return [
         (
-            [sys.executable, str(TRAIN)],
-            environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            [sys.executable, str(script)],
+            environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **more
+            ),
         )
         for rank in range(ranks)
     ]
 
 
 class Run:
-    """A started run. `stdout` and `stderr` are those of all ranks together."""
+    """A started run. `stdout` and `stderr` are those of all ranks together, `codes` the exit codes."""
 
-    def __init__(self, arguments: list[str], ranks: int, launcher: str, cwd: Path | None) -> None:
+    def __init__(
+        self, arguments: list[str], ranks: int, launcher: str, cwd: Path | None, script: Path, env: dict[str, str]
+    ) -> None:
         self.processes = []
-        for command, env in commands(launcher, ranks):
+        self.codes: list[int] = []
+        for command, environ in commands(launcher, ranks, script, env):
             self.processes.append(
                 subprocess.Popen(
                     [*command, *arguments],
-                    env=env,
+                    env=environ,
                     cwd=cwd or ROOT,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
@@ -94,19 +100,24 @@ class Run:
         for process in self.processes:
             process.communicate()
 
+    def signal(self, number: int, ranks: Iterable[int] | None = None) -> None:
+        """Sends a signal to the processes of some ranks (launcher `ranks` only), by default of all."""
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            os.kill(self.processes[rank].pid, number)
+
     def wait(self, timeout: float) -> int:
         """The exit code: that of the first process that failed, else 0. Kills everything at the time limit."""
         end = time.monotonic() + timeout
-        codes = []
+        self.codes = []
         try:
             for process in self.processes:
                 out, err = process.communicate(timeout=max(1.0, end - time.monotonic()))
                 self.stdout, self.stderr = self.stdout + out, self.stderr + err
-                codes.append(process.returncode)
+                self.codes.append(process.returncode)
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"the run did not end within {timeout} s") from None
-        return next((code for code in codes if code), 0)
+        return next((code for code in self.codes if code), 0)
 
     def wait_for(self, path: Path, timeout: float = 120) -> None:
         """Until a file exists."""
@@ -118,15 +129,24 @@ class Run:
             time.sleep(0.005)
 
 
-def start(*arguments: str, ranks: int = 1, launcher: str = "ranks", cwd: Path | None = None) -> Run:
-    return Run([str(a) for a in arguments], ranks, launcher, cwd)
+def start(
+    *arguments: str, ranks: int = 1, launcher: str = "ranks", cwd: Path | None = None, script: Path = TRAIN, **env: str
+) -> Run:
+    return Run([str(a) for a in arguments], ranks, launcher, cwd, script, env)
 
 
 def train(
-    *arguments: str, ranks: int = 1, launcher: str = "ranks", timeout: float = 180, code: int = 0, cwd: Path | None = None
+    *arguments: str,
+    ranks: int = 1,
+    launcher: str = "ranks",
+    timeout: float = 180,
+    code: int = 0,
+    cwd: Path | None = None,
+    script: Path = TRAIN,
+    **env: str,
 ) -> Run:
-    """A run to its end; `code` is the exit code that it must have."""
-    run = start(*arguments, ranks=ranks, launcher=launcher, cwd=cwd)
+    """A run to its end; `code` is the exit code that it must have, `env` more environment."""
+    run = start(*arguments, ranks=ranks, launcher=launcher, cwd=cwd, script=script, **env)
     found = run.wait(timeout)
     assert found == code, f"exit code {found}, not {code}\n{run.stdout[-3000:]}\n{run.stderr[-6000:]}"
     return run

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from dsvae.engine.distributed import World
 from dsvae.errors import UserError
@@ -34,40 +35,107 @@ class Checkpoint:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What was recorded beside the files: world_size, zero_stage."""
+        """What was recorded beside the files: world_size, zero_stage, and valid where it was measured at that step."""
         return json.loads((self.directory / COMPLETE).read_text())["meta"]
 
 
-def save(engine: Any, world: World, root: Path, *, phase: int, step: int, meta: dict[str, Any], keep: int) -> Checkpoint:
-    """Saves the state of a DeepSpeed engine after optimizer step `step` and keeps the newest `keep`. Collective."""
+class SaveFailed(Exception):
+    """A checkpoint could not be written; what there was of it is removed, and those before are as they were."""
+
+
+def save(
+    engine: Any, world: World, root: Path, *, phase: int, step: int, meta: dict[str, Any], keep: int, keep_best: bool
+) -> Checkpoint:
+    """Saves the state of a DeepSpeed engine after optimizer step `step`. Collective.
+
+    Args:
+        meta: is recorded; `valid` in it is the value on validation text by which the best is known, the smaller the better.
+        keep: the newest that stay.
+        keep_best: whether the best of this phase stays too.
+
+    Raises:
+        SaveFailed: on every rank: the disk is full, or takes no more for another reason.
+    """
     tag = f"phase{phase}-step{step:08d}"
     directory = root / tag
-    world.on_main(lambda: shutil.rmtree(directory, ignore_errors=True))  # what an earlier, cut save may have left
-    engine.save_checkpoint(str(root), tag=tag, client_state={"phase": phase, "step": step}, save_latest=False)
-    world.barrier()
 
-    # Every rank reads back a part of the files.
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    own = {
-        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in files[world.rank :: world.size]
-    }
-    parts: list[dict | None] = [None] * world.size
-    if world.size > 1:
-        dist.all_gather_object(parts, own)
-    else:
-        parts = [own]
+    def begin() -> None:
+        shutil.rmtree(directory, ignore_errors=True)  # what an earlier, cut save may have left
+        directory.mkdir(parents=True)
 
-    def commit() -> None:
-        listing = {name: entry for part in parts if part for name, entry in part.items()}
+    def commit(listing: dict[str, Any]) -> None:
         write_text(directory / COMPLETE, json.dumps({"meta": meta, "files": listing}, indent=1))
         write_text(root / "latest", tag)
-        for old in find(root)[:-keep]:
+        _sync(root)
+        prune(root, keep, keep_best)
+
+    problem: str | None = None
+    try:
+        world.on_main(begin)
+        with _failures_of(engine) as failures:
+            engine.save_checkpoint(str(root), tag=tag, client_state={"phase": phase, "step": step}, save_latest=False)
+        world.beat(f"checkpoint {tag}")
+        problem = next((f for f in world.gather(failures[0] if failures else None) if f), None)
+        if problem is None:
+            # Every rank reads back a part of the files.
+            files = sorted(path for path in directory.rglob("*") if path.is_file())
+            own = {
+                str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": _sha256(path, sync=True)}
+                for path in files[world.rank :: world.size]
+            }
+            listing = {name: entry for part in world.gather(own) for name, entry in part.items()}
+            world.on_main(lambda: commit(listing))
+    except OSError as error:  # of `on_main`, and so on every rank
+        problem = str(error)
+    if problem is not None:
+        world.on_main(lambda: shutil.rmtree(directory, ignore_errors=True))
+        raise SaveFailed(f"checkpoint {directory} cannot be written ({problem}); those before it are as they were")
+    return Checkpoint(phase, step, directory)
+
+
+def prune(root: Path, keep: int, keep_best: bool) -> None:
+    """Removes all but the newest `keep` complete checkpoints and, with `keep_best`, the best of the newest one's phase."""
+    complete = find(root)
+    spared = set(complete[-keep:])
+    if keep_best and (best := best_of(complete)):
+        spared.add(best)
+    for old in complete:
+        if old not in spared:
             (old.directory / COMPLETE).unlink()  # incomplete from here on, whatever happens to the rest
             shutil.rmtree(old.directory)
 
-    world.on_main(commit)
-    return Checkpoint(phase, step, directory)
+
+def best_of(complete: list[Checkpoint]) -> Checkpoint | None:
+    """That with the smallest value on validation text among those of the last phase; None if none was measured."""
+    measured = [(c.meta["valid"], c) for c in complete if c.phase == complete[-1].phase and c.meta.get("valid") is not None]
+    return min(measured, default=(None, None), key=lambda pair: pair[0])[1]
+
+
+@contextmanager
+def _failures_of(engine: Any) -> Iterator[list[str]]:
+    """Collects what goes wrong while DeepSpeed writes on this rank.
+
+    Raised in the midst of `save_checkpoint`, it would leave the other ranks waiting in its barriers.
+    """
+    failures: list[str] = []
+    writer = engine.checkpoint_engine
+
+    class Guarded:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(writer, name)
+
+        def save(self, state_dict: Any, path: str) -> None:
+            try:
+                writer.save(state_dict, path)
+            except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
+                free = shutil.disk_usage(Path(path).parent).free
+                failures.append(f"{str(error).strip().splitlines()[0]}: {path}, {free / 2**20:.0f} MiB free")
+
+    engine.checkpoint_engine = Guarded()
+    try:
+        yield failures
+    finally:
+        engine.checkpoint_engine = writer
 
 
 def find(root: Path) -> list[Checkpoint]:
@@ -125,9 +193,21 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, *, zero_stage: int) 
         raise UserError(f"{checkpoint.directory}: DeepSpeed loaded nothing from it")
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, sync: bool = False) -> str:
+    """The checksum; with `sync` of what is on the disk by then, not only on its way there."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _sync(directory: Path) -> None:
+    """Puts a directory's entries on the disk."""
+    number = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -15,12 +16,16 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from dsvae.errors import UserError
+from dsvae.engine.watchdog import Watchdog
+from dsvae.errors import RunStopped, UserError
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)
-"""Longest that a collective operation waits for the other ranks (rank 0 tokenizes large corpora meanwhile)."""
+TIMEOUT = timedelta(hours=24)
+"""Longest that a collective operation waits for the other ranks: rank 0 tokenizes large corpora meanwhile. Hangs are the
+watchdog's matter, which knows the one from the other."""
+HANG_TIMEOUT = 600.0
+"""Seconds, where nothing else is configured."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    watchdog: Watchdog | None = None
+    """None in a run of one process."""
 
     @property
     def is_main(self) -> bool:
@@ -47,17 +54,37 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def max(self, tensor: Tensor) -> Tensor:
+        """The maximum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """The (picklable) values of all ranks, on every rank."""
+        values: list = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def beat(self, where: str) -> None:
+        """Tells the watchdog that this rank gets on."""
+        if self.watchdog is not None:
+            self.watchdog.beat(where)
+
     def on_main(self, function: Callable[[], T]) -> T:
         """Runs `function` on rank 0 and gives its (picklable) result to all ranks.
 
-        A `UserError` is raised on every rank: all leave together, and none waits for a rank that has gone.
+        A `UserError`, `RunStopped` or `OSError` is raised on every rank: all leave together, and none waits for a rank that has
+        gone.
         """
         box: list = [None, None]
         if self.is_main:
-            try:
-                box[0] = function()
-            except UserError as error:
-                box[1] = error
+            with self.watchdog.patient() if self.watchdog else nullcontext():
+                try:
+                    box[0] = function()
+                except (UserError, RunStopped, OSError) as error:
+                    box[1] = error
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, device=self.device)
         if box[1] is not None:
@@ -65,9 +92,13 @@ class World:
         return box[0]
 
 
-def start() -> World:
+def start(hang_timeout: float = HANG_TIMEOUT) -> World:
     """Joins the processes that the launcher started: deepspeed, torchrun or srun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
-    MASTER_PORT in the environment), or a run of one process where none of these is set."""
+    MASTER_PORT in the environment), or a run of one process where none of these is set.
+
+    Args:
+        hang_timeout: seconds after which a rank that gets nowhere is given up, and the others leave with its number.
+    """
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -89,13 +120,31 @@ def start() -> World:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
-    return World(rank, local_rank, size, device)
+    watchdog = None
+    if size > 1:
+        watchdog = Watchdog(_own_store(rank, size, device), rank, size, hang_timeout)
+        dist.barrier()  # every rank has said something: from here on silence means something
+    return World(rank, local_rank, size, device, watchdog)
 
 
-def stop() -> None:
-    """Leaves the process group, if one was joined."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def stop(world: World) -> None:
+    """Leaves the process group. All ranks together."""
+    if world.watchdog is not None:
+        world.watchdog.close()
+    dist.destroy_process_group()
+
+
+def _own_store(rank: int, size: int, device: torch.device) -> dist.TCPStore:
+    """A store of the run's own, at rank 0. The process group's own may be busy with an operation that never ends."""
+    host = os.environ["MASTER_ADDR"]
+    box: list = [None]
+    if rank == 0:
+        store = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
+        box[0] = store.port
+    dist.broadcast_object_list(box, src=0, device=device)
+    if rank != 0:
+        store = dist.TCPStore(host, box[0], size, is_master=False, wait_for_workers=False)
+    return store
 
 
 def _free_port() -> int:

@@ -6,6 +6,7 @@ An engine is made for each phase and never changed: DeepSpeed fixes at its start
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,8 @@ class StepSums:
     """(Z,), nats."""
     sentences: int
     """N of the global batch."""
+    skipped: bool
+    """Whether no weight moved, on any rank, because the loss or a gradient was not finite."""
 
     def means(self, world: World) -> tuple[float, Tensor]:
         """(rec, kl (Z,)): means per sentence of the global batch, in nats. Collective."""
@@ -76,7 +79,7 @@ class PhaseEngine:
         seed: int,
     ) -> None:
         self.zero_stage, self.precision = ds_configs.zero_stage(ds_config), ds_configs.precision_of(ds_config)
-        self.world, self.seed = world, seed
+        self.world, self.seed, self._norm = world, seed, math.nan
         self.sample_latent, self.free_bits, self.free_bits_mode = sample_latent, free_bits, free_bits_mode
         model.requires_grad_(True)
         if freeze:
@@ -115,10 +118,14 @@ class PhaseEngine:
         return self.deepspeed.get_lr()[0]
 
     @property
+    def skipped_steps(self) -> int:
+        """Steps of this phase so far in which no weight moved; a checkpoint keeps the count."""
+        return self.deepspeed.skipped_steps
+
+    @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        """Global gradient norm of the last step, before clipping; not finite where that step was skipped."""
+        return self._norm if self.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())
 
     def train_step(self, index: int, step: Step, beta: float) -> StepSums:
         """One optimizer step on the global batch that `step` is this rank's part of.
@@ -136,6 +143,7 @@ class PhaseEngine:
         gates = None
         if thresholded and len(batches) > 1:
             gates = self._gates(self._kl_ahead(index, batches), step.sentences)
+        self.world.beat(f"step {index + 1}")
         rec_sum = torch.zeros((), device=self.world.device)
         kl_sum = torch.zeros(self.module.config.latent_dim, device=self.world.device)
         for i, batch in enumerate(batches):
@@ -152,8 +160,58 @@ class PhaseEngine:
             self.deepspeed.backward(share * self.world.size, scale_wrt_gas=False)
             rec_sum += torch.dot(batch.weight, rec.detach())
             kl_sum += kl_now
+            self.world.beat(f"step {index + 1}, micro-batch {i + 1} of {len(batches)}")
+        return StepSums(rec_sum, kl_sum, step.sentences, skipped=not self._update())
+
+    @torch.no_grad()
+    def inspect(self, index: int, step: Step) -> list[dict[str, Any]]:
+        """What a step computes for each of this rank's sentences, as rows that JSON takes. Collective at ZeRO 3.
+
+        `input_ids` are those of the encoder (deletion noise included), `labels` those of the decoder, `noise` is that of
+        z = mean + std * noise; rec and kl in nats.
+        """
+        rows = []
+        for i, given in enumerate(step.micro_batches):
+            batch = given.to(self.world.device)
+            self._seed(index, i)
+            noise = batch.noise if self.sample_latent else torch.zeros_like(batch.noise)
+            out = self.module(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=noise)
+            rec, kl = reconstruction_nats(out.logits, batch.labels), out.posterior.kl()
+            for row in range(len(rec)):
+                if batch.weight[row]:
+                    rows.append(
+                        {
+                            "rank": self.world.rank,
+                            "micro_batch": i,
+                            "rec": float(rec[row]),
+                            "kl": float(kl[row].sum()),
+                            "input_ids": batch.input_ids[row][batch.attention_mask[row].bool()].tolist(),
+                            "labels": batch.labels[row][batch.labels[row] >= 0].tolist(),
+                            "noise": noise[row].tolist(),
+                        }
+                    )
+        return rows
+
+    def _update(self) -> bool:
+        """The optimizer's step on the gradients that are there; False if they are not finite and it was skipped, on all ranks.
+
+        DeepSpeed skips by itself, except at stage 0. The schedule goes on, so that a step's learning rate depends on its number
+        alone.
+        """
+        if self.zero_stage == 0:
+            # Already summed over the ranks, so all of them find the same.
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            self._norm = float(norm)
+            if not math.isfinite(self._norm):
+                self.deepspeed.zero_grad()
+                self.deepspeed.skipped_steps += 1  # as DeepSpeed counts at the other stages
+                self.deepspeed.lr_scheduler.step()
+                return False
         self.deepspeed.step()
-        return StepSums(rec_sum, kl_sum, step.sentences)
+        if self.deepspeed.was_step_applied():
+            return True
+        self.deepspeed.lr_scheduler.step()
+        return False
 
     def loss(self, rec: float, kl: Tensor, beta: float) -> float:
         """The loss of a global batch from its means: rec in nats, kl (Z,) in nats."""

@@ -119,7 +119,7 @@ def evaluate_model(
         return found.metrics
     finally:
         if joined:
-            distributed.stop()
+            distributed.stop(world)
 
 
 def evaluate_sentences(

@@ -38,6 +38,7 @@ def encode(model: T5VAE, split: TokenizedSplit, world: World, token_budget: int)
     for indices, weight in evaluation_batches(split.lengths, token_budget=token_budget, rank=world.rank, world_size=world.size):
         batch = _batch(model, split, indices, weight).to(world.device)
         out = model(batch.input_ids, batch.attention_mask, encode_only=True)
+        world.beat("evaluation")
         real = batch.weight.bool()
         parameters[torch.from_numpy(indices).to(world.device)[real]] = out.posterior_parameters[real]
     return Gaussian.from_parameters(world.sum(parameters).cpu())
@@ -50,6 +51,7 @@ def decode(model: T5VAE, split: TokenizedSplit, latent: Tensor, world: World, to
     for indices, weight in evaluation_batches(split.lengths, token_budget=token_budget, rank=world.rank, world_size=world.size):
         batch = _batch(model, split, indices, weight).to(world.device)
         out = model(labels=batch.labels, latent=latent[indices].to(world.device))
+        world.beat("evaluation")
         real = batch.weight.bool()
         rows = torch.from_numpy(indices).to(world.device)[real]
         nats[rows] = reconstruction_nats(out.logits, batch.labels)[real]

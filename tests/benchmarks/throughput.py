@@ -174,7 +174,7 @@ def main() -> None:
     world = distributed.start()
     data = prepare_split(args.train_file)
     (padding_ratio if args.padding else engine_ratio)(args, data, world)
-    distributed.stop()
+    distributed.stop(world)
 
 
 if __name__ == "__main__":

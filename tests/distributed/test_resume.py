@@ -1,35 +1,68 @@
-"""Invariant 5: a run killed at any moment and resumed gives the losses, and the weights, of the uncut one: bit by bit."""
+"""Invariant 5: a run cut at any moment and resumed gives the losses, and the weights, of the uncut one: bit by bit."""
+
+import signal
 
 import pytest
 from launch import CONFIGS, numbers, rows, start, train
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ARGUMENTS = ("--phase1.steps", "24", "--phase2.steps", "24", "--checkpoint_every", "5", "--phase1.deletion", "0.2")
 
+# How a run is cut: (the checkpoint to wait for, the signal, the ranks that get it, the exit code that the others must have).
+EVERYONE = (0, 1)
+KILLED = (("phase1-step00000010", signal.SIGKILL, EVERYONE), ("phase2-step00000005", signal.SIGKILL, EVERYONE))
+ONE_KILLED = (("phase1-step00000005", signal.SIGKILL, (1,)), ("phase2-step00000010", signal.SIGKILL, (0,)))
+TOLD = (
+    ("phase1-step00000005", signal.SIGTERM, EVERYONE),
+    ("phase1-step00000015", signal.SIGUSR1, (1,)),
+    ("phase2-step00000005", signal.SIGINT, EVERYONE),
+)
+CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_killed_in_both_phases(stage, tiny, tmp_path):
+
+def same_as_uncut(cut, uncut):
+    """Every step once, in metrics.jsonl and TensorBoard, with the uncut run's numbers; and its weights."""
+    expected = numbers(uncut)
+    assert numbers(cut) == expected
+    assert [row["step"] for row in expected] == list(range(1, len(expected) + 1))
+    for split in ("valid", "text"):
+        assert rows(cut, split) == rows(uncut, split)
+    events = EventAccumulator(str(cut / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/rec")]
+    assert found == [(row["step"], pytest.approx(row["rec"], rel=1e-6)) for row in expected]
+    weights, reference = (load_file(directory / "model" / "model.safetensors") for directory in (cut, uncut))
+    assert weights.keys() == reference.keys()
+    assert all((weights[name] == reference[name]).all() for name in reference)
+
+
+@pytest.mark.parametrize(("stage", "cuts"), [("zero0", ONE_KILLED), ("zero1", TOLD), ("zero2", KILLED), ("zero3", KILLED)])
+def test_cut_in_both_phases(stage, cuts, tiny, tmp_path):
     common = ("--config", tiny, "--ds_config", CONFIGS / f"{stage}.json", *ARGUMENTS)
     train(*common, "--output_dir", tmp_path / "uncut", ranks=2)
 
     cut = tmp_path / "cut"
-    for moment in ("phase1-step00000010", "phase2-step00000005"):
+    for moment, number, ranks in cuts:
         run = start(*common, "--output_dir", cut, ranks=2)
         run.wait_for(cut / "checkpoints" / moment / "COMPLETE")
-        run.kill()
+        run.signal(number, ranks)
+        run.wait(30)  # seconds: also a rank that was sent nothing leaves by itself
+        if number == signal.SIGKILL:
+            assert [code for code in run.codes if code != -signal.SIGKILL] == [69] * (2 - len(ranks))
+            if ranks != EVERYONE:
+                assert f"rank {ranks[0]}" in run.stderr
+        else:
+            assert run.codes == [CODES[number]] * 2
+            assert f"dsvae: {number.name}: saved" in run.stderr
     assert not (cut / "metrics.json").exists()
     last = train(*common, "--output_dir", cut, ranks=2)
     assert "going on from" in last.stdout
-
-    assert [row["step"] for row in rows(cut)] == list(range(1, 49))  # none twice, none missing
-    assert numbers(cut) == numbers(tmp_path / "uncut")
-    expected, found = (load_file(d / "model" / "model.safetensors") for d in (tmp_path / "uncut", cut))
-    assert found.keys() == expected.keys()
-    assert all((found[name] == expected[name]).all() for name in expected)
+    same_as_uncut(cut, tmp_path / "uncut")
 
     again = train(*common, "--output_dir", cut, ranks=2)  # a second run into the same folder
     assert "rec_shuffled" in again.stdout
-    assert numbers(cut) == numbers(tmp_path / "uncut")
+    same_as_uncut(cut, tmp_path / "uncut")
 
 
 def test_another_world_size_or_stage_is_refused_in_one_line(tiny, tmp_path):

@@ -1,0 +1,62 @@
+"""Steps that were skipped because the loss or a gradient was not finite: a few pass, many in a row end the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from dsvae.data.batches import Step
+from dsvae.engine.distributed import World
+from dsvae.engine.engine import PhaseEngine, StepSums
+from dsvae.errors import EXIT_NON_FINITE, RunStopped
+from dsvae.files import finite, write_text
+
+
+class SkippedSteps:
+    """Counts those of one phase that follow each other.
+
+    Args:
+        limit: that many in a row end the run.
+        directory: where the last of their batches is saved.
+        decode: a sentence's text from its token ids.
+        say: takes a line for the console.
+    """
+
+    def __init__(
+        self, limit: int, directory: Path, phase: int, decode: Callable[[list[int]], str], say: Callable[[str], None]
+    ) -> None:
+        self._limit, self._directory, self._phase, self._decode, self._say = limit, directory, phase, decode, say
+        self._in_a_row = 0
+
+    def count(self, engine: PhaseEngine, world: World, index: int, step: Step, sums: StepSums) -> None:
+        """After optimizer step `index`. Collective.
+
+        Raises:
+            RunStopped: on every rank: it was one too many.
+        """
+        if not sums.skipped:
+            self._in_a_row = 0
+            return
+        rec, kl = sums.means(world)
+        if engine.precision == "fp16" and math.isfinite(rec) and bool(kl.isfinite().all()):
+            return  # the gradients overflowed under a loss scale that is still too high
+        self._in_a_row += 1
+        where = f"phase {self._phase}, step {index + 1}"
+        self._say(f"warning: {where} is skipped on all ranks: its loss or gradients are not finite (rec {rec:.4g})")
+        if self._in_a_row < self._limit:
+            return
+        path = self._directory / f"non_finite.phase{self._phase}-step{index + 1:08d}.jsonl"
+        rows = [row for part in world.gather(engine.inspect(index, step)) for row in part]
+
+        def write() -> None:
+            lines = [json.dumps(finite(row | {"text": self._decode(row["labels"])}), ensure_ascii=False) for row in rows]
+            write_text(path, "".join(line + "\n" for line in lines))
+
+        world.on_main(write)
+        raise RunStopped(
+            EXIT_NON_FINITE,
+            f"error: {where}: loss or gradients of {self._in_a_row} steps in a row were not finite; the last batch is in {path}; "
+            "lower the learning rate or clip gradients, in a new output_dir",
+        )

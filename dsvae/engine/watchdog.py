@@ -1,0 +1,184 @@
+"""Which rank no longer answers: the others would wait for it until the time-out of the process group, without its name.
+
+Every rank tells the others through a store of their own, from a thread, that it lives and how long ago its main thread last
+got anywhere. A rank that has waited for `timeout` looks who is to blame: a process that tells nothing any more (killed, stopped,
+its node gone), or one that lives but whose main thread neither gets anywhere nor waits for others.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from dsvae.errors import EXIT_RANK_LOST
+
+_COLLECTIVE = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}")
+"""Code that a thread is in while it waits for other ranks."""
+_STORE_ANSWERS = 5.0
+"""Seconds within which the store gives an answer while rank 0 lives."""
+
+
+class Watchdog:
+    """Of one rank among `size`, which all make one at the same time.
+
+    Args:
+        store: its own connection, used by nothing else.
+        timeout: seconds that the main thread may go without `beat` while it neither waits for others nor is `patient`.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
+        self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
+        self._interval = min(2.0, timeout / 5)
+        self._seen: tuple[float, str] = (time.monotonic(), "start")
+        self._patient = 0
+        self._count = 0
+        self._exit_code: int | None = None
+        self._closed = threading.Event()
+        self._store.set_timeout(timedelta(seconds=_STORE_ANSWERS))
+        self._asking: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._watch, name="dsvae-watchdog", daemon=True)
+        self._tell()  # at once: a rank that dies early has said something, too
+        self._thread.start()
+
+    def beat(self, where: str) -> None:
+        """The main thread gets on: `where` it is now."""
+        self._seen = (time.monotonic(), where)
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Whatever takes long in here is no hang: work that one rank does while the others wait."""
+        self._patient += 1
+        try:
+            yield
+        finally:
+            self._patient -= 1
+            self.beat(self._seen[1])
+
+    def close(self, code: int | None = None) -> None:
+        """Ends the thread. With an exit code: this rank leaves before the others, which are told why."""
+        self._closed.set()
+        self._thread.join()
+        if code is not None:
+            self._exit_code = code
+            self._tell()
+
+    def lost(self) -> tuple[str, int] | None:
+        """Who is gone, after an operation with the others has failed: a line, and the exit code that fits; None if nobody.
+
+        Takes a few seconds: whoever says nothing during them is gone.
+        """
+        return self._gone(*self._two_readings())
+
+    # The thread.
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._interval):
+            self._tell()
+            if self._patient or time.monotonic() - self._seen[0] < self._timeout:
+                continue
+            before, now = self._two_readings()
+            found = self._gone(before, now) or (None if now is None else self._stuck(now))
+            # A rank that got on meanwhile, or is leaving, says nothing.
+            if found and not self._closed.is_set() and time.monotonic() - self._seen[0] >= self._timeout:
+                self._leave(*found)
+
+    def _two_readings(self) -> tuple[list[dict[str, Any]] | None, list[dict[str, Any]] | None]:
+        """What the ranks said last, twice; whoever lives says something in between, this rank too."""
+        before = self._others()
+        for _ in range(4 if before is not None else 0):
+            self._closed.wait(self._interval)
+            self._tell()
+        return before, self._others()
+
+    def _tell(self) -> None:
+        self._count += 1
+        since, where = self._seen
+        state = {
+            "count": self._count,
+            "host": socket.gethostname(),
+            "age": time.monotonic() - since,
+            "where": where,
+            "waits": self._waits(),
+            "patient": bool(self._patient),
+            "code": self._exit_code,
+        }
+        self._ask(lambda: self._store.set(str(self._rank), json.dumps(state)))
+
+    def _others(self) -> list[dict[str, Any]] | None:
+        """What every rank said last; None if rank 0, where the store lives, gives no answer."""
+        said = self._ask(lambda: self._store.multi_get([str(rank) for rank in range(self._size)]))
+        return None if said is None else [json.loads(text) for text in said]
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """The store's answer; None if it gives none in time.
+
+        In a thread of its own: while the process of rank 0 stands still, the store's client waits without any time-out.
+        """
+        answer: list[Any] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the store is gone with rank 0
+                answer.append(question())
+
+        if self._asking is None or not self._asking.is_alive():
+            self._asking = threading.Thread(target=ask, name="dsvae-watchdog-store", daemon=True)
+            self._asking.start()
+            self._asking.join(_STORE_ANSWERS)
+        return answer[0] if answer else None
+
+    def _waits(self) -> bool:
+        """Whether a thread of this process is inside an operation with the other ranks."""
+        for number, frame in sys._current_frames().items():
+            if number != threading.get_ident() and any(part in frame.f_code.co_filename for part in _COLLECTIVE):
+                return True
+        return False
+
+    def _gone(self, before: list[dict[str, Any]] | None, now: list[dict[str, Any]] | None) -> tuple[str, int] | None:
+        """Ranks that have left, or said nothing between two readings."""
+        if before is None or now is None:
+            return "rank 0 no longer answers", EXIT_RANK_LOST
+        for rank, state in enumerate(now):
+            if state["code"] is not None and rank != self._rank:
+                return f"rank {rank} (on {state['host']}) left with exit code {state['code']}", state["code"]
+        silent = [rank for rank in range(self._size) if rank != self._rank and now[rank]["count"] == before[rank]["count"]]
+        if not silent:
+            return None
+        return f"{_name(silent, now)} no longer answers (last seen: {now[silent[0]]['where']})", EXIT_RANK_LOST
+
+    def _stuck(self, now: list[dict[str, Any]]) -> tuple[str, int] | None:
+        """Ranks that live but hang; None while any rank still works."""
+        working = [rank for rank, state in enumerate(now) if not state["waits"]]
+        if any(now[rank]["patient"] or now[rank]["age"] < self._timeout for rank in working):
+            return None
+        if any(state["age"] < self._timeout for state in now):
+            return None  # it came out of its operation a moment ago
+        if not working:
+            return f"all ranks wait for each other ({now[self._rank]['where']})", EXIT_RANK_LOST
+        age, where = now[working[0]]["age"], now[working[0]]["where"]
+        return f"{_name(working, now)} has hung for {age:.0f} s ({where})", EXIT_RANK_LOST
+
+    def _leave(self, line: str, code: int) -> None:
+        """Ends the process: the main thread is inside an operation that nothing can interrupt."""
+        with suppress(OSError, ValueError):
+            if not self._waits():
+                faulthandler.dump_traceback(sys.stderr)
+            print(f"dsvae: error: rank {self._rank}: {line}; the same command goes on from the last complete checkpoint",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(code)
+
+
+def _name(ranks: list[int], states: list[dict[str, Any]]) -> str:
+    """`rank 3 (on node7)`, `ranks 2, 3 (on node7)`."""
+    hosts = sorted({states[rank]["host"] for rank in ranks})
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} (on {', '.join(hosts)})"

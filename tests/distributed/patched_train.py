@@ -1,0 +1,50 @@
+"""dsvae/train.py with a fault built in, for the tests of faults. The fault and where it strikes come from the environment.
+
+FAULT=hang RANK STEP: the rank's main thread sleeps at that optimizer step (from 0, of its phase), the process lives.
+FAULT=non_finite RANK STEP [STEP ...]: what the rank's sentences cost is not a number at these steps.
+WEIGHTS=DIRECTORY: the whole model's checksum after every optimizer step goes into DIRECTORY/phase.step.
+"""
+
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+
+from dsvae import train
+from dsvae.engine import engine as engine_module
+from dsvae.engine.engine import PhaseEngine
+from dsvae.engine.weights import full_weights
+
+kind, rank, *numbers = os.environ["FAULT"].split()
+steps = [int(number) for number in numbers]
+mine = int(os.environ["RANK"]) == int(rank)
+current = {"step": -1}
+reconstruction = engine_module.reconstruction_nats
+train_step = PhaseEngine.train_step
+
+
+def faulty_reconstruction(logits, labels):
+    rec = reconstruction(logits, labels)
+    return rec * float("nan") if mine and kind == "non_finite" and current["step"] in steps else rec
+
+
+def observed_step(self, index, step, beta):
+    current["step"] = index
+    if mine and kind == "hang" and index in steps:
+        time.sleep(600)
+    sums = train_step(self, index, step, beta)
+    if directory := os.environ.get("WEIGHTS"):
+        digest = hashlib.sha256()
+        for name, tensor in full_weights(self.module, self.frozen, self.world):
+            if tensor is not None:
+                digest.update(name.encode() + tensor.numpy().tobytes())
+        if self.world.is_main:
+            number = len(list(Path(directory).iterdir()))
+            (Path(directory) / f"{number:03d}").write_text(digest.hexdigest())
+    return sums
+
+
+engine_module.reconstruction_nats = faulty_reconstruction
+PhaseEngine.train_step = observed_step
+sys.exit(train.main())

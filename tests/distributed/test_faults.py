@@ -1,0 +1,126 @@
+"""What a run does when something goes wrong: every fault is a real one, in real processes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launch import CONFIGS, numbers, rows, start, train
+from safetensors.torch import load_file
+
+from dsvae.data.grammar import generate
+
+PATCHED = Path(__file__).with_name("patched_train.py")
+LONG = ("--phase1.steps", "5000", "--checkpoint_every", "5")
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_rank_that_stands_still_is_named_by_the_others(frozen, tiny, tmp_path):
+    """SIGSTOP: as on a node that is swapping to death, or cut off. Rank 0 too, on which the store of the others lives."""
+    run = start("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path, *LONG,
+                "--hang_timeout", "4", ranks=2)  # fmt: skip
+    try:
+        run.wait_for(tmp_path / "checkpoints" / "phase1-step00000005" / "COMPLETE")
+        run.signal(signal.SIGSTOP, [frozen])
+        other = run.processes[1 - frozen]
+        began = time.monotonic()
+        _, stderr = other.communicate(timeout=40)
+        assert other.returncode == 69
+        assert f"dsvae: error: rank {1 - frozen}: rank {frozen}" in stderr
+        assert "no longer answers" in stderr
+        assert 4 <= time.monotonic() - began < 30
+    finally:
+        run.kill()
+
+
+def test_a_rank_that_lives_but_hangs_is_named_on_all_ranks_and_shows_where(tiny, tmp_path):
+    run = train("--config", tiny, "--ds_config", CONFIGS / "zero3.json", "--output_dir", tmp_path, *LONG, "--hang_timeout", "4",
+                ranks=3, code=69, timeout=90, script=PATCHED, FAULT="hang 1 12")  # fmt: skip
+    assert run.codes == [69, 69, 69]
+    for rank in range(3):
+        assert f"dsvae: error: rank {rank}: rank 1 (on " in run.stderr
+    assert "in observed_step" in run.stderr  # the hanging rank's stack
+    assert (tmp_path / "checkpoints" / "phase1-step00000010" / "COMPLETE").exists()
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero1", "zero2", "zero3"])
+def test_a_step_that_is_not_finite_on_one_rank_moves_no_weight_on_any(config, tiny, tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    train("--config", tiny, "--ds_config", CONFIGS / f"{config}.json", "--precision", "fp32" if config == "zero2" else "auto",
+          "--output_dir", tmp_path / "run", "--phase1.steps", "6", ranks=2,
+          script=PATCHED, FAULT="non_finite 1 2", WEIGHTS=str(weights))  # fmt: skip
+    after = [path.read_text() for path in sorted(weights.iterdir())]
+    moved = [a != b for a, b in zip(after, after[1:], strict=False)]
+    # Steps of phase 1 (6), then of phase 2 (4); the third of each is not finite. Between the phases nothing moves.
+    assert moved == [True, False, True, True, True] + [True] + [True, False, True]
+    logged = rows(tmp_path / "run")
+    assert [row["skipped_steps"] for row in logged] == [0, 0, 1, 1, 1, 1] + [0, 0, 1, 1]
+    assert [row["step"] for row in logged if row["rec"] is None] == [3, 9]
+    assert [row["lr"] for row in logged[:6]] == [0.001] * 6
+    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in exported.values())
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run_with_their_batch(tiny, tmp_path):
+    run = train("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path, "--max_skipped_steps", "3",
+                *LONG, ranks=2, code=65, script=PATCHED, FAULT="non_finite 1 2 4 5 6")  # fmt: skip
+    assert run.codes == [65, 65]
+    path = tmp_path / "non_finite.phase1-step00000007.jsonl"  # the third in a row; step 3 was alone
+    assert f"the last batch is in {path}" in run.stderr
+    batch = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["rank"] for row in batch} == {0, 1}
+    assert 28 <= len(batch) <= 32  # the global batch
+    assert {row["rank"] for row in batch if row["rec"] is None} == {1}
+    assert all(math.isfinite(row["rec"]) for row in batch if row["rank"] == 0)
+    assert {row["text"] for row in batch} <= {sentence.text for sentence in generate(600, 0)}
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 7))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MiB, which a test can enlarge."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def free_bytes(path):
+    return os.statvfs(path).f_bavail * os.statvfs(path).f_frsize
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_once_there_is_room(tiny, small_disk, tmp_path):
+    arguments = ("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--phase1.steps", "20", "--checkpoint_every", "5")
+    train(*arguments, "--output_dir", tmp_path / "uncut", ranks=2)
+    size = sum(path.stat().st_size for path in (tmp_path / "uncut" / "checkpoints").rglob("*") if path.is_file())
+
+    out = small_disk / "run"
+    run = start(*arguments, "--output_dir", out, ranks=2)
+    run.wait_for(out / "checkpoints" / "phase1-step00000005" / "COMPLETE")
+    run.signal(signal.SIGSTOP)
+    filler = small_disk / "filler"
+    with filler.open("wb") as file:  # leaves room for a part of the next checkpoint
+        file.write(b"\0" * (free_bytes(small_disk) - size // 4))
+    run.signal(signal.SIGCONT)
+    run.wait(60)
+    assert run.codes == [74, 74]
+    assert "cannot be written" in run.stderr
+    assert "MiB free" in run.stderr
+    kept = sorted(path.name for path in (out / "checkpoints").glob("phase*"))
+    assert kept
+    assert all((out / "checkpoints" / name / "COMPLETE").exists() for name in kept)
+
+    # Configured to go on, it trains to where the next thing has to be written that it cannot do without.
+    continued = train(*arguments, "--output_dir", out, "--on_save_error", "continue", ranks=2, code=74)
+    assert "training goes on without" in continued.stdout
+
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    train(*arguments, "--output_dir", out, ranks=2)
+    assert numbers(out) == numbers(tmp_path / "uncut")
