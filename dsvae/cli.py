@@ -414,6 +414,7 @@ def plan(
     ds_config: str | None = None,
     gradient_checkpointing: bool | None = None,
     batch_tokens: int | None = None,
+    eval_batch_tokens: int | None = None,
     max_tokens: int | None = None,
     batch_size: int | None = None,
     phase: Literal["all", "1", "2"] | None = None,
@@ -440,6 +441,7 @@ def plan(
         ds_config: plan for this DeepSpeed configuration alone, not for the shipped ones.
         gradient_checkpointing: plan with it alone, or without it alone (false).
         batch_tokens: data.micro_batch_tokens, most padded tokens of a forward pass on a GPU.
+        eval_batch_tokens: eval.batch_tokens, the same in evaluation.
         max_tokens: data.max_tokens, longest sentence.
         batch_size: data.batch_size, sentences of a step.
         phase: which phases are to run.
@@ -464,6 +466,7 @@ def plan(
             ds_config=ds_config,
             flags={
                 "data.micro_batch_tokens": batch_tokens,
+                "eval.batch_tokens": eval_batch_tokens,
                 "data.max_tokens": max_tokens,
                 "data.batch_size": batch_size,
                 "phase": phase,

@@ -7,7 +7,7 @@ from typing import Any
 
 from dsvae.errors import UserError
 from dsvae.planning.advice import advise
-from dsvae.planning.plan import Machine, Plan, bytes_of, make_plan, run_arguments
+from dsvae.planning.plan import SHIPPED, Machine, Option, Plan, bytes_of, make_plan, run_arguments
 from dsvae.planning.show import as_json, as_text
 
 
@@ -43,11 +43,17 @@ def plan_command(
         gpus, bytes_of(gpu_memory, "--gpu_memory"), gpus_per_node, bytes_of(host_memory, "--host_memory"), margin / 100
     )
 
-    def again(machine: Machine, tokens: int | None = None) -> Plan:
-        wanted = flags if tokens is None else {**flags, "data.micro_batch_tokens": tokens}
-        arguments = run_arguments(model, config, wanted)
-        return make_plan(arguments, machine, ds_config_file=ds_config, checkpointing=gradient_checkpointing)
+    def again(machine: Machine, tokens: int | None, option: Option) -> Plan:
+        fewer = {} if tokens is None else {"data.micro_batch_tokens": tokens, "eval.batch_tokens": tokens}
+        if tokens is not None and plan.config.eval.batch_tokens < tokens:
+            del fewer["eval.batch_tokens"]
+        return make_plan(
+            run_arguments(model, config, {**flags, **fewer}),
+            machine,
+            ds_config_file=option.ds_config if ds_config else str(SHIPPED.parent / option.ds_config),
+            checkpointing=option.gradient_checkpointing,
+        )
 
-    plan = again(machine)
+    plan = make_plan(run_arguments(model, config, flags), machine, ds_config_file=ds_config, checkpointing=gradient_checkpointing)
     advice = None if plan.chosen is not None else advise(plan, again)
     return as_text(plan, advice), json.dumps(as_json(plan, advice))

@@ -195,7 +195,6 @@ class _Subject:
         self.rows = min(mine, max(1, data.micro_batch_tokens // data.max_tokens))
         self.micro_batches = math.ceil(mine / self.rows)
         self.evaluation_rows = max(1, config.eval.batch_tokens // data.max_tokens)
-        self.runs: dict[tuple, DryRun] = {}
 
     def option(self, path: Path, checkpoint: bool) -> Option:
         phase = self.config.phase1 if self.config.phase == "1" else self.config.phase2
@@ -218,14 +217,21 @@ class _Subject:
 
     def _run(self, engine: memory.Engine, checkpoint: bool) -> DryRun:
         low = torch.float16 if engine.precision == "fp16" else torch.bfloat16
-        key = (engine.compute, engine.autocast, low, checkpoint)
-        if key not in self.runs:
-            self.runs[key] = dry_run(
+        key = (
+            self.vae.to_json_string(), self.rows, self.evaluation_rows, self.config.data.max_tokens, engine.compute,
+            engine.autocast, low, checkpoint, self.freeze,
+        )  # fmt: skip
+        if key not in _RUNS:
+            _RUNS[key] = dry_run(
                 self.vae, rows=self.rows, tokens=self.config.data.max_tokens, evaluation_rows=self.evaluation_rows,
                 dtype=torch.float32 if engine.compute == 4 else low, autocast=low if engine.autocast else None,
                 gradient_checkpointing=checkpoint, freeze_decoder=self.freeze, fused_attention=True,
             )  # fmt: skip
-        return self.runs[key]
+        return _RUNS[key]
+
+
+_RUNS: dict[tuple, DryRun] = {}
+"""Dry runs of this process: the advice asks for many plans that differ in the machine alone."""
 
 
 def _model_of(config: RunConfig) -> tuple[T5VAEConfig, int | None]:

@@ -50,6 +50,7 @@ def resolved(job: dict[str, Any]) -> dict[str, Any]:
     raw = ds_config.load(CONFIGS / f"{job['config']}.json")
     if raw["zero_optimization"]["stage"] in (1, 2):
         raw["zero_optimization"] |= BUCKETS
+    raw["zero_optimization"] |= job.get("zero", {})
     micro = job.get("micro_batches", 1)
     return ds_config.resolve(
         raw, phase=PhaseConfig(), precision=job["precision"], batch_size=job["rows"] * job["ranks"] * micro, micro_batches=micro,
