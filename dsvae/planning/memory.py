@@ -299,8 +299,11 @@ class _Backward:
                     peak = max(peak, event.now + extra + 4 * n)
                 elif not self.accumulates:
                     extra += c * n
-        # The float32 gradients are there for good; they are all-reduced in a copy, unless a group fills the buffer by itself.
-        flat = 4 * trained if len(self.states.groups) > 1 and sum(self.states.groups[0]) <= ALLREDUCE_ELEMENTS else 0
+        # The float32 gradients are there for good. The engine lays them end to end, unless a group fills its buffer by itself,
+        # and all-reduces a copy in the compute dtype.
+        groups = [sum(group) for group in self.states.groups]
+        together = len(groups) > 1 and groups[0] <= ALLREDUCE_ELEMENTS
+        flat = (4 + c) * trained if together else c * max(groups)
         return max(peak, run.kept + kept + max(flat, 4 * self.states.largest)), kept
 
     def _zero12(self, run: DryRun) -> tuple[int, int]:

@@ -128,7 +128,7 @@ def work(job: dict[str, Any]) -> None:
         peak = live.restart()
     if world.is_main:
         print(json.dumps({"live": peak, "resident": _resident("VmHWM") - before}))
-    distributed.stop()
+    distributed.stop(world)
 
 
 def _resident(field: str) -> int:
