@@ -154,7 +154,7 @@ def help_text(commands: Commands, name: str | None, program: str) -> str:
     shown.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     trace = FireTrace(dict(commands), name=program)
     trace.AddAccessedProperty(shown, name, [name], None, None)
-    text = re.sub(r"Type: Optional\[(.+)\]", r"Type: \1", helptext.HelpText(shown, trace=trace))
+    text = re.sub(r"Type: Optional\[(.+?)\]?$", r"Type: \1", helptext.HelpText(shown, trace=trace), flags=re.M)
     options = getattr(commands[name], "_options", {})
     lines = "\n".join(f"    --{each} {kind.__name__}" for each, kind in options.items())
     return f"{text}\n\nOPTIONS OF GENERATE\n{lines}" if options else text
