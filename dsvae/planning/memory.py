@@ -167,6 +167,11 @@ class _States:
         self.persistent_numel = sum(w.numel for w, keep in zip(weights, self.persistent, strict=True) if keep)
 
     @property
+    def alone(self) -> bool:
+        """Whether ZeRO-3 gathers nothing: a single rank's part is the whole weight, and lies where it is computed with."""
+        return self.world == 1 and self.engine.parameters_on == "gpu"
+
+    @property
     def compact(self) -> bool:
         """Whether ZeRO-2 adds gradients up in one float32 buffer of the rank's part."""
         return self.engine.accumulate == 4 and self.engine.compute == 2
@@ -212,7 +217,8 @@ class _States:
                 "gradients": e.accumulate * self.part,
                 "Adam moments": 8 * self.part,
             }
-        found["small weights, whole"] = c * self.persistent_numel
+        if not self.alone:
+            found["small weights, whole"] = c * self.persistent_numel
         if e.zero.contiguous_gradients:
             found["reduce bucket"] = c * e.zero.reduce_bucket_size
         return found
@@ -339,21 +345,22 @@ class _Backward:
         e, states, c, world = self.engine, self.states, self.engine.compute, self.states.world
         bucket = int(e.zero.reduce_bucket_size)
         gathered = _Gathered(e, self.weights, states.persistent, [event.weights for event in run.events if event.kind == "enter"])
+        whole = 0 if states.alone else c  # bytes of a gathered weight
         peak = filled = oversized = 0
         for event in run.events:
-            peak = max(peak, event.before + c * gathered.numel + oversized)
+            peak = max(peak, event.before + whole * gathered.numel + oversized)
             if event.kind == "enter":
                 gathered.enter(event.weights)
             elif event.kind == "leave":
                 gathered.leave(event.weights)
-            self.gathered = max(self.gathered, c * gathered.numel)
+            self.gathered = max(self.gathered, whole * gathered.numel)
             if event.kind not in ("gradient", "end"):
                 continue
             n = self._numel(event.weights)
             if filled and (event.kind == "end" or filled + n > bucket):
                 share = math.ceil(filled / world)
                 scratch = c * filled + c * share + (e.accumulate * share if e.accumulate != c else 0)
-                peak = max(peak, event.now + c * gathered.numel + oversized + scratch)
+                peak = max(peak, event.now + whole * gathered.numel + oversized + scratch)
                 filled = oversized = 0
             if event.kind == "gradient":
                 filled += n
