@@ -402,6 +402,38 @@ def evaluate(
 
 
 @command()
+def compare(runs: list[str], *, output: str | None = None, sort_by: str | None = None) -> None:
+    """Runs side by side: the settings in which they differ, how far each has come, and its metrics.
+
+    A run that is not finished shows its newest validation values, with a star. Written: comparison.md (the table that is
+    printed), comparison.csv and comparison.json (every metric in full, standard errors too), comparison.svg (rec against kl).
+
+    Args:
+        runs: output directories of runs; a directory that holds them one level down, as a sweep leaves, stands for all of them.
+        output: directory to write into; where it is left out `comparison` beside the runs, or in the current directory if they
+            lie in different ones. An earlier comparison there is replaced.
+        sort_by: name of a column or of any metric, best first and finished runs before the others; the order given if left out.
+    """
+    from dsvae.comparison.compare import compare_runs
+    from dsvae.comparison.report import place, text, write
+    from dsvae.comparison.runs import find_runs
+    from dsvae.files import make_writable
+
+    directories, passed_over = find_runs(runs)
+    if passed_over:
+        more = f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
+        _say(f"passed over, being no directories: {', '.join(passed_over[:3])}{more}")
+    found = compare_runs(directories, sort_by)
+    directory = place(directories, output)
+    make_writable(directory, "--output")
+    if (directory / "comparison.json").exists():
+        _say(f"the earlier comparison in {directory} is replaced")
+    files = write(directory, found)
+    print(text(found))
+    print("\n" + "\n".join(f"{what:<12} {path}" for what, path in files.items()))
+
+
+@command()
 def plan(
     model: str,
     *,
@@ -481,7 +513,7 @@ def plan(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (evaluate, sample, reconstruct, interpolate, analogy, traverse, edit, encode, corpus, plan)
+    for function in (evaluate, compare, sample, reconstruct, interpolate, analogy, traverse, edit, encode, corpus, plan)
 }
 
 

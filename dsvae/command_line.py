@@ -33,6 +33,8 @@ _HELP = ("--help", "-h")
 def command(options: Mapping[str, type] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Marks a function as a command: its keyword-only parameters are flags, its others words in their order, or flags as well.
 
+    The last of the words takes all that are left where it is a `list[str]`.
+
     Args:
         options: further flags and their types, which the function takes as `**options`.
     """
@@ -106,8 +108,11 @@ def canonical(function: Callable[..., None], words: Sequence[str], program: str)
                 raise UserError(f"--{name} needs a value: write --{name}=VALUE")
         if name in given:
             raise UserError(f"--{name} is given twice")
-        given[name] = value
+        given[name] = json.dumps([value]) if name in positional and _is_list(kinds[name]) else value
     open_places = [name for name in positional if name not in given]
+    if open_places and _is_list(kinds[open_places[-1]]) and len(loose) >= len(open_places):
+        first = len(open_places) - 1
+        loose[first:] = [json.dumps(loose[first:])]
     if len(loose) > len(open_places):
         raise UserError(f"{loose[len(open_places)]!r} is one word too many for {_usage(function, program)}; quote sentences")
     given |= dict(zip(open_places, loose, strict=False))
@@ -128,6 +133,7 @@ def convert(name: str, kind: Any, text: str) -> Any:
         return text
     if kind is str:
         return text
+    kind = list if _is_list(kind) else kind
     wanted = {bool: "true or false", int: "a whole number", float: "a number", list: "a list in JSON"}[kind]
     try:
         if kind is bool:
@@ -155,6 +161,9 @@ def help_text(commands: Commands, name: str | None, program: str) -> str:
     trace = FireTrace(dict(commands), name=program)
     trace.AddAccessedProperty(shown, name, [name], None, None)
     text = re.sub(r"Type: Optional\[(.+?)\]?$", r"Type: \1", helptext.HelpText(shown, trace=trace), flags=re.M)
+    many = "".join(n.upper() for n in _positional(commands[name]) if _is_list(_types(commands[name])[n]))
+    if many:
+        text = text.replace(f"{many} <flags>", f"{many}... <flags>", 1)
     options = getattr(commands[name], "_options", {})
     lines = "\n".join(f"    --{each} {kind.__name__}" for each, kind in options.items())
     return f"{text}\n\nOPTIONS OF GENERATE\n{lines}" if options else text
@@ -201,6 +210,11 @@ def _plain(kind: Any) -> Any:
     return kind
 
 
+def _is_list(kind: Any) -> bool:
+    """Whether a parameter takes any number of words."""
+    return typing.get_origin(_plain(kind)) is list
+
+
 def _type_name(kind: Any) -> str:
     kind = _plain(kind)
     return " | ".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else kind.__name__
@@ -209,4 +223,5 @@ def _type_name(kind: Any) -> str:
 def _usage(function: Callable[..., None], program: str) -> str:
     parameters = inspect.signature(function).parameters
     words = [n.upper() if parameters[n].default is inspect.Parameter.empty else f"[{n.upper()}]" for n in _positional(function)]
+    words = [f"{w}..." if _is_list(parameters[n].annotation) else w for n, w in zip(_positional(function), words, strict=True)]
     return " ".join([program, *words])

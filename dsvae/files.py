@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from dsvae.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,6 +25,20 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON, at once."""
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def make_writable(directory: Path, flag: str) -> None:
+    """Makes a directory and makes sure that it can be written to, before hours of work; `flag` is what chose it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}; give another {flag}") from error
 
 
 def finite(value: Any) -> Any:

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         _complain(f"error: {error}")
         code = EXIT_USER_ERROR
     except RunStopped as stopped:
-        _complain(stopped.message)
+        _complain(stopped.message, everywhere=world is None)  # where the ranks never met, rank 0 may be the one that is missing
         code = stopped.code
     except KeyboardInterrupt:
         _complain("interrupted twice, left at once; the same command goes on from the last complete checkpoint")
@@ -101,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _complain(line: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+def _complain(line: str, everywhere: bool = False) -> None:
+    if everywhere or int(os.environ.get("RANK", "0")) == 0:
         print(f"dsvae: {line}", file=sys.stderr, flush=True)
 
 
@@ -140,8 +140,9 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     metrics = None
     for phase in start.phases:
         resumed = start.checkpoint if start.checkpoint and start.checkpoint.phase == phase else None
-        model = build_model(config.model, data.tokenizer, weights_from, config.seed, world)
-        engine, batches = _engine(config, raw, phase, model, data, world, reporter)
+        with world.patient():
+            model = build_model(config.model, data.tokenizer, weights_from, config.seed, world)
+            engine, batches = _engine(config, raw, phase, model, data, world, reporter)
         if phase == start.phases[0]:
             # Only now: a mistake until here leaves nothing in output_dir that the corrected command would stumble over.
             world.on_main(lambda: _write_down(config, raw, data, out))

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dsvae.engine.distributed import World
 from dsvae.errors import UserError
 from dsvae.files import write_text
+
+if TYPE_CHECKING:  # it imports deepspeed, which who only looks at checkpoints need not wait for
+    from dsvae.engine.distributed import World
 
 COMPLETE = "COMPLETE"
 _TAG = re.compile(r"phase(\d)-step(\d{8})")
@@ -88,9 +90,14 @@ def save(
     except OSError as error:  # of `on_main`, and so on every rank
         problem = str(error)
     if problem is not None:
-        world.on_main(lambda: shutil.rmtree(directory, ignore_errors=True))
+        world.on_main(lambda: _remove_incomplete(directory))
         raise SaveFailed(f"checkpoint {directory} cannot be written ({problem}); those before it are as they were")
     return Checkpoint(phase, step, directory)
+
+
+def _remove_incomplete(directory: Path) -> None:
+    if not (directory / COMPLETE).exists():  # else it was `latest` that could not be moved: what is complete stays
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def prune(root: Path, keep: int, keep_best: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from dsvae.engine.watchdog import Watchdog
-from dsvae.errors import RunStopped, UserError
+from dsvae.errors import EXIT_RANK_LOST, RunStopped, UserError
 
 T = TypeVar("T")
 
@@ -72,6 +72,10 @@ class World:
         if self.watchdog is not None:
             self.watchdog.beat(where)
 
+    def patient(self) -> AbstractContextManager[None]:
+        """Whatever takes long in here is no hang."""
+        return self.watchdog.patient() if self.watchdog is not None else nullcontext()
+
     def on_main(self, function: Callable[[], T]) -> T:
         """Runs `function` on rank 0 and gives its (picklable) result to all ranks.
 
@@ -80,7 +84,7 @@ class World:
         """
         box: list = [None, None]
         if self.is_main:
-            with self.watchdog.patient() if self.watchdog else nullcontext():
+            with self.patient():
                 try:
                     box[0] = function()
                 except (UserError, RunStopped, OSError) as error:
@@ -119,11 +123,8 @@ def start(hang_timeout: float = HANG_TIMEOUT) -> World:
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
+    watchdog = Watchdog(_meet(hang_timeout), rank, size, hang_timeout) if size > 1 else None
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
-    watchdog = None
-    if size > 1:
-        watchdog = Watchdog(_own_store(rank, size, device), rank, size, hang_timeout)
-        dist.barrier()  # every rank has said something: from here on silence means something
     return World(rank, local_rank, size, device, watchdog)
 
 
@@ -134,17 +135,22 @@ def stop(world: World) -> None:
     dist.destroy_process_group()
 
 
-def _own_store(rank: int, size: int, device: torch.device) -> dist.TCPStore:
-    """A store of the run's own, at rank 0. The process group's own may be busy with an operation that never ends."""
-    host = os.environ["MASTER_ADDR"]
-    box: list = [None]
-    if rank == 0:
-        store = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
-        box[0] = store.port
-    dist.broadcast_object_list(box, src=0, device=device)
-    if rank != 0:
-        store = dist.TCPStore(host, box[0], size, is_master=False, wait_for_workers=False)
-    return store
+def _meet(hang_timeout: float) -> dist.Store:
+    """Waits until every rank has come; a connection to the store over which they met.
+
+    With a time limit of its own: a rank that died on its way here leaves nothing behind that the others could notice.
+    """
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=hang_timeout)))
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).strip().splitlines()[0]
+        raise RunStopped(
+            EXIT_RANK_LOST,
+            f"error: rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} ranks did not meet at {where} "
+            f"within {hang_timeout:g} s ({reason})",
+        ) from None
+    return dist.PrefixStore("dsvae", store)
 
 
 def _free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -78,6 +80,9 @@ def export(
         extras: called on rank 0 with the directory, to add the tokenizer and the model card.
 
     Collective. The directory appears whole or not at all.
+
+    Raises:
+        OSError: on every rank: the disk is full.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
 
@@ -88,10 +93,17 @@ def export(
     world.on_main(begin)
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
+    failures: list[OSError] = []
     total = 0
 
     def flush() -> None:
-        save_file(pending, temporary / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        if not failures:  # raised in `finish`: here the other ranks would wait for this one in the next gathering
+            try:
+                save_file(pending, temporary / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+            except SafetensorError as error:
+                free = shutil.disk_usage(temporary).free
+                number = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
+                failures.append(OSError(number, f"{error}, {free / 2**20:.0f} MiB free", str(temporary)))
         shards.append(list(pending))
         pending.clear()
 
@@ -106,6 +118,9 @@ def export(
 
     def finish() -> None:
         flush()
+        if failures:
+            shutil.rmtree(temporary)
+            raise failures[0]
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]

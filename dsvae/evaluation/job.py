@@ -5,7 +5,6 @@ Every rank loads the model and takes its share of every pass; what follows from 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,7 +30,7 @@ from dsvae.evaluation.html import write_report
 from dsvae.evaluation.projector import write_projector
 from dsvae.evaluation.sentences import Sentences
 from dsvae.evaluation.table import table
-from dsvae.files import write_json
+from dsvae.files import make_writable, write_json
 from dsvae.metrics import likelihood, passes
 from dsvae.metrics.disentanglement import disentanglement
 from dsvae.metrics.evaluate import Measured, measure, summarize
@@ -108,7 +107,7 @@ def evaluate_model(
         limit = DataConfig.max_tokens if max_tokens is None else max_tokens
         text = _main_first(world, lambda: sentences.read(test_file, labels_file, text_column, tokenizer, limit))
         directory = Path(model_dir).expanduser() / "evaluation" if output is None else Path(output).expanduser()
-        world.on_main(lambda: _claim(directory))
+        world.on_main(lambda: make_writable(directory, "--output"))
         nn.Module.to(model, world.device)  # transformers' own `to` has lost its annotation
         found = evaluate_sentences(
             model, tokenizer, text, world,
@@ -261,16 +260,6 @@ def _check(samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: 
     for name, (value, least) in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f"--{name} {value}: give a whole number of at least {least}")
-
-
-def _claim(directory: Path) -> None:
-    """Makes the output directory and makes sure that it can be written to, before hours of work."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror}; give another --output") from error
 
 
 def _write(directory: Path, found: Evaluation, text: Sentences, tokenizer: PreTrainedTokenizerBase) -> None:

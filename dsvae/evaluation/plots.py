@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
+from dsvae.evaluation.figures import COLOR, STYLE, new_figure, short, svg
 from dsvae.evaluation.sentences import Sentences
 from dsvae.metrics.evaluate import Measured
 from dsvae.metrics.information import ACTIVE_UNIT_VARIANCE
 
-STYLE: Any = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 11,
-    "figure.dpi": 120,
-    "font.size": 9,
-    "grid.alpha": 0.25,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "dsvae",
-}
-COLOR = "#2f6db3"
 POINTS = 5_000
 """Sentences in a scatter."""
 ENOUGH = 10
@@ -56,7 +42,7 @@ def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[
 
 
 def _kl(kl: list[float]) -> str:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     ordered = sorted(range(len(kl)), key=lambda d: -kl[d])
     axes.bar(range(len(kl)), [kl[d] for d in ordered], color=COLOR)
     step = max(1, len(kl) // 32)
@@ -64,11 +50,11 @@ def _kl(kl: list[float]) -> str:
     axes.set_xlabel("dimension of z, by its KL")
     axes.set_ylabel("KL (nats)")
     axes.grid(axis="x", visible=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _active_units(curve: dict[str, list], dims: int) -> str:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     axes.step(curve["threshold"], curve["units"], where="post", color=COLOR)
     axes.axvline(ACTIVE_UNIT_VARIANCE, color="black", linestyle=":", linewidth=1)
     axes.annotate(
@@ -78,11 +64,11 @@ def _active_units(curve: dict[str, list], dims: int) -> str:
     axes.set_ylim(0, dims * 1.05)
     axes.set_xlabel("threshold on Var[E q(z|x)]")
     axes.set_ylabel(f"active units, of {dims}")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> str:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     axes.scatter(lengths, rec, s=5, alpha=0.25, linewidths=0, color=COLOR, rasterized=True)
     values, counts = np.unique(lengths, return_counts=True)
     common = values[counts >= ENOUGH]
@@ -94,12 +80,12 @@ def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> str:
     axes.set_ylabel("rec (nats)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _svg(figure)
+    return svg(figure)
 
 
 def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
     """The first two principal components of the posterior means, coloured by a label or, where numbers, by a number."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     components = min(2, *means.shape)
     pca = PCA(components).fit(means)
     xy = pca.transform(means)
@@ -112,11 +98,11 @@ def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
         figure.colorbar(ScalarMappable(points.norm, points.cmap), ax=axes, label=name)
     else:
         for index, label in enumerate(np.unique(values)):
-            axes.scatter(xy[values == label, 0], xy[values == label, 1], color=f"C{index}", label=_short(label), **style)
+            axes.scatter(xy[values == label, 0], xy[values == label, 1], color=f"C{index}", label=short(label), **style)
         axes.legend(title=name, markerscale=2.5, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes.set_xlabel(f"PC 1 ({pca.explained_variance_ratio_[0]:.1%} of the variance)")
     axes.set_ylabel(f"PC 2 ({pca.explained_variance_ratio_[1]:.1%})" if components == 2 else "")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _colours(metrics: dict[str, Any], text: Sentences, chosen: NDArray[np.intp]) -> tuple[str, NDArray]:
@@ -130,27 +116,10 @@ def _colours(metrics: dict[str, Any], text: Sentences, chosen: NDArray[np.intp])
 
 def _matrix(information: NDArray[np.float64], names: list[str]) -> str:
     """I(z_i; v_k), a row a factor, a column a dimension."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     image = axes.imshow(information.T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("dimension of z")
     axes.grid(visible=False)
     figure.colorbar(image, label="I(z_i; factor) (nats)")
-    return _svg(figure)
-
-
-def _figure() -> tuple[Figure, Axes]:
-    # No pyplot: it keeps figures and picks a window system.
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
-    return buffer.getvalue().decode()
-
-
-def _short(label: str, most: int = 18) -> str:
-    label = label.replace("$", r"\$")  # matplotlib reads mathematics between two
-    return label if len(label) <= most else f"{label[: most - 1]}…"
+    return svg(figure)

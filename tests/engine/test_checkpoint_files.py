@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dsvae.engine.checkpoint import COMPLETE, damage, find, newest_sound
+from dsvae.engine.checkpoint import COMPLETE, damage, find, newest_sound, prune
 
 FILES = {"model.pt": b"weights" * 9, "ranks/0.pt": b"state of rank 0", "ranks/1.pt": b"state of rank 1"}
 
@@ -98,3 +98,21 @@ def test_with_all_of_them_damaged_there_is_none(tmp_path):
     lines = []
     assert newest_sound(tmp_path, lines.append) is None
     assert len(lines) == 1
+
+
+def test_the_newest_and_the_best_of_the_running_phase_stay(tmp_path):
+    for phase, step, valid in ((1, 10, 0.5), (2, 10, 9.0), (2, 20, 7.0), (2, 30, None), (2, 40, 8.0), (2, 50, 8.5)):
+        make(tmp_path, phase, step, meta={"valid": valid})
+    make(tmp_path, 2, 60, complete=False)
+    prune(tmp_path, 2, keep_best=True)
+    assert found(tmp_path) == [(2, 20), (2, 40), (2, 50)]
+    assert (tmp_path / "phase2-step00000060").exists()  # another rank may be writing it
+    prune(tmp_path, 1, keep_best=False)
+    assert found(tmp_path) == [(2, 50)]
+
+
+def test_without_values_on_validation_text_the_newest_stay(tmp_path):
+    for step in (1, 2, 3):
+        make(tmp_path, 1, step, meta={"valid": None})
+    prune(tmp_path, 1, keep_best=True)
+    assert found(tmp_path) == [(1, 3)]
