@@ -216,9 +216,10 @@ ALIASES = {
 
 RESUMABLE = (
     "output_dir", "resume", "phase", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best",
-    "on_save_error", "max_skipped_steps", "hang_timeout", "data.cache_dir",
+    "on_save_error", "max_skipped_steps", "hang_timeout", "data.cache_dir", "precision",
 )  # fmt: skip
-"""Fields that a resumed run may change: they say nothing about what is learned."""
+"""Fields that a resumed run may change: they say nothing about what is learned. `ds_config`, which may change too, decides the
+precision where `precision` is auto."""
 
 
 def read(argv: Sequence[str]) -> RunConfig:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from dsvae import config as configuration
 from dsvae.config import RunConfig
-from dsvae.engine import checkpoint
+from dsvae.engine import checkpoint, universal
 from dsvae.engine.checkpoint import Checkpoint
 from dsvae.errors import UserError
 
@@ -60,6 +60,7 @@ def find_start(config: RunConfig, report: Callable[[str], Any]) -> Start:
             resume from.
     """
     own = Path(config.output_dir)
+    universal.clean(own / "checkpoints")
     wanted = [1, 2] if config.phase == "all" else [int(config.phase)]
     # A requeued job repeats its whole command: `--resume DIR` is for its first start only.
     first_start = not (own / "config.yaml").exists()

@@ -259,7 +259,7 @@ def test_a_resumed_run_may_change_what_says_nothing_about_learning():
     old = RunConfig(ds_config="a.json")
     new = RunConfig(
         ds_config="b.json", output_dir="x", resume="y", phase="1", log_every=1, eval_every=1, checkpoint_every=1,
-        keep_checkpoints=1, data=DataConfig(cache_dir="z"),
+        keep_checkpoints=1, precision="fp32", data=DataConfig(cache_dir="z"),
     )  # fmt: skip
     assert difference(old, new) == []
 

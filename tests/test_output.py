@@ -191,3 +191,11 @@ def test_a_resume_that_finds_only_damage_is_an_error(tmp_path):
 def test_default_configuration_compares_equal_to_itself(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(RunConfig(output_dir=str(tmp_path))))
     assert find(RunConfig(output_dir=str(tmp_path))) == ([1, 2], None, None)
+
+
+def test_what_a_killed_conversion_left_is_removed_at_the_next_start(tmp_path):
+    leave_run(tmp_path)
+    leave_checkpoint(tmp_path, 1, 4)
+    (tmp_path / "checkpoints" / ".universal" / "converted").mkdir(parents=True)
+    assert find(config_of(tmp_path)) == ([1, 2], (1, 4), None)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["phase1-step00000004"]

@@ -37,7 +37,7 @@ class Checkpoint:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What was recorded beside the files: world_size, zero_stage, and valid where it was measured at that step."""
+        """What was recorded beside the files: their shape (`universal.shape_of`), and valid where it was measured then."""
         return json.loads((self.directory / COMPLETE).read_text())["meta"]
 
 
@@ -181,23 +181,31 @@ def newest_sound(root: Path, report: Any) -> Checkpoint | None:
     return None
 
 
-def load(engine: Any, checkpoint: Checkpoint, world: World, *, zero_stage: int) -> None:
+def load(engine: Any, checkpoint: Checkpoint, world: World, root: Path) -> str | None:
     """Puts an engine into the state of a checkpoint. Collective.
 
+    Args:
+        root: where a checkpoint of another shape (ranks, ZeRO stage, precision) may be converted for the time being.
+
+    Returns:
+        One line of what was converted; None where the checkpoint was loaded as it is, bit by bit.
+
     Raises:
-        UserError: written by another number of ranks or at another ZeRO stage, or nothing was loaded.
+        UserError: its shape cannot be converted, or nothing was loaded.
     """
-    meta = checkpoint.meta
-    for name, now in (("world_size", world.size), ("zero_stage", zero_stage)):
-        if meta[name] != now:
-            what = "ranks" if name == "world_size" else "ZeRO stage"
-            raise UserError(
-                f"{checkpoint.directory} was written with {what} {meta[name]}, this run has {now}: "
-                f"resume with {meta[name]}, or start from its exported weights with --model"
-            )
-    path, state = engine.load_checkpoint(str(checkpoint.directory.parent), tag=checkpoint.directory.name)
-    if path is None or (state["phase"], state["step"]) != (checkpoint.phase, checkpoint.step):
+    from dsvae.engine import universal  # here, because looking at checkpoints must not take the time of loading DeepSpeed
+
+    meta = world.on_main(lambda: checkpoint.meta)
+    line = None
+    if universal.fits(meta, universal.shape_of(engine, world)):
+        path, state = engine.load_checkpoint(str(checkpoint.directory.parent), tag=checkpoint.directory.name)
+        loaded = path is not None
+    else:
+        line, state = universal.load(engine, checkpoint.directory, meta, world, root)
+        loaded = True
+    if not loaded or (state["phase"], state["step"]) != (checkpoint.phase, checkpoint.step):
         raise UserError(f"{checkpoint.directory}: DeepSpeed loaded nothing from it")
+    return line
 
 
 def _sha256(path: Path, sync: bool = False) -> str:

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
@@ -15,13 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dsvae.errors import UserError
+from dsvae.modeling.origin import Origin
 from dsvae.modeling.t5_vae import T5VAE
 
 if TYPE_CHECKING:
     from dsvae.engine.distributed import World
 
-MAX_SHARD_BYTES = 5 * 10**9
-"""Largest safetensors file of an exported model, as in transformers."""
+MAX_SHARD_BYTES = 10**9
+"""Largest safetensors file of an exported model, unless one tensor alone is larger: rank 0 holds one while it writes."""
 
 
 def freeze_decoder(model: T5VAE) -> None:
@@ -33,32 +35,46 @@ def freeze_decoder(model: T5VAE) -> None:
         part.requires_grad_(False)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's groups of the parameters that train: matrices with decay; norms, biases, embeddings and position biases without."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def parameter_names(model: nn.Module) -> list[list[str]]:
+    """The names of the parameters that train, by AdamW's groups: matrices; norms, biases, embeddings and position biases.
+
+    The same before and after an engine has sharded the model.
+    """
+    matrices: list[str] = []
+    others: list[str] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        matrix = parameter.ndim >= 2 and "shared" not in name and "relative_attention_bias" not in name
-        (decayed if matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves parameters without their elements
+        matrix = len(shape) >= 2 and "shared" not in name and "relative_attention_bias" not in name
+        (matrices if matrix else others).append(name)
+    return [matrices, others]
 
 
-def frozen_originals(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the frozen weights, taken before the engine casts or shards them: exports give them back bit by bit."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if not p.requires_grad}
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's groups of the parameters that train: matrices with decay, the others without."""
+    parameters = dict(model.named_parameters())
+    decays = (weight_decay, 0.0)
+    return [
+        {"params": [parameters[name] for name in names], "weight_decay": decay}
+        for names, decay in zip(parameter_names(model), decays, strict=True)
+        if names
+    ]
 
 
-def full_weights(model: nn.Module, frozen: dict[str, Tensor], world: World) -> Iterator[tuple[str, Tensor | None]]:
+def full_weights(model: nn.Module, origin: Origin | None, world: World) -> Iterator[tuple[str, Tensor | None]]:
     """Every parameter whole and in float32, one at a time: on rank 0 a CPU tensor, elsewhere None.
 
-    Collective: every rank must go through to the end. Trained weights come from the optimizer's float32 copies.
+    Collective: every rank must go through to the end. Trained weights come from the optimizer's float32 copies, frozen ones
+    from where they came from: the engine may have cast them, and a copy would cost as much memory as the model.
+
+    Raises:
+        UserError: on every rank: the files of the frozen weights are gone or have changed.
     """
+    world.on_main(lambda: _check_frozen(model, origin))
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            yield name, frozen[name] if world.is_main else None
+            yield name, cast(Origin, origin).tensor(name) if world.is_main else None
             continue
         # None where there is no float32 copy beside the parameter: ZeRO 0, whose parameters are float32 themselves.
         value = safe_get_full_fp32_param(parameter)
@@ -66,9 +82,20 @@ def full_weights(model: nn.Module, frozen: dict[str, Tensor], world: World) -> I
         yield name, value.to("cpu", torch.float32, copy=True) if world.is_main else None
 
 
+def _check_frozen(model: nn.Module, origin: Origin | None) -> None:
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return
+    try:
+        cast(Origin, origin).check_unchanged()
+    except OSError as error:
+        raise UserError(
+            f"{error}: the frozen weights are exported from it; put it back, and the same command goes on from its checkpoint"
+        ) from error
+
+
 def export(
     model: T5VAE,
-    frozen: dict[str, Tensor],
+    origin: Origin | None,
     world: World,
     directory: Path,
     extras: Callable[[Path], None],
@@ -77,6 +104,7 @@ def export(
     """Writes the model as a transformers directory, shard by shard, so that rank 0 never holds more than one shard.
 
     Args:
+        origin: what the model started from; on rank 0, where weights are frozen.
         extras: called on rank 0 with the directory, to add the tokenizer and the model card.
 
     Collective. The directory appears whole or not at all.
@@ -107,7 +135,7 @@ def export(
         shards.append(list(pending))
         pending.clear()
 
-    for name, tensor in full_weights(model, frozen, world):
+    for name, tensor in full_weights(model, origin, world):
         if tensor is None:
             continue
         size = tensor.numel() * tensor.element_size()

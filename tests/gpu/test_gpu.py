@@ -1,12 +1,13 @@
 """What only a GPU can show: bf16 and fp16 steps, SDPA on the device, gradient checkpointing, a T5-large-sized model."""
 
+import shutil
 import time
 
 import pytest
 import torch
 import yaml
 from conftest import make_vae
-from launch import CONFIGS, TINY, rows, train
+from launch import CONFIGS, TINY, rows, start, train
 
 from dsvae import T5VAE, T5VAEConfig
 
@@ -37,6 +38,37 @@ def test_losses_agree_with_the_cpu(tiny, tmp_path):
         del os.environ["DS_ACCELERATOR"], os.environ["CUDA_VISIBLE_DEVICES"]
     found, expected = ([row["loss"] for row in rows(tmp_path / d)] for d in ("gpu", "cpu"))
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_run_goes_on_at_other_stages(tiny, tmp_path):
+    """ZeRO 2, 3, 1, 0 on one GPU: the converted states must lie where each stage has its own."""
+    common = (
+        "--config",
+        tiny,
+        "--precision",
+        "fp32",
+        "--phase",
+        "1",
+        "--phase1.steps",
+        "12",
+        "--checkpoint_every",
+        "3",
+        "--keep_checkpoints",
+        "9",
+    )
+    train(*common, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path / "uncut", timeout=300)
+    cut = (*common, "--output_dir", tmp_path / "cut")
+    for stage, step in (("zero2", 3), ("zero3", 6), ("zero1", 9)):
+        run = start(*cut, "--ds_config", CONFIGS / f"{stage}.json")
+        run.wait_for(tmp_path / "cut" / "checkpoints" / f"phase1-step{step:08d}" / "COMPLETE")
+        run.kill()
+        for later in (tmp_path / "cut" / "checkpoints").glob("phase1-*"):
+            if later.name > f"phase1-step{step:08d}":
+                shutil.rmtree(later)
+    shutil.rmtree(tmp_path / "cut" / "phase1", ignore_errors=True)
+    train(*cut, "--ds_config", CONFIGS / "zero0.json", timeout=300)
+    found, expected = ([row["loss"] for row in rows(tmp_path / d)] for d in ("cut", "uncut"))
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_batch_equals_batches_of_one_on_the_device(kind, injection, batch):
