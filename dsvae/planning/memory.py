@@ -108,14 +108,11 @@ def groups_of(weights: Iterable[Weight]) -> list[list[int]]:
     return [group for group in groups if group]
 
 
-def estimate(
-    engine: Engine, weights: list[Weight], run: DryRun, ranks: Ranks, *, accumulates: bool, checkpoint_numel: int | None
-) -> Estimate:
+def estimate(engine: Engine, weights: list[Weight], run: DryRun, ranks: Ranks, *, accumulates: bool) -> Estimate:
     """The peaks of a phase.
 
     Args:
         accumulates: whether a step has several micro-batches: then gradients lie beside the activations of the next.
-        checkpoint_numel: elements of the pretrained checkpoint that every rank loads to build its model, None for a new model.
     """
     states = _States(engine, weights, ranks)
     static, backward = states.static(), _Backward(engine, weights, states, accumulates)
@@ -128,22 +125,21 @@ def estimate(
         moments["evaluation"] = always + run.evaluation + backward.gathered
     host, disk = states.host(accumulates)
     everywhere = {name: size * ranks.per_node for name, size in host.items()}
-    # Every rank builds the whole model in float32 before the engine shards it; a pretrained one stands beside its T5VAE.
-    total = states.total
-    start = 4 * (total + (checkpoint_numel or 0)) * ranks.per_node
-    frozen = 4 * states.frozen  # rank 0's copies, for the export
-    # While the engine is made, the float32 model gives way to the shards; the offloaded states (moments aside) join it.
-    made = 4 * total * ranks.per_node + sum(size for name, size in everywhere.items() if name != "Adam moments")
-    resident = sum(everywhere.values()) + frozen
+    resident = sum(everywhere.values())
+    largest = max(w.numel for w in weights)
+    if engine.kind == "zero3":
+        # Tensor by tensor through one buffer a rank; rank 0 also has in float32 what it draws. The parts stay where they belong.
+        building = (engine.compute * largest + host.get("weights", 0)) * ranks.per_node + 4 * largest
+    else:
+        # Every rank has the whole model in float32, until the engine casts it and moves it to its GPU.
+        building = 4 * states.total * ranks.per_node
     host_moments = {
-        "building the model": start,
-        "making the engine": made + frozen,
+        "building the model": building,
         "training": resident,
-        "export": resident + min(4 * total, MAX_SHARD_BYTES),
+        # Rank 0 fills one file after the other; a tensor larger than a file has its own.
+        "export": resident + min(4 * states.total, MAX_SHARD_BYTES + 4 * largest),
     }
-    return Estimate(
-        static, moments, everywhere | ({"frozen originals": frozen} if frozen else {}), host_moments, disk * ranks.per_node
-    )
+    return Estimate(static, moments, everywhere, host_moments, disk * ranks.per_node)
 
 
 class _States:

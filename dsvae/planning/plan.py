@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig
 
 from dsvae import config as configuration
 from dsvae.config import RunConfig
 from dsvae.engine import ds_config
+from dsvae.engine.build import LATENT_FIELDS
 from dsvae.errors import UserError
 from dsvae.modeling.t5_vae import T5VAEConfig
 from dsvae.planning import memory
@@ -185,7 +186,7 @@ class _Subject:
     def __init__(self, config: RunConfig, machine: Machine) -> None:
         self.config, self.machine = config, machine
         self.freeze = config.phase == "1" and config.phase1.freeze_decoder
-        self.vae, self.checkpoint_numel = _model_of(config)
+        self.vae = _model_of(config)
         self.weights: list[Weight] = weights_of(build(self.vae), self.freeze)
         self.parameters = sum(w.numel for w in self.weights)
         self.trained = sum(w.numel for w in self.weights if w.trains)
@@ -205,12 +206,8 @@ class _Subject:
         engine = memory.Engine.of(resolved)
         found = memory.estimate(
             engine, self.weights, self._run(engine, checkpoint), self.machine.ranks,
-            accumulates=self.micro_batches > 1, checkpoint_numel=self.checkpoint_numel,
+            accumulates=self.micro_batches > 1,
         )  # fmt: skip
-        if self.config.phase == "all" and self.config.phase1.freeze_decoder:
-            # Phase 2 needs the more of a GPU; phase 1 keeps copies of the frozen weights on the host.
-            held = 4 * sum(w.numel for w in weights_of(build(self.vae), True) if not w.trains)
-            found.host_moments = {name: size + held for name, size in found.host_moments.items()}
         shown = str(path.relative_to(SHIPPED.parent)) if path.is_relative_to(SHIPPED) else str(path)
         host = found.host_peak + HOST_BASE * self.machine.ranks.per_node
         return Option(shown, checkpoint, found, found.gpu_peak + GPU_BASE, host)
@@ -234,29 +231,21 @@ _RUNS: dict[tuple, DryRun] = {}
 """Dry runs of this process: the advice asks for many plans that differ in the machine alone."""
 
 
-def _model_of(config: RunConfig) -> tuple[T5VAEConfig, int | None]:
-    """The T5VAE of a run, and the elements of the checkpoint that it starts from (None: new weights)."""
+def _model_of(config: RunConfig) -> T5VAEConfig:
+    """The T5VAE of a run."""
     settings = config.model
-    latent = {name: getattr(settings, name) for name in ("latent_dim", "pooling", "injection", "memory_slots")}
+    latent = {name: getattr(settings, name) for name in LATENT_FIELDS}
     try:
         if settings.name is None:
             t5: Any = {"model_type": "t5", "decoder_start_token_id": 0, **settings.t5, "vocab_size": settings.vocab_size}
-        else:
-            t5 = configuration_of(settings.name)
-            if t5 is None:
-                loaded = AutoConfig.from_pretrained(settings.name)
-                if isinstance(loaded, T5VAEConfig):
-                    return loaded, build(loaded).num_parameters()
-                t5 = loaded
-        vae = T5VAEConfig(t5=t5, **latent)
+        elif (t5 := configuration_of(settings.name)) is None:
+            t5 = AutoConfig.from_pretrained(settings.name)
+        vae = t5 if isinstance(t5, T5VAEConfig) else T5VAEConfig(t5=t5, **latent)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"model {settings.name or 'model.t5'}: {str(error).splitlines()[0]}") from None
     if settings.dropout is not None:
         vae.t5.dropout_rate = settings.dropout
-    if settings.name is None:
-        return vae, None
-    with torch.device("meta"):
-        return vae, AutoModelForSeq2SeqLM.from_config(vae.t5).num_parameters()
+    return vae
 
 
 def _shipped() -> list[Path]:

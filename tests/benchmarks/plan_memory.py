@@ -75,13 +75,21 @@ def planned(job: dict[str, Any]) -> int:
         gradient_checkpointing=job.get("checkpointing", False), freeze_decoder=freeze, fused_attention=False,
     )  # fmt: skip
     ranks = memory.Ranks(job["ranks"], job["ranks"])
-    found = memory.estimate(
-        engine, weights_of(build(config), freeze), run, ranks,
-        accumulates=job.get("micro_batches", 1) > 1, checkpoint_numel=None,
-    )  # fmt: skip
-    # Copies of the frozen weights are rank 0's alone; everything else of the host is shared out evenly.
-    frozen = found.host.get("frozen originals", 0)
-    return found.gpu_peak + (sum(found.host.values()) - frozen) // job["ranks"] + frozen
+    weights, several = weights_of(build(config), freeze), job.get("micro_batches", 1) > 1
+    found = memory.estimate(engine, weights, run, ranks, accumulates=several)
+    return found.gpu_peak + sum(found.host.values()) // job["ranks"]
+
+
+class Pieces:
+    """What building a model asks of a tokenizer."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
 
 
 def work(job: dict[str, Any]) -> None:
@@ -90,21 +98,18 @@ def work(job: dict[str, Any]) -> None:
     import torch
     from deepspeed.utils import logger
 
-    from dsvae.config import PhaseConfig
+    from dsvae.config import ModelConfig, PhaseConfig
     from dsvae.data.batches import MicroBatch, Step
     from dsvae.engine import distributed
+    from dsvae.engine.build import build_model
     from dsvae.engine.engine import PhaseEngine
-    from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
     from dsvae.planning.live import LiveBytes
 
     logger.setLevel("ERROR")
     world = distributed.start()
     rows, tokens = job["rows"], job["tokens"]
     before = _resident("VmRSS")
-    model = T5VAE(T5VAEConfig(t5=job["t5"], latent_dim=32))
     live = LiveBytes()
-    for p in model.parameters():
-        live.add(p)
 
     def micro_batch() -> MicroBatch:
         ids = torch.randint(3, job["t5"]["vocab_size"], (rows, tokens))
@@ -115,9 +120,11 @@ def work(job: dict[str, Any]) -> None:
 
     count = job.get("micro_batches", 1)
     with live:
+        settings = ModelConfig(t5=job["t5"], latent_dim=32)
+        model, origin = build_model(settings, Pieces(job["t5"]["vocab_size"]), None, 0, world, resolved(job))  # type: ignore[arg-type]
         engine = PhaseEngine(
-            model, world, PhaseConfig(), resolved(job), sample_latent=True, freeze=job.get("freeze", False), free_bits=0.0,
-            free_bits_mode="dimension", gradient_checkpointing=job.get("checkpointing", False), seed=0,
+            model, world, PhaseConfig(), resolved(job), origin=origin, sample_latent=True, freeze=job.get("freeze", False),
+            free_bits=0.0, free_bits_mode="dimension", gradient_checkpointing=job.get("checkpointing", False), seed=0,
         )  # fmt: skip
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here

@@ -32,10 +32,8 @@ def engine(name, precision="bf16", world=4, **zero):
 
 
 def find(name, precision="bf16", world=4, per_node=4, weights=(MATRIX, EMBEDDING), run=NOTHING, accumulates=False, **zero):
-    return estimate(
-        engine(name, precision, world, **zero), list(weights), run, Ranks(world, per_node), accumulates=accumulates,
-        checkpoint_numel=None,
-    )  # fmt: skip
+    made = engine(name, precision, world, **zero)
+    return estimate(made, list(weights), run, Ranks(world, per_node), accumulates=accumulates)
 
 
 # 1,000 weights on 4 ranks, by hand: 150 and 100 a rank in the two groups of AdamW.
@@ -63,6 +61,13 @@ def test_what_is_always_on_a_node_is_that_of_its_ranks():
     # Float32 weights, gradients and moments of 250 elements, a bf16 copy of them, and the gradient buffer: two ranks of four.
     host = find("zero2_offload", per_node=2).host
     assert sum(host.values()) == 2 * (250 * (4 + 4 + 8) + 2 * 250 + 2 * 600)
+
+
+def test_a_node_builds_whole_models_below_zero3_and_one_tensor_at_a_time_there():
+    # 1,000 weights in float32 on each of two ranks; or a bf16 buffer of the largest, 600, on each, and what rank 0 draws.
+    assert find("zero2", per_node=2).host_moments["building the model"] == 2 * 4 * 1000
+    assert find("zero3", per_node=2).host_moments["building the model"] == 2 * 2 * 600 + 4 * 600
+    assert find("zero3_offload", per_node=2).host_moments["building the model"] == 2 * 2 * (600 + 250) + 4 * 600
 
 
 def test_the_peak_of_backward_takes_each_moment_as_it_is():
