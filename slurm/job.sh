@@ -70,6 +70,7 @@ requeue() { # WHY CODE: back into the queue, or the end
         exit "$2"
     fi
     say "$1: requeued"
+    trap '' TERM USR1 # requeueing ends this script, and would end scontrol before it can say that it has succeeded
     scontrol requeue "$SLURM_JOB_ID" || { say "SLURM does not requeue this job. The same sbatch command goes on from here." && leave "$2"; }
     exit "$2"
 }

@@ -98,6 +98,7 @@ class Cluster:
     def release(self, job: str, found: dict[str, str]) -> None:
         """A requeued job is held for two minutes: here it starts at once."""
         if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+            time.sleep(1)  # what is left of the start before is gone then, as it is after two minutes
             self.run("scontrol", "update", f"job={job}", "StartTime=now")
 
     def wait_for(self, path: Path, job: str, timeout=120) -> None:

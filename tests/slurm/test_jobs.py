@@ -79,8 +79,8 @@ def test_one_visible_gpu_a_task_is_number_0(cluster, checkout, stand_in):
     )
     assert cluster.wait(job)["JobState"] == "COMPLETED"
     for record in stand_in.records(job).values():
-        visible = record["environment"]["CUDA_VISIBLE_DEVICES"].split(",")
-        assert record["environment"]["LOCAL_RANK"] == ("0" if len(visible) == 1 else record["environment"]["RANK"])
+        found = record["environment"]
+        assert (found["CUDA_VISIBLE_DEVICES"], found["LOCAL_RANK"]) == (found["RANK"], "0")
 
 
 def test_more_tasks_than_gpus_is_refused(cluster, checkout, stand_in):
