@@ -414,15 +414,21 @@ def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -
             OUTPUT_DIR/checkpoints, such as phase2-step00001000.
         output: the directory to write, which must not exist; RUN/exports/CHECKPOINT where it is left out.
     """
-    from deepspeed.utils import logger
-    from transformers.utils import logging
+    import logging
 
-    logger.setLevel("WARNING")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    from dsvae.export import export_checkpoint
+    from transformers.utils import logging as transformers_logging
 
-    print(export_checkpoint(run, checkpoint, output, _say))
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)  # DeepSpeed logs to stdout from its import on
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            from dsvae.export import export_checkpoint
+
+            directory = export_checkpoint(run, checkpoint, output, _say)
+    finally:
+        logging.disable(logging.NOTSET)
+    print(directory)
 
 
 @command()

@@ -7,11 +7,12 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, get_optim_files
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -139,18 +140,51 @@ def _still_there(*read: Checkpoint) -> Iterator[None]:
 def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
     """Every weight in a checkpoint, by name, as it lies there: trained ones float32, frozen ones in the engine's dtype.
 
-    Beside tensors, what has a `shape` and becomes one by `.contiguous()`: so ZeRO 3 holds one at a time in memory.
+    Beside tensors, what has a `shape` and becomes one by `.contiguous()`: so one at a time is in memory.
     """
     if (found.directory / "offloaded_tensors").is_dir():
         raise UserError(
             f"{found.directory}: its weights are on NVMe, outside of what DeepSpeed's tools read: only the run itself exports it"
         )
     if meta["zero_stage"] == 0:
-        path = found.directory / "mp_rank_00_model_states.pt"
-        module: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
-        return module
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        return get_fp32_state_dict_from_zero_checkpoint(str(found.directory.parent), tag=found.directory.name, lazy_mode=True)
+        return dict(_load(found.directory / "mp_rank_00_model_states.pt")["module"])
+    if meta["zero_stage"] == 3:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            return get_fp32_state_dict_from_zero_checkpoint(str(found.directory.parent), tag=found.directory.name, lazy_mode=True)
+    # Not by DeepSpeed's tool: it knows no checkpoint of ZeRO 1 in bf16, and holds all weights in memory at once.
+    common = _load(found.directory / "mp_rank_00_model_states.pt")
+    ranks = [_load(Path(path))["optimizer_state_dict"] for path in get_optim_files(str(found.directory))]
+    weights = dict(common["module"])
+    paddings = ranks[0].get("param_alignment_paddings")
+    for number, shapes in enumerate(common["param_shapes"]):
+        parts = [rank["single_partition_of_fp32_groups"][number] for rank in ranks]
+        offset = 0
+        for index, (name, shape) in enumerate(shapes.items()):
+            weights[name] = _Spread(parts, offset, torch.Size(shape))
+            offset += weights[name].shape.numel() + (paddings[number][index] if paddings else 0)
+    return weights
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint; its tensors are mapped, and take no memory until they are read."""
+    loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    return loaded
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """A tensor from `offset` on in the vectors that ranks hold one behind the other."""
+
+    parts: list[Tensor]
+    offset: int
+    shape: torch.Size
+
+    def contiguous(self) -> Tensor:
+        begin, end, position, pieces = self.offset, self.offset + self.shape.numel(), 0, []
+        for part in self.parts:
+            pieces.append(part[max(begin - position, 0) : max(end - position, 0)])
+            position += len(part)
+        return torch.cat(pieces).view(self.shape)
 
 
 def _start(run: Path, config: RunConfig, found: Checkpoint) -> tuple[T5VAE, set[str]]:

@@ -80,7 +80,7 @@ class ModelDirectory:
             (self._temporary / f"{i}.safetensors").rename(self._temporary / name)
         # Attributes of the running model that belong to the file: what it is, and in which dtype it lies there.
         config = type(model.config).from_dict(model.config.to_dict())
-        config.architectures, config.dtype = [type(model).__name__], torch.float32
+        config.architectures, config.dtype, config.t5.dtype = [type(model).__name__], torch.float32, torch.float32
         config.save_pretrained(self._temporary)
         model.generation_config.save_pretrained(self._temporary)
         extras(self._temporary)
