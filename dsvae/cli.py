@@ -1,4 +1,4 @@
-"""The `dsvae` command: evaluate or export a trained model, and use its latent space.
+"""The `dsvae` command: evaluate a trained model, and use its latent space.
 
 Results go to stdout and nothing else does; warnings, counts and progress go to stderr. A mistake of the user is one line on
 stderr and exit code 2.
@@ -463,9 +463,87 @@ def compare(runs: list[str], *, output: str | None = None, sort_by: str | None =
     print("\n" + "\n".join(f"{what:<12} {path}" for what, path in files.items()))
 
 
+@command()
+def plan(
+    model: str,
+    *,
+    gpus: int = 1,
+    gpu_memory: str = "80GB",
+    gpus_per_node: int = 8,
+    host_memory: str = "512GB",
+    margin: float = 10.0,
+    config: str | None = None,
+    ds_config: str | None = None,
+    gradient_checkpointing: bool | None = None,
+    batch_tokens: int | None = None,
+    eval_batch_tokens: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    phase: Literal["all", "1", "2"] | None = None,
+    freeze_decoder: bool | None = None,
+    injection: Literal["memory", "embedding", "both", "none"] | None = None,
+    latent_dim: int | None = None,
+    precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
+    json: bool = False,
+) -> None:
+    """What training needs of every GPU and node, by DeepSpeed configuration; the fastest that fits, and its command.
+
+    An estimate, made without the weights and without a network; how it is made and checked: docs/plan.md. The exit code is 0
+    also where nothing fits: then it says what would.
+
+    Args:
+        model: a public T5, v1.1, flan, mT5, umT5, ByT5 or UL2 by its hub id, a directory with a config.json, a recipe or a YAML
+            file.
+        gpus: GPUs of the run, all nodes together.
+        gpu_memory: of one GPU: 40GB (10^9), 80GiB (2^30).
+        gpus_per_node: most GPUs of one node.
+        host_memory: of one node.
+        margin: per cent of every memory to leave free.
+        config: recipe or YAML file of the run, for a model given by its name (park2021).
+        ds_config: plan for this DeepSpeed configuration alone, not for the shipped ones.
+        gradient_checkpointing: plan with it alone, or without it alone (false).
+        batch_tokens: data.micro_batch_tokens, most padded tokens of a forward pass on a GPU.
+        eval_batch_tokens: eval.batch_tokens, the same in evaluation.
+        max_tokens: data.max_tokens, longest sentence.
+        batch_size: data.batch_size, sentences of a step.
+        phase: which phases are to run.
+        freeze_decoder: phase1.freeze_decoder.
+        injection: how z enters the decoder.
+        latent_dim: dimensions of z.
+        precision: as the run's.
+        json: one JSON object, sizes in bytes.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout as it is imported
+        from dsvae.planning.command import plan_command
+
+        text, line = plan_command(
+            model,
+            config=config,
+            gpus=gpus,
+            gpu_memory=gpu_memory,
+            gpus_per_node=gpus_per_node,
+            host_memory=host_memory,
+            margin=margin,
+            gradient_checkpointing=gradient_checkpointing,
+            ds_config=ds_config,
+            flags={
+                "data.micro_batch_tokens": batch_tokens,
+                "eval.batch_tokens": eval_batch_tokens,
+                "data.max_tokens": max_tokens,
+                "data.batch_size": batch_size,
+                "phase": phase,
+                "phase1.freeze_decoder": freeze_decoder,
+                "injection": injection,
+                "latent_dim": latent_dim,
+                "precision": precision,
+            },
+        )
+    print(line if json else text)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (evaluate, export, compare, sample, reconstruct, interpolate, analogy, traverse, edit, encode, corpus)
+    for function in (evaluate, export, compare, sample, reconstruct, interpolate, analogy, traverse, edit, encode, corpus, plan)
 }
 
 

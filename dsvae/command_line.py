@@ -160,7 +160,7 @@ def help_text(commands: Commands, name: str | None, program: str) -> str:
     shown.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     trace = FireTrace(dict(commands), name=program)
     trace.AddAccessedProperty(shown, name, [name], None, None)
-    text = re.sub(r"Type: Optional\[(.+)\]", r"Type: \1", helptext.HelpText(shown, trace=trace))
+    text = re.sub(r"Type: Optional\[(.+?)\]?$", r"Type: \1", helptext.HelpText(shown, trace=trace), flags=re.M)
     many = "".join(n.upper() for n in _positional(commands[name]) if _is_list(_types(commands[name])[n]))
     if many:
         text = text.replace(f"{many} <flags>", f"{many}... <flags>", 1)
@@ -205,7 +205,7 @@ def _letters(function: Callable[..., None]) -> dict[str, str]:
 
 def _plain(kind: Any) -> Any:
     """`X` of `X | None`: what a given value is; not giving the flag is None."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # `Literal[...] | None` is the second, `str | None` the first
         return next(each for each in typing.get_args(kind) if each is not type(None))
     return kind
 

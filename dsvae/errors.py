@@ -21,6 +21,8 @@ EXIT_DISK = 74
 """The disk took no checkpoint, and `on_disk_full` is stop (EX_IOERR). With room made, the same command goes on."""
 EXIT_RESUMABLE = 75
 """SIGTERM or SIGUSR1 came: saved at the next step, left (EX_TEMPFAIL). The same command goes on exactly there."""
+EXIT_PREFLIGHT = 78
+"""`dsvae.preflight` found a bad node and named it (EX_CONFIG). Nothing of the run was begun; leave the node out, or mend it."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C: saved at the next step, left (128 + SIGINT, as shells count it). The same command goes on exactly there."""
 

@@ -9,26 +9,25 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, get_optim_files
 from torch import Tensor
-from transformers import GenerationConfig
 
 from dsvae import config as configuration
 from dsvae.card import write_checkpoint_card
 from dsvae.config import RunConfig
 from dsvae.data.tokenization import load_tokenizer
 from dsvae.engine import checkpoint
-from dsvae.engine.build import build_model
+from dsvae.engine.build import find_origin
 from dsvae.engine.checkpoint import COMPLETE, Checkpoint
-from dsvae.engine.distributed import World
 from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
 from dsvae.engine.weights import freeze_decoder
 from dsvae.errors import UserError
 from dsvae.files import make_writable
-from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
+from dsvae.modeling.origin import Origin
+from dsvae.modeling.t5_vae import T5VAE
 
 
 def export_checkpoint(
@@ -66,11 +65,16 @@ def export_checkpoint(
     with _still_there(found):
         meta = found.meta
         saved = _saved(found, meta)  # from here on the open files stay, whatever the run removes
-    model, frozen = _start(run, config, found)
+    between = run / "phase1" / "model"
+    began = between if found.phase == 2 and between.is_dir() else None
+    origin = find_origin(config.model, load_tokenizer(str(run / "tokenizer")), began, config.seed)
+    model = cast(T5VAE, origin.skeleton())
+    if found.phase == 1 and config.phase1.freeze_decoder:
+        freeze_decoder(model)
     writer = ModelDirectory(directory.absolute(), max_shard_bytes)
     try:
         writer.begin()
-        for name, tensor in _weights(found, saved, model, frozen):
+        for name, tensor in _weights(found, saved, model, origin):
             writer.add(name, tensor)
         writer.finish(model, extras)
     except OSError as error:
@@ -187,37 +191,25 @@ class _Spread:
         return torch.cat(pieces).view(self.shape)
 
 
-def _start(run: Path, config: RunConfig, found: Checkpoint) -> tuple[T5VAE, set[str]]:
-    """The model that the phase of a checkpoint began with, and the names of what is frozen in it.
+def _weights(found: Checkpoint, saved: dict[str, Any], model: T5VAE, origin: Origin) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter whole, in float32 on CPU, one at a time.
 
-    Without values, on the meta device, where nothing is frozen and the phase before has left its configuration.
+    Args:
+        model: on the meta device; it says what is frozen.
+        origin: of the weights that the phase began with.
     """
-    between = run / "phase1" / "model"
-    if found.phase == 2 and between.is_dir():
-        with torch.device("meta"):
-            model = T5VAE(T5VAEConfig.from_pretrained(between))
-        model.generation_config = GenerationConfig.from_pretrained(between)
-        return model, set()
-    tokenizer = load_tokenizer(str(run / "tokenizer"))
-    model = build_model(config.model, tokenizer, None, config.seed, World(0, 0, 1, torch.device("cpu")))
-    if found.phase == 1 and config.phase1.freeze_decoder:
-        freeze_decoder(model)
-    return model, {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-
-
-def _weights(found: Checkpoint, saved: dict[str, Any], model: T5VAE, frozen: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter whole, in float32 on CPU, one at a time."""
     for name, parameter in model.named_parameters():
         if name not in saved or saved[name].shape != parameter.shape:
             has = f"{name} has the shape {tuple(saved[name].shape)} in it" if name in saved else f"{name} is not in it"
             raise UserError(f"{found.directory} is not of the model of its run's config.yaml: {has}")
         value = saved[name].contiguous()
-        if name in frozen:
+        if not parameter.requires_grad:
             # The engine may have rounded it; the original is exact.
-            if not torch.equal(parameter.to(value.dtype), value):
+            original = origin.tensor(name)
+            if not torch.equal(original.to(value.dtype), value):
                 raise UserError(
                     f"{found.directory}: {name} is frozen, and not what the model of its run's config.yaml has now: that model "
                     "has changed since the run began; put it back"
                 )
-            value = parameter.detach()
+            value = original
         yield name, value.to(torch.float32, copy=True)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsvae.data.tokenization import load_tokenizer
 from dsvae.errors import UserError
+from dsvae.modeling.origin import PICKLES, refuse_pickles
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 
 ADVICE = "name the `model` directory that a run left in its output_dir"
@@ -32,6 +33,10 @@ def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
         raise UserError(
             f"{directory} holds a {kind} model, not one that dsvae trained: train from it with --model {directory} first"
         )
+    try:
+        refuse_pickles(directory)
+    except OSError as error:
+        raise UserError(str(error)) from error
     loaded: Any  # with `output_loading_info` a pair, which the annotation of transformers does not say
     try:
         loaded = T5VAE.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
@@ -57,7 +62,7 @@ def _directory(name: str) -> Path:
     if directory.exists() or directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         return directory
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, ignore_patterns=[f"*{ending}" for ending in PICKLES]))
     except Exception as error:  # the hub's client and the network each raise their own
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{name}: neither a directory nor a hub model that can be reached ({reason}); {ADVICE}") from error

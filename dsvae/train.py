@@ -141,8 +141,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     for phase in start.phases:
         resumed = start.checkpoint if start.checkpoint and start.checkpoint.phase == phase else None
         with world.patient():
-            model = build_model(config.model, data.tokenizer, weights_from, config.seed, world)
-            engine, batches = _engine(config, raw, phase, model, data, world, reporter)
+            engine, batches = _engine(config, raw, phase, weights_from, data, world, reporter)
         if phase == start.phases[0]:
             # Only now: a mistake until here leaves nothing in output_dir that the corrected command would stumble over.
             world.on_main(lambda: _write_down(config, raw, data, out))
@@ -156,7 +155,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
             train_phase(config, phase, engine, batches, data, world, reporter, stopping, done, offset)
         if phase == 1:
             weights_from = out / "phase1" / "model"
-            weights.export(engine.module, engine.frozen, world, weights_from, _save_tokenizer(data))
+            weights.export(engine.module, engine.origin, world, weights_from, _save_tokenizer(data))
         else:
             metrics = finish(config, engine, data, world, reporter, offset + config.phase2.steps)
         engine.close()
@@ -275,7 +274,7 @@ def finish(config: RunConfig, engine: PhaseEngine, data: Prepared, world: World,
         data.tokenizer.save_pretrained(directory)
         write_card(directory / "README.md", config, metrics, pairs, prior)
 
-    weights.export(engine.module, engine.frozen, world, out / "model", extras)
+    weights.export(engine.module, engine.origin, world, out / "model", extras)
     world.on_main(lambda: write_json(out / "metrics.json", {"test": metrics}))
     return metrics
 
@@ -284,12 +283,12 @@ def _engine(
     config: RunConfig,
     raw: dict[str, Any],
     phase: int,
-    model: Any,
+    weights_from: Path | None,
     data: Prepared,
     world: World,
     reporter: Reporter,
 ) -> tuple[PhaseEngine, TrainingBatches]:
-    """The engine of a phase and its batches, agreed on how a step is cut."""
+    """The engine of a phase around its model, and its batches, agreed on how a step is cut."""
     settings = config.phase1 if phase == 1 else config.phase2
     train = data.splits["train"]
     given = raw.get("gradient_accumulation_steps", "auto")
@@ -305,6 +304,11 @@ def _engine(
         bf16_supported=accelerator.is_bf16_supported(),
         fp16_supported=accelerator.is_fp16_supported(),
     )
+    ds_config.check_with_deepspeed(resolved)
+    reporter.say(f"phase {phase}: ds_config as resolved\n{json.dumps(resolved, indent=2)}")
+    if ds_config.precision_of(resolved) == "fp16":
+        reporter.say("warning: T5 was trained in bf16 and overflows easily in fp16; prefer bf16 where the GPU has it")
+    model, origin = build_model(config.model, data.tokenizer, weights_from, config.seed, world, resolved)
     batches = TrainingBatches(
         train,
         batch_size=config.data.batch_size,
@@ -318,15 +322,12 @@ def _engine(
         world_size=world.size,
         pad_id=model.config.pad_token_id,
     )
-    ds_config.check_with_deepspeed(resolved)
-    reporter.say(f"phase {phase}: ds_config as resolved\n{json.dumps(resolved, indent=2)}")
-    if ds_config.precision_of(resolved) == "fp16":
-        reporter.say("warning: T5 was trained in bf16 and overflows easily in fp16; prefer bf16 where the GPU has it")
     engine = PhaseEngine(
         model,
         world,
         settings,
         resolved,
+        origin=origin,
         sample_latent=config.phase1.sample_latent if phase == 1 else True,
         freeze=config.phase1.freeze_decoder if phase == 1 else False,
         free_bits=config.phase2.free_bits if phase == 2 else 0.0,

@@ -43,7 +43,11 @@ def free_port() -> int:
 def environment(**more: str) -> dict[str, str]:
     """The test's environment without what a launcher around it may have set."""
     drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
-    return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | {"OMP_NUM_THREADS": "1"} | more
+    return (
+        {k: v for k, v in os.environ.items() if not k.startswith(drop)}
+        | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        | more
+    )
 
 
 def commands(launcher: str, ranks: int, script: Path, more: dict[str, str]) -> list[tuple[list[str], dict[str, str]]]:
@@ -115,9 +119,20 @@ class Run:
                 self.stdout, self.stderr = self.stdout + out, self.stderr + err
                 self.codes.append(process.returncode)
         except subprocess.TimeoutExpired:
-            self.kill()
-            raise AssertionError(f"the run did not end within {timeout} s") from None
+            stacks = self._stacks()
+            raise AssertionError(f"the run did not end within {timeout} s\n{stacks[-8000:]}") from None
         return next((code for code in self.codes if code), 0)
+
+    def _stacks(self) -> str:
+        """Ends every process that still runs; the stacks of their threads."""
+        found = ""
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGABRT)  # PYTHONFAULTHANDLER answers
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    found += f"process {process.pid}\n{process.communicate(timeout=10)[1]}"
+        self.kill()
+        return found
 
     def wait_for(self, path: Path, timeout: float = 120) -> None:
         """Until a file exists."""

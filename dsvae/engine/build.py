@@ -1,71 +1,123 @@
-"""The model that a configuration asks for, the same on every rank."""
+"""The model that a configuration asks for: whole on every rank, or, at ZeRO 3, on none."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any, cast
 
+import deepspeed
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from dsvae.config import ModelConfig
 from dsvae.engine.distributed import World
+from dsvae.engine.ds_config import parameter_dtype, zero_stage
 from dsvae.errors import UserError
+from dsvae.modeling.origin import Origin, slots
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 
 LATENT_FIELDS = ("latent_dim", "pooling", "injection", "memory_slots")
 
 
 def build_model(
-    settings: ModelConfig, tokenizer: PreTrainedTokenizerBase, weights: Path | None, seed: int, world: World
-) -> T5VAE:
-    """A T5VAE in float32 on CPU.
+    settings: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Path | None,
+    seed: int,
+    world: World,
+    ds_config: dict[str, Any],
+) -> tuple[T5VAE, Origin | None]:
+    """A T5VAE, and on rank 0 where its weights came from.
+
+    Below ZeRO 3 it is whole, in float32 on CPU, on every rank. At ZeRO 3 its parameters are partitioned as they are made, in the
+    engine's dtype: rank 0 reads or draws one tensor after the other, and no rank ever holds more than one.
 
     Args:
         settings: a pretrained model by name, or a new T5 from its configuration.
         weights: a T5VAE directory to take instead (between the phases).
-        seed: of fresh weights: the same on every rank, and whatever was drawn before.
+        seed: of fresh weights: the same on every rank, at every stage, and whatever was drawn before.
+        ds_config: resolved.
 
     Raises:
-        UserError: on every rank: no such model, no weights in it, no T5, or a tokenizer too large for its vocabulary.
+        UserError: on every rank: no such model, no safetensors in it, no T5, weights missing or damaged, or a tokenizer too
+            large for its vocabulary.
     """
-    built: list[T5VAE] = []
+    origins: list[Origin] = []
 
-    def build() -> None:
-        torch.manual_seed(seed)
-        try:
-            built.append(_build(settings, len(tokenizer), tokenizer, weights))
-        except (OSError, ValueError, TypeError, KeyError, HFValidationError, SafetensorError) as error:
-            what = weights or settings.name or "model.t5"
-            first_line = str(error).strip().split("\n")[0]
-            raise UserError(f"model {what}: {first_line}") from error
+    def find_first() -> tuple[Any, Any]:
+        origins.append(find_origin(settings, tokenizer, weights, seed))
+        model = origins[0].skeleton()
+        return model.config, model.generation_config
 
-    world.on_main(build)  # rank 0 first: it downloads, and its error is everyone's
-    if not world.is_main:
-        build()
-    model = built[0]
-    if len(tokenizer) > model.config.vocab_size:
+    config, generation_config = world.on_main(find_first)  # rank 0 first: it downloads, and its error is everyone's
+    origin = origins[0] if origins else None
+    if zero_stage(ds_config) < 3:
+        return cast(T5VAE, (origin or find_origin(settings, tokenizer, weights, seed)).build()), origin
+    # The other ranks need nothing but the configuration: only rank 0 reads files.
+    with torch.device("meta"):
+        model = T5VAE(copy.deepcopy(config))
+    model.generation_config = generation_config
+    _partition(model, origin, ds_config)
+    return model, origin
+
+
+def find_origin(settings: ModelConfig, tokenizer: PreTrainedTokenizerBase, weights: Path | None, seed: int) -> Origin:
+    """Where the weights that `build_model` gives a model come from; arguments and errors are its own. On this process alone."""
+    try:
+        origin = _origin(settings, tokenizer, weights, seed)
+    except (OSError, ValueError, TypeError, KeyError, HFValidationError, SafetensorError) as error:
+        what = weights or settings.name or "model.t5"
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(f"model {what}: {first_line}") from error
+    if len(tokenizer) > origin.config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} pieces, the model {settings.name} a vocabulary of {model.config.vocab_size}"
+            f"the tokenizer has {len(tokenizer)} pieces, the model {settings.name} a vocabulary of {origin.config.vocab_size}"
         )
-    return model
+    return origin
 
 
-def _build(settings: ModelConfig, vocab_size: int, tokenizer: PreTrainedTokenizerBase, weights: Path | None) -> T5VAE:
+def _partition(model: T5VAE, origin: Origin | None, ds_config: dict[str, Any]) -> None:
+    """Gives a model on the meta device its weights, each partitioned over the ranks before the next one is read. Collective.
+
+    Args:
+        origin: of the weights, on rank 0, which DeepSpeed lets send its values to the others.
+    """
+    # All pass through one buffer: large temporaries between the parts that stay would leave the heap full of holes.
+    buffer = torch.empty(max(p.numel() for p in model.parameters()), dtype=parameter_dtype(ds_config))
+    first: Any = None
+    for name, parameter, put in slots(model):
+        value = buffer[: parameter.numel()].view(parameter.shape)
+        if origin is not None:
+            origin.copy(name, value)
+        new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        if first is None:
+            holder = nn.Module()
+            holder.weight = first = new
+            deepspeed.zero.Init(module=holder, config_dict_or_path=ds_config)
+        else:
+            first.convert_to_zero_parameters(param_list=[new])  # by the same zero.Init, as DeepSpeed does with latecomers
+        put(new)
+
+
+def _origin(settings: ModelConfig, tokenizer: PreTrainedTokenizerBase, weights: Path | None, seed: int) -> Origin:
     latent = {name: getattr(settings, name) for name in LATENT_FIELDS}
     if weights is not None:
-        return T5VAE.from_pretrained(weights, dtype=torch.float32)
+        return T5VAE.origin_in(str(weights))
     if settings.name is None:
-        t5 = {"model_type": "t5", **settings.t5, "vocab_size": vocab_size}
+        t5 = {"model_type": "t5", **settings.t5, "vocab_size": len(tokenizer)}
         t5 |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
         t5.setdefault("decoder_start_token_id", tokenizer.pad_token_id)
         if settings.dropout is not None:
             t5["dropout_rate"] = settings.dropout
-        return T5VAE(T5VAEConfig(t5=t5, **latent))
+        fresh = T5VAEConfig(t5=t5, **latent)
+        return Origin(lambda: T5VAE(copy.deepcopy(fresh)), seed)
     config = AutoConfig.from_pretrained(settings.name)
     if config.model_type != T5VAEConfig.model_type:
-        return T5VAE.from_t5(settings.name, dropout_rate=settings.dropout, **latent)
+        return T5VAE.origin_in_t5(settings.name, seed=seed, dropout_rate=settings.dropout, **latent)
     if settings.dropout is not None:
         config.t5.dropout_rate = settings.dropout
     if settings.injection == "none":
@@ -73,4 +125,4 @@ def _build(settings: ModelConfig, vocab_size: int, tokenizer: PreTrainedTokenize
     if different := [name for name in LATENT_FIELDS if getattr(config, name) != latent[name]]:
         name = different[0]
         raise ValueError(f"its {name} is {getattr(config, name)}, not {latent[name]}: set --model.{name}")
-    return T5VAE.from_pretrained(settings.name, config=config, dtype=torch.float32)
+    return T5VAE.origin_in(settings.name, config)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -221,6 +222,14 @@ def precision_of(resolved: dict[str, Any]) -> str:
         if resolved.get(name, {}).get("enabled", False):
             return _kind(resolved, name)
     return "fp32"
+
+
+def parameter_dtype(resolved: dict[str, Any]) -> torch.dtype:
+    """What the engine holds its parameters in: float32 where `torch_autocast` casts what they are used for."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if resolved.get(name, {}).get("enabled", False):
+            return dtype
+    return torch.float32
 
 
 def zero_stage(resolved: dict[str, Any]) -> int:

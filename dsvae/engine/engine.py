@@ -18,7 +18,8 @@ from dsvae.config import PhaseConfig
 from dsvae.data.batches import MicroBatch, Step
 from dsvae.engine import ds_config as ds_configs
 from dsvae.engine.distributed import World
-from dsvae.engine.weights import freeze_decoder, frozen_originals, parameter_groups
+from dsvae.engine.weights import freeze_decoder, parameter_groups
+from dsvae.modeling.origin import Origin
 from dsvae.modeling.posterior import Gaussian
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.objective.elbo import (
@@ -54,9 +55,10 @@ class PhaseEngine:
     """Trains a T5VAE with DeepSpeed under the objective of one phase.
 
     Args:
-        model: weights in float32; the engine casts and shards it in place.
+        model: from `build_model`; the engine casts and shards it in place.
         phase: optimizer, schedule and clipping.
         ds_config: resolved.
+        origin: what the model started from, for the export of frozen weights; None on the other ranks.
         sample_latent: decode a sample of the posterior, or its mean.
         freeze: train the encoder and the latent path only.
         free_bits, free_bits_mode: the KL threshold.
@@ -71,6 +73,7 @@ class PhaseEngine:
         phase: PhaseConfig,
         ds_config: dict[str, Any],
         *,
+        origin: Origin | None,
         sample_latent: bool,
         freeze: bool,
         free_bits: float,
@@ -81,10 +84,10 @@ class PhaseEngine:
         self.zero_stage, self.precision = ds_configs.zero_stage(ds_config), ds_configs.precision_of(ds_config)
         self.world, self.seed, self._norm = world, seed, math.nan
         self.sample_latent, self.free_bits, self.free_bits_mode = sample_latent, free_bits, free_bits_mode
+        self.origin = origin
         model.requires_grad_(True)
         if freeze:
             freeze_decoder(model)
-        self.frozen = frozen_originals(model) if world.is_main else {}
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant: no gradient through keyword arguments
         optimizer_params = ds_config["optimizer"]["params"]

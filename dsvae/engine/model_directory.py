@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dsvae.modeling.t5_vae import T5VAE
 
-MAX_SHARD_BYTES = 5 * 10**9
-"""Largest safetensors file of an exported model, as in transformers."""
+MAX_SHARD_BYTES = 10**9
+"""Largest safetensors file of an exported model, unless one tensor alone is larger: one is held in memory while it is written."""
 
 
 class ModelDirectory:

@@ -66,7 +66,8 @@ def load(engine: Any, source: Path, meta: dict[str, Any], world: World, root: Pa
     Args:
         source: the checkpoint's directory; it is only read.
         meta: its shape.
-        root: where the conversion may write (the run's own `checkpoints`), about twice the size of the checkpoint for a while.
+        root: where the conversion may write (the run's own `checkpoints`), twice the size of the checkpoint for a while, from
+            ZeRO 3 with one shard more.
 
     Returns:
         One line that says what was converted, carried and reset; and the checkpoint's client state.
@@ -119,8 +120,9 @@ def _convert(
     root = directory.parent.parent
     clean(root)
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    # Fragments and whole parameters lie side by side until the end of the conversion.
-    needed, free = 2 * size, shutil.disk_usage(root.parent).free
+    # Fragments and whole parameters lie side by side until the end of the conversion, at ZeRO 3 with a copy of rank 0's states.
+    copied = max((path.stat().st_size for path in source.glob("*_optim_states.pt")), default=0) if meta["zero_stage"] == 3 else 0
+    needed, free = 2 * size + copied, shutil.disk_usage(root.parent).free
     if free < needed:
         raise RunStopped(
             EXIT_DISK,

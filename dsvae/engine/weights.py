@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
+from dsvae.errors import UserError
+from dsvae.modeling.origin import Origin
 from dsvae.modeling.t5_vae import T5VAE
 
 if TYPE_CHECKING:
@@ -53,19 +55,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def frozen_originals(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the frozen weights, taken before the engine casts or shards them: exports give them back bit by bit."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if not p.requires_grad}
-
-
-def full_weights(model: nn.Module, frozen: dict[str, Tensor], world: World) -> Iterator[tuple[str, Tensor | None]]:
+def full_weights(model: nn.Module, origin: Origin | None, world: World) -> Iterator[tuple[str, Tensor | None]]:
     """Every parameter whole and in float32, one at a time: on rank 0 a CPU tensor, elsewhere None.
 
-    Collective: every rank must go through to the end. Trained weights come from the optimizer's float32 copies.
+    Collective: every rank must go through to the end. Trained weights come from the optimizer's float32 copies, frozen ones
+    from where they came from: the engine may have cast them, and a copy would cost as much memory as the model.
+
+    Raises:
+        UserError: on every rank: the files of the frozen weights are gone or have changed.
     """
+    world.on_main(lambda: _check_frozen(model, origin))
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            yield name, frozen[name] if world.is_main else None
+            yield name, cast(Origin, origin).tensor(name) if world.is_main else None
             continue
         # None where there is no float32 copy beside the parameter: ZeRO 0, whose parameters are float32 themselves.
         value = safe_get_full_fp32_param(parameter)
@@ -73,9 +75,20 @@ def full_weights(model: nn.Module, frozen: dict[str, Tensor], world: World) -> I
         yield name, value.to("cpu", torch.float32, copy=True) if world.is_main else None
 
 
+def _check_frozen(model: nn.Module, origin: Origin | None) -> None:
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return
+    try:
+        cast(Origin, origin).check_unchanged()
+    except OSError as error:
+        raise UserError(
+            f"{error}: the frozen weights are exported from it; put it back, and the same command goes on from its checkpoint"
+        ) from error
+
+
 def export(
     model: T5VAE,
-    frozen: dict[str, Tensor],
+    origin: Origin | None,
     world: World,
     directory: Path,
     extras: Callable[[Path], None],
@@ -84,6 +97,7 @@ def export(
     """Writes the model as a transformers directory, shard by shard, so that rank 0 never holds more than one shard.
 
     Args:
+        origin: what the model started from; on rank 0, where weights are frozen.
         extras: called on rank 0 with the directory, to add the tokenizer and the model card.
 
     Collective. The directory appears whole or not at all.
@@ -93,7 +107,7 @@ def export(
     """
     writer = ModelDirectory(directory, max_shard_bytes)
     world.on_main(writer.begin)
-    for name, tensor in full_weights(model, frozen, world):
+    for name, tensor in full_weights(model, origin, world):
         if tensor is not None:
             writer.add(name, tensor)
     world.on_main(lambda: writer.finish(model, extras))

@@ -7,6 +7,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForSeq2SeqLM,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,10 +28,17 @@ from transformers.utils import ModelOutput
 
 from dsvae.modeling.attention import LATENT_ATTENTION
 from dsvae.modeling.injection import make_injection
+from dsvae.modeling.origin import Origin, SafetensorsFiles, refuse_pickles
 from dsvae.modeling.posterior import Gaussian, GaussianPosterior
 
 STACKS: dict[str, type[PreTrainedModel]] = {"t5": T5Stack, "mt5": MT5Stack, "umt5": UMT5Stack}
 """The encoder/decoder stack of every supported `model_type` (ByT5 is a t5 or mt5 with a byte vocabulary)."""
+
+T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+"""Names under which a T5's file may hold its input embedding: of tied weights a file has only one."""
+
+LATENT_PATH = ("posterior.", "injection.")
+"""How the parameters begin that no T5 has."""
 
 
 class T5VAEConfig(PreTrainedConfig):
@@ -164,25 +172,62 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             latent: fields of `T5VAEConfig`: latent_dim, pooling, injection, memory_slots.
 
         Raises:
-            OSError: no such model, or no weights in it.
-            ValueError: not a T5, mT5 or umT5.
+            OSError: no such model, or no safetensors in it.
+            ValueError: not a T5, mT5 or umT5; weights are missing or have another shape.
         """
+        seed = int(torch.randint(1 << 62, ()))  # of the latent path: from torch's own state, like every other fresh module
+        return cast(T5VAE, cls.origin_in_t5(name_or_path, seed=seed, dropout_rate=dropout_rate, **latent).build())
+
+    @classmethod
+    def origin_in_t5(cls, name_or_path: str, *, seed: int, dropout_rate: float | None = None, **latent: Any) -> Origin:
+        """What `from_t5` is built from, tensor by tensor; the latent path is drawn from `seed`. Raises what it raises."""
         t5_config = AutoConfig.from_pretrained(name_or_path)
         if t5_config.model_type not in STACKS:
             raise ValueError(f"{name_or_path} is a {t5_config.model_type} model, not one of {', '.join(STACKS)}")
-        # `from_pretrained` finds out whether the checkpoint's lm_head is its own. The configuration does not say, and
-        # building from it and loading a state dict ties them silently.
-        t5, report = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
-        if missing := [key for key in report["missing_keys"] if "EncDecAttention.relative" not in key]:
-            raise ValueError(f"{name_or_path} lacks weights: {', '.join(sorted(missing)[:3])} ({len(missing)} in all)")
+        files = SafetensorsFiles(name_or_path)
+        # The weights say whether lm_head is the checkpoint's own. The configuration does not: transformers reads "tied" for
+        # every T5, and building from it and loading a state dict ties v1.1 silently.
+        embedding = next((key for key in T5_EMBEDDINGS if key in files), T5_EMBEDDINGS[0])
+        tied = "lm_head.weight" not in files or files.equal(embedding, "lm_head.weight")
         if dropout_rate is not None:
             t5_config.dropout_rate = dropout_rate
-        tied = t5.lm_head.weight.data_ptr() == t5.shared.weight.data_ptr()
-        model = cls(cls.config_class(t5=t5_config, tie_word_embeddings=tied, **latent))
-        weights = {_without_cross_attention(key): tensor for key, tensor in t5.state_dict().items()}
-        own = model.state_dict()
-        model.load_state_dict({key: weights[key] for key in own if key in weights}, strict=False)
-        return model
+        config = cls.config_class(t5=t5_config, tie_word_embeddings=tied, **latent)
+
+        def key_of(name: str) -> str | None:
+            if name == "shared.weight":
+                return embedding
+            return None if name.startswith(LATENT_PATH) else _with_cross_attention(name)
+
+        return Origin(lambda: cls(copy.deepcopy(config)), seed, files, key_of)
+
+    @classmethod
+    def origin_in(cls, name_or_path: str, config: T5VAEConfig | None = None) -> Origin:
+        """The weights of a saved T5VAE, tensor by tensor.
+
+        Args:
+            config: in place of its own.
+
+        Raises:
+            OSError: no such model, or no weights in it.
+            ValueError: some are missing, or have another shape.
+        """
+        own: T5VAEConfig = cls.config_class.from_pretrained(name_or_path) if config is None else config
+
+        def make() -> T5VAE:
+            model = cls(copy.deepcopy(own))
+            with contextlib.suppress(OSError):  # it need not have one
+                model.generation_config = GenerationConfig.from_pretrained(name_or_path)
+            return model
+
+        return Origin(make, 0, SafetensorsFiles(name_or_path))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in transformers, from safetensors alone. Raises OSError where there are none."""
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError("weights are read from safetensors only: pickles can run code")
+        refuse_pickles(Path(str(name_or_path)))
+        return super().from_pretrained(name_or_path, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.shared
@@ -354,13 +399,9 @@ def _stack_config(t5: PreTrainedConfig, *, is_decoder: bool) -> PreTrainedConfig
     return config
 
 
-def _without_cross_attention(key: str) -> str | None:
-    """The name in a T5VAE of a weight of a T5, None for one that is not kept."""
-    if not key.startswith("decoder.block."):
-        return key
-    if ".layer.1." in key:
-        return None
-    return key.replace(".layer.2.", ".layer.1.")
+def _with_cross_attention(name: str) -> str:
+    """The name in a T5, whose decoder blocks have cross-attention in the middle, of a weight of a T5VAE."""
+    return name.replace(".layer.1.", ".layer.2.") if name.startswith("decoder.block.") else name
 
 
 AutoConfig.register(T5VAEConfig.model_type, T5VAEConfig)

@@ -87,7 +87,7 @@ def engine_ratio(args: argparse.Namespace, data, world) -> None:
             batch_size=args.batch_size, micro_batches=1, world_size=1, bf16_supported=True, fp16_supported=False,
         )  # fmt: skip
         engine = PhaseEngine(
-            copy.deepcopy(initial), world, phase, resolved, sample_latent=True, freeze=False, free_bits=0.5,
+            copy.deepcopy(initial), world, phase, resolved, origin=None, sample_latent=True, freeze=False, free_bits=0.5,
             free_bits_mode="dimension", gradient_checkpointing=False, seed=0,
         )  # fmt: skip
         rates: dict[str, list[float]] = {"bare": [], "engine": []}

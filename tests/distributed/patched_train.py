@@ -36,7 +36,7 @@ def observed_step(self, index, step, beta):
     sums = train_step(self, index, step, beta)
     if directory := os.environ.get("WEIGHTS"):
         digest = hashlib.sha256()
-        for name, tensor in full_weights(self.module, self.frozen, self.world):
+        for name, tensor in full_weights(self.module, self.origin, self.world):
             if tensor is not None:
                 digest.update(name.encode() + tensor.numpy().tobytes())
         if self.world.is_main:

@@ -1,8 +1,8 @@
 """A run goes on at another number of ranks, ZeRO stage or precision, with the losses of the uncut run at its first shape.
 
-The tolerance in float32 is what other sums of the same numbers leave: an uncut run at other ranks lies as far away. Losses are
-around 50 nats; a run whose moments are reset at a cut is off by more than 0.1, one whose second group of parameters gets the
-weight decay of the first by more than 1e-4.
+The tolerance in float32 is what other sums of the same numbers leave. Losses are around 50 nats, with 4e-6 between two floats.
+Measured with one part of the conversion left out, eight steps later: moments reset, off by 0.36; one step counter for all
+partitions, 0.03; the weight decay of the first group for the second, 0.007.
 """
 
 import shutil

@@ -8,6 +8,7 @@ import random
 import signal
 import time
 
+import pytest
 from launch import CONFIGS, start, train
 from test_resume import same_as_uncut
 
@@ -41,6 +42,7 @@ def wait_anywhere(run, checkpoints, moments):
     return True
 
 
+@pytest.mark.timeout(300 + 90 * KILLS)
 def test_killed_again_and_again(tiny, tmp_path):
     moments = random.Random(SEED)
     # Small steps, a checkpoint at every other: kills fall into saves, between the phases, into the export, and elsewhere.
@@ -62,6 +64,7 @@ def test_killed_again_and_again(tiny, tmp_path):
             assert all(code in (-signal.SIGKILL, 69) for code in run.codes), (run.codes, run.stderr[-2000:])
             killed += 1
             inside += where is wait_inside_a_save
+            print(f"kill {killed}: rank(s) {victims}, {where.__name__.removeprefix('wait_')}", flush=True)
         finally:
             run.kill()
     assert inside >= 1

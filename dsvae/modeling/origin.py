@@ -1,0 +1,256 @@
+"""Where a model's weights come from at its start: safetensors files, or drawn afresh. One tensor at a time.
+
+A model that fits no process whole is filled from here tensor by tensor; every other one in the same way, so that all ZeRO
+stages and any number of ranks start from the same values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import constants
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.safetensors_conversion import auto_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Endings of weight files that run their author's code when they are loaded."""
+
+COMPARED_ROWS = 4096
+"""Rows of two matrices that are compared at a time."""
+
+
+class SafetensorsFiles:
+    """The weights of a model directory or a hub model, read tensor by tensor; no other format is read.
+
+    Raises:
+        OSError: no such model, or no safetensors in it.
+        SafetensorError: a damaged file.
+    """
+
+    def __init__(self, name_or_path: str) -> None:
+        self.name = name_or_path
+        self._files: dict[str, Path] = {}  # of every tensor
+        self._stamps: dict[Path, tuple[int, int]] = {}
+        for file in map(Path, _weight_files(name_or_path)):
+            with safe_open(file, framework="pt") as reader:
+                self._files |= dict.fromkeys(reader.keys(), file)
+            self._stamps[file] = _stamp(file)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._files
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        with safe_open(self._files[key], framework="pt") as reader:
+            return tuple(reader.get_slice(key).get_shape())
+
+    def copy(self, key: str, out: Tensor) -> None:
+        """Copies a tensor into `out`, of whatever dtype, straight from the mapped file.
+
+        The file is opened for each: what its mapping held of the pages read goes with it, and counts for no process.
+        """
+        with safe_open(self._files[key], framework="pt") as reader:
+            out.copy_(reader.get_tensor(key))
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same; a few rows are in memory at a time."""
+        if self.shape(one) != self.shape(other):
+            return False
+        with safe_open(self._files[one], framework="pt") as first, safe_open(self._files[other], framework="pt") as second:
+            a, b = first.get_slice(one), second.get_slice(other)
+            starts = range(0, self.shape(one)[0], COMPARED_ROWS)
+            return all(torch.equal(a[i : i + COMPARED_ROWS], b[i : i + COMPARED_ROWS]) for i in starts)
+
+    def check_unchanged(self) -> None:
+        """Raises OSError where a file is gone or is no longer the one that was opened first."""
+        for file, stamp in self._stamps.items():
+            if not file.is_file():
+                raise OSError(f"{file} is gone")
+            if _stamp(file) != stamp:
+                raise OSError(f"{file} has changed since it was loaded")
+
+
+class Origin:
+    """The values that the parameters of a model start from.
+
+    Args:
+        make: makes the model; called on the meta device, where a model of any size takes no memory.
+        seed: of the parameters that are drawn, by transformers' own rules: each module from its own state, so that the values
+            depend on nothing but seed and name.
+        files, key_of: those that are read: the name in `files` of a parameter, None for one that is drawn.
+
+    Raises:
+        ValueError: a key that the files lack, or a tensor of another shape.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], PreTrainedModel],
+        seed: int,
+        files: SafetensorsFiles | None = None,
+        key_of: Callable[[str], str | None] = str,
+    ) -> None:
+        with torch.device("meta"):
+            self._skeleton = make()
+        self._make, self._seed, self._files = make, seed, files
+        self._keys: dict[str, str] = {}
+        self._drawn: dict[str, Tensor] = {}
+        self._shapes = {name: tuple(p.shape) for name, p in self._skeleton.named_parameters()}
+        if files is None:
+            return
+        self._keys = {name: key for name in self._shapes if (key := key_of(name)) is not None}
+        if missing := [key for key in self._keys.values() if key not in files]:
+            raise ValueError(f"{files.name} lacks weights: {', '.join(sorted(missing)[:3])} ({len(missing)} in all)")
+        for name, key in self._keys.items():
+            if (found := files.shape(key)) != self._shapes[name]:
+                raise ValueError(f"{files.name}: {key} has the shape {found}, by its config.json {self._shapes[name]}")
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the model."""
+        return self._skeleton.config
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device: no values, no memory."""
+        with torch.device("meta"):
+            return self._make()
+
+    @torch.no_grad()
+    def copy(self, name: str, out: Tensor) -> Tensor:
+        """Copies the value of a parameter into `out`, in its dtype; returns it."""
+        if name in self._keys:
+            cast(SafetensorsFiles, self._files).copy(self._keys[name], out)
+            return out
+        if name not in self._drawn:
+            self._drawn = self._draw(name)
+        return out.copy_(self._drawn.pop(name))
+
+    def tensor(self, name: str) -> Tensor:
+        """The value of a parameter, float32 on CPU."""
+        return self.copy(name, torch.empty(self._shapes[name], dtype=torch.float32))
+
+    def check_unchanged(self) -> None:
+        """Raises OSError where the files are no longer those that the model was loaded from."""
+        if self._files is not None:
+            self._files.check_unchanged()
+
+    def build(self) -> PreTrainedModel:
+        """The whole model in float32 on CPU."""
+        model = self.skeleton()
+        for name, parameter, put in slots(model):
+            put(nn.Parameter(self.tensor(name), requires_grad=parameter.requires_grad))
+        return model
+
+    @torch.no_grad()
+    def _draw(self, name: str) -> dict[str, Tensor]:
+        """The values of all parameters of the module that initializes this one.
+
+        T5 initializes the matrices of an attention or a feed-forward from the module around them, which therefore is drawn as a
+        whole; stacks and models leave their children to themselves.
+        """
+        owner = name.rpartition(".")[0]
+        around = owner.rpartition(".")[0]
+        inside = isinstance(self._skeleton.get_submodule(around), PreTrainedModel)
+        root = owner if inside else around
+        module = self._skeleton.get_submodule(root)
+        modules = {root: module} | ({} if inside else {f"{root}.{n}": child for n, child in module.named_children()})
+        empty = {prefix: dict(m.named_parameters(recurse=False)) for prefix, m in modules.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_derived(self._seed, root))
+            for prefix, m in modules.items():
+                for key, p in empty[prefix].items():
+                    setattr(m, key, nn.Parameter(torch.empty(p.shape, dtype=torch.float32)))
+            for prefix, m in reversed(modules.items()):  # children first, as transformers goes
+                _model_of(self._skeleton, prefix)._init_weights(m)
+        drawn = {}
+        for prefix, m in modules.items():
+            for key, p in empty[prefix].items():
+                drawn[f"{prefix}.{key}"] = getattr(m, key).data
+                setattr(m, key, p)
+        return drawn
+
+
+def slots(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[nn.Parameter], None]]]:
+    """Every parameter of a model with its name and a function that puts another in its place, wherever it is tied to."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((module, key))
+
+    def putter(where: list[tuple[nn.Module, str]]) -> Callable[[nn.Parameter], None]:
+        def put(new: nn.Parameter) -> None:
+            for module, key in where:
+                setattr(module, key, new)
+
+        return put
+
+    for name, parameter in list(model.named_parameters()):
+        yield name, parameter, putter(places[parameter])
+
+
+def no_safetensors(name: str) -> OSError:
+    """What is said where a model has no weights that are read."""
+    return OSError(
+        f"no file named {SAFE_WEIGHTS_NAME} in {name}, and pickles (pytorch_model.bin) are not read, they can run code: load and "
+        "save it with transformers on a machine you trust, or name a model that has safetensors"
+    )
+
+
+def refuse_pickles(directory: Path) -> None:
+    """Raises OSError for a directory whose only weights are pickles."""
+    files = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    if not any(name.endswith(".safetensors") for name in files) and any(name.endswith(PICKLES) for name in files):
+        raise no_safetensors(str(directory))
+
+
+def _weight_files(name_or_path: str) -> list[str]:
+    """The safetensors files of a model, downloaded where they must be."""
+    if single := cached_file(name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
+        return [single]
+    index, revision = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False), "main"
+    online = not constants.HF_HUB_OFFLINE and not os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
+    if index is None and online and not Path(name_or_path).is_dir():
+        # Many older hub models have their safetensors in a pull request of the hub's own converter, which transformers finds.
+        found, revision, sharded = _converted(name_or_path)
+        if found and not sharded:
+            return [found]
+        index = found
+    if index is None:
+        raise no_safetensors(name_or_path)
+    files, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision)
+    return files
+
+
+def _converted(name: str) -> tuple[str | None, str, bool]:
+    """The converter's file (or index) for a hub model, its revision, and whether it is an index."""
+    try:
+        return auto_conversion(name)
+    except Exception as error:  # the hub, the network and the converter each raise their own
+        raise no_safetensors(name) from error
+
+
+def _model_of(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """The innermost transformers model around a submodule: whose rules of initialization hold there."""
+    found = model
+    parts = path.split(".")
+    for i in range(1, len(parts)):
+        if isinstance(inner := model.get_submodule(".".join(parts[:i])), PreTrainedModel):
+            found = inner
+    return found
+
+
+def _derived(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,71 @@
+"""The public T5-family models whose configurations are known without a download.
+
+Only fields that decide sizes: d_model, d_kv, d_ff, layers (encoder and decoder), heads, vocabulary, and the kind of
+feed-forward. Dropout is 0.1 in all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+V1, GATED, GATED_SILU = "relu", "gated-gelu", "gated-silu"
+
+# d_model, d_kv, d_ff, encoder layers, decoder layers, heads
+_T5 = {
+    "small": (512, 64, 2048, 6, 6, 8),
+    "base": (768, 64, 3072, 12, 12, 12),
+    "large": (1024, 64, 4096, 24, 24, 16),
+    "3b": (1024, 128, 16384, 24, 24, 32),
+    "11b": (1024, 128, 65536, 24, 24, 128),
+}
+_V11 = {
+    "small": (512, 64, 1024, 8, 8, 6),
+    "base": (768, 64, 2048, 12, 12, 12),
+    "large": (1024, 64, 2816, 24, 24, 16),
+    "xl": (2048, 64, 5120, 24, 24, 32),
+    "xxl": (4096, 64, 10240, 24, 24, 64),
+}
+_BYT5 = {
+    "small": (1472, 64, 3584, 12, 4, 6),
+    "base": (1536, 64, 3968, 18, 6, 12),
+    "large": (1536, 64, 3840, 36, 12, 16),
+    "xl": (2560, 64, 6720, 36, 12, 32),
+    "xxl": (4672, 64, 12352, 36, 12, 64),
+}
+_UL2 = (4096, 256, 16384, 32, 32, 16)
+
+
+def _config(kind: str, shape: tuple[int, ...], vocab: int, feed_forward: str) -> dict[str, Any]:
+    names = ("d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
+    config: dict[str, Any] = {"model_type": kind, **dict(zip(names, shape, strict=True))}
+    config |= {"vocab_size": vocab, "feed_forward_proj": feed_forward, "dropout_rate": 0.1, "decoder_start_token_id": 0}
+    if kind == "t5":
+        config["tie_word_embeddings"] = feed_forward == V1
+    return config
+
+
+def _known() -> dict[str, dict[str, Any]]:
+    found = {f"google-t5/t5-{size}": _config("t5", shape, 32128, V1) for size, shape in _T5.items()}
+    for size, shape in _V11.items():
+        found[f"google/t5-v1_1-{size}"] = _config("t5", shape, 32128, GATED)
+        found[f"google/flan-t5-{size}"] = _config("t5", shape, 32128, GATED)
+        found[f"google/mt5-{size}"] = _config("mt5", shape, 250112, GATED)
+        if size != "large":  # there is no umt5-large
+            found[f"google/umt5-{size}"] = _config("umt5", shape, 256384, GATED)
+    for size, shape in _BYT5.items():
+        found[f"google/byt5-{size}"] = _config("t5", shape, 384, GATED) | {"tie_word_embeddings": False}
+    for name in ("google/ul2", "google/flan-ul2"):
+        found[name] = _config("t5", _UL2, 32128, GATED_SILU)
+    return found
+
+
+KNOWN = _known()
+"""Configuration of every known model by its hub id."""
+
+
+def configuration_of(name: str) -> dict[str, Any] | None:
+    """The T5 configuration of a public model, None for an unknown name; `t5-base` is `google-t5/t5-base`, and so on."""
+    for candidate in (name, f"google-t5/{name}", f"google/{name}"):
+        if candidate in KNOWN:
+            return dict(KNOWN[candidate])
+    return None

@@ -1,0 +1,143 @@
+#!/usr/bin/env bash
+# A training run inside its allocation: job.sh [--dry_run] TRAIN_ARGS... train.sbatch and sweep.sbatch become this script.
+#
+# Start: snapshot of code and configuration, preflight, one srun task a rank. End, by the exit code of the ranks (dsvae/errors.py):
+#   0            done-marker; the same command finds it and leaves at once
+#   75           saved after a signal: requeued, and the next start goes on from there
+#   69, signals  a rank was lost: requeued, at most DSVAE_MAX_FAILURES times
+#   others       the job ends with that code
+set -u
+code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+# shellcheck source=slurm/site.sh
+. "$code/slurm/site.sh"
+# shellcheck source=slurm/lib.sh
+. "$code/slurm/lib.sh"
+
+dry_run=
+if [ "${1:-}" = --dry_run ]; then dry_run=1 && shift; fi
+restarts=${SLURM_RESTART_COUNT:-0}
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+pointer=$SLURM_SUBMIT_DIR/.slurm-jobs/$SLURM_JOB_ID # to DIR: train.sbatch and the lines below look there at a restart
+
+# ---- What runs, and beside the run what it was.
+if [ "$restarts" -gt 0 ] && [ -f "$pointer/arguments" ]; then # as it began, whatever happened to the files it was made of
+    dir=$(readlink "$pointer")
+    run=${dir%/slurm/*}
+    mapfile -d '' -t ARGS < "$dir/arguments"
+elif [ -z "$dry_run" ]; then
+    run=$(run_dir "$code" "$@")
+    dir=$run/slurm/$job
+    mkdir -p "$dir" || die 78 "$(hostname) cannot write to $run"
+    dir=$(cd "$dir" && pwd -P)
+    if [ ! -e "$code/SNAPSHOT" ]; then
+        snapshot "$code" "$dir" || die 78 "$(hostname) cannot write a snapshot to $dir"
+        code=$dir/code
+    fi
+    freeze_args "$code" "$dir" "$@"
+    complete_args "$code" "$run" "${ARGS[@]}"
+    printf '%s\0' "${ARGS[@]}" > "$dir/arguments"
+    if mkdir -p "${pointer%/*}" 2>/dev/null; then ln -sfn "$dir" "$pointer"; fi
+else
+    run=$(run_dir "$code" "$@")
+    dir=$run/slurm/$job
+    complete_args "$code" "$run" "$@"
+fi
+command=$(shown "${ARGS[@]}")
+
+# ---- --signal=B:USR1@N reaches this shell; srun passes USR1 on to every rank. Preemption's SIGTERM reaches the ranks directly.
+srun_pid='' interrupted='' warned=''
+# shellcheck disable=SC2317  # called by trap
+forward() {
+    interrupted=1 warned=1
+    say "signal: the ranks save at the next step"
+    if [ -n "$srun_pid" ]; then kill -USR1 "$srun_pid" 2>/dev/null; fi
+}
+trap forward USR1 TERM
+
+leave() { # CODE: the end of this job, for good
+    rm -f "$pointer" 2>/dev/null
+    exit "$1"
+}
+requeue() { # WHY CODE: back into the queue, or the end
+    if [ "$restarts" -ge "$DSVAE_MAX_RESTARTS" ]; then
+        say "$1; restarted $restarts times already: given up. The same sbatch command goes on from here."
+        leave "$2"
+    fi
+    # SLURM itself is ending a job that is no longer RUNNING: cancelled, or requeued by SLURM (which then needs the pointer).
+    if ! scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
+        say "$1; SLURM is ending the job. The same sbatch command goes on from here."
+        exit "$2"
+    fi
+    say "$1: requeued"
+    trap '' TERM USR1 # requeueing ends this script, and would end scontrol before it can say that it has succeeded
+    scontrol requeue "$SLURM_JOB_ID" || { say "SLURM does not requeue this job. The same sbatch command goes on from here." && leave "$2"; }
+    exit "$2"
+}
+
+# Without the places of the copies, which are another job's own, and with what is in them.
+# shellcheck disable=SC2001
+marker=$(sed 's,[^ ]*/slurm/[^/ ]*/\(code/\)\?\(config\|ds_configs\?\)/,,g' <<< "$command")$(cat "$dir"/config/* "$dir"/ds_config/* 2>/dev/null | cksum)
+if grep -qxF -- "$marker" "$run/slurm/done" 2>/dev/null; then
+    say "finished already ($run/slurm/done): nothing to do"
+    leave 0
+fi
+if [ "$restarts" -gt "$DSVAE_MAX_RESTARTS" ]; then # by SLURM itself, after lost nodes
+    say "restarted $restarts times: given up"
+    leave 69
+fi
+
+layout
+export DSVAE_CONTAINER DSVAE_PYTHON PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}
+step=("${SRUN[@]}" --wait="$DSVAE_WAIT" --open-mode=append --output="${dir//%/%%}/rank-%t.log"
+    bash "$code/slurm/rank.sh" "$code/dsvae/train.py" "${ARGS[@]}")
+say "job $job, start $((restarts + 1)): ${NODES[*]}, $RANKS rank(s), $PER_NODE a node; code $code; logs $dir"
+say "train.py $command"
+if [ -n "$dry_run" ]; then
+    shown "${step[@]}"
+    leave 0
+fi
+activate || die 2 "the environment was not made: see dsvae_activate in $code/slurm/site.sh"
+
+# ---- Preflight.
+if [ "$DSVAE_PREFLIGHT" != 0 ]; then
+    bash "$code/slurm/preflight.sh" "$run"
+    status=$?
+    if [ -n "$warned" ]; then requeue "a signal came before training began" 75; fi
+    [ "$status" -eq 0 ] || leave "$status"
+fi
+
+# ---- The ranks.
+: >> "$dir/rank-0.log"
+from=$(($(wc -c < "$dir/rank-0.log") + 1))
+"${step[@]}" &
+srun_pid=$!
+tail -c "+$from" -F --pid="$srun_pid" "$dir/rank-0.log" 2>/dev/null & # rank 0 in the job's own log
+tail_pid=$!
+while :; do
+    interrupted=''
+    wait "$srun_pid"
+    status=$?
+    [ -n "$interrupted" ] || break # else it was the signal that ended `wait`
+done
+wait "$tail_pid"
+
+# ---- What the exit code asks for.
+if [ "$status" -eq 0 ]; then
+    echo "$marker" >> "$run/slurm/done"
+    say "finished"
+    leave 0
+fi
+say "exit code $status; logs of all ranks: $dir/rank-*.log"
+if [ "$status" -eq 75 ] || { [ -n "$warned" ] && [ "$status" -ge 128 ]; }; then # 128 and more: so early that there was nothing to save
+    requeue "saved" 75
+elif [ "$status" -eq 69 ] || [ "$status" -ge 128 ]; then
+    date +%FT%T >> "$dir/failures"
+    failures=$(wc -l < "$dir/failures")
+    if [ "$failures" -gt "$DSVAE_MAX_FAILURES" ]; then
+        say "a rank was lost for the ${failures}th time: given up. The same sbatch command goes on from the last complete checkpoint."
+        leave "$status"
+    fi
+    requeue "a rank was lost ($failures of at most $DSVAE_MAX_FAILURES times)" "$status"
+fi
+leave "$status"

@@ -1,0 +1,129 @@
+"""Models that do not fit: loaded and exported part by part, trained with states in host memory or on a disk."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from benchmarks.loading import MIB, measure, save_t5
+from launch import CONFIGS, numbers, rows, start, train
+from safetensors.torch import load_file
+
+STEPS = ("--phase1.steps", "3", "--phase2.steps", "3", "--phase1.freeze_decoder", "--precision", "fp32")
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, tmp_path_factory):
+    """A run at ZeRO 2, where every rank builds the whole model, from a configuration: fresh weights."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    train("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", out, *STEPS, ranks=2)
+    return out
+
+
+def nvme_config(directory):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("NVMe offload needs libaio's headers and a C++ compiler (apt-get install libaio-dev g++)")
+    config = json.loads((CONFIGS / "zero3_nvme.json").read_text())
+    for section in ("offload_optimizer", "offload_param"):
+        assert config["zero_optimization"][section]["device"] == "nvme"
+        config["zero_optimization"][section]["nvme_path"] = str(directory / "nvme")
+    (directory / "nvme").mkdir()
+    (directory / "zero3_nvme.json").write_text(json.dumps(config))
+    return directory / "zero3_nvme.json"
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("name", ["zero3", "zero2_offload", "zero3_offload", "zero3_nvme"])
+def test_sharded_and_offloaded_runs_give_the_plain_losses(name, tiny, plain, tmp_path):
+    """Fresh weights, drawn on rank 0 and sharded at once, are those that a whole model starts from; offload changes nothing."""
+    config = nvme_config(tmp_path) if name == "zero3_nvme" else CONFIGS / f"{name}.json"
+    out = tmp_path / "run"
+    # The first use of NVMe compiles DeepSpeed's I/O: minutes.
+    train("--config", tiny, "--ds_config", config, "--output_dir", out, *STEPS, ranks=2, timeout=1400)
+    expected, found = ([row["loss"] for row in rows(d)] for d in (plain, out))
+    assert len(expected) == 6
+    assert found == pytest.approx(expected, rel=2e-6, abs=2e-5)
+    weights = [load_file(d / "phase1" / "model" / "model.safetensors") for d in (plain, out)]
+    assert weights[0].keys() == weights[1].keys()
+    for key, value in weights[0].items():
+        if key.startswith(("decoder.", "shared.", "lm_head.")):
+            assert torch.equal(weights[1][key], value), f"{key} is frozen and not the same"
+        else:
+            assert (weights[1][key] - value).abs().mean() < 1e-5, key
+    if name == "zero3_nvme":
+        assert any(files for _, _, files in os.walk(tmp_path / "nvme"))  # the disk was used
+
+
+@pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
+def test_a_killed_offloaded_run_goes_on_as_the_uncut_one(name, tiny, tmp_path):
+    common = (
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / f"{name}.json",
+        "--phase",
+        "2",
+        "--phase2.steps",
+        "14",
+        "--checkpoint_every",
+        "4",
+    )
+    train(*common, "--output_dir", tmp_path / "uncut", ranks=2)
+    cut = tmp_path / "cut"
+    run = start(*common, "--output_dir", cut, ranks=2)
+    run.wait_for(cut / "checkpoints" / "phase2-step00000004" / "COMPLETE")
+    run.kill()
+    assert not (cut / "metrics.json").exists()
+    assert "going on from" in train(*common, "--output_dir", cut, ranks=2).stdout
+    assert [row["step"] for row in rows(cut)] == list(range(1, 15))
+    assert numbers(cut) == numbers(tmp_path / "uncut")
+
+
+def test_no_rank_holds_the_whole_model(tmp_path):
+    """Two ranks, float32, 139 M parameters: each stays below 0.65 of the model's bytes, all pages of files counted.
+
+    Half is the rank's own part; the largest tensor, which passes through whole, is 5% of this model.
+    """
+    save_t5(tmp_path, "medium", "200MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    for figures in measure(tmp_path, CONFIGS / "zero3.json", load_only=True, timeout=120):
+        model = figures["parameters"] * 4 / MIB
+        assert model > 500
+        assert 0.45 * model < figures["load"]["peak"] - figures["base"] < 0.65 * model
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_a_model_in_a_pickle_is_refused_in_one_line(config, tmp_path, cache_dir):
+    model = tmp_path / "model"
+    save_t5_without_weights(model)
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
+    refused = start(
+        "--ds_config", CONFIGS / f"{config}.json", "--model", model, "--output_dir", tmp_path / "run",
+        "--data.cache_dir", cache_dir, "--data.builtin_size", "600", ranks=2,
+    )  # fmt: skip
+    assert refused.wait(120) == 2, refused.stderr[-3000:]
+    assert [p.returncode for p in refused.processes] == [2, 2]
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("dsvae: error:")]
+    assert str(model) in line
+    assert "safetensors" in line
+    assert not (tmp_path / "executed").exists()
+
+
+def save_t5_without_weights(directory):
+    from transformers import T5Config
+
+    from dsvae.data.tokenization import train_tokenizer
+
+    T5Config(vocab_size=200, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(directory)
+    train_tokenizer(["a small cat sees the old dog", "an old dog sees a cat"], 40).save_pretrained(directory)

@@ -1,0 +1,141 @@
+"""`dsvae plan`: what it prints, and that what it prints can be run."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from launch import TINY
+
+from dsvae import config as configuration
+from dsvae.cli import main
+from dsvae.errors import UserError
+from dsvae.planning.plan import bytes_of
+
+SMALL = ["--ds_config", "ds_configs/zero2.json", "--max_tokens", "32", "--batch_tokens", "512", "--eval_batch_tokens", "512"]
+
+
+@pytest.fixture
+def tiny_yaml(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return str(path)
+
+
+def plan(capsys, *words, code=0):
+    assert main(["plan", *words]) == code
+    return capsys.readouterr()
+
+
+def found(capsys, *words):
+    return json.loads(plan(capsys, *words, "--json").out)
+
+
+def run_config(command):
+    """The configuration that dsvae/train.py would read, and the words before it."""
+    words = shlex.split(command)
+    at = next(i for i, word in enumerate(words) if word in ("dsvae/train.py", "slurm/train.sbatch"))
+    return configuration.read(words[at + 1 :]), words[: at + 1]
+
+
+def test_every_shipped_file_in_order_and_the_first_that_fits(capsys):
+    words = ["t5-small", *SMALL[2:], "--gpus", "2"]
+    plans = found(capsys, *words)
+    order = [(Path(o["ds_config"]).stem, o["gradient_checkpointing"]) for o in plans["options"]]
+    resident = ["zero0", "zero1", "zero2", "zero3"]
+    offloaded = [(name, c) for name in ("zero2_offload", "zero3_offload", "zero3_nvme") for c in (False, True)]
+    assert order == [(n, False) for n in resident] + [(n, True) for n in resident] + offloaded
+    assert plans["fits"] == 0
+    assert plans["command"] == plans["options"][0]["command"]
+    # A little memory less than the first needs: the next that needs less is taken.
+    first = plans["options"][0]["gpu_bytes"]
+    less = found(capsys, *words, "--gpu_memory", str(first - 1), "--margin", "0")
+    assert less["fits"] == next(i for i, o in enumerate(plans["options"]) if o["gpu_bytes"] < first)
+
+
+def test_the_printed_command_is_the_run_that_was_planned(capsys):
+    plans = found(
+        capsys, "t5-small", *SMALL, "--gpus", "2", "--gradient_checkpointing", "--injection", "both", "--latent_dim", "16"
+    )
+    config, start = run_config(plans["command"])
+    assert start == ["deepspeed", "--num_gpus", "2", "dsvae/train.py"]
+    assert (config.ds_config, config.model.name) == ("ds_configs/zero2.json", "google-t5/t5-small")
+    assert config.model.gradient_checkpointing
+    assert (config.data.max_tokens, config.data.micro_batch_tokens, config.eval.batch_tokens) == (32, 512, 512)
+    assert (config.model.injection, config.model.latent_dim) == ("both", 16)
+    assert plans["micro_batch"] == {"sentences": 16, "tokens": 32, "of_a_step": 4}  # 128 sentences, 64 a GPU, 512 // 32 at once
+
+
+def test_several_nodes_are_a_batch_job(capsys, tiny_yaml):
+    words = [tiny_yaml, "--ds_config", "ds_configs/zero2.json", "--gradient_checkpointing", "false"]
+    command = found(capsys, *words, "--gpus", "8", "--gpus_per_node", "4")["command"]
+    _, start = run_config(command)
+    assert start == ["sbatch", "--nodes", "2", "--gpus-per-node", "4", "slurm/train.sbatch"]
+
+
+def test_where_nothing_fits_it_says_what_would_and_that_is_true(capsys):
+    words = ["t5-small", *SMALL, "--gpu_memory", "3GB", "--gradient_checkpointing", "false"]
+    told = plan(capsys, *words)
+    assert "Nothing fits" in told.out
+    assert "deepspeed" not in told.out
+    plans = found(capsys, *words)
+    assert (plans["fits"], plans["command"]) == (None, None)
+    memory = next(change for change in plans["instead"]["changes"] if change.startswith("--gpu_memory"))
+    again = [word for word in words if word not in ("--gpu_memory", "3GB")] + shlex.split(memory)
+    assert found(capsys, *again)["fits"] == 0
+
+
+def test_host_memory_counts(capsys, tiny_yaml):
+    words = [tiny_yaml, "--ds_config", "ds_configs/zero2.json", "--gradient_checkpointing", "false"]
+    assert found(capsys, *words)["fits"] == 0
+    assert found(capsys, *words, "--host_memory", "1GB")["fits"] is None
+
+
+def test_phase_1_with_a_frozen_decoder_needs_less(capsys):
+    whole, frozen = (
+        found(capsys, "t5-small", *SMALL, "--gradient_checkpointing", "false", "--phase", "1", "--freeze_decoder", word)
+        for word in ("false", "true")
+    )
+    assert whole["trained"] == whole["parameters"]
+    assert frozen["trained"] < 0.5 * frozen["parameters"]
+    assert frozen["options"][0]["gpu"]["Adam moments"] < 0.5 * whole["options"][0]["gpu"]["Adam moments"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["t5-bse"], "did you mean google-t5/t5-base?"),
+        (["t5-base", "--gpu", "2"], "did you mean --gpus?"),
+        (["t5-base", "--gpu_memory", "much"], "--gpu_memory is 'much'"),
+        (["t5-base", "--gpus", "12"], "no multiple of --gpus_per_node 8"),
+        (["quickstart", "--config", "optimus"], "two configurations"),
+        (["t5-base", "--ds_config", "none.json"], "none.json"),
+        (["t5-base", "--phase", "3"], "--phase is '3', not one of all, 1, 2"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, words, message):
+    told = plan(capsys, *words, code=2)
+    assert told.out == ""
+    assert message in told.err
+
+
+def test_sizes():
+    assert bytes_of("40GB", "--x") == 40 * 10**9
+    assert bytes_of("80GiB", "--x") == 80 * 2**30
+    assert bytes_of("1.5mb", "--x") == 1_500_000
+    assert bytes_of("123", "--x") == 123
+    for wrong in ("", "GB", "1 PB", "-1GB", "1.2.3GB", "0"):
+        with pytest.raises(UserError):
+            bytes_of(wrong, "--x")
+
+
+@pytest.mark.parametrize("name", ["zero2 bf16", "zero3 fp32, checkpointing"])
+def test_planned_peaks_are_those_of_real_ranks(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import plan_memory
+
+    shape = {"t5": {"model_type": "t5", "decoder_start_token_id": 0, **plan_memory.SMALL}, "rows": 4, "tokens": 32}
+    # Buckets as small as the model: those of a large one would be nearly all that is measured.
+    job = {**plan_memory.COMBINATIONS[name], **shape, "zero": {"reduce_bucket_size": 100_000}}
+    assert plan_memory.planned(job) == pytest.approx(plan_memory.measure(job, timeout=60)["live"], rel=0.15)

@@ -1,0 +1,191 @@
+"""Bytes of an engine against sums done by hand, and of a dry run against a real step."""
+
+import dataclasses
+
+import pytest
+import torch
+from launch import CONFIGS
+
+from dsvae.config import PhaseConfig
+from dsvae.engine import ds_config
+from dsvae.errors import UserError
+from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
+from dsvae.objective.elbo import loss_share, reconstruction_nats
+from dsvae.planning.dry_run import DryRun, Event, Weight, dry_run
+from dsvae.planning.live import LiveBytes
+from dsvae.planning.memory import Engine, Ranks, estimate
+
+T5 = {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 500}
+T5 |= {"decoder_start_token_id": 0, "dropout_rate": 0.1}
+MATRIX, EMBEDDING = Weight("matrix", 600, True, True), Weight("embedding", 400, True, False)
+NOTHING = DryRun((Event("loss", (), 0, 0), Event("end", (), 0, 0)), 0, 0)
+
+
+def engine(name, precision="bf16", world=4, **zero):
+    raw = ds_config.load(CONFIGS / f"{name}.json")
+    raw["zero_optimization"] |= zero
+    resolved = ds_config.resolve(
+        raw, phase=PhaseConfig(), precision=precision, batch_size=64, micro_batches=1, world_size=world, bf16_supported=True,
+        fp16_supported=True,
+    )  # fmt: skip
+    return Engine.of(resolved)
+
+
+def find(name, precision="bf16", world=4, per_node=4, weights=(MATRIX, EMBEDDING), run=NOTHING, accumulates=False, **zero):
+    made = engine(name, precision, world, **zero)
+    return estimate(made, list(weights), run, Ranks(world, per_node), accumulates=accumulates)
+
+
+# 1,000 weights on 4 ranks, by hand: 150 and 100 a rank in the two groups of AdamW.
+@pytest.mark.parametrize(
+    ("name", "precision", "gpu"),
+    [
+        ("zero0", "fp32", 4 * 1000 + 8 * 1000),
+        ("zero0", "bf16", 4 * 1000 + 8 * 1000),  # autocast: float32 weights
+        ("zero1", "bf16", 2 * 1000 + 4 * 250 + 4 * 1000 + 8 * 250),  # float32 gradients of all weights
+        ("zero1", "fp32", 4 * 1000 + 4 * 250 + 8 * 250),
+        ("zero2", "bf16", 2 * 1000 + 4 * 250 + 8 * 250),
+        ("zero2_offload", "bf16", 2 * 1000 + 2 * 600),  # and a buffer for the largest gradient
+        ("zero3", "bf16", 2 * 250 + 4 * 250 + 4 * 250 + 8 * 250 + 2 * 50),
+        ("zero3_offload", "bf16", 2 * 50),
+    ],
+)
+def test_what_is_always_on_a_gpu(name, precision, gpu):
+    zero = {}
+    if name.startswith("zero3"):
+        zero = {"stage3_param_persistence_threshold": 10, "reduce_bucket_size": 50}
+    assert sum(find(name, precision, **zero).gpu.values()) == gpu
+
+
+def test_what_is_always_on_a_node_is_that_of_its_ranks():
+    # Float32 weights, gradients and moments of 250 elements, a bf16 copy of them, and the gradient buffer: two ranks of four.
+    host = find("zero2_offload", per_node=2).host
+    assert sum(host.values()) == 2 * (250 * (4 + 4 + 8) + 2 * 250 + 2 * 600)
+
+
+def test_a_node_builds_whole_models_below_zero3_and_one_tensor_at_a_time_there():
+    # 1,000 weights in float32 on each of two ranks; or a bf16 buffer of the largest, 600, on each, and what rank 0 draws.
+    assert find("zero2", per_node=2).host_moments["building the model"] == 2 * 4 * 1000
+    assert find("zero3", per_node=2).host_moments["building the model"] == 2 * 2 * 600 + 4 * 600
+    assert find("zero3_offload", per_node=2).host_moments["building the model"] == 2 * 2 * (600 + 250) + 4 * 600
+
+
+def test_the_peak_of_backward_takes_each_moment_as_it_is():
+    # Activations fall from 9,000 as gradients come; at stage 0 the gradients stay, so the peak is behind the first of them.
+    events = (
+        Event("loss", (), 9000, 9000),
+        Event("gradient", (0,), 8900, 6000),
+        Event("gradient", (1,), 8800, 2000),
+        Event("end", (), 1500, 100),
+    )
+    run = DryRun(events, 0, 100)
+    moments = find("zero0", "fp32", run=run).moments
+    assert moments["forward and backward"] == 12_000 + 8800 + 4 * 600
+    assert moments["optimizer step"] == 12_000 + 100 + 4000
+    # Gradients of an earlier micro-batch lie beside the activations of the next.
+    assert find("zero0", "fp32", run=run, accumulates=True).moments["forward and backward"] == 12_000 + 4000 + 9000
+
+
+def test_buckets_of_zero2_are_counted_whole_and_twice_where_communication_overlaps():
+    run = DryRun((Event("gradient", (0,), 0, 0), Event("gradient", (1,), 0, 0), Event("end", (), 0, 0)), 0, 0)
+    small, large = (
+        find("zero2", run=run, reduce_bucket_size=size).moments["forward and backward"] for size in (10_000, 1_000_000)
+    )
+    assert large - small == 2 * 2 * 990_000
+
+
+def test_a_frozen_decoder_has_neither_gradients_nor_moments():
+    frozen = dataclasses.replace(EMBEDDING, trains=False)
+    assert find("zero2", weights=(MATRIX, frozen)).gpu == {
+        "weights": 2 * 1000, "float32 weights": 4 * 150, "Adam moments": 8 * 150
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_more_gpus_never_need_more_each(name):
+    peaks = [find(name, world=world).gpu_peak for world in (1, 2, 4, 8, 16)]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_more_is_sharded_from_stage_to_stage():
+    large = [Weight(f"m{i}", 1_000_000, True, True) for i in range(40)]
+    fixed = {"reduce_bucket_size": 1000}
+    always = [sum(find(f"zero{stage}", world=8, weights=large, **fixed).gpu.values()) for stage in (0, 1, 2, 3)]
+    assert always == sorted(always, reverse=True)
+    assert always[3] < always[0] / 5  # 18 bytes over 8 ranks against 12 on each
+
+
+def test_stages_that_are_not_planned_for_are_refused():
+    with pytest.raises(UserError, match="stage 0 with bf16"):
+        Engine.of({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}})
+
+
+def test_live_bytes_count_storages_once_and_forget_them():
+    with LiveBytes() as live:
+        a = torch.zeros(1000)
+        view = a[:10]
+        b = a + 1
+        assert live.now == 8000
+        del b
+        assert live.now == 4000
+        del a, view
+    assert (live.now, live.restart()) == (0, 8000)
+
+
+def real_step(config, rows, tokens, *, checkpointing):
+    """Peak bytes of a forward and backward on CPU, gradients dropped as they come, and that of an evaluation pass."""
+    torch.manual_seed(0)
+    model = T5VAE(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    live = LiveBytes()
+    for p in model.parameters():
+        live.add(p)
+    base = live.now
+    with live:
+        ids = torch.randint(3, 500, (rows, tokens))
+        ids[-1, tokens // 2 :] = 0
+        mask, labels = (ids != 0).long(), ids.masked_fill(ids == 0, -100)
+        live.restart()
+        out = model(ids, mask, labels=labels, noise=torch.randn(rows, config.latent_dim))
+        rec, kl = reconstruction_nats(out.logits, labels), out.posterior.kl()
+        loss_share(rec, kl, torch.ones(rows), 1.0, torch.ones(config.latent_dim), rows).backward()
+        training = live.restart() - base
+        del out, rec, kl
+        live.restart()
+        model.eval()
+        with torch.no_grad():
+            out = model(ids, mask, labels=labels, noise=torch.randn(rows, config.latent_dim))
+            reconstruction_nats(out.logits, labels)
+        return training, live.restart() - base
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("injection", ["memory", "embedding"])
+def test_a_dry_run_counts_what_a_real_step_holds(checkpointing, injection):
+    config = T5VAEConfig(t5=T5, latent_dim=8, injection=injection)
+    run = dry_run(
+        config, rows=6, tokens=32, evaluation_rows=6, dtype=torch.float32, autocast=None, gradient_checkpointing=checkpointing,
+        freeze_decoder=False, fused_attention=False,
+    )  # fmt: skip
+    training, evaluation = real_step(config, 6, 32, checkpointing=checkpointing)
+    assert max(event.before for event in run.events) == pytest.approx(training, rel=0.02)
+    assert run.evaluation == pytest.approx(evaluation, rel=0.02)
+
+
+def test_checkpointing_and_the_fused_kernel_need_less_and_longer_sentences_more():
+    def peak(rows=8, tokens=128, **other):
+        options = {"gradient_checkpointing": False, "fused_attention": True} | other
+        run = dry_run(
+            T5VAEConfig(t5=T5 | {"num_layers": 4, "num_heads": 8}, latent_dim=8), rows=rows, tokens=tokens, evaluation_rows=0,
+            dtype=torch.bfloat16, autocast=None, freeze_decoder=False, **options,
+        )  # fmt: skip
+        return max(event.before for event in run.events)
+
+    plain = peak()
+    assert peak(gradient_checkpointing=True) < 0.6 * plain
+    assert peak(fused_attention=False) > 1.3 * plain
+    assert peak(rows=4) < 0.6 * plain
+    assert peak(rows=4, tokens=256) > plain

@@ -1,0 +1,67 @@
+"""Parameter counts against the published totals."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+from dsvae.modeling.t5_vae import T5VAEConfig
+from dsvae.planning.dry_run import build, weights_of
+from dsvae.planning.sizes import KNOWN, configuration_of
+
+# As the released checkpoints have them, embeddings counted once, an lm_head of their own counted where there is one.
+PUBLISHED = {
+    "google-t5/t5-small": 60_506_624,
+    "google-t5/t5-base": 222_903_552,
+    "google-t5/t5-large": 737_668_096,
+    "google-t5/t5-3b": 2_851_598_336,
+    "google-t5/t5-11b": 11_307_321_344,
+    "google/t5-v1_1-small": 76_961_152,
+    "google/t5-v1_1-base": 247_577_856,
+    "google/t5-v1_1-large": 783_150_080,
+    "google/t5-v1_1-xl": 2_849_757_184,
+    "google/t5-v1_1-xxl": 11_135_332_352,
+    "google/mt5-small": 300_176_768,
+    "google/mt5-base": 582_401_280,
+    "google/mt5-large": 1_229_581_312,
+    "google/mt5-xl": 3_742_619_648,
+    "google/mt5-xxl": 12_921_057_280,
+    "google/byt5-small": 299_637_760,
+    "google/umt5-small": 306_601_984,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_t5_of_a_known_configuration_has_the_published_number_of_parameters(name):
+    config = configuration_of(name)
+    kind = config.pop("model_type")
+    own_head = kind != "t5" or not config["tie_word_embeddings"]
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **config))
+    # transformers 5 ties every T5 that it builds from a configuration; the released v1.1, mT5, umT5 and ByT5 are not tied.
+    tied = "lm_head.weight" not in dict(model.named_parameters())
+    head = config["vocab_size"] * config["d_model"] if own_head and tied else 0
+    assert sum(p.numel() for p in model.parameters()) + head == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ["google-t5/t5-base", "google/t5-v1_1-base", "google-t5/t5-3b"])
+def test_a_t5vae_has_its_t5_without_cross_attention_and_the_latent_path(name):
+    c = configuration_of(name)
+    weights = weights_of(build(T5VAEConfig(t5=c, latent_dim=32, injection="memory", memory_slots=1)), freeze_decoder=False)
+    inner, layers = c["num_heads"] * c["d_kv"], c["num_decoder_layers"]
+    cross = layers * (4 * inner * c["d_model"] + c["d_model"])  # q, k, v, o and the norm before them
+    posterior = c["d_model"] * 64 + 64
+    memory = (32 + 1) * layers * 2 * inner
+    assert sum(w.numel for w in weights) == PUBLISHED[name] - cross + posterior + memory
+
+
+def test_a_frozen_decoder_trains_encoder_and_latent_path_only():
+    weights = weights_of(build(T5VAEConfig(t5=configuration_of("t5-small"))), freeze_decoder=True)
+    assert {w.name.split(".")[0] for w in weights if w.trains} == {"encoder", "posterior", "injection"}
+    assert {w.name.split(".")[0] for w in weights if not w.trains} == {"shared", "decoder"}
+
+
+def test_short_names_and_the_whole_family_are_known():
+    assert configuration_of("t5-base") == configuration_of("google-t5/t5-base")
+    assert configuration_of("flan-t5-xl") == configuration_of("google/t5-v1_1-xl")
+    assert configuration_of("t5-medium") is None
+    assert len(KNOWN) == 5 * 5 + 4 + 2

@@ -1,0 +1,60 @@
+"""Two nodes, two ranks each: the losses of local ranks, and the same losses after a preemption and after the loss of a node."""
+
+import pytest
+import yaml
+from launch import CONFIGS, TINY, numbers, rows, train
+
+STEPS = ("--phase1.steps", "40", "--phase2.steps", "60", "--checkpoint_every", "10", "--phase1.deletion", "0.2")
+NODES = ("--nodes=2", "--ntasks-per-node=2")
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory, cache_dir):
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "cache_dir": str(cache_dir)}}))
+    return ("--config", path, "--ds_config", CONFIGS / "zero2.json", *STEPS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments, cluster, checkout, tmp_path_factory):
+    """The directory of a run that nothing happened to."""
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    job = cluster.sbatch(*NODES, "slurm/train.sbatch", *arguments, "--output_dir", directory, cwd=checkout)
+    ended = cluster.wait(job)
+    assert ended["ExitCode"] == "0:0", (checkout / f"dsvae-{job}.out").read_text()[-3000:]
+    return directory
+
+
+def test_the_losses_of_local_ranks(arguments, undisturbed, tmp_path):
+    train(*arguments, "--output_dir", tmp_path / "local", ranks=4)
+    assert len(numbers(undisturbed)) == 100
+    assert numbers(undisturbed) == numbers(tmp_path / "local")
+
+
+def test_preempted(arguments, undisturbed, cluster, checkout, tmp_path):
+    """A job of a higher partition takes both nodes: SIGTERM to the ranks, a save, back into the queue, and on from there."""
+    job = cluster.sbatch(*NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run", cwd=checkout)
+    cluster.wait_for(tmp_path / "run/checkpoints/phase1-step00000010/COMPLETE", job)
+    urgent = cluster.sbatch("--nodes=2", "--exclusive", "--partition=urgent", "--wrap=sleep 1", cwd=tmp_path)
+    assert cluster.wait(urgent)["JobState"] == "COMPLETED"
+    ended = cluster.wait(job)
+    log = (checkout / f"dsvae-{job}.out").read_text()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), log[-3000:]
+    assert "SIGTERM: saved" in log
+    assert "going on from" in log
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 101))
+    assert numbers(tmp_path / "run") == numbers(undisturbed)
+
+
+def test_a_node_dies(arguments, undisturbed, cluster, checkout, tmp_path):
+    """SIGKILL of everything on the node that the batch script runs on; SLURM notices and requeues."""
+    job = cluster.sbatch(*NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run", cwd=checkout)
+    cluster.wait_for(tmp_path / "run/checkpoints/phase1-step00000010/COMPLETE", job)
+    cluster.lab("kill-node", "node1")
+    cluster.wait(job, {"PENDING"})
+    cluster.lab("start-node", "node1")
+    ended = cluster.wait(job)
+    log = (checkout / f"dsvae-{job}.out").read_text()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), log[-3000:]
+    assert "going on from" in log
+    assert numbers(tmp_path / "run") == numbers(undisturbed)

@@ -1,0 +1,309 @@
+"""What the scripts do with arguments, environment, exit codes and restarts: real jobs, with a stand-in for python."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launch import ROOT
+
+from dsvae import config as configuration
+
+SCRIPTS = sorted(
+    [*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / "tests" / "slurm" / "lab.sh", ROOT / ".ci" / "run"]
+)
+AWKWARD = [
+    "--model",
+    "a b",
+    "--data.text_column",
+    'it\'s "quoted" $HOME `id` \\ *',
+    "--output_dir",
+    "runs/with blank",
+    "--phase",
+    "",
+]
+
+
+def test_shellcheck_is_clean():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck")
+    found = subprocess.run(["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert len(SCRIPTS) > 10
+    assert found.stdout == ""
+
+
+def test_arguments_and_ranks(cluster, checkout, stand_in):
+    """Two nodes, two tasks each: one process a rank, every argument as it was given, the rendezvous from the node list."""
+    job = cluster.sbatch(
+        *("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=3", "slurm/train.sbatch", *AWKWARD),
+        cwd=checkout,
+        **stand_in.variables,
+        OMP_NUM_THREADS="",
+    )
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0")
+    records = stand_in.records(job)
+    assert set(records) == {(0, rank) for rank in range(4)}
+    code = checkout / "runs/with blank/slurm" / job / "code"
+    for (_, rank), record in records.items():
+        assert record["arguments"][0] == f"{code}/dsvae/train.py"
+        assert record["arguments"][1 : 1 + len(AWKWARD)] == AWKWARD
+        assert record["arguments"][1 + len(AWKWARD) :] == ["--ds_config", f"{code}/ds_configs/zero2.json"]
+        found = record["environment"]
+        assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == (str(rank), str(rank % 2), "4")
+        assert found["SLURMD_NODENAME"] == f"node{1 + rank // 2}"
+        assert found["MASTER_ADDR"] == "node1"
+        assert 16000 <= int(found["MASTER_PORT"]) < 32768
+        assert found["OMP_NUM_THREADS"] == "3"
+        assert found["CUDA_VISIBLE_DEVICES"] == "0,1"
+        assert found["PYTHONPATH"].split(":")[0] == str(code)
+    logs = sorted((checkout / "runs/with blank/slurm" / job).glob("rank-*.log"))
+    assert [re.match(r"== rank (\d) of 4 on node(\d)", log.read_text()).groups() for log in logs] == [
+        ("0", "1"),
+        ("1", "1"),
+        ("2", "2"),
+        ("3", "2"),
+    ]
+    assert "== rank 0 of 4" in (checkout / f"dsvae-{job}.out").read_text()
+
+
+def test_one_visible_gpu_a_task_is_number_0(cluster, checkout, stand_in):
+    job = cluster.sbatch(
+        *("--ntasks-per-node=2", "--gpus-per-task=1", "slurm/train.sbatch", "--output_dir", "runs/bound"),
+        cwd=checkout,
+        **stand_in.variables,
+        DSVAE_SRUN_ARGS="--gpu-bind=single:1",
+    )
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
+    for record in stand_in.records(job).values():
+        found = record["environment"]
+        assert (found["CUDA_VISIBLE_DEVICES"], found["LOCAL_RANK"]) == (found["RANK"], "0")
+
+
+def test_more_tasks_than_gpus_is_refused(cluster, checkout, stand_in):
+    job = cluster.sbatch(
+        "--ntasks-per-node=3",
+        "--gpus-per-node=2",
+        "slurm/train.sbatch",
+        "--output_dir",
+        "runs/many",
+        cwd=checkout,
+        **stand_in.variables,
+    )
+    assert cluster.wait(job)["ExitCode"] == "2:0"
+    assert "3 tasks a node, but 2 GPUs" in (checkout / f"dsvae-{job}.out").read_text()
+    assert not stand_in.records(job)
+
+
+@pytest.mark.parametrize("code", [2, 65, 74])
+def test_an_exit_code_that_asks_for_nothing_ends_the_job_with_it(code, cluster, checkout, stand_in):
+    job = cluster.sbatch(
+        "slurm/train.sbatch", "--output_dir", f"runs/code{code}", cwd=checkout, **stand_in.variables, STAND_IN_CODES=str(code)
+    )
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", "0")
+
+
+def test_restarts_run_the_first_code_and_configuration(tmp_path, cluster, checkout, stand_in):
+    """75, 69, killed, 0: three restarts; the checkout and the configuration change in between."""
+    changing = tmp_path / "changing"
+    shutil.copytree(checkout, changing, ignore=shutil.ignore_patterns("runs", "*.out"))
+    (changing / "mine.yaml").write_text("seed: 1\noutput_dir: 'runs/of the file'\n")
+    command = ("slurm/train.sbatch", "--config", "mine.yaml", "--ds_config=ds_configs/zero1.json")
+    codes = {**stand_in.variables, "STAND_IN_CODES": "75,69,137,0"}
+    job = cluster.sbatch(*command, cwd=changing, **codes)
+    run = changing / "runs" / "of the file"
+    cluster.wait_for(tmp_path / f"{job}-0-0.json", job)
+    for name in ("dsvae/train.py", "slurm/job.sh", "slurm/lib.sh", "mine.yaml", "ds_configs/zero1.json"):
+        (changing / name).write_text("changed")
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "3")
+    records = stand_in.records(job)
+    assert sorted(records) == [(start, 0) for start in range(4)]
+    arguments = records[0, 0]["arguments"]
+    assert all(record["arguments"] == arguments for record in records.values())
+    place = run / "slurm" / job
+    assert arguments[1:3] == ["--config", f"{place}/config/mine.yaml"]
+    assert arguments[3] == f"--ds_config={place}/ds_config/zero1.json"
+    assert arguments[4:] == ["--output_dir", "runs/of the file"]
+    assert (place / "config" / "mine.yaml").read_text().startswith("seed: 1")
+    assert (place / "code" / "dsvae" / "train.py").read_bytes() == (ROOT / "dsvae" / "train.py").read_bytes()
+    log = (changing / f"dsvae-{job}.out").read_text()
+    assert log.count("== rank 0 of 1") == 4
+    assert not list((changing / ".slurm-jobs").iterdir())
+
+
+def test_restarts_are_bounded(cluster, checkout, stand_in):
+    jobs = {}
+    for code, bound in ((75, "DSVAE_MAX_RESTARTS"), (69, "DSVAE_MAX_FAILURES")):
+        jobs[code] = cluster.sbatch(
+            *("slurm/train.sbatch", "--output_dir", f"runs/again{code}"),
+            cwd=checkout,
+            **stand_in.variables,
+            STAND_IN_CODES=",".join([str(code)] * 5),
+            **{bound: "1"},
+        )
+    for code, job in jobs.items():
+        ended = cluster.wait(job)
+        assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", "1")
+        assert len(stand_in.records(job)) == 2
+        assert "given up" in (checkout / f"dsvae-{job}.out").read_text()
+
+
+def test_a_surplus_job_leaves_at_once_and_another_command_does_not(cluster, checkout, stand_in):
+    mine = checkout / "mine.yaml"
+    mine.write_text("seed: 1\n")
+    command = ("slurm/train.sbatch", "--config", "mine.yaml", "--output_dir", "runs/surplus")
+    ran = []
+    for arguments in (command, command, (*command, "--seed", "2"), command):
+        if len(ran) == 3:
+            mine.write_text("seed: 3\n")
+        job = cluster.sbatch(*arguments, cwd=checkout, **stand_in.variables)
+        assert cluster.wait(job)["ExitCode"] == "0:0"
+        ran.append(len(stand_in.records(job)))
+    assert ran == [1, 0, 1, 1]
+
+
+def test_a_cancelled_job_is_not_requeued(cluster, checkout, stand_in, tmp_path):
+    """Its ranks get SIGTERM, save and leave with 75, as for preemption."""
+    stubborn = tmp_path / "stubborn"
+    stubborn.write_text(
+        "#!/bin/bash\ntrap 'sleep 0.5; exit 75' TERM; trap '' USR1\ntouch "
+        + str(tmp_path / "there")
+        + "\nwhile :; do sleep 0.1; done\n"
+    )
+    stubborn.chmod(0o755)
+    job = cluster.sbatch("slurm/train.sbatch", "--output_dir", "runs/cancelled", cwd=checkout, DSVAE_PYTHON=str(stubborn))
+    cluster.wait_for(tmp_path / "there", job)
+    cluster.run("scancel", job)
+    assert cluster.wait(job, timeout=15)["JobState"] == "CANCELLED"
+    time.sleep(3)
+    ended = cluster.job(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_the_environment_is_made_where_site_says(cluster, checkout, stand_in, tmp_path):
+    venv = tmp_path / "venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "activate").write_text("export VIRTUAL_ENV=made\n")
+    modules = tmp_path / "modules.sh"
+    modules.write_text('module() { export LOADED="$LOADED $*"; }\n')
+    job = cluster.sbatch(
+        *("slurm/train.sbatch", "--output_dir", "runs/site"),
+        cwd=checkout,
+        **stand_in.variables,
+        BASH_ENV=str(modules),
+        DSVAE_MODULES="python/3.11 cuda/12.8",
+        DSVAE_VENV=str(venv.parent),
+        DSVAE_CONTAINER="env IN_CONTAINER=1",
+    )
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
+    found = stand_in.records(job)[0, 0]["environment"]
+    assert found["VIRTUAL_ENV"] == "made"
+    assert found["LOADED"].strip() == "load python/3.11 cuda/12.8"
+    assert found["IN_CONTAINER"] == "1"
+
+
+def words(line):
+    return shlex.split(line)
+
+
+def test_submit_asks_for_what_the_site_needs(cluster, checkout, stand_in):
+    site = {
+        "DSVAE_PARTITION": "urgent",
+        "DSVAE_NODES": "2",
+        "DSVAE_GPUS_PER_NODE": "2",
+        "DSVAE_CPUS_PER_RANK": "2",
+        "DSVAE_MEM": "1000",
+        "DSVAE_TIME": "7",
+        "DSVAE_SIGNAL_SECONDS": "90",
+        "DSVAE_SBATCH_ARGS": "--comment=hello --exclusive",
+    }
+    command = ("bash", "slurm/submit.sh", *AWKWARD)
+    dry = cluster.run(*command[:2], "--dry_run", *AWKWARD, cwd=checkout, **site, DSVAE_ACCOUNT="mine", DSVAE_QOS="high")
+    asked = ["--partition=urgent", "--account=mine", "--qos=high", "--nodes=2", "--cpus-per-task=2", "--mem=1000", "--time=7"]
+    asked += ["--gpus-per-node=2", "--ntasks-per-node=2", "--signal=B:USR1@90", "--comment=hello", "--exclusive"]
+    assert words(dry)[:2] == ["sbatch", "--parsable"]
+    assert words(dry)[2 : 2 + len(asked)] == asked
+    assert words(dry)[3 + len(asked) :][: len(AWKWARD)] == AWKWARD
+    gres = cluster.run(*command[:2], "--dry_run", cwd=checkout, **site, DSVAE_GPU_OPTION="gres", DSVAE_GPU_TYPE="h100")
+    assert "--gres=gpu:h100:2" in words(gres)
+
+    job = cluster.run(*command, cwd=checkout, **site, **stand_in.variables).strip()
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["Partition"], ended["NumNodes"], ended["TimeLimit"]) == (
+        "COMPLETED",
+        "urgent",
+        "2",
+        "00:07:00",
+    )
+    records = stand_in.records(job)
+    assert len(records) == 4
+    assert records[0, 3]["arguments"][1 : 1 + len(AWKWARD)] == AWKWARD
+    assert "/submitted-" in records[0, 3]["arguments"][0]
+
+
+def test_dry_runs_start_nothing(cluster, checkout, stand_in):
+    before = sorted(checkout.rglob("*"))
+    two = cluster.run(
+        *("bash", "slurm/two_phase.sh", "--dry_run", "--config", "park2021", "--output_dir", "runs/dry"),
+        cwd=checkout,
+        DSVAE_PHASE1_GPUS_PER_NODE="1",
+        DSVAE_PHASE2_GPUS_PER_NODE="2",
+        DSVAE_PHASE2_NODES="2",
+    ).splitlines()
+    first, second = map(words, two)
+    assert {"--nodes=1", "--gpus-per-node=1", "--ntasks-per-node=1"} <= set(first)
+    assert {"--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2"} <= set(second)
+    assert first[-2:] == ["--phase", "1"]
+    assert second[-2:] == ["--phase", "2"]
+    assert "--kill-on-invalid-dep=yes" in second
+    assert not any(word.startswith("--dependency") for word in first)
+
+    sweep = cluster.run("bash", "slurm/sweep.sh", "--dry_run", "slurm/sweeps/park2021.txt", "--config", "park2021", cwd=checkout)
+    assert "--array=1-18%4" in words(sweep.splitlines()[0])
+    assert len(set(sweep.splitlines()[2:])) == 18
+    assert sorted(checkout.rglob("*")) == before
+    assert cluster.run("squeue", "-h") == ""
+
+    jobs = [
+        cluster.sbatch(script, "--dry_run", "--output_dir", "runs/dry", cwd=checkout, **stand_in.variables)
+        for script in ("slurm/train.sbatch", "slurm/tensorboard.sbatch")
+    ]
+    for job, name, expected in zip(jobs, ("dsvae", "dsvae-tensorboard"), ("srun ", "tensorboard.main"), strict=True):
+        assert cluster.wait(job)["ExitCode"] == "0:0"
+        assert expected in (checkout / f"{name}-{job}.out").read_text()
+    assert not list(stand_in.directory.glob("*.json"))
+    assert not (checkout / "runs" / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config", "park2021"],
+        ["--config=vanilla", "--seed", "3"],
+        [],
+        ["--output-dir", "a b"],
+        ["--config", "mine.yaml"],
+        ["--config", "named.yaml"],
+        ["--seed", "1", "--output_dir=x=y"],
+    ],
+)
+def test_the_scripts_know_where_train_writes(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("seed: 1\n")
+    Path("named.yaml").write_text('data:\n  cache_dir: z\noutput_dir: "runs/of the file"  \n')
+    script = f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; run_dir "{ROOT}" "$@"'
+    found = subprocess.run(["bash", "-uc", script, "_", *arguments], capture_output=True, text=True, check=True).stdout
+    assert found == configuration.read([*arguments, "--ds_config", "x.json"]).output_dir
+
+
+def test_every_line_of_the_shipped_sweeps_is_a_run():
+    for path in ROOT.glob("slurm/sweeps/*.txt"):
+        lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+        assert len(lines) == len(set(lines)) == 18
+        for line in lines:
+            configuration.read([*words(line), "--config", "park2021", "--ds_config", "x.json"])
