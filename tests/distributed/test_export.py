@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import make_vae
 from launch import CONFIGS, TINY, environment, train
 from safetensors.torch import load_file
+from small_models import make_vae
 from transformers import AutoTokenizer
 
 from dsvae import T5VAE
