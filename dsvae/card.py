@@ -9,6 +9,26 @@ from typing import Any
 from dsvae.config import RunConfig
 from dsvae.reporting import result_table
 
+USE = """## Use
+
+```python
+from dsvae import T5VAE
+from transformers import AutoTokenizer
+
+model, tokenizer = T5VAE.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
+batch = tokenizer(["a sentence to encode"], return_tensors="pt", padding=True)
+z = model.encode(batch.input_ids, batch.attention_mask).mean
+print(tokenizer.batch_decode(model.generate(latent=z, max_new_tokens=40), skip_special_tokens=True))
+```
+
+```bash
+dsvae evaluate DIR --test_file test.txt          # what it is worth, with standard errors; report.html
+dsvae sample DIR -n 20
+dsvae reconstruct DIR sentences.txt
+dsvae interpolate DIR "one sentence" "another" --steps 8
+```
+"""
+
 
 def write_card(path: Path, config: RunConfig, metrics: dict[str, Any], pairs: list[tuple[str, str]], prior: list[str]) -> None:
     """Writes the model card (README.md with the hub's metadata) of a finished run.
@@ -17,13 +37,62 @@ def write_card(path: Path, config: RunConfig, metrics: dict[str, Any], pairs: li
         metrics: of the test sentences, from `dsvae.metrics.evaluate`.
         pairs, prior: text samples, from `dsvae.metrics.text`.
     """
-    base = config.model.name or "a new T5 from its configuration"
-    data = config.data.train_file or config.data.dataset or "dsvae's built-in corpus"
     phases = {"all": "phase 1 and phase 2", "1": "phase 1", "2": "phase 2"}[config.phase]
     reconstructions = "\n".join(f"- `{_code(a)}`\n  `{_code(b)}`" for a, b in pairs)
     sentences = "\n".join(f"- `{_code(text)}`" for text in prior)
     path.write_text(
-        f"""---
+        f"""{_head(config, phases)}
+
+## Measured
+
+By the evaluation of dsvae {version("dsvae")}, at the end of training: means per sentence, {metrics["samples"]} sample(s) of z,
+computed in {metrics["precision"]}.
+
+```
+{result_table("test", metrics)}
+```
+
+{USE}
+## Samples
+
+Test sentences, each above the greedy reconstruction of its posterior mean:
+
+{reconstructions}
+
+Greedy sentences of z from the prior:
+
+{sentences}
+""",
+        encoding="utf-8",
+    )
+
+
+def write_checkpoint_card(path: Path, config: RunConfig, phase: int, step: int, valid: float | None) -> None:
+    """Writes the model card of a checkpoint's model.
+
+    Args:
+        step: optimizer steps done in that phase.
+        valid: rec (phase 1) or rec + kl (phase 2) on validation text, nats per sentence; None where it was not measured there.
+    """
+    steps = (config.phase1 if phase == 1 else config.phase2).steps
+    trained = f"step {step} of {steps} of phase {phase}, a checkpoint"
+    value = "not measured at this step"
+    if valid is not None:
+        value = f"{'rec' if phase == 1 else 'rec + kl'} {valid:.2f} nats per sentence"
+    path.write_text(
+        f"""{_head(config, trained)}
+- validation text: {value}
+
+{USE}""",
+        encoding="utf-8",
+    )
+
+
+def _head(config: RunConfig, trained: str) -> str:
+    """The hub's metadata, and what the model is."""
+    base = config.model.name or "a new T5 from its configuration"
+    data = config.data.train_file or config.data.dataset or "dsvae's built-in corpus"
+    return f"""---
 library_name: transformers
 tags:
 - dsvae
@@ -37,49 +106,8 @@ A T5 as a variational autoencoder of sentences, finetuned with dsvae {version("d
 
 - from: {base}
 - data: {data}
-- trained: {phases}; latent dimensions {config.model.latent_dim}, pooling {config.model.pooling}, injection
-  {config.model.injection}
-
-## Measured
-
-By the evaluation of dsvae {version("dsvae")}, at the end of training: means per sentence, {metrics["samples"]} sample(s) of z,
-computed in {metrics["precision"]}.
-
-```
-{result_table("test", metrics)}
-```
-
-## Use
-
-```python
-from dsvae import T5VAE
-from transformers import AutoTokenizer
-
-model, tokenizer = T5VAE.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
-batch = tokenizer(["a sentence to encode"], return_tensors="pt", padding=True)
-z = model.encode(batch.input_ids, batch.attention_mask).mean
-print(tokenizer.batch_decode(model.generate(latent=z, max_new_tokens=40), skip_special_tokens=True))
-```
-
-```bash
-dsvae evaluate DIR --test_file test.txt          # every number above and more, with standard errors; report.html
-dsvae sample DIR -n 20
-dsvae reconstruct DIR sentences.txt
-dsvae interpolate DIR "one sentence" "another" --steps 8
-```
-
-## Samples
-
-Test sentences, each above the greedy reconstruction of its posterior mean:
-
-{reconstructions}
-
-Greedy sentences of z from the prior:
-
-{sentences}
-""",
-        encoding="utf-8",
-    )
+- trained: {trained}; latent dimensions {config.model.latent_dim}, pooling {config.model.pooling}, injection
+  {config.model.injection}"""
 
 
 def _code(text: str) -> str:

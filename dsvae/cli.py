@@ -402,6 +402,36 @@ def evaluate(
 
 
 @command()
+def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -> None:
+    """The model of a checkpoint of a run, finished or not, as a transformers directory like OUTPUT_DIR/model.
+
+    Weights in float32, whatever the precision, the ZeRO stage and the number of ranks. One process on CPU; the run is only read
+    and may be going on. The directory appears whole or not at all; its name is printed.
+
+    Args:
+        run: output directory of the run. Its checkpoints hold pickles, which can run code: name only what you trust.
+        checkpoint: latest, best (smallest loss on validation text in the phase that is running), or a name as in
+            OUTPUT_DIR/checkpoints, such as phase2-step00001000.
+        output: the directory to write, which must not exist; RUN/exports/CHECKPOINT where it is left out.
+    """
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)  # DeepSpeed logs to stdout from its import on
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            from dsvae.export import export_checkpoint
+
+            directory = export_checkpoint(run, checkpoint, output, _say)
+    finally:
+        logging.disable(logging.NOTSET)
+    print(directory)
+
+
+@command()
 def compare(runs: list[str], *, output: str | None = None, sort_by: str | None = None) -> None:
     """Runs side by side: the settings in which they differ, how far each has come, and its metrics.
 
@@ -513,7 +543,7 @@ def plan(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (evaluate, compare, sample, reconstruct, interpolate, analogy, traverse, edit, encode, corpus, plan)
+    for function in (evaluate, export, compare, sample, reconstruct, interpolate, analogy, traverse, edit, encode, corpus, plan)
 }
 
 

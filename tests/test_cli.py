@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_t5, make_vae
 from safetensors.torch import load_file
+from small_models import make_t5, make_vae
 
 from dsvae import cli, command_line
 from dsvae.cli import COMMANDS, main

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_vae
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_models import make_vae
 from transformers import GenerationConfig
 
 from dsvae.data.noise import LATENT, PRIOR, generator

@@ -48,33 +48,36 @@ def build_model(
     """
     origins: list[Origin] = []
 
-    def find() -> Origin:
-        try:
-            return _origin(settings, tokenizer, weights, seed)
-        except (OSError, ValueError, TypeError, KeyError, HFValidationError, SafetensorError) as error:
-            what = weights or settings.name or "model.t5"
-            first_line = str(error).strip().split("\n")[0]
-            raise UserError(f"model {what}: {first_line}") from error
-
     def find_first() -> tuple[Any, Any]:
-        origins.append(find())
+        origins.append(find_origin(settings, tokenizer, weights, seed))
         model = origins[0].skeleton()
-        if len(tokenizer) > model.config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {len(tokenizer)} pieces, the model {settings.name} a vocabulary of {model.config.vocab_size}"
-            )
         return model.config, model.generation_config
 
     config, generation_config = world.on_main(find_first)  # rank 0 first: it downloads, and its error is everyone's
     origin = origins[0] if origins else None
     if zero_stage(ds_config) < 3:
-        return cast(T5VAE, (origin or find()).build()), origin
+        return cast(T5VAE, (origin or find_origin(settings, tokenizer, weights, seed)).build()), origin
     # The other ranks need nothing but the configuration: only rank 0 reads files.
     with torch.device("meta"):
         model = T5VAE(copy.deepcopy(config))
     model.generation_config = generation_config
     _partition(model, origin, ds_config)
     return model, origin
+
+
+def find_origin(settings: ModelConfig, tokenizer: PreTrainedTokenizerBase, weights: Path | None, seed: int) -> Origin:
+    """Where the weights that `build_model` gives a model come from; arguments and errors are its own. On this process alone."""
+    try:
+        origin = _origin(settings, tokenizer, weights, seed)
+    except (OSError, ValueError, TypeError, KeyError, HFValidationError, SafetensorError) as error:
+        what = weights or settings.name or "model.t5"
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(f"model {what}: {first_line}") from error
+    if len(tokenizer) > origin.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} pieces, the model {settings.name} a vocabulary of {origin.config.vocab_size}"
+        )
+    return origin
 
 
 def _partition(model: T5VAE, origin: Origin | None, ds_config: dict[str, Any]) -> None:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
 from dsvae.errors import UserError
 from dsvae.modeling.origin import Origin
 from dsvae.modeling.t5_vae import T5VAE
 
 if TYPE_CHECKING:
     from dsvae.engine.distributed import World
-
-MAX_SHARD_BYTES = 10**9
-"""Largest safetensors file of an exported model, unless one tensor alone is larger: rank 0 holds one while it writes."""
 
 
 def freeze_decoder(model: T5VAE) -> None:
@@ -112,62 +105,9 @@ def export(
     Raises:
         OSError: on every rank: the disk is full.
     """
-    temporary = directory.with_name(f".{directory.name}.tmp")
-
-    def begin() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    world.on_main(begin)
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    failures: list[OSError] = []
-    total = 0
-
-    def flush() -> None:
-        if not failures:  # raised in `finish`: here the other ranks would wait for this one in the next gathering
-            try:
-                save_file(pending, temporary / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-            except SafetensorError as error:
-                free = shutil.disk_usage(temporary).free
-                number = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
-                failures.append(OSError(number, f"{error}, {free / 2**20:.0f} MiB free", str(temporary)))
-        shards.append(list(pending))
-        pending.clear()
-
+    writer = ModelDirectory(directory, max_shard_bytes)
+    world.on_main(writer.begin)
     for name, tensor in full_weights(model, origin, world):
-        if tensor is None:
-            continue
-        size = tensor.numel() * tensor.element_size()
-        if pending and sum(t.numel() * t.element_size() for t in pending.values()) + size > max_shard_bytes:
-            flush()
-        pending[name] = tensor.contiguous()
-        total += size
-
-    def finish() -> None:
-        flush()
-        if failures:
-            shutil.rmtree(temporary)
-            raise failures[0]
-        names = ["model.safetensors"]
-        if len(shards) > 1:
-            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-            index = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-            text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-            (temporary / "model.safetensors.index.json").write_text(text + "\n")
-        for i, name in enumerate(names):
-            (temporary / f"{i}.safetensors").rename(temporary / name)
-        # Attributes of the running model that belong to the file: what it is, and in which dtype it lies there.
-        config = type(model.config).from_dict(model.config.to_dict())
-        config.architectures, config.dtype = [type(model).__name__], torch.float32
-        config.save_pretrained(temporary)
-        model.generation_config.save_pretrained(temporary)
-        extras(temporary)
-        old = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if directory.exists():
-            directory.rename(old)
-        temporary.rename(directory)
-        shutil.rmtree(old, ignore_errors=True)
-
-    world.on_main(finish)
+        if tensor is not None:
+            writer.add(name, tensor)
+    world.on_main(lambda: writer.finish(model, extras))

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import make_t5
 from launch import CONFIGS, ROOT, numbers, rows, start, train
+from small_models import make_t5
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 

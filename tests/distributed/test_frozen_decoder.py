@@ -3,9 +3,9 @@
 import pytest
 import torch
 import yaml
-from conftest import make_vae
 from launch import CONFIGS, TINY, train
 from safetensors.torch import load_file
+from small_models import make_vae
 
 from dsvae.config import DataConfig
 from dsvae.data.corpora import load_corpus

@@ -122,21 +122,20 @@ def test_stages_2_3_1_0(config, uncut, sharded, tmp_path):
     assert_goes_on_like(uncut, run)
 
 
-BF16_TOLERANCE = 0.05  # nats: bf16 keeps 8 bits, and other shapes round other sums
+BF16_TOLERANCE = 0.1  # nats: what bf16 does to the losses of float32 (measured: 0.04); resetting the moments does 0.16 and more
 
 
-def test_bf16_keeps_its_float32_weights_and_may_become_float32(config, tmp_path):
+def test_bf16_goes_on_in_bf16_and_in_float32(config, uncut, tmp_path):
     """Other ranks and stages in bf16; then the same ranks and stage in float32 weights."""
-    short = ("--phase", "1", "--phase1.steps", "8")
-    expected, run, other = tmp_path / "uncut", tmp_path / "run", tmp_path / "other"
-    train(*arguments(config, "zero1", expected, "bf16", *short), ranks=1)
+    short = ("--phase", "1")
+    run, other = tmp_path / "run", tmp_path / "other"
     cut(run, FIRST, arguments(config, "zero1", run, "bf16", *short), 1)
     # Into another directory, so that the same checkpoint can be gone on with twice.
     last = train(*arguments(config, "zero1", other, "fp32", *short, "--resume", run), ranks=1)
     assert "from 1 rank(s) at ZeRO 1, bfloat16 weights to 1 rank(s) at ZeRO 1, float32 weights" in last.stdout
     last = train(*arguments(config, "zero3", run, "bf16", *short), ranks=2)
     assert "from 1 rank(s) at ZeRO 1, bfloat16 weights to 2 rank(s) at ZeRO 3, bfloat16 weights" in last.stdout
-    losses = [row["loss"] for row in rows(expected)]
+    losses = [row["loss"] for row in rows(uncut)][:12]
     assert [row["loss"] for row in rows(run)] == pytest.approx(losses, abs=BF16_TOLERANCE)
     assert [row["loss"] for row in rows(other)] == pytest.approx(losses[4:], abs=BF16_TOLERANCE)
     assert not any((directory / "checkpoints" / universal.SCRATCH).exists() for directory in (run, other))

@@ -5,8 +5,8 @@ import re
 import shlex
 
 import pytest
-from conftest import make_vae
 from launch import CONFIGS, ROOT, train
+from small_models import make_vae
 
 from dsvae import config as configuration
 from dsvae.data.tokenization import train_tokenizer

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import make_vae
 from launch import CONFIGS, TINY, rows, start, train
+from small_models import make_vae
 
 from dsvae import T5VAE, T5VAEConfig
 

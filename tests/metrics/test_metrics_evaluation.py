@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, make_t5, make_vae
 from launch import ROOT, environment, free_port
+from small_models import SMALL, make_t5, make_vae
 
 from dsvae.data.grammar import generate
 from dsvae.data.noise import LATENT

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from conftest import T5_CONFIGS, make_t5, make_vae
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from small_models import T5_CONFIGS, make_t5, make_vae
 from transformers import AutoModelForSeq2SeqLM
 
 from dsvae import T5VAE, T5VAEConfig

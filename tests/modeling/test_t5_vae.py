@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_t5, make_vae
+from small_models import make_t5, make_vae
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 

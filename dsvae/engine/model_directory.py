@@ -1,0 +1,96 @@
+"""A model written as a transformers directory, shard by shard."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsvae.modeling.t5_vae import T5VAE
+
+MAX_SHARD_BYTES = 10**9
+"""Largest safetensors file of an exported model, unless one tensor alone is larger: one is held in memory while it is written."""
+
+
+class ModelDirectory:
+    """A directory under way: `begin`, `add` every weight once, `finish`. It appears whole or not at all.
+
+    Args:
+        max_shard_bytes: of one file, unless one tensor alone is larger; what is held in memory.
+    """
+
+    def __init__(self, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.directory = directory
+        self._max_shard_bytes = max_shard_bytes
+        self._temporary = directory.with_name(f".{directory.name}.tmp")
+        self._shards: list[list[str]] = []
+        self._pending: dict[str, Tensor] = {}
+        self._failure: OSError | None = None
+        self._total = 0
+
+    def begin(self) -> None:
+        """Makes room for it beside its place, in place of what a cut export left there."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Takes a weight, on CPU; it is kept until its shard is full. What goes wrong is raised in `finish`."""
+        size = tensor.numel() * tensor.element_size()
+        held = sum(t.numel() * t.element_size() for t in self._pending.values())
+        if self._pending and held + size > self._max_shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._total += size
+
+    def _flush(self) -> None:
+        if self._failure is None:  # in `add` other ranks would wait for this one in the next gathering
+            try:
+                save_file(self._pending, self._temporary / f"{len(self._shards)}.safetensors", metadata={"format": "pt"})
+            except SafetensorError as error:
+                free = shutil.disk_usage(self._temporary).free
+                number = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
+                self._failure = OSError(number, f"{error}, {free / 2**20:.0f} MiB free", str(self._temporary))
+        self._shards.append(list(self._pending))
+        self._pending.clear()
+
+    def finish(self, model: T5VAE, extras: Callable[[Path], None]) -> None:
+        """Adds the configurations of `model` and what `extras` puts there, and moves the directory to its place.
+
+        Raises:
+            OSError: the disk is full; nothing stays.
+        """
+        self._flush()
+        if self._failure is not None:
+            self.abandon()
+            raise self._failure
+        names = ["model.safetensors"]
+        if len(self._shards) > 1:
+            names = [f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors" for i in range(len(self._shards))]
+            index = {name: file for file, shard in zip(names, self._shards, strict=True) for name in shard}
+            text = json.dumps({"metadata": {"total_size": self._total}, "weight_map": index}, indent=2)
+            (self._temporary / "model.safetensors.index.json").write_text(text + "\n")
+        for i, name in enumerate(names):
+            (self._temporary / f"{i}.safetensors").rename(self._temporary / name)
+        # Attributes of the running model that belong to the file: what it is, and in which dtype it lies there.
+        config = type(model.config).from_dict(model.config.to_dict())
+        config.architectures, config.dtype, config.t5.dtype = [type(model).__name__], torch.float32, torch.float32
+        config.save_pretrained(self._temporary)
+        model.generation_config.save_pretrained(self._temporary)
+        extras(self._temporary)
+        old = self.directory.with_name(f".{self.directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.directory.exists():
+            self.directory.rename(old)
+        self._temporary.rename(self.directory)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """Takes away what was written."""
+        shutil.rmtree(self._temporary, ignore_errors=True)

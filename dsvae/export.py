@@ -1,0 +1,215 @@
+"""The model of a checkpoint as a plain transformers directory: of a run that goes on, was cut, or is finished. One process."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, get_optim_files
+from torch import Tensor
+
+from dsvae import config as configuration
+from dsvae.card import write_checkpoint_card
+from dsvae.config import RunConfig
+from dsvae.data.tokenization import load_tokenizer
+from dsvae.engine import checkpoint
+from dsvae.engine.build import find_origin
+from dsvae.engine.checkpoint import COMPLETE, Checkpoint
+from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
+from dsvae.engine.weights import freeze_decoder
+from dsvae.errors import UserError
+from dsvae.files import make_writable
+from dsvae.modeling.origin import Origin
+from dsvae.modeling.t5_vae import T5VAE
+
+
+def export_checkpoint(
+    run: str | Path,
+    which: str,
+    output: str | Path | None,
+    report: Callable[[str], Any],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Writes the model of a checkpoint; where to. The run is only read, and may be going on.
+
+    Weights are float32: trained ones the optimizer's own copies, frozen ones those that the run began with.
+
+    Args:
+        run: its output directory.
+        which: latest (that is sound), best (of the running phase, on validation text), or the name of a checkpoint.
+        output: the directory; None: `exports` of the run and the checkpoint's name.
+        report: gets a line for every damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: no run or no such checkpoint, damaged or gone meanwhile; the output exists, or cannot be written to.
+    """
+    run = Path(run).expanduser()
+    config = _read_config(run)
+    found = _find(run, which, report)
+    directory = run / "exports" / found.directory.name if output is None else Path(output).expanduser()
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UserError(f"{directory} is there already: give another --output, or remove it")
+    make_writable(directory.absolute().parent, "--output")
+
+    def extras(target: Path) -> None:
+        shutil.copytree(run / "tokenizer", target, dirs_exist_ok=True)
+        write_checkpoint_card(target / "README.md", config, found.phase, found.step, meta.get("valid"))
+
+    with _still_there(found):
+        meta = found.meta
+        saved = _saved(found, meta)  # from here on the open files stay, whatever the run removes
+    between = run / "phase1" / "model"
+    began = between if found.phase == 2 and between.is_dir() else None
+    origin = find_origin(config.model, load_tokenizer(str(run / "tokenizer")), began, config.seed)
+    model = cast(T5VAE, origin.skeleton())
+    if found.phase == 1 and config.phase1.freeze_decoder:
+        freeze_decoder(model)
+    writer = ModelDirectory(directory.absolute(), max_shard_bytes)
+    try:
+        writer.begin()
+        for name, tensor in _weights(found, saved, model, origin):
+            writer.add(name, tensor)
+        writer.finish(model, extras)
+    except OSError as error:
+        advice = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise UserError(f"{directory} cannot be written ({error}): {advice}give another --output") from error
+    finally:
+        writer.abandon()
+    return directory
+
+
+def _read_config(run: Path) -> RunConfig:
+    path = run / "config.yaml"
+    if not path.is_file():
+        above = next((p for p in run.absolute().parents[:2] if (p / "config.yaml").is_file()), None)
+        hint = f"is it {above}?" if above else "name the output_dir of a run"
+        raise UserError(f"{run}: no run there (no config.yaml); {hint}")
+    return configuration.build(configuration.load_tree(str(path)), where=str(path))
+
+
+def _find(run: Path, which: str, report: Callable[[str], Any]) -> Checkpoint:
+    """The checkpoint of that name, complete and sound."""
+    root = run / "checkpoints"
+    complete = checkpoint.find(root)
+    names = ", ".join(each.directory.name for each in complete)
+    if not complete:
+        raise UserError(f"{run}: no complete checkpoint in it yet; --checkpoint_every of a run says how often one is saved")
+    if which == "latest":
+        with _still_there(*complete):
+            newest = checkpoint.newest_sound(root, report)
+        if newest is None:
+            raise UserError(f"{run}: every checkpoint in it is damaged: {names}")
+        return newest
+    if which == "best":
+        with _still_there(*complete):
+            found = checkpoint.best_of(complete)
+        if found is None:
+            raise UserError(
+                f"{run}: no checkpoint of phase {complete[-1].phase} was measured on validation text ({names}): name one, "
+                "or make --checkpoint_every a multiple of --eval_every"
+            )
+    else:
+        found = next((each for each in complete if each.directory.name == which), None)
+        if found is None:
+            raise UserError(f"--checkpoint {which}: no such checkpoint in {run}: latest, best, or one of {names}")
+    with _still_there(found):
+        if problem := checkpoint.damage(found):
+            if not (found.directory / COMPLETE).exists():
+                raise FileNotFoundError(found.directory)
+            raise UserError(f"checkpoint {found.directory} is damaged ({problem}): name another of {names}")
+    return found
+
+
+@contextlib.contextmanager
+def _still_there(*read: Checkpoint) -> Iterator[None]:
+    """Names the reason for what goes wrong when a living run removes a checkpoint that is being read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        gone = next((each.directory for each in read if not (each.directory / COMPLETE).exists()), None)
+        if gone is None:
+            raise
+        raise UserError(f"{gone} is gone meanwhile, its run keeps newer checkpoints (--keep_checkpoints): try again") from error
+
+
+def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
+    """Every weight in a checkpoint, by name, as it lies there: trained ones float32, frozen ones in the engine's dtype.
+
+    Beside tensors, what has a `shape` and becomes one by `.contiguous()`: so one at a time is in memory.
+    """
+    if (found.directory / "offloaded_tensors").is_dir():
+        raise UserError(
+            f"{found.directory}: its weights are on NVMe, outside of what DeepSpeed's tools read: only the run itself exports it"
+        )
+    if meta["zero_stage"] == 0:
+        return dict(_load(found.directory / "mp_rank_00_model_states.pt")["module"])
+    if meta["zero_stage"] == 3:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            return get_fp32_state_dict_from_zero_checkpoint(str(found.directory.parent), tag=found.directory.name, lazy_mode=True)
+    # Not by DeepSpeed's tool: it knows no checkpoint of ZeRO 1 in bf16, and holds all weights in memory at once.
+    common = _load(found.directory / "mp_rank_00_model_states.pt")
+    ranks = [_load(Path(path))["optimizer_state_dict"] for path in get_optim_files(str(found.directory))]
+    weights = dict(common["module"])
+    paddings = ranks[0].get("param_alignment_paddings")
+    for number, shapes in enumerate(common["param_shapes"]):
+        parts = [rank["single_partition_of_fp32_groups"][number] for rank in ranks]
+        offset = 0
+        for index, (name, shape) in enumerate(shapes.items()):
+            weights[name] = _Spread(parts, offset, torch.Size(shape))
+            offset += weights[name].shape.numel() + (paddings[number][index] if paddings else 0)
+    return weights
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint; its tensors are mapped, and take no memory until they are read."""
+    loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    return loaded
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """A tensor from `offset` on in the vectors that ranks hold one behind the other."""
+
+    parts: list[Tensor]
+    offset: int
+    shape: torch.Size
+
+    def contiguous(self) -> Tensor:
+        begin, end, position, pieces = self.offset, self.offset + self.shape.numel(), 0, []
+        for part in self.parts:
+            pieces.append(part[max(begin - position, 0) : max(end - position, 0)])
+            position += len(part)
+        return torch.cat(pieces).view(self.shape)
+
+
+def _weights(found: Checkpoint, saved: dict[str, Any], model: T5VAE, origin: Origin) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter whole, in float32 on CPU, one at a time.
+
+    Args:
+        model: on the meta device; it says what is frozen.
+        origin: of the weights that the phase began with.
+    """
+    for name, parameter in model.named_parameters():
+        if name not in saved or saved[name].shape != parameter.shape:
+            has = f"{name} has the shape {tuple(saved[name].shape)} in it" if name in saved else f"{name} is not in it"
+            raise UserError(f"{found.directory} is not of the model of its run's config.yaml: {has}")
+        value = saved[name].contiguous()
+        if not parameter.requires_grad:
+            # The engine may have rounded it; the original is exact.
+            original = origin.tensor(name)
+            if not torch.equal(original.to(value.dtype), value):
+                raise UserError(
+                    f"{found.directory}: {name} is frozen, and not what the model of its run's config.yaml has now: that model "
+                    "has changed since the run began; put it back"
+                )
+            value = original
+        yield name, value.to(torch.float32, copy=True)

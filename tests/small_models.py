@@ -1,0 +1,59 @@
+"""Small T5s of every kind, made with transformers."""
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
+
+from dsvae import T5VAE, T5VAEConfig
+
+SMALL = {
+    "vocab_size": 60,
+    "d_model": 32,
+    "d_kv": 12,  # not d_model / num_heads
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "dropout_rate": 0.0,
+}
+
+T5_CONFIGS = {
+    "t5 v1.0": lambda: T5Config(**SMALL),
+    "t5 v1.1": lambda: T5Config(**SMALL, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "mt5": lambda: MT5Config(**SMALL, feed_forward_proj="gated-gelu"),
+    "umt5": lambda: UMT5Config(**SMALL, feed_forward_proj="gated-gelu"),
+}
+INJECTIONS = ("memory", "embedding", "both")
+POOLINGS = ("mean", "max", "first", "attention")
+
+
+def make_t5(kind, directory):
+    """Saves a random T5 of a kind as the hub has it: v1.1, mT5 and umT5 with an lm_head of their own."""
+    torch.manual_seed(7)
+    model = AutoModelForSeq2SeqLM.from_config(T5_CONFIGS[kind]())
+    state = {name: torch.randn_like(w) * (0.3 if w.ndim > 1 else 0.1) + (w.ndim == 1) for name, w in model.state_dict().items()}
+    state = {name: w for name, w in state.items() if ".embed_tokens." not in name}
+    if kind == "t5 v1.0":
+        state["lm_head.weight"] = state["shared.weight"]
+    model.config.save_pretrained(directory)
+    if kind == "t5 v1.1":  # transformers writes True whatever it was; the released files say false
+        path = directory / "config.json"
+        path.write_text(path.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+    if kind == "t5 v1.0":
+        del state["lm_head.weight"]
+    save_file({k: v.contiguous() for k, v in state.items()}, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def make_vae(kind="t5 v1.0", seed=0, **latent):
+    """A small T5VAE with weights large enough for every path to matter."""
+    torch.manual_seed(seed)
+    model = T5VAE(T5VAEConfig(t5=T5_CONFIGS[kind](), **{"latent_dim": 6, "memory_slots": 2, **latent}))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layer_norm" not in name:
+                weight.normal_(0.0, 0.25)
+    return model.eval()
