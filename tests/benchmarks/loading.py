@@ -52,7 +52,8 @@ def measure(
     timeout: float,
 ) -> list[dict]:
     """The figures of every rank; the ranks are processes of their own."""
-    out = Path(tempfile.mkdtemp())
+    scratch = tempfile.TemporaryDirectory()
+    out = Path(scratch.name)
     port, processes = str(free_port()), []
     options = [model, ds_config, precision, int(freeze), int(load_only), out]
     for rank in range(ranks):
@@ -75,7 +76,8 @@ def measure(
         for process in processes:
             process.kill()
             process.wait()
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
+    with scratch:
+        return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
 class Peaks:
