@@ -108,8 +108,9 @@ class Plan:
         if option.gradient_checkpointing:
             words += ["--model.gradient_checkpointing", "true"]
         if self.machine.nodes > 1:
-            start = ["sbatch", "--nodes", str(self.machine.nodes), "--gpus-per-node", str(self.machine.gpus_per_node)]
-            return shlex.join([*start, "slurm/train.sbatch", *words])
+            each = self.machine.gpus_per_node  # one process a GPU
+            start = [f"--nodes={self.machine.nodes}", f"--ntasks-per-node={each}", f"--gpus-per-node={each}"]
+            return shlex.join(["sbatch", *start, "slurm/train.sbatch", *words])
         return shlex.join(["deepspeed", "--num_gpus", str(self.machine.gpus), "dsvae/train.py", *words])
 
 

@@ -71,7 +71,7 @@ def test_several_nodes_are_a_batch_job(capsys, tiny_yaml):
     words = [tiny_yaml, "--ds_config", "ds_configs/zero2.json", "--gradient_checkpointing", "false"]
     command = found(capsys, *words, "--gpus", "8", "--gpus_per_node", "4")["command"]
     _, start = run_config(command)
-    assert start == ["sbatch", "--nodes", "2", "--gpus-per-node", "4", "slurm/train.sbatch"]
+    assert start == ["sbatch", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "slurm/train.sbatch"]
 
 
 def test_where_nothing_fits_it_says_what_would_and_that_is_true(capsys):
