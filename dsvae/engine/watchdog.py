@@ -44,6 +44,7 @@ class Watchdog:
         self._patient = 0
         self._count = 0
         self._exit_code: int | None = None
+        self._leaving = False
         self._closed = threading.Event()
         self._store.set_timeout(timedelta(seconds=_STORE_ANSWERS))
         self._asking: threading.Thread | None = None
@@ -78,7 +79,10 @@ class Watchdog:
 
         Takes a few seconds: whoever says nothing during them is gone.
         """
-        return self._gone(*self._two_readings())
+        found = self._gone(*self._two_readings())
+        if self._leaving:
+            self._thread.join()  # has told why, and ends the process
+        return found
 
     # The thread.
 
@@ -87,8 +91,19 @@ class Watchdog:
             self._tell()
             if self._patient or time.monotonic() - self._seen[0] < self._timeout:
                 continue
-            before, now = self._two_readings()
-            found = self._gone(before, now) or (None if now is None else self._stuck(now))
+            found: tuple[str, int] | None
+            if not self._waits():  # it is this rank itself, whatever becomes of the others, which first shall see it hang
+                for _ in range(8):
+                    self._closed.wait(self._interval)
+                    self._tell()
+                age = time.monotonic() - self._seen[0]
+                found = (
+                    f"rank {self._rank} (on {socket.gethostname()}) has hung for {age:.0f} s ({self._seen[1]})",
+                    EXIT_RANK_LOST,
+                )
+            else:
+                before, now = self._two_readings()
+                found = self._gone(before, now) or (None if now is None else self._stuck(now))
             # A rank that got on meanwhile, or is leaving, says nothing.
             if found and not self._closed.is_set() and time.monotonic() - self._seen[0] >= self._timeout:
                 self._leave(*found)
@@ -170,11 +185,14 @@ class Watchdog:
 
     def _leave(self, line: str, code: int) -> None:
         """Ends the process: the main thread is inside an operation that nothing can interrupt."""
+        self._leaving = True
         with suppress(OSError, ValueError):
             if not self._waits():
                 faulthandler.dump_traceback(sys.stderr)
             print(f"dsvae: error: rank {self._rank}: {line}; the same command goes on from the last complete checkpoint",
                   file=sys.stderr, flush=True)  # fmt: skip
+        if self._rank == 0:
+            time.sleep(4 * self._interval)  # the store lives here, and the others are reading
         os._exit(code)
 
 
