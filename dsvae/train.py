@@ -306,6 +306,10 @@ def _engine(
     )
     ds_config.check_with_deepspeed(resolved)
     reporter.say(f"phase {phase}: ds_config as resolved\n{json.dumps(resolved, indent=2)}")
+    if '"device": "nvme"' in json.dumps(resolved):
+        reporter.say(
+            "warning: offload to a disk gave wrong losses in a trial (docs/operations.md): compare before you rely on it"
+        )
     if ds_config.precision_of(resolved) == "fp16":
         reporter.say("warning: T5 was trained in bf16 and overflows easily in fp16; prefer bf16 where the GPU has it")
     model, origin = build_model(config.model, data.tokenizer, weights_from, config.seed, world, resolved)

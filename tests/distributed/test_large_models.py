@@ -1,7 +1,5 @@
-"""Models that do not fit: loaded and exported part by part, trained with states in host memory or on a disk."""
+"""Models that do not fit: loaded and exported part by part, trained with states in host memory."""
 
-import json
-import os
 import pickle
 
 import pytest
@@ -22,28 +20,11 @@ def plain(tiny, tmp_path_factory):
     return out
 
 
-def nvme_config(directory):
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        pytest.skip("NVMe offload needs libaio's headers and a C++ compiler (apt-get install libaio-dev g++)")
-    config = json.loads((CONFIGS / "zero3_nvme.json").read_text())
-    for section in ("offload_optimizer", "offload_param"):
-        assert config["zero_optimization"][section]["device"] == "nvme"
-        config["zero_optimization"][section]["nvme_path"] = str(directory / "nvme")
-    (directory / "nvme").mkdir()
-    (directory / "zero3_nvme.json").write_text(json.dumps(config))
-    return directory / "zero3_nvme.json"
-
-
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("name", ["zero3", "zero2_offload", "zero3_offload", "zero3_nvme"])
+@pytest.mark.parametrize("name", ["zero3", "zero2_offload", "zero3_offload"])
 def test_sharded_and_offloaded_runs_give_the_plain_losses(name, tiny, plain, tmp_path):
     """Fresh weights, drawn on rank 0 and sharded at once, are those that a whole model starts from; offload changes nothing."""
-    config = nvme_config(tmp_path) if name == "zero3_nvme" else CONFIGS / f"{name}.json"
     out = tmp_path / "run"
-    # The first use of NVMe compiles DeepSpeed's I/O: minutes.
-    train("--config", tiny, "--ds_config", config, "--output_dir", out, *STEPS, ranks=2, timeout=1400)
+    train("--config", tiny, "--ds_config", CONFIGS / f"{name}.json", "--output_dir", out, *STEPS, ranks=2)
     expected, found = ([row["loss"] for row in rows(d)] for d in (plain, out))
     assert len(expected) == 6
     assert found == pytest.approx(expected, rel=2e-6, abs=2e-5)
@@ -54,8 +35,6 @@ def test_sharded_and_offloaded_runs_give_the_plain_losses(name, tiny, plain, tmp
             assert torch.equal(weights[1][key], value), f"{key} is frozen and not the same"
         else:
             assert (weights[1][key] - value).abs().mean() < 1e-5, key
-    if name == "zero3_nvme":
-        assert any(files for _, _, files in os.walk(tmp_path / "nvme"))  # the disk was used
 
 
 @pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
