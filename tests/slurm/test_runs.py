@@ -45,7 +45,7 @@ def test_a_failed_phase_1_leaves_phase_2_never_started(submitted, cluster, check
     assert cluster.wait(first)["ExitCode"] == "2:0"
     ended = cluster.wait(second)
     assert ended["JobState"] == "CANCELLED"
-    assert ended["StartTime"] == "Unknown"
+    assert ended["RunTime"] == "00:00:00"  # SLURM may give it a start, at the moment of its end
     assert "not there.txt" in (checkout / f"dsvae-phase1-{first}.out").read_text()
     assert not (checkout / f"dsvae-phase2-{second}.out").exists()
 
