@@ -146,10 +146,6 @@ def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
 
     Beside tensors, what has a `shape` and becomes one by `.contiguous()`: so one at a time is in memory.
     """
-    if (found.directory / "offloaded_tensors").is_dir():
-        raise UserError(
-            f"{found.directory}: its weights are on NVMe, outside of what DeepSpeed's tools read: only the run itself exports it"
-        )
     if meta["zero_stage"] == 0:
         return dict(_load(found.directory / "mp_rank_00_model_states.pt")["module"])
     if meta["zero_stage"] == 3:

@@ -14,6 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,12 @@ from dsvae.card import write_card
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.tokenization import Prepared, load_prepared, prepare
-from dsvae.engine import checkpoint, distributed, ds_config, universal, weights
+from dsvae.engine import checkpoint, distributed, ds_config, nvme, universal, weights
 from dsvae.engine.build import build_model
 from dsvae.engine.distributed import World
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.non_finite import SkippedSteps
-from dsvae.engine.stopping import Stopping
+from dsvae.engine.stopping import SIGNALS, Stopping
 from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
 from dsvae.files import write_json, write_text
 from dsvae.metrics.evaluate import evaluate
@@ -140,25 +141,26 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     metrics = None
     for phase in start.phases:
         resumed = start.checkpoint if start.checkpoint and start.checkpoint.phase == phase else None
-        with world.patient():
-            engine, batches = _engine(config, raw, phase, weights_from, data, world, reporter)
-        if phase == start.phases[0]:
-            # Only now: a mistake until here leaves nothing in output_dir that the corrected command would stumble over.
-            world.on_main(lambda: _write_down(config, raw, data, out))
-            reporter.open(first_step + 1)
-        if resumed:
-            if converted := checkpoint.load(engine.deepspeed, resumed, world, out / "checkpoints"):
-                reporter.say(converted)
-            reporter.say(f"going on from {resumed.directory}")
-        done, offset = resumed.step if resumed else 0, before_phase2 if phase == 2 else 0
-        with stopping.between_steps():
-            train_phase(config, phase, engine, batches, data, world, reporter, stopping, done, offset)
-        if phase == 1:
-            weights_from = out / "phase1" / "model"
-            weights.export(engine.module, engine.origin, world, weights_from, _save_tokenizer(data))
-        else:
-            metrics = finish(config, engine, data, world, reporter, offset + config.phase2.steps)
-        engine.close()
+        with ExitStack() as held:
+            with world.patient():
+                engine, batches = _engine(config, raw, phase, weights_from, data, world, reporter, held)
+            if phase == start.phases[0]:
+                # Only now: a mistake until here leaves nothing in output_dir that the corrected command would stumble over.
+                world.on_main(lambda: _write_down(config, raw, data, out))
+                reporter.open(first_step + 1)
+            if resumed:
+                if converted := checkpoint.load(engine.deepspeed, resumed, world, out / "checkpoints"):
+                    reporter.say(converted)
+                reporter.say(f"going on from {resumed.directory}")
+            done, offset = resumed.step if resumed else 0, before_phase2 if phase == 2 else 0
+            with stopping.between_steps():
+                train_phase(config, phase, engine, batches, data, world, reporter, stopping, done, offset)
+            if phase == 1:
+                weights_from = out / "phase1" / "model"
+                weights.export(engine.module, engine.origin, world, weights_from, _save_tokenizer(data))
+            else:
+                metrics = finish(config, engine, data, world, reporter, offset + config.phase2.steps)
+            engine.close()
     reporter.close(config, metrics)
     world.on_main(lambda: _say_finished(config, reporter))
 
@@ -287,8 +289,13 @@ def _engine(
     data: Prepared,
     world: World,
     reporter: Reporter,
+    held: ExitStack,
 ) -> tuple[PhaseEngine, TrainingBatches]:
-    """The engine of a phase around its model, and its batches, agreed on how a step is cut."""
+    """The engine of a phase around its model, and its batches, agreed on how a step is cut.
+
+    Args:
+        held: what the engine has on a disk goes with it.
+    """
     settings = config.phase1 if phase == 1 else config.phase2
     train = data.splits["train"]
     given = raw.get("gradient_accumulation_steps", "auto")
@@ -305,14 +312,11 @@ def _engine(
         fp16_supported=accelerator.is_fp16_supported(),
     )
     ds_config.check_with_deepspeed(resolved)
-    reporter.say(f"phase {phase}: ds_config as resolved\n{json.dumps(resolved, indent=2)}")
-    if '"device": "nvme"' in json.dumps(resolved):
-        reporter.say(
-            "warning: offload to a disk gave wrong losses in a trial (docs/operations.md): compare before you rely on it"
-        )
+    held.enter_context(nvme.place(resolved, config.output_dir, world))
     if ds_config.precision_of(resolved) == "fp16":
         reporter.say("warning: T5 was trained in bf16 and overflows easily in fp16; prefer bf16 where the GPU has it")
     model, origin = build_model(config.model, data.tokenizer, weights_from, config.seed, world, resolved)
+    reporter.say(f"phase {phase}: ds_config as resolved\n{json.dumps(resolved, indent=2)}")
     batches = TrainingBatches(
         train,
         batch_size=config.data.batch_size,
@@ -380,4 +384,8 @@ def _say_finished(config: RunConfig, reporter: Reporter) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    for _number in SIGNALS:  # nothing is left but the end of the interpreter, which takes a while
+        signal.signal(_number, lambda *_: os._exit(exit_code))
+    sys.exit(exit_code)

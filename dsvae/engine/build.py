@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from dsvae.config import ModelConfig
+from dsvae.engine import nvme
 from dsvae.engine.distributed import World
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
 from dsvae.errors import UserError
@@ -40,11 +41,12 @@ def build_model(
         settings: a pretrained model by name, or a new T5 from its configuration.
         weights: a T5VAE directory to take instead (between the phases).
         seed: of fresh weights: the same on every rank, at every stage, and whatever was drawn before.
-        ds_config: resolved.
+        ds_config: resolved; gets the size of buffers that depend on the model.
 
     Raises:
         UserError: on every rank: no such model, no safetensors in it, no T5, weights missing or damaged, or a tokenizer too
             large for its vocabulary.
+        RunStopped: on every rank: no room on the disk that the weights go to.
     """
     origins: list[Origin] = []
 
@@ -61,6 +63,7 @@ def build_model(
     with torch.device("meta"):
         model = T5VAE(copy.deepcopy(config))
     model.generation_config = generation_config
+    nvme.make_room(ds_config, model, world)
     _partition(model, origin, ds_config)
     return model, origin
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from dsvae.config import PhaseConfig
 from dsvae.data.batches import MicroBatch, Step
 from dsvae.engine import ds_config as ds_configs
+from dsvae.engine import nvme
 from dsvae.engine.distributed import World
 from dsvae.engine.weights import freeze_decoder, parameter_groups
 from dsvae.modeling.origin import Origin
@@ -109,6 +110,7 @@ class PhaseEngine:
             config=without_optimizer,
             dist_init_required=False,
         )
+        nvme.mend(self.deepspeed)
 
     @property
     def module(self) -> T5VAE:

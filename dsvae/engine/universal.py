@@ -96,9 +96,8 @@ def _refuse(engine: Any, source: Path, meta: dict[str, Any], now: dict[str, Any]
     """Raises UserError, on every rank alike, for what DeepSpeed's converter or its loader cannot do. Collective."""
     advice = f"resume with {_words(meta)}, or start anew from exported weights with --model"
     zero = engine.config.get("zero_optimization", {})
-    nvme = any((zero.get(name) or {}).get("device") == "nvme" for name in ("offload_optimizer", "offload_param"))
-    if nvme or (source / "offloaded_tensors").is_dir():
-        raise UserError(f"{source}: a checkpoint cannot change its shape to or from states on NVMe: {advice}")
+    if any((zero.get(name) or {}).get("device") == "nvme" for name in ("offload_optimizer", "offload_param")):
+        raise UserError(f"{source}: a checkpoint cannot change its shape on its way to a disk (nvme): {advice}")
     for shape, optimizer in ((meta, meta.get("optimizer", "AdamW")), (now, now["optimizer"])):
         if shape["zero_stage"] == 0 and optimizer != "AdamW":
             raise UserError(

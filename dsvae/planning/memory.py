@@ -151,6 +151,7 @@ class _States:
         self.trained = sum(map(sum, self.groups))
         self.total = sum(w.numel for w in weights)
         self.frozen = self.total - self.trained
+        self.widest = max(w.numel for w in weights)
         self.largest = max((n for group in self.groups for n in group), default=0)
         if engine.kind == "zero3":
             self.parts = [sum(math.ceil(n / self.world) for n in group) for group in self.groups]
@@ -245,7 +246,10 @@ class _States:
             disk += c * (self.part + self.frozen_part)
             offload_param = e.zero.offload_param
             if offload_param is not None:
-                found["parameter swap buffers"] = c * int(offload_param.buffer_count) * int(offload_param.buffer_size)
+                # As `engine.nvme` sizes them where the ds_config does not.
+                given = "buffer_size" in offload_param.model_fields_set
+                size = int(offload_param.buffer_size) if given else math.ceil(self.widest / self.world)
+                found["parameter swap buffers"] = c * int(offload_param.buffer_count) * size
         return found, disk
 
     def step_scratch(self) -> int:

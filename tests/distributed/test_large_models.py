@@ -1,6 +1,8 @@
-"""Models that do not fit: loaded and exported part by part, trained with states in host memory."""
+"""Models that do not fit: loaded and exported part by part, trained with states in host memory and on a disk."""
 
+import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -73,6 +75,67 @@ def test_no_rank_holds_the_whole_model(tmp_path):
         model = figures["parameters"] * 4 / MIB
         assert model > 500
         assert 0.45 * model < figures["load"]["peak"] - figures["base"] < 0.65 * model
+
+
+# Parts of more than 1 MiB a rank, below which DeepSpeed keeps everything in memory; odd sizes, so that gradients lie anywhere.
+WIDE = {**TINY["model"]["t5"], "d_model": 514, "d_ff": 1051}
+
+
+@pytest.fixture(scope="module")
+def wide(cache_dir, tmp_path_factory):
+    """(arguments of a run with the model WIDE, a ds_config that keeps it on a disk, that disk's directory)."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("offload to a disk needs libaio's headers and a C++ compiler (apt-get install libaio-dev g++)")
+    directory = tmp_path_factory.mktemp("wide")
+    data = {**TINY["data"], "cache_dir": str(cache_dir)}
+    (directory / "wide.yaml").write_text(yaml.safe_dump({**TINY, "data": data, "model": {**TINY["model"], "t5": WIDE}}))
+    disk = directory / "disk"
+    disk.mkdir()
+    ds_config = json.loads((CONFIGS / "zero3_nvme.json").read_text())
+    zero = ds_config["zero_optimization"]
+    for section in ("offload_optimizer", "offload_param"):
+        zero[section]["nvme_path"] = str(disk)
+    zero["offload_param"]["max_in_cpu"] = 0  # DeepSpeed would keep up to 1e9 weights in memory all the same
+    zero["sub_group_size"] = 1_000_000  # several, which share the swap buffers
+    (directory / "nvme.json").write_text(json.dumps(ds_config))
+    zero.pop("offload_optimizer")
+    zero.pop("offload_param")
+    (directory / "memory.json").write_text(json.dumps(ds_config))
+    return ("--config", directory / "wide.yaml", "--checkpoint_every", "2", *STEPS), directory, disk
+
+
+@pytest.mark.timeout(1500)
+def test_states_on_a_disk_give_the_losses_of_those_in_memory_and_survive_a_kill(wide, tmp_path):
+    """Weights, gradients and moments on a disk; killed in phase 2, it goes on bit by bit there, and within rounding in memory."""
+    common, configs, disk = wide
+
+    def run(name, ds_config, **options):
+        train(*common, "--ds_config", configs / f"{ds_config}.json", "--output_dir", tmp_path / name, ranks=2, **options)
+        return [row["loss"] for row in rows(tmp_path / name)]
+
+    in_memory = run("memory", "memory")
+    on_disk = run("uncut", "nvme", timeout=1400)  # the first use compiles DeepSpeed's I/O: minutes
+    assert len(on_disk) == 6
+    assert on_disk == pytest.approx(in_memory, rel=2e-6, abs=2e-5)
+    assert list(disk.iterdir()) == []
+
+    cut = start(*common, "--ds_config", configs / "nvme.json", "--output_dir", tmp_path / "cut", ranks=2)
+    cut.wait_for(tmp_path / "cut" / "checkpoints" / "phase2-step00000002" / "COMPLETE")
+    cut.kill()
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+    left = {path.name for path in disk.rglob("*.swp")}
+    for kind in ("exp_avg-", "exp_avg_sq-", "_gradient_", "_param."):  # else this test shows nothing
+        assert any(kind in name for name in left), left
+    shutil.copytree(tmp_path / "cut", tmp_path / "moved")
+    assert run("cut", "nvme") == on_disk
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("cut", "uncut", "memory")]
+    for key, value in weights[0].items():
+        assert torch.equal(weights[1][key], value), key
+        assert (weights[2][key] - value).abs().mean() < 1e-5, key
+    assert list(disk.iterdir()) == []
+    assert run("moved", "memory") == pytest.approx(in_memory, rel=2e-6, abs=2e-5)
 
 
 class Malicious:

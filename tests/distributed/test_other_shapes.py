@@ -206,11 +206,11 @@ def test_a_conversion_that_fails_midway_leaves_nothing(first, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_states_on_nvme_are_refused(first):
+def test_another_shape_on_a_disk_is_refused(first):
     offload = {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}
     engine = type("Engine", (), {"config": {"zero_optimization": {"stage": 3, **offload}}})
     meta = {"world_size": 2, "zero_stage": 2}
-    with pytest.raises(UserError, match="NVMe: resume with 2 rank"):
+    with pytest.raises(UserError, match=r"its way to a disk \(nvme\): resume with 2 rank"):
         universal._refuse(engine, first, meta, {**meta, "zero_stage": 3}, [], None)
 
 
