@@ -5,6 +5,7 @@ at whether the kernel did as it was told. So
 
 - gradients, which it reads to wherever they lie in a flat buffer, are cut at aligned addresses: else AdamW steps on what was in
   the buffer before;
+- weights are neither fetched ahead nor kept between their uses: DeepSpeed steps past those that are in memory just then;
 - the disk is tried before anything depends on it, and its room is counted;
 - checkpoints have the states themselves, as though they were in memory. DeepSpeed copies its files instead, and forgets AdamW's
   moments and steps when it loads them;
@@ -29,6 +30,7 @@ from deepspeed.checkpoint.constants import FP32_FLAT_GROUPS, LOSS_SCALER, OPTIMI
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
 from deepspeed.runtime.swap_tensor.utils import AIO_ALIGNED_BYTES
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor, nn
 
 from dsvae.engine.distributed import World
@@ -59,6 +61,12 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
             raise UserError(f"{where}.nvme_path must name a directory on a local disk")
         if section.get("fast_init"):
             raise UserError(f"{where}.fast_init reads weights to addresses that direct I/O refuses: leave it out")
+    if "offload_param" in sections:
+        # A weight that is in memory when the optimizer steps keeps its old value on the disk, or its buffer for ever.
+        zero = DeepSpeedZeroConfig(**resolved["zero_optimization"])
+        for name, value in (("prefetch_bucket_size", zero.prefetch_bucket_size), ("max_reuse_distance", zero.max_reuse_distance)):
+            if value != 0:
+                raise UserError(f"ds_config: zero_optimization.stage3_{name} must be 0 with weights on a disk, not {value:g}")
     own = "dsvae-" + hashlib.sha256(str(Path(output_dir).resolve()).encode()).hexdigest()[:12]
     for section in sections.values():
         section["nvme_path"] = str(Path(section["nvme_path"]) / own)

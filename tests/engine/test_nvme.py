@@ -16,9 +16,10 @@ from dsvae.errors import EXIT_DISK, RunStopped, UserError
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
-def resolved(path, stage=3, **options):
+def resolved(path, stage=3, zero=(), **options):
     section = {"device": "nvme", "nvme_path": str(path), **options}
-    return {"zero_optimization": {"stage": stage, "offload_optimizer": section, "offload_param": {**section}}}
+    zero = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0, **dict(zero)}
+    return {"zero_optimization": {"stage": stage, "offload_optimizer": section, "offload_param": {**section}, **zero}}
 
 
 @pytest.fixture
@@ -34,6 +35,8 @@ def compiled(monkeypatch):
         ({"nvme_path": None}, "nvme_path must name a directory"),
         ({"fast_init": True}, "fast_init"),
         ({"stage": 2}, "needs stage 3"),
+        ({"zero": {"stage3_prefetch_bucket_size": 10}}, "stage3_prefetch_bucket_size must be 0"),
+        ({"zero": {"stage3_max_reuse_distance": 1e8}}, r"stage3_max_reuse_distance must be 0 with weights on a disk, not 1e\+08"),
         ({"path": "not there"}, "not there is no directory"),
     ],
 )
@@ -55,7 +58,7 @@ def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path, compiled, mo
 
 
 def where(config):
-    (path,) = {section["nvme_path"] for name, section in config["zero_optimization"].items() if name != "stage"}
+    (path,) = {section["nvme_path"] for name, section in config["zero_optimization"].items() if name.startswith("offload")}
     return path
 
 
