@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 import datasets
 import numpy as np
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from transformers.utils import logging as transformers_logging
@@ -53,10 +54,18 @@ from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.text import samples
 from dsvae.objective.schedules import beta_at
 from dsvae.reporting import Reporter, Speed, result_table
+from dsvae.usage import help_text
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs what a command line asks for; the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if "--help" in words or "-h" in words:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(help_text())
+        return 0
     deepspeed_logger.setLevel(os.environ.get("DSVAE_DEEPSPEED_LOG", "WARNING").upper())
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -66,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     stopping = Stopping()
     stopping.install()
     try:
-        config = configuration.read(sys.argv[1:] if argv is None else argv)
+        config = configuration.read(words)
         raw = ds_config.load(str(config.ds_config))
         world = distributed.start(config.hang_timeout)
         run(config, raw, world, stopping)
@@ -268,7 +277,7 @@ def finish(config: RunConfig, engine: PhaseEngine, data: Prepared, world: World,
     metrics = evaluate(
         engine.module, data.splits["test"], world, samples=config.eval.samples, token_budget=config.eval.batch_tokens
     )
-    metrics["precision"] = engine.precision
+    metrics["precision"] = PRECISIONS[next(engine.module.parameters()).dtype]  # float32 under autocast, which is for training
     reporter.evaluation(step, 2, "test", metrics)
     pairs, prior = samples(engine.module, data.splits["test"], data.tokenizer, world, config.eval.shown, config.data.max_tokens)
 

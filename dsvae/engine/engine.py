@@ -180,7 +180,8 @@ class PhaseEngine:
             batch = given.to(self.world.device)
             self._seed(index, i)
             noise = batch.noise if self.sample_latent else torch.zeros_like(batch.noise)
-            out = self.module(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=noise)
+            with self._autocast():
+                out = self.module(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=noise)
             rec, kl = reconstruction_nats(out.logits, batch.labels), out.posterior.kl()
             for row in range(len(rec)):
                 if batch.weight[row]:
@@ -239,9 +240,16 @@ class PhaseEngine:
         total = torch.zeros(self.module.config.latent_dim, device=self.world.device)
         for i, batch in enumerate(batches):
             self._seed(index, i)
-            out = self.module(batch.input_ids, batch.attention_mask, encode_only=True)
+            with self._autocast():
+                out = self.module(batch.input_ids, batch.attention_mask, encode_only=True)
             total += batch.weight @ Gaussian.from_parameters(out.posterior_parameters).kl()
         return total
+
+    def _autocast(self) -> torch.autocast:
+        """What the engine's own forward pass runs under: the module's, called without the engine, would run in float32."""
+        enabled = self.deepspeed.torch_autocast_enabled()
+        dtype = self.deepspeed.torch_autocast_dtype() if enabled else None
+        return torch.autocast(self.world.device.type, dtype=dtype, enabled=enabled)
 
     def _seed(self, index: int, micro_batch: int) -> None:
         """Random state of the model's own draws (dropout), from where it is and nothing else."""

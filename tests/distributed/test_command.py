@@ -1,6 +1,7 @@
 """The real command as a user types it: every launcher, what it leaves, and what it says to mistakes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -199,3 +200,17 @@ def test_recipes_are_yaml_with_a_comment():
     for path in RECIPES.glob("*.yaml"):
         assert path.read_text().startswith("#"), path
         assert yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero2"])
+def test_the_kl_ahead_of_a_step_is_that_of_the_passes_that_train(config, tiny, tmp_path):
+    """Free bits decide by it. bf16, at ZeRO 0 by autocast, with dropout: the same masks and the same rounding."""
+    run = train(
+        "--config", tiny, "--ds_config", CONFIGS / f"{config}.json", "--output_dir", tmp_path / "run", "--phase", "2",
+        "--model.dropout", "0.1", "--data.micro_batch_tokens", "100", ranks=2,
+        script=ROOT / "tests/distributed/kl_ahead_train.py",
+    )  # fmt: skip
+    found = re.findall(r"rank \d: (\d+) micro-batches, largest difference (\S+)", run.stdout)
+    assert len(found) >= 6
+    assert min(int(count) for count, _ in found) > 1
+    assert max(float(error) for _, error in found) == 0
