@@ -102,9 +102,9 @@ class PhaseConfig:
     lr: float = 1e-4
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stay, or fall to zero at the last step."""
+    """After the warm-up: stay, or fall towards zero, which the step behind the last would have."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly; the first one's is above 0 already."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices; none for norms, biases, embeddings and position biases."""
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -235,6 +235,8 @@ def read(argv: Sequence[str]) -> RunConfig:
     given = parse_flags(argv)
     source = given.pop("config", None)
     tree = load_tree(str(source)) if source is not None else load_tree(DEFAULT_RECIPE)
+    if "model.name" in given and "model.t5" not in given:
+        tree.get("model", {}).pop("t5", None)  # the new T5 of a recipe gives way to the pretrained one
     for name, value in given.items():
         _set(tree, name, value)
     config = build(tree, where="command line" if given else f"--config {source}")
@@ -256,7 +258,7 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
         name, equals, value = flag[2:].partition("=")
         name = name.replace("-", "_")
         if name not in known:
-            raise UserError(f"unknown flag --{name}{_nearest(name, known)}")
+            raise UserError(f"unknown flag --{name}{nearest(name, known)}")
         if not equals:
             if rest and not _is_flag(rest[0]):
                 value = rest.pop(0)
@@ -357,7 +359,10 @@ def check(config: RunConfig) -> None:
         phase = getattr(config, name)
         need(phase.steps >= 1, f"{name}.steps must be at least 1 (to leave a phase out: --phase 1 or --phase 2)")
         need(phase.lr > 0, f"{name}.lr must be positive")
-        need(0 <= phase.warmup_steps <= phase.steps, f"{name}.warmup_steps must lie between 0 and {name}.steps")
+        need(
+            0 <= phase.warmup_steps <= phase.steps,
+            f"{name}.warmup_steps ({phase.warmup_steps}) must lie between 0 and {name}.steps ({phase.steps})",
+        )
         need(0 <= phase.deletion < 1, f"{name}.deletion is a share of the tokens and must be in [0, 1)")
         need(phase.max_grad_norm >= 0 and phase.weight_decay >= 0, f"{name}: negative max_grad_norm or weight_decay")
         need(
@@ -400,7 +405,7 @@ def _build(cls: type, tree: Any, prefix: str, where: str) -> Any:
     for name, value in tree.items():
         if name not in hints:
             known = field_types()
-            raise UserError(f"{where}: unknown field {prefix}{name}{_nearest(f'{prefix}{name}', known)}")
+            raise UserError(f"{where}: unknown field {prefix}{name}{nearest(f'{prefix}{name}', known)}")
         if dataclasses.is_dataclass(hints[name]):
             values[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.", where)
         else:
@@ -469,7 +474,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
+def nearest(name: str, known: typing.Iterable[str]) -> str:
     """`; did you mean X?` for an unknown name, or nothing."""
     known = sorted(known)
     by_last_part = {each: each.rsplit(".", 1)[-1] for each in known}

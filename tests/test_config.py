@@ -313,3 +313,15 @@ def test_defaults_are_not_shared_between_configurations():
 def test_loading_a_recipe_twice_gives_trees_of_their_own():
     load_tree("quickstart")["model"]["latent_dim"] = -1
     assert load_tree("quickstart")["model"]["latent_dim"] > 0
+
+
+def test_a_pretrained_model_takes_the_place_of_a_recipes_new_t5():
+    config = read(["--ds_config", "x.json", "--model", "google-t5/t5-small"])
+    assert (config.model.name, config.model.t5) == ("google-t5/t5-small", {})
+    with pytest.raises(UserError, match=r"model\.name .* and model\.t5 are both given"):
+        read(["--ds_config", "x.json", "--model", "google-t5/t5-small", "--model.t5", "{d_model: 8}"])
+
+
+def test_a_warm_up_longer_than_the_phase_is_told_with_both_numbers():
+    with pytest.raises(UserError, match=r"phase1\.warmup_steps \(20\) must lie between 0 and phase1\.steps \(10\)"):
+        read(["--ds_config", "x.json", "--phase1.steps", "10"])

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import deepspeed
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from dsvae.config import ModelConfig
+from dsvae.config import ModelConfig, nearest
 from dsvae.engine import nvme
 from dsvae.engine.distributed import World
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
@@ -72,6 +72,8 @@ def find_origin(settings: ModelConfig, tokenizer: PreTrainedTokenizerBase, weigh
     """Where the weights that `build_model` gives a model come from; arguments and errors are its own. On this process alone."""
     try:
         origin = _origin(settings, tokenizer, weights, seed)
+    except StrictDataclassError as error:  # a field's name, and below it what is wrong with its value
+        raise UserError(f"model {settings.name or 'model.t5'}: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, TypeError, KeyError, HFValidationError, SafetensorError) as error:
         what = weights or settings.name or "model.t5"
         first_line = str(error).strip().split("\n")[0]
@@ -112,6 +114,10 @@ def _origin(settings: ModelConfig, tokenizer: PreTrainedTokenizerBase, weights: 
         return T5VAE.origin_in(str(weights))
     if settings.name is None:
         t5 = {"model_type": "t5", **settings.t5, "vocab_size": len(tokenizer)}
+        # transformers takes any name, and keeps what it does not know.
+        known = {*AutoConfig.for_model(t5["model_type"]).to_dict(), "decoder_start_token_id", "tie_word_embeddings"}
+        if unknown := sorted(set(t5) - known):
+            raise ValueError(f"unknown field {unknown[0]}{nearest(unknown[0], known)}")
         t5 |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
         t5.setdefault("decoder_start_token_id", tokenizer.pad_token_id)
         if settings.dropout is not None:

@@ -1,0 +1,45 @@
+"""Where a new T5's configuration is wrong, it is said before anything is built."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from dsvae.config import ModelConfig
+from dsvae.engine.build import find_origin
+from dsvae.errors import UserError
+
+SMALL = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+
+
+class Tokenizer(SimpleNamespace):
+    def __len__(self):
+        return 50
+
+
+TOKENIZER = Tokenizer(pad_token_id=0, eos_token_id=1)
+
+
+@pytest.mark.parametrize("kind", ["t5", "mt5", "umt5"])
+def test_fields_of_transformers_configuration_are_taken(kind):
+    fields = {**SMALL, "model_type": kind, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    config = find_origin(ModelConfig(t5=fields), TOKENIZER, None, 0).config
+    assert (config.t5.d_ff, config.t5.vocab_size, config.tie_word_embeddings) == (
+        16,
+        50,
+        kind == "t5" and config.tie_word_embeddings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"d_modle": 32}, "model model.t5: unknown field d_modle; did you mean d_model?"),
+        ({"d_model": "abc"}, "model model.t5: .*d_model.*abc"),
+        ({"model_type": "bert"}, "model model.t5: "),
+        ({"feed_forward_proj": "gated-nothing-at-all"}, "model model.t5: "),
+    ],
+)
+def test_a_field_that_is_not_one_is_told_in_one_line(field, message):
+    with pytest.raises(UserError, match=message) as caught:
+        find_origin(ModelConfig(t5={**SMALL, **field}), TOKENIZER, None, 0)
+    assert "\n" not in str(caught.value)
