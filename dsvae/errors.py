@@ -27,8 +27,11 @@ EXIT_INTERRUPTED = 130
 """Ctrl-C: saved at the next step, left (128 + SIGINT, as shells count it). The same command goes on exactly there."""
 
 
-class RunStopped(Exception):
-    """The run ends early, by no mistake in the command. The entry point prints the line and leaves with `code`."""
+class RunStopped(BaseException):
+    """The run ends early, by no mistake in the command. The entry point prints the line and leaves with `code`.
+
+    No `Exception`: a signal raises it anywhere, and libraries around which errors are caught must not swallow it.
+    """
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(code, message)  # both: exceptions travel between ranks by their arguments
