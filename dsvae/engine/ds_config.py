@@ -230,6 +230,9 @@ def _resolve_precision(config: dict[str, Any], precision: str, bf16_supported: b
     got = _kind(config, on[0]) if on else "fp32"
     if precision not in ("auto", got):
         raise UserError(f'--precision {precision}, but the ds_config gives {got}: set its "enabled" to "auto"')
+    if got == "fp16" and on == ["torch_autocast"] and zero_stage(config) == 0:
+        # Its loss scale is inside of what this engine looks at before the step, and would never come down.
+        raise UserError("ds_config: torch_autocast in float16 needs stage 1, 2 or 3: use ds_configs/fp16.json")
     if got == "fp16" and not fp16_supported:
         raise UserError("fp16 needs a GPU: on CPU use bf16 (ds_configs/zero2.json) or --precision fp32")
     if got == "bf16" and not bf16_supported:

@@ -229,10 +229,17 @@ def test_accumulation_must_be_a_positive_whole_number(value):
         resolve({"gradient_accumulation_steps": value})
 
 
+def test_float16_autocast_at_stage_0_is_refused():
+    raw = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+    with pytest.raises(UserError, match=r"needs stage 1, 2 or 3: use ds_configs/fp16\.json"):
+        resolve(raw)
+    resolve({**raw, "zero_optimization": {"stage": 1}})
+
+
 AUTO_BF16, AUTO_FP16 = {"bf16": {"enabled": "auto"}}, {"fp16": {"enabled": "auto"}}
 ON_BF16, ON_FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
 CAST = {"torch_autocast": {"enabled": "auto", "dtype": "bfloat16"}}
-CAST_FP16 = {"torch_autocast": {"enabled": "auto", "dtype": "float16"}}
+CAST_FP16 = {"torch_autocast": {"enabled": "auto", "dtype": "float16"}, "zero_optimization": {"stage": 1}}
 
 
 @pytest.mark.parametrize(
@@ -256,7 +263,7 @@ def test_precision(raw, expected, precision):
     else:
         resolved = resolve(raw, precision=precision)
         assert ds_config.precision_of(resolved) == expected[precision]
-        assert all(isinstance(section["enabled"], bool) for name, section in resolved.items() if name in raw)
+        assert all(isinstance(section["enabled"], bool) for name, section in resolved.items() if "enabled" in raw.get(name, ()))
 
 
 @pytest.mark.parametrize(
