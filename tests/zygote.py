@@ -8,6 +8,8 @@ differently on neighbouring ranks, as they do in processes that are started apar
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -122,11 +124,13 @@ def serve(requests: socket.socket) -> dict:
 
 if __name__ == "__main__":
     del sys.path[0]  # tests/: no rank has it
-    import dsvae.train  # noqa: F401, with all that it imports
-
+    # What a run imports, at its start and with its first optimizer (torch's compiler): in this order, for what train.py does first.
+    for name in ("dsvae.train", "deepspeed.runtime.zero.muon.muon_optimizer"):
+        importlib.import_module(name)
     assert threading.active_count() == 1, "a thread is not forked with the process"
     sys.stdout.flush()
     sys.stderr.flush()
+    gc.freeze()  # what is imported stays: looking through it for garbage would copy its memory in every fork
     asked = serve(socket.socket(fileno=int(sys.argv[1])))
     os.chdir(asked["cwd"])
     os.environ.clear()
