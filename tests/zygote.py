@@ -124,7 +124,7 @@ def serve(requests: socket.socket) -> dict:
 
 if __name__ == "__main__":
     del sys.path[0]  # tests/: no rank has it
-    # What a run imports, at its start and with its first optimizer (torch's compiler): in this order, for what train.py does first.
+    # What a run imports, at its start and with its first optimizer (torch's compiler): the order is for what train.py sets first.
     for name in ("dsvae.train", "deepspeed.runtime.zero.muon.muon_optimizer"):
         importlib.import_module(name)
     assert threading.active_count() == 1, "a thread is not forked with the process"
