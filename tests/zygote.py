@@ -1,7 +1,7 @@
 """Ranks without the wait: processes that have imported everything, of which each rank is forked and runs its script from the top.
 
-The imports are four of the six seconds that a small run takes on a rank. What a rank does after them, how it is signalled and
-how it ends is as in a process of its own. There are two of these processes, for even and for odd ranks: strings then hash
+The imports are nine tenths of the time that a small run takes on a rank. What a rank does after them, how it is signalled and how
+it ends is as in a process of its own. There are two of these processes, for even and for odd ranks: strings then hash
 differently on neighbouring ranks, as they do in processes that are started apart, and an order that hangs on it shows.
 """
 

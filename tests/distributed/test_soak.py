@@ -53,7 +53,7 @@ def test_killed_again_and_again(tiny, tmp_path):
 
     cut, killed, inside = tmp_path / "cut", 0, 0
     while killed < KILLS:
-        run = start(*common, "--ds_config", stage, "--output_dir", cut, ranks=2)
+        run = start(*common, "--ds_config", stage, "--output_dir", cut, ranks=2, launcher="ranks")  # killed in imports, too
         try:
             where = moments.choice((wait_inside_a_save, wait_inside_a_save, wait_anywhere))
             if not where(run, cut / "checkpoints", moments):
