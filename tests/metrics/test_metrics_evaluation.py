@@ -3,13 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, environment, free_port
+from launch import start
 from small_models import SMALL, make_t5, make_vae
 
 from dsvae.data.grammar import generate
@@ -109,22 +107,17 @@ def test_order_of_the_file_changes_nothing(directory, metrics, tmp_path):
 
 
 def test_two_ranks_change_nothing(directory, metrics, tmp_path):
-    port = str(free_port())
-    command = [sys.executable, "-m", "dsvae.cli", "evaluate", str(directory / "model"), "--output", str(tmp_path / "out")]
-    command += ["--test_file", str(directory / "test.txt"), "--labels_file", str(directory / "test.labels")]
-    command += ["--iw_samples", "3", "--max_tokens", "24"]
-    processes = []
-    for rank in ("0", "1"):
-        place = environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        processes.append(
-            subprocess.Popen(command, env=place, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+    (tmp_path / "command.py").write_text("import sys\nfrom dsvae.cli import main\nsys.exit(main())\n")
+    run = start(
+        "evaluate", directory / "model", "--output", tmp_path / "out", "--test_file", directory / "test.txt",
+        "--labels_file", directory / "test.labels", "--iw_samples", "3", "--max_tokens", "24",
+        ranks=2, script=tmp_path / "command.py",
+    )  # fmt: skip
     try:
-        told = [process.communicate(timeout=120) for process in processes]
+        told = [process.communicate(timeout=120) for process in run.processes]
     finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], told
+        run.kill()
+    assert [process.returncode for process in run.processes] == [0, 0], told
     assert "Likelihood" in told[0][0]
     assert "Likelihood" not in told[1][0]
     assert_same(metrics, json.loads((tmp_path / "out" / "metrics.json").read_text())["test"])
