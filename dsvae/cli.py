@@ -377,7 +377,8 @@ def evaluate(
         model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         test_file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); the built-in corpus where it is left out.
         labels_file: one label a line, line i for sentence i: how well the latent tells them apart.
-        output: directory for metrics.json, report.html and the projector; MODEL_DIR/evaluation where it is left out.
+        output: directory for metrics.json, report.html and the projector; where it is left out MODEL_DIR/evaluation, for a hub id
+            ./evaluation.
         samples: samples of z a sentence for the ELBO.
         iw_samples: samples of z a sentence for the importance-weighted bound; without it there is none.
         batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.

@@ -80,11 +80,11 @@ def evaluate_model(
     Under deepspeed, torchrun or srun every process calls it: the work is shared out, rank 0 prints and writes.
 
     Args:
-        model_dir: as a run exported it (`output_dir/model`).
+        model_dir: as a run exported it (`output_dir/model`), or a hub id.
         test_file: sentences, one a line (or .jsonl, .csv, .parquet with `text_column`). None: 5,000 sentences of the built-in
             corpus, whose factors are known.
         labels_file: one label a line for the lines of test_file; any strings. Adds probes.
-        output: directory to write into. None: `evaluation` in model_dir.
+        output: directory to write into. None: `evaluation` in model_dir, in the current directory for a hub id.
         samples: z drawn a sentence for the ELBO.
         iw_samples: k of the importance-weighted bound, at least 1. None: not computed.
         batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.
@@ -106,7 +106,7 @@ def evaluate_model(
         model, tokenizer = _main_first(world, lambda: pretrained.load(model_dir))
         limit = DataConfig.max_tokens if max_tokens is None else max_tokens
         text = _main_first(world, lambda: sentences.read(test_file, labels_file, text_column, tokenizer, limit))
-        directory = Path(model_dir).expanduser() / "evaluation" if output is None else Path(output).expanduser()
+        directory = _default_output(model_dir) if output is None else Path(output).expanduser()
         world.on_main(lambda: make_writable(directory, "--output"))
         nn.Module.to(model, world.device)  # transformers' own `to` has lost its annotation
         found = evaluate_sentences(
@@ -242,6 +242,12 @@ def _add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
     """Adds metrics with their standard errors."""
     metrics["se"] |= more.pop("se")
     metrics |= more
+
+
+def _default_output(model_dir: str) -> Path:
+    """`evaluation` in the model's directory. A hub model has none: one of its name, made here, would hide it from then on."""
+    directory = Path(model_dir).expanduser()
+    return directory / "evaluation" if directory.is_dir() else Path("evaluation")
 
 
 def _main_first(world: World, load: Callable[[], T]) -> T:

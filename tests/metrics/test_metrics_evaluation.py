@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -224,6 +225,18 @@ def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch
     assert len(found["probes"]) == len(found["disentanglement"]["per_factor"]) == 9
     assert 0 <= found["disentanglement"]["mig"] <= 1
     assert "nll_iw" not in found
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_without_output_nothing_is_written_where_a_hub_model_would_be_looked_for(directory, tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dsvae.pretrained.snapshot_download", lambda name, **_: {"someone/model": directory / "model"}[name])
+    local = shutil.copytree(directory / "model", tmp_path / "local" / "model")
+    evaluate_model("someone/model" if hub else "local/model", str(directory / "test.txt"), max_tokens=24)
+    output = tmp_path / "evaluation" if hub else local / "evaluation"
+    assert (output / "metrics.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["evaluation", "local"] if hub else ["local"])
+    assert not (directory / "model" / "evaluation").exists()
 
 
 def test_markup_in_sentences_stays_text(directory, tmp_path):
