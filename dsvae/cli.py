@@ -384,7 +384,7 @@ def evaluate(
         batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.
         text_column: column of the sentence, where the file has columns.
         max_tokens: longest sentence in tokens, EOS included (64); longer ones are truncated and counted.
-        seed: of the draws of z, and of the folds of the probes.
+        seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
     """
     from dsvae.evaluation import evaluate_model
 

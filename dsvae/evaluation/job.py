@@ -31,6 +31,7 @@ from dsvae.evaluation.projector import write_projector
 from dsvae.evaluation.sentences import Sentences
 from dsvae.evaluation.table import table
 from dsvae.files import make_writable, write_json
+from dsvae.generation.sentence_vae import check_seed
 from dsvae.metrics import likelihood, passes
 from dsvae.metrics.disentanglement import disentanglement
 from dsvae.metrics.evaluate import Measured, measure, summarize
@@ -89,7 +90,7 @@ def evaluate_model(
         iw_samples: k of the importance-weighted bound, at least 1. None: not computed.
         batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.
         max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted. None: 64, as in training.
-        seed: of the draws of z, and of the folds of the probes.
+        seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
 
     Returns: the metrics, on every rank: names and units as in the table; a standard error over sentences in `se` for every
         mean.
@@ -97,7 +98,7 @@ def evaluate_model(
     Raises:
         UserError: on every rank, before anything is written.
     """
-    _check(samples, iw_samples, batch_tokens, max_tokens)
+    _check(samples, iw_samples, batch_tokens, max_tokens, seed)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     joined = not dist.is_initialized()
@@ -257,8 +258,8 @@ def _main_first(world: World, load: Callable[[], T]) -> T:
     return box[0] if world.is_main else load()
 
 
-def _check(samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: int | None) -> None:
-    numbers = {"samples": (samples, 1), "batch_tokens": (batch_tokens, 1)}
+def _check(samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: int | None, seed: int) -> None:
+    numbers = {"samples": (samples, 1), "batch_tokens": (batch_tokens, 1), "seed": (seed, 0)}
     if iw_samples is not None:
         numbers["iw_samples"] = (iw_samples, 1)
     if max_tokens is not None:
@@ -266,6 +267,7 @@ def _check(samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: 
     for name, (value, least) in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f"--{name} {value}: give a whole number of at least {least}")
+    check_seed(seed)
 
 
 def _write(directory: Path, found: Evaluation, text: Sentences, tokenizer: PreTrainedTokenizerBase) -> None:

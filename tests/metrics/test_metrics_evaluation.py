@@ -221,7 +221,7 @@ def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split
 
 def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch):
     monkeypatch.setattr("dsvae.evaluation.sentences.BUILTIN_SENTENCES", 400)
-    found = evaluate_model(str(directory / "model"), output=str(tmp_path / "out"))
+    found = evaluate_model(str(directory / "model"), output=str(tmp_path / "out"), seed=2**53 - 1)  # more than scikit-learn takes
     assert len(found["probes"]) == len(found["disentanglement"]["per_factor"]) == 9
     assert 0 <= found["disentanglement"]["mig"] <= 1
     assert "nll_iw" not in found
@@ -283,6 +283,8 @@ BAD = {
     "k below 1": (lambda d, t: {"iw_samples": 0}, "iw_samples 0"),
     "no samples": (lambda d, t: {"samples": 0}, "samples 0: give a whole number of at least 1"),
     "half a sample": (lambda d, t: {"samples": 1.5}, "samples 1.5"),
+    "a negative seed": (lambda d, t: {"seed": -1}, "seed -1: give a whole number of at least 0"),
+    "a seed of too many bits": (lambda d, t: {"seed": 2**53}, r"seed is 9007199254740992: give a number from 0 to 2\^53 - 1"),
     "one token": (lambda d, t: {"max_tokens": 1}, "max_tokens 1"),
     "no directory to write to": (lambda d, t: {"output": write(t / "file", "")}, "give another --output"),
 }
