@@ -386,7 +386,8 @@ def evaluate(
         max_tokens: longest sentence in tokens, EOS included (64); longer ones are truncated and counted.
         seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
     """
-    from dsvae.evaluation import evaluate_model
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when it is imported
+        from dsvae.evaluation import evaluate_model
 
     evaluate_model(
         model_dir,

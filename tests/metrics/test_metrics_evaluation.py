@@ -247,6 +247,17 @@ def test_markup_in_sentences_stays_text(directory, tmp_path):
     assert "<b>" not in report
 
 
+def test_nothing_but_results_goes_to_stdout(directory, tmp_path):
+    command = [sys.executable, "-m", "dsvae.cli", "evaluate", str(directory / "model"), "--output", str(tmp_path / "out")]
+    command += ["--test_file", str(directory / "test.txt"), "--max_tokens", "24"]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "test.txt: 60 sentences"
+    assert lines[2] == "Likelihood"
+    assert [line.split()[0] for line in lines[-3:]] == ["report", "metrics", "projector"]
+
+
 def test_labels_stay_with_their_sentences(tmp_path, tokenizer):
     (tmp_path / "t.txt").write_text("".join(f"{s}\n\n" for s in SENTENCES))
     (tmp_path / "t.labels").write_text("".join(f"{label}\n\n" for label in LABELS))
