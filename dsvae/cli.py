@@ -1,13 +1,15 @@
 """The `dsvae` command: evaluate a trained model, and use its latent space.
 
-Results go to stdout and nothing else does; warnings, counts and progress go to stderr. A mistake of the user is one line on
-stderr and exit code 2.
+Results go to stdout, in UTF-8, and nothing else does; warnings, counts and progress go to stderr. A mistake of the user is one
+line on stderr and exit code 2; results that find no room are one line and exit code 74.
 """
 
 # No `from __future__ import annotations`: fire shows the annotations in its help, and command_line.py reads them.
 # What needs torch is imported inside the commands: help and usage errors should not wait for it.
 
 import contextlib
+import errno
+import io
 import json
 import os
 import signal
@@ -19,7 +21,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsvae.command_line import command, dispatch
-from dsvae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from dsvae.generation.options import OPTIONS, check
 
 if TYPE_CHECKING:
@@ -543,6 +545,8 @@ def plan(
     print(line if json else text)
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (evaluate, export, compare, sample, reconstruct, interpolate, analogy, traverse, edit, encode, corpus, plan)
@@ -554,7 +558,10 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in words if not word.startswith("--local_rank=")]  # from the deepspeed launcher
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if sys.stderr is None:  # closed by who called us; `print` would take None for stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
     try:
+        _check_stdout()
         with _terminable():
             if words == ["--version"]:
                 print(f"dsvae {version('dsvae')}")
@@ -569,10 +576,32 @@ def main(argv: list[str] | None = None) -> int:
         _say("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Who read our output has had enough of it. Python would complain once more when it flushes stdout at its end.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()  # who read our output has had enough of it
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _abandon_stdout()
+        _say(f"error: the results cannot be written: {error.strerror}; make room, and repeat the command")
+        return EXIT_DISK
     return 0
+
+
+def _check_stdout() -> None:
+    """Makes stdout UTF-8 like every file that is read and written, whatever the locale; a terminal keeps its encoding.
+
+    Raises UserError where there is none.
+    """
+    if sys.stdout is None:
+        raise UserError("stdout is closed: send the results to a file, or to /dev/null")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        encoding = sys.stdout.encoding if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
+
+
+def _abandon_stdout() -> None:
+    """Python would fail once more when it flushes stdout at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

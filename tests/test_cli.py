@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -396,6 +397,43 @@ def test_the_command_in_a_pipeline(vae, model_dir):
     done = subprocess.run([*command(), "sample", "./none"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"dsvae: error: .*no such directory.*\n", done.stderr)
+
+
+def shell(line, **env):
+    """A line of bash in which DSVAE is the command: the finished process."""
+    line = line.replace("DSVAE", shlex.join(command()))
+    return subprocess.run(["bash", "-c", line], capture_output=True, timeout=120, env={**os.environ, **env})
+
+
+def test_results_that_find_no_room_are_one_line(model_dir):
+    words = shlex.join([model_dir, "-n", "3", "--seed", "1", *FEW])
+    for line in (f"DSVAE sample {words} > /dev/full", "DSVAE corpus -n 3 > /dev/full", "DSVAE --help > /dev/full"):
+        done = shell(line)
+        assert done.returncode == 74, done.stderr
+        errors = [e for e in done.stderr.decode().splitlines() if "generated sentences cut" not in e]
+        assert errors == [
+            "dsvae: error: the results cannot be written: No space left on device; make room, and repeat the command"
+        ]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_results_are_utf_8_whatever_the_locale(model_dir, encoding):
+    text = "a b\u00fcd \u4e2d"
+    line = f"printf '{text}\\n' | DSVAE reconstruct {shlex.join([model_dir, '--json', *FEW])}"
+    done = shell(line, PYTHONIOENCODING=encoding, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("utf-8"))["sentence"] == text
+
+
+def test_closed_streams_are_told(model_dir):
+    words = shlex.join([model_dir, *FEW])
+    done = shell(f"DSVAE reconstruct {words} <&-")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"dsvae: error: stdin is closed: give FILE, or sentences on stdin\n"
+    done = shell(f"DSVAE sample {words} >&-")
+    assert (done.returncode, done.stderr) == (2, b"dsvae: error: stdout is closed: send the results to a file, or to /dev/null\n")
+    done = shell(f"DSVAE sample {words} -n 2 2>&-")  # its warnings do not go to stdout instead
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 2)
 
 
 def test_a_terminated_encode_leaves_nothing(model_dir, tmp_path):
