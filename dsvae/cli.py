@@ -385,7 +385,8 @@ def evaluate(
         iw_samples: samples of z a sentence for the importance-weighted bound; without it there is none.
         batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.
         text_column: column of the sentence, where the file has columns.
-        max_tokens: longest sentence in tokens, EOS included (64); longer ones are truncated and counted.
+        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted. Where it is left out that of
+            the model's training (data.max_tokens), 64 for a model that does not say.
         seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
     """
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when it is imported

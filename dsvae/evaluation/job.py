@@ -89,7 +89,8 @@ def evaluate_model(
         samples: z drawn a sentence for the ELBO.
         iw_samples: k of the importance-weighted bound, at least 1. None: not computed.
         batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.
-        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted. None: 64, as in training.
+        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted. None: as in its training; 64
+            for a model that does not say.
         seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
 
     Returns: the metrics, on every rank: names and units as in the table; a standard error over sentences in `se` for every
@@ -105,7 +106,7 @@ def evaluate_model(
     world = distributed.start()
     try:
         model, tokenizer = _main_first(world, lambda: pretrained.load(model_dir))
-        limit = DataConfig.max_tokens if max_tokens is None else max_tokens
+        limit = max_tokens or model.config.max_tokens or DataConfig.max_tokens
         text = _main_first(world, lambda: sentences.read(test_file, labels_file, text_column, tokenizer, limit))
         directory = _default_output(model_dir) if output is None else Path(output).expanduser()
         world.on_main(lambda: make_writable(directory, "--output"))

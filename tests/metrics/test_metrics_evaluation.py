@@ -274,6 +274,20 @@ def test_truncation_is_counted(directory, tmp_path):
     assert any("truncated" in warning for warning in found["warnings"])
 
 
+@pytest.mark.parametrize("trained", [9, None])
+def test_sentences_are_cut_where_training_cut_them(directory, tmp_path, tokenizer, trained):
+    model = make_vae()
+    model.config.max_tokens = trained
+    lengths = [len(tokenizer(text).input_ids) for text in SENTENCES]
+    save(tmp_path, model, tokenizer)
+    found = evaluate_model(str(tmp_path / "model"), str(tmp_path / "test.txt"))
+    limit = trained or 64
+    assert (found["max_tokens"], found["tokens"]) == (limit, sum(min(length, limit) for length in lengths))
+    assert found["truncated"] == sum(length > limit for length in lengths)
+    found = evaluate_model(str(tmp_path / "model"), str(tmp_path / "test.txt"), max_tokens=12)
+    assert (found["max_tokens"], found["tokens"]) == (12, sum(min(length, 12) for length in lengths))
+
+
 def write(path, text):
     path.write_text(text)
     return str(path)

@@ -227,13 +227,21 @@ def test_nothing_is_kept_that_nothing_reads(kind, injection, batch):
 
 
 def test_save_and_load(kind, injection, pooling, batch, tmp_path):
-    model = make_vae(kind, injection=injection, pooling=pooling)
+    model = make_vae(kind, injection=injection, pooling=pooling, max_tokens=17)
     model.save_pretrained(tmp_path)
     ids, mask, labels = batch
     for again in (T5VAE.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
         assert type(again) is T5VAE
         config = AutoConfig.from_pretrained(tmp_path)
-        for field in ("latent_dim", "pooling", "injection", "memory_slots", "tie_word_embeddings", "decoder_start_token_id"):
+        for field in (
+            "latent_dim",
+            "pooling",
+            "injection",
+            "memory_slots",
+            "max_tokens",
+            "tie_word_embeddings",
+            "decoder_start_token_id",
+        ):
             assert getattr(config, field) == getattr(model.config, field), field
         assert config.t5.model_type == model.config.t5.model_type
         assert torch.equal(again.eval()(ids, mask, labels=labels).logits, model(ids, mask, labels=labels).logits)
