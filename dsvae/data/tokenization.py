@@ -124,6 +124,11 @@ class TokenizedSplit:
         return self._column("hash")
 
     @cached_property
+    def text_keys(self) -> np.ndarray:
+        """(N,) uint64: a key of each sentence made of its token ids alone: the content key of the first sentence equal to it."""
+        return _mix(self.hashes)
+
+    @cached_property
     def content_keys(self) -> np.ndarray:
         """(N,) uint64: a key of each sentence made of its token ids, and of how many equal ones stand before it.
 

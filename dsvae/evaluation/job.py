@@ -44,6 +44,9 @@ from dsvae.modeling.t5_vae import T5VAE
 SHOWN = 20
 """Reconstructions and prior samples in the report."""
 
+NO_USE = 0.01
+"""Share of rec below which, three standard errors included, what another text's z costs is nothing: z is not used."""
+
 T = TypeVar("T")
 
 
@@ -230,8 +233,12 @@ def _warnings(metrics: dict[str, Any], measured: Measured) -> list[str]:
         return []
     found = [near_cap(metrics["mi"], metrics["sentences"])]
     gain, error = likelihood.mean(measured.rec_shuffled - measured.rec)
-    if not gain > 3 * error:
-        found.append(f"another sentence's z does as well (rec_shuffled - rec = {gain:.3f} nats): the decoder does not use z")
+    if gain <= 3 * error:  # false for NaN: no other text, nothing to say
+        told = f"rec_shuffled - rec = {gain:.3f} ± {error:.3f} nats: "
+        if gain + 3 * error < NO_USE * metrics["rec"]:
+            found.append(f"{told}another text's z does as well, the decoder does not use z")
+        else:
+            found.append(f"{told}not distinguishable from 0 on {metrics['sentences']:,} sentences; evaluate on more")
     if metrics["unk"] > 0.01 * metrics["tokens"]:
         found.append(f"{metrics['unk'] / metrics['tokens']:.1%} of the tokens are unknown pieces: likelihoods are too good")
     if metrics["truncated"] > 0.01 * metrics["sentences"]:

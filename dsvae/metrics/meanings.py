@@ -45,7 +45,7 @@ SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "Does the decoder use z?": (
         ("rec", NATS, "with its own z"),
-        ("rec_shuffled", NATS, "rec with another sentence's z: far above rec if the decoder uses z"),
+        ("rec_shuffled", NATS, "rec with the z of another text: far above rec if the decoder uses z"),
         ("rec_prior", NATS, "rec with a z from the prior"),
     ),
     "Reconstruction (greedy, from the posterior mean)": (

@@ -1,11 +1,14 @@
 """The whole evaluation of a small model: invariances, files, baseline, bad input."""
 
+import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,8 +22,10 @@ from dsvae.data.tokenization import tokenize, train_tokenizer
 from dsvae.engine.distributed import World
 from dsvae.errors import UserError
 from dsvae.evaluation import evaluate_model
+from dsvae.evaluation.job import _warnings
 from dsvae.evaluation.sentences import read
 from dsvae.metrics import passes
+from dsvae.metrics.evaluate import Measured, another_sentence, measure
 from dsvae.metrics.likelihood import draw_log_weights
 from dsvae.metrics.reconstruction import compare, reconstruct
 from dsvae.modeling.posterior import Gaussian
@@ -144,6 +149,95 @@ def test_what_is_in_the_metrics(metrics, split):
     means = ("rec", "kl", "elbo", "nll_iw", "mi", "marginal_kl", "rec_shuffled", "rec_prior", "exact_match", "token_accuracy")
     assert all(metrics["se"][name] >= 0 for name in means)
     assert metrics["probes"]["label"]["classes"] == 3
+
+
+def pairs_of(texts, order):
+    """(text, its place among its equals) -> the same of the sentence that it is given, in that order of the file."""
+    seen = Counter()
+    names = []
+    for i in order:
+        seen[texts[i]] += 1
+        names.append((texts[i], seen[texts[i]]))
+    text_keys, content_keys = (
+        np.array([int.from_bytes(hashlib.md5(repr(key).encode()).digest()[:8], "big") for key in keys], dtype=np.uint64)
+        for keys in ([text for text, _ in names], names)
+    )
+    other = another_sentence(text_keys, content_keys)
+    return None if other is None else {name: names[j] for name, j in zip(names, other.tolist(), strict=True)}
+
+
+def test_another_sentence_has_another_text_wherever_there_is_one():
+    """Every way to fill up to six places with up to six texts, and random larger ones, in two orders of the file."""
+    small = [texts for n in range(1, 7) for texts in itertools.combinations_with_replacement("abcdef", n)]
+    rng = np.random.default_rng(0)
+    large = [[f"t{t}" for t in rng.integers(most, size=200)] for most in (2, 3, 20, 300)] + [["t"] * 150 + ["u"] * 49 + ["v"]]
+    for texts in [*small, *large]:
+        found = pairs_of(texts, range(len(texts)))
+        if len(set(texts)) < 2:
+            assert found is None
+            continue
+        assert all(text != other for (text, _), (other, _) in found.items())
+        if 2 * max(Counter(texts).values()) <= len(texts):
+            assert sorted(found) == sorted(found.values())  # every z once
+        else:
+            rare = {name for name in found if Counter(texts)[name[0]] * 2 <= len(texts)}
+            assert rare <= set(found.values())  # and here every z of the others
+        assert pairs_of(texts, rng.permutation(len(texts))) == found
+
+
+def test_among_different_texts_another_sentence_is_the_next_by_content_key(split):
+    different = split.select([i for i in range(60) if i != 20])
+    order = sorted(range(59), key=lambda i: int(different.content_keys[i]))
+    expected = {i: order[(place + 1) % 59] for place, i in enumerate(order)}
+    found = another_sentence(different.text_keys, different.content_keys).tolist()
+    assert len(set(different.hashes.tolist())) == 59
+    assert dict(enumerate(found)) == expected
+
+
+@torch.no_grad()
+def test_rec_shuffled_is_that_of_another_text(tokenizer):
+    """Two texts, three times each: by hand, sentence by sentence."""
+    model = make_vae()
+    split = tokenize([SENTENCES[0], SENTENCES[1]] * 3, tokenizer, 64, "test")[0]
+    found = measure(model, split, ALONE, samples=1, token_budget=512, seed=0)
+    noise = passes.noise_of(split.content_keys, LATENT, 0, model.config.latent_dim)
+    ids = [torch.from_numpy(split.ids(i))[None] for i in range(6)]
+    for i in range(6):
+        possible = []
+        for j in range((i + 1) % 2, 6, 2):
+            logits = model(labels=ids[i], latent=model.encode(ids[j]).sample(noise[j : j + 1])).logits
+            possible.append(-float(torch.log_softmax(logits, -1)[0, torch.arange(ids[i].shape[1]), ids[i][0]].sum()))
+        assert min(abs(float(found.rec_shuffled[i]) - each) for each in possible) < 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_without_another_text_there_is_no_rec_shuffled(directory, tmp_path, count):
+    (tmp_path / "test.txt").write_text(f"{SENTENCES[0]}\n" * count)
+    found = evaluate_model(str(directory / "model"), str(tmp_path / "test.txt"), output=str(tmp_path / "out"), max_tokens=24)
+    assert np.isnan(found["rec_shuffled"])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test"]["rec_shuffled"] is None
+    assert not [warning for warning in found["warnings"] if "rec_shuffled" in warning or "nan" in warning]
+
+
+@pytest.mark.parametrize(
+    ("gain", "deviation", "said"),
+    [
+        (0.0, 0.0, "rec_shuffled - rec = 0.000 ± 0.000 nats: another text's z does as well, the decoder does not use z"),
+        (0.01, 0.1, "rec_shuffled - rec = 0.010 ± 0.010 nats: another text's z does as well, the decoder does not use z"),
+        (2.0, 10.0, "rec_shuffled - rec = 2.000 ± 1.000 nats: not distinguishable from 0 on 100 sentences; evaluate on more"),
+        (3.5, 10.0, None),
+        (float("nan"), 0.0, None),
+    ],
+)
+def test_a_collapse_is_told_from_too_few_sentences(gain, deviation, said):
+    unit = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unit = (unit - unit.mean()) / unit.std()
+    rec = torch.full((100,), 40.0, dtype=torch.float64)
+    nothing = torch.zeros(100)
+    measured = Measured(None, -rec[None], nothing, nothing, rec + gain + deviation * unit, nothing)
+    metrics = {"latent_dim": 6, "mi": 1.0, "sentences": 100, "rec": 40.0, "unk": 0, "tokens": 9, "truncated": 0}
+    assert _warnings(metrics, measured) == ([] if said is None else [said])
+    assert _warnings(metrics | {"mi": float("nan")}, measured) == ([] if said is None else [said])
 
 
 def test_what_is_left_behind(directory, metrics):
