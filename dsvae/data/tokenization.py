@@ -30,7 +30,7 @@ from dsvae.data.corpora import SPLITS, Corpus, fingerprint, load_corpus
 from dsvae.errors import UserError
 
 # Raise it whenever the same sentences and options would give other files.
-_FORMAT = 1
+_FORMAT = 2
 _BATCH_ROWS = 10_000
 _TOKENIZER_SENTENCES = 1_000_000
 _STALE_SECONDS = 24 * 3600
