@@ -93,6 +93,11 @@ class T5VAEConfig(PreTrainedConfig):
     def vocab_size(self) -> int:
         return self.t5.vocab_size
 
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        # `resize_token_embeddings` sets it behind the new matrices.
+        self.t5.vocab_size = value
+
     @property
     def hidden_size(self) -> int:
         return self.t5.d_model
