@@ -285,12 +285,17 @@ def edit(
     from dsvae.generation.reading import check_labels, read_labels, read_sentences
 
     check_labels(labels_file, text_file, text_column, toward)
-    vae = _load_for_few(model_dir, device, max_tokens, seed, options, batch_size)
+    check(options)
+    vae = _load(model_dir, device, batch_size, max_tokens)
+    seed = _seed(seed, needed=bool(options.get("do_sample")))
     vae.encode([a])  # a sentence that cannot be taken is told before the file is encoded
     sentences = _progress(read_sentences(text_file, text_column, "--text_file"), quiet_output=True)
     direction = vae.attribute_vector(sentences, read_labels(labels_file), toward)
-    plain, edited = (vae.edit(a, direction, strength=by, **options) for by in (0.0, strength))
-    row = {"sentence": a, "reconstruction": plain, "edited": edited, "strength": strength}
+    found = {}
+    for name, by in (("reconstruction", 0.0), ("edited", strength)):
+        _seed(seed, needed=False)  # sampled tokens of both from the same numbers: what differs is the strength
+        found[name] = vae.edit(a, direction, strength=by, **options)
+    row = {"sentence": a, **found, "strength": strength}
     _show([row], json, lambda row: _table({name: row[name] for name in ("sentence", "reconstruction", "edited")}))
     _report(vae)
 
@@ -633,11 +638,11 @@ def _load(model_dir: str, device: str | None, batch_size: int, max_tokens: int) 
 
 
 def _load_for_few(
-    model_dir: str, device: str | None, max_tokens: int, seed: int | None, options: dict[str, Any], batch_size: int = 128
+    model_dir: str, device: str | None, max_tokens: int, seed: int | None, options: dict[str, Any]
 ) -> "SentenceVAE":
     """The model for a command that takes its sentences from the command line."""
     check(options)
-    vae = _load(model_dir, device, batch_size, max_tokens)
+    vae = _load(model_dir, device, 128, max_tokens)
     _seed(seed, needed=bool(options.get("do_sample")))
     return vae
 

@@ -186,6 +186,25 @@ def test_edit_moves_along_the_attribute_vector(run, vae, model_dir, corpus):
     assert run(*words).splitlines()[2] == f"edited          {expected}"
 
 
+def test_an_edit_and_the_reconstruction_beside_it_are_sampled_alike(run, model_dir, corpus):
+    words = ("edit", model_dir, TEXTS[0], "--toward", "neg", "--labels_file", corpus / "labels.txt", "--text_file")
+    words = (
+        *words,
+        corpus / "text.txt",
+        "--do_sample",
+        "--temperature",
+        "3.0",
+        "--max_new_tokens",
+        12,
+        "--device",
+        "cpu",
+        "--json",
+    )
+    rows = [objects(run(*words, "--strength", strength, "--seed", seed))[0] for seed in (1, 2) for strength in (0, 50)]
+    assert [row["reconstruction"] == row["edited"] for row in rows] == [True, False, True, False]
+    assert rows[0]["reconstruction"] == rows[1]["reconstruction"] != rows[2]["reconstruction"]
+
+
 def test_encode_writes_the_posteriors_in_the_order_of_the_file(run, vae, model_dir, corpus, tmp_path, monkeypatch):
     path = tmp_path / "latents.safetensors"
     posterior = vae.encode(TEXTS)
@@ -290,6 +309,7 @@ def test_help_lists_the_commands_and_version_is_the_package_s(run):
         (["sample", "M", "--top_p", "0.9"], "no effect without --do_sample"),
         (["corpus", "-n", "0"], "at least 1"),
         (["corpus", "--factors", "f.csv"], "--factors needs --output"),
+        (["corpus", "--output", "no/../f.csv", "--factors", "./f.csv"], "name two files"),
     ],
 )
 def test_mistakes_in_the_command_line(fail, words, message):
