@@ -111,6 +111,8 @@ def evaluate_model(
         model, tokenizer = _main_first(world, lambda: pretrained.load(model_dir))
         limit = max_tokens or model.config.max_tokens or DataConfig.max_tokens
         text = _main_first(world, lambda: sentences.read(test_file, labels_file, text_column, tokenizer, limit))
+        if model.config.latent_dim:
+            world.on_main(lambda: sentences.check_factors(text))
         directory = _default_output(model_dir) if output is None else Path(output).expanduser()
         world.on_main(lambda: make_writable(directory, "--output"))
         nn.Module.to(model, world.device)  # transformers' own `to` has lost its annotation

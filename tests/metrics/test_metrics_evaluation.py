@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from dsvae.data.noise import LATENT
 from dsvae.data.tokenization import tokenize, train_tokenizer
 from dsvae.engine.distributed import World
 from dsvae.errors import UserError
-from dsvae.evaluation import evaluate_model
+from dsvae.evaluation import evaluate_model, html
 from dsvae.evaluation.job import _warnings
+from dsvae.evaluation.plots import plots
 from dsvae.evaluation.sentences import read
 from dsvae.metrics import passes
 from dsvae.metrics.evaluate import Measured, another_sentence, measure
@@ -352,6 +354,17 @@ def test_nothing_but_results_goes_to_stdout(directory, tmp_path):
     assert [line.split()[0] for line in lines[-3:]] == ["report", "metrics", "projector"]
 
 
+def test_every_label_stands_in_the_legend(directory, tmp_path, monkeypatch):
+    """matplotlib leaves out labels that begin with an underscore."""
+    labels = ["_", "__a", "b", "_$x_1$"]
+    (tmp_path / "test.labels").write_text("".join(f"{labels[i % 4]}\n" for i in range(60)))
+    seen = {}
+    monkeypatch.setattr(html, "plots", lambda *args: seen.setdefault("plots", plots(*args)))
+    run(directory, tmp_path / "out", labels_file=str(tmp_path / "test.labels"), iw_samples=None)
+    texts = [element.text.strip() for element in ElementTree.fromstring(seen["plots"]["Latents"]).iter() if element.text]
+    assert [text for text in texts if text in labels] == sorted(labels)
+
+
 def test_labels_stay_with_their_sentences(tmp_path, tokenizer):
     (tmp_path / "t.txt").write_text("".join(f"{s}\n\n" for s in SENTENCES))
     (tmp_path / "t.labels").write_text("".join(f"{label}\n\n" for label in LABELS))
@@ -404,6 +417,10 @@ BAD = {
     "half a sample": (lambda d, t: {"samples": 1.5}, "samples 1.5"),
     "a negative seed": (lambda d, t: {"seed": -1}, "seed -1: give a whole number of at least 0"),
     "a seed of too many bits": (lambda d, t: {"seed": 2**53}, r"seed is 9007199254740992: give a number from 0 to 2\^53 - 1"),
+    "factors cut off": (
+        lambda d, t: {"test_file": None, "labels_file": None, "max_tokens": 2},
+        "built-in corpus .* cut to 2 tokens: .* a probe needs two such labels; give a larger --max_tokens",
+    ),
     "one token": (lambda d, t: {"max_tokens": 1}, "max_tokens 1"),
     "no directory to write to": (lambda d, t: {"output": write(t / "file", "")}, "give another --output"),
 }
@@ -439,3 +456,9 @@ def test_damaged_models(directory, tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "no_head")
     with pytest.raises(UserError, match=r"lacks weights: posterior"):
         evaluate_model(str(tmp_path / "no_head"), str(directory / "test.txt"))
+    model.save_pretrained(tmp_path / "edited")
+    tokenizer.save_pretrained(tmp_path / "edited")
+    config = tmp_path / "edited" / "config.json"
+    config.write_text(config.read_text().replace('"injection": "memory"', '"injection": "none"'))
+    with pytest.raises(UserError, match=r"a model of its config.json has not: encoder\..*config.json as it was$"):
+        evaluate_model(str(tmp_path / "edited"), str(directory / "test.txt"))
