@@ -18,7 +18,8 @@ EXIT_NON_FINITE = 65
 EXIT_RANK_LOST = 69
 """Another rank did not answer within `hang_timeout` (EX_UNAVAILABLE). The same command goes on from the last checkpoint."""
 EXIT_DISK = 74
-"""The disk took no checkpoint, and `on_save_error` is stop (EX_IOERR). With room made, the same command goes on."""
+"""The disk took no checkpoint, and `on_save_error` is stop, or not what a command prints (EX_IOERR). With room made, the same
+command goes on."""
 EXIT_RESUMABLE = 75
 """SIGTERM or SIGUSR1 came: saved at the next step, left (EX_TEMPFAIL). The same command goes on exactly there."""
 EXIT_PREFLIGHT = 78
