@@ -21,7 +21,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsvae.command_line import command, dispatch
-from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
 from dsvae.generation.options import OPTIONS, check
 
 if TYPE_CHECKING:
@@ -578,6 +578,9 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             _say(f"error: {error}")
         return EXIT_USER_ERROR
+    except RunStopped as stopped:  # several ranks that did not meet
+        _say(stopped.message)
+        return stopped.code
     except KeyboardInterrupt:
         _say("interrupted")
         return EXIT_INTERRUPTED

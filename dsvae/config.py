@@ -145,6 +145,8 @@ class EvalConfig:
 
     samples: int = 1
     """Samples of z a sentence for `rec`."""
+    iw_samples: int = 10
+    """Samples of z a sentence for the importance-weighted bound `nll_iw` of the final evaluation; 0: not measured."""
     batch_tokens: int = 16384
     """Most padded tokens of one forward pass on one rank."""
     sentences: int = 5000
@@ -356,6 +358,7 @@ def check(config: RunConfig) -> None:
         need(0 <= config.model.dropout < 1, "model.dropout must be in [0, 1)")
     for name in ("samples", "batch_tokens", "sentences"):
         need(getattr(config.eval, name) >= 1, f"eval.{name} must be at least 1")
+    need(config.eval.iw_samples >= 0, "eval.iw_samples must not be negative")
     need(config.eval.shown >= 0, "eval.shown must not be negative")
     for name in ("phase1", "phase2"):
         phase = getattr(config, name)

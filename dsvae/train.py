@@ -277,7 +277,12 @@ def finish(config: RunConfig, engine: PhaseEngine, data: Prepared, world: World,
     """
     out = Path(config.output_dir)
     metrics = evaluate(
-        engine.module, data.splits["test"], world, samples=config.eval.samples, token_budget=config.eval.batch_tokens
+        engine.module,
+        data.splits["test"],
+        world,
+        samples=config.eval.samples,
+        iw_samples=config.eval.iw_samples,
+        token_budget=config.eval.batch_tokens,
     )
     metrics["precision"] = PRECISIONS[next(engine.module.parameters()).dtype]  # float32 under autocast, which is for training
     reporter.evaluation(step, 2, "test", metrics)
@@ -327,6 +332,7 @@ def _engine(
     if ds_config.precision_of(resolved) == "fp16":
         reporter.say("warning: T5 was trained in bf16 and overflows easily in fp16; prefer bf16 where the GPU has it")
     model, origin = build_model(config.model, data.tokenizer, weights_from, config.seed, world, resolved)
+    model.config.max_tokens = config.data.max_tokens  # goes into the exported config.json
     reporter.say(f"phase {phase}: ds_config as resolved\n{json.dumps(resolved, indent=2)}")
     batches = TrainingBatches(
         train,

@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dsvae import pretrained
 from dsvae.config import DataConfig
 from dsvae.data import grammar
-from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine import distributed
 from dsvae.engine.distributed import World
 from dsvae.errors import UserError
@@ -34,7 +33,7 @@ from dsvae.files import make_writable, write_json
 from dsvae.generation.sentence_vae import check_seed
 from dsvae.metrics import likelihood, passes
 from dsvae.metrics.disentanglement import disentanglement
-from dsvae.metrics.evaluate import Measured, measure, summarize
+from dsvae.metrics.evaluate import Measured, add, importance_weighted, measure, summarize
 from dsvae.metrics.information import active_unit_curve, near_cap
 from dsvae.metrics.probes import probe
 from dsvae.metrics.reconstruction import compare, reconstruct
@@ -145,16 +144,14 @@ def evaluate_sentences(
     measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
     metrics = summarize(measured, split)
     if iw_samples:
-        weights = likelihood.draw_log_weights(
-            model, split, measured.posterior, world, count=iw_samples, token_budget=token_budget, seed=seed
-        )
-        _add(metrics, _importance_weighted(weights, split))
+        options = {"count": iw_samples, "token_budget": token_budget, "seed": seed}
+        add(metrics, importance_weighted(model, split, measured.posterior, world, **options))
     pairs: list[tuple[str, str]] = []
     prior: list[str] = []
     if model.config.latent_dim:
         metrics["au_curve"] = active_unit_curve(measured.posterior)
         decoded = reconstruct(model, split, measured.posterior.mean, world, token_budget=token_budget, max_tokens=max_tokens)
-        _add(metrics, world.on_main(lambda: compare(split, decoded, tokenizer)))
+        add(metrics, world.on_main(lambda: compare(split, decoded, tokenizer)))
         shown = split.select(np.argsort(split.content_keys)[:SHOWN])
         pairs, prior = text_samples(model, shown, tokenizer, world, len(shown), max_tokens)
         metrics |= world.on_main(lambda: _use_of_latents(measured, text, seed))
@@ -170,23 +167,6 @@ def evaluate_sentences(
     }
     metrics["warnings"] = _warnings(metrics, measured)
     return Evaluation(metrics, measured, pairs, prior)
-
-
-def _importance_weighted(log_weights: Tensor, split: TokenizedSplit) -> dict[str, Any]:
-    """The metrics of the importance-weighted bound, of log-weights (k, N)."""
-    nll = -likelihood.importance_weighted_bound(log_weights)
-    size = likelihood.effective_sample_size(log_weights)
-    value, error = likelihood.mean(nll)
-    units, units_se = likelihood.per_unit(nll, split, "_iw")
-    ess, ess_se = likelihood.mean(size)
-    return {
-        "nll_iw": value,
-        "iw_samples": len(log_weights),
-        "iw_ess": ess,
-        "iw_ess_min": float(size.min()),
-        **units,
-        "se": {"nll_iw": error, "iw_ess": ess_se, **units_se},
-    }
 
 
 def _use_of_latents(measured: Measured, text: Sentences, seed: int) -> dict[str, Any]:
@@ -247,12 +227,6 @@ def _warnings(metrics: dict[str, Any], measured: Measured) -> list[str]:
         share = metrics["truncated"] / metrics["sentences"]
         found.append(f"{share:.1%} of the sentences are truncated: give a larger --max_tokens")
     return [warning for warning in found if warning]
-
-
-def _add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
-    """Adds metrics with their standard errors."""
-    metrics["se"] |= more.pop("se")
-    metrics |= more
 
 
 def _default_output(model_dir: str) -> Path:

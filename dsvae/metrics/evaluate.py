@@ -56,6 +56,7 @@ def evaluate(
     *,
     samples: int,
     token_budget: int,
+    iw_samples: int = 0,
     seed: int = passes.EVALUATION_SEED,
 ) -> dict[str, Any]:
     """The metrics of `model` on `split` that take a few passes; the same on every rank. Collective.
@@ -63,9 +64,15 @@ def evaluate(
     Args:
         samples: z drawn a sentence for `rec`.
         token_budget: most padded tokens of one forward pass on one rank; changes the speed only.
+        iw_samples: z drawn a sentence for the importance-weighted bound; 0: not measured.
         seed: of the draws of z.
     """
-    return summarize(measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed), split)
+    measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
+    metrics = summarize(measured, split)
+    if iw_samples and model.config.latent_dim:
+        options = {"count": iw_samples, "token_budget": token_budget, "seed": seed}
+        add(metrics, importance_weighted(model, split, measured.posterior, world, **options))
+    return metrics
 
 
 def measure(model: T5VAE, split: TokenizedSplit, world: World, *, samples: int, token_budget: int, seed: int) -> Measured:
@@ -134,6 +141,35 @@ def summarize(found: Measured, split: TokenizedSplit) -> dict[str, Any]:
         "truncated": int(split.truncated.sum()),
         "se": se | units_se,
     }
+
+
+def importance_weighted(
+    model: T5VAE, split: TokenizedSplit, posterior: Gaussian, world: World, *, count: int, token_budget: int, seed: int
+) -> dict[str, Any]:
+    """The metrics of the importance-weighted bound with `count` samples, for `add`. Collective."""
+    training = model.training
+    model.eval()
+    weights = likelihood.draw_log_weights(model, split, posterior, world, count=count, token_budget=token_budget, seed=seed)
+    model.train(training)
+    nll = -likelihood.importance_weighted_bound(weights)
+    size = likelihood.effective_sample_size(weights)
+    value, error = likelihood.mean(nll)
+    units, units_se = likelihood.per_unit(nll, split, "_iw")
+    ess, ess_se = likelihood.mean(size)
+    return {
+        "nll_iw": value,
+        "iw_samples": count,
+        "iw_ess": ess,
+        "iw_ess_min": float(size.min()),
+        **units,
+        "se": {"nll_iw": error, "iw_ess": ess_se, **units_se},
+    }
+
+
+def add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
+    """Adds metrics with their standard errors, which stand under `se`."""
+    metrics["se"] |= more.pop("se")
+    metrics |= more
 
 
 def another_sentence(text_keys: NDArray[np.uint64], content_keys: NDArray[np.uint64]) -> Tensor | None:

@@ -15,7 +15,7 @@ from dsvae import T5VAE
 
 NAMES = {
     "rec", "kl", "elbo", "ppl_token", "ppl_word", "bits_per_byte", "mi", "mi_cap", "marginal_kl", "au", "kl_per_dim",
-    "rec_shuffled", "rec_prior", "sentences", "tokens", "words", "truncated",
+    "rec_shuffled", "rec_prior", "nll_iw", "iw_samples", "sentences", "tokens", "words", "truncated",
 }  # fmt: skip
 
 
@@ -37,6 +37,7 @@ def test_what_a_run_leaves(finished):
         assert (out / name).exists(), name
     metrics = json.loads((out / "metrics.json").read_text())["test"]
     assert set(metrics) >= NAMES
+    assert json.loads((out / "model" / "config.json").read_text())["max_tokens"] == 24
     assert metrics["elbo"] == pytest.approx(-(metrics["rec"] + metrics["kl"]))
     assert metrics["kl"] == pytest.approx(sum(metrics["kl_per_dim"]))
     assert metrics["kl"] == pytest.approx(metrics["mi"] + metrics["marginal_kl"])
