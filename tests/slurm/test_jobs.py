@@ -152,6 +152,57 @@ def test_restarts_are_bounded(cluster, checkout, stand_in):
         assert "given up" in (checkout / f"dsvae-{job}.out").read_text()
 
 
+def test_only_the_member_that_asks_for_it_is_requeued(cluster, checkout, stand_in, tmp_path):
+    """SLURM gives the array's own id to the member that starts last: it saves when the first has finished and the second runs."""
+    (checkout / "members.txt").write_text("".join(f"--seed {i} --output_dir runs/member{i}\n" for i in (1, 2, 3)))
+    array = cluster.sbatch(
+        *("--array=1-3", "slurm/sweep.sbatch", "members.txt"),
+        cwd=checkout,
+        **stand_in.variables,
+        STAND_IN_CODES_3="75,0",
+        STAND_IN_UNTIL_2=str(tmp_path / "end"),
+        STAND_IN_UNTIL_3=str(tmp_path / "save"),
+    )
+    members = [f"{array}_{i}" for i in (1, 2, 3)]
+    for member in members[1:]:
+        cluster.wait(member, {"RUNNING"})
+    first, second, third = ids = [cluster.job(member)["JobId"] for member in members]
+    assert third == array
+    assert len(set(ids)) == 3
+    for member, job in zip(members[1:], ids[1:], strict=True):
+        cluster.wait_for(tmp_path / f"{job}-0-0.json", member)
+    cluster.wait(members[0])
+    (tmp_path / "save").touch()
+    cluster.wait_for(tmp_path / f"{third}-1-0.json", members[2])
+    cluster.wait(members[2])
+    assert cluster.job(members[1])["JobState"] == "RUNNING"
+    (tmp_path / "end").touch()
+    ended = [cluster.wait(member) for member in members]
+    assert [(job["JobState"], job["Restarts"]) for job in ended] == [("COMPLETED", "0"), ("COMPLETED", "0"), ("COMPLETED", "1")]
+    assert [sorted(stand_in.records(job)) for job in ids] == [[(0, 0)], [(0, 0)], [(0, 0), (1, 0)]]
+    # Nothing that a member has is another's: the port of its ranks, its log, its place beside the run.
+    records = {i: stand_in.records(job) for i, job in enumerate(ids, start=1)}
+    assert len({record[0, 0]["environment"]["MASTER_PORT"] for record in records.values()}) == 3
+    for i, starts in records.items():
+        code = checkout / f"runs/member{i}/slurm/{array}_{i}/code/dsvae/train.py"
+        assert {record["arguments"][0] for record in starts.values()} == {str(code)}
+        log = (checkout / f"dsvae-sweep-{array}_{i}.out").read_text()
+        assert log.count("== rank 0 of 1") == len(starts)
+    assert not [job for job in ids if (checkout / ".slurm-jobs" / job).is_symlink()]
+
+
+def test_an_array_of_the_training_script(cluster, checkout, stand_in):
+    """One run as a chain of jobs; for SLURM the last of them has the number of all."""
+    chain = ("--array=1-2%1", "slurm/train.sbatch", "--output_dir", "runs/chained")
+    array = cluster.sbatch(*chain, cwd=checkout, **stand_in.variables)
+    members = [f"{array}_1", f"{array}_2"]
+    ended = [cluster.wait(member) for member in members]
+    assert ended[1]["JobId"] == array
+    assert [job["ExitCode"] for job in ended] == ["0:0", "0:0"]
+    assert [len(stand_in.records(job["JobId"])) for job in ended] == [1, 0]
+    assert "finished already" in (checkout / f"dsvae-{array}.out").read_text()
+
+
 def test_a_surplus_job_leaves_at_once_and_another_command_does_not(cluster, checkout, stand_in):
     mine = checkout / "mine.yaml"
     mine.write_text("seed: 1\n")
