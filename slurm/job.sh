@@ -16,6 +16,7 @@ code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 dry_run=
 if [ "${1:-}" = --dry_run ]; then dry_run=1 && shift; fi
 restarts=${SLURM_RESTART_COUNT:-0}
+forget_another_array
 # For scontrol, the number of an array's last member is that of the whole array: a member is named by its index.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}

@@ -15,6 +15,15 @@ activate() { # module and activate scripts read unset variables
 }
 shown() { printf '%q ' "$@"; echo; } # a command as one could type it
 
+# sbatch hands on the variables of the shell that calls it: a job that was submitted from inside an array has those of a member there,
+# and would take itself for that one. SLURM's own record decides; where SLURM does not answer, the variables do.
+forget_another_array() {
+    [ -n "${SLURM_ARRAY_JOB_ID:-}" ] || return 0
+    if scontrol -o show job "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID " | grep -qv ' ArrayJobId='; then
+        unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID
+    fi
+}
+
 # What the first --NAME among WORDS says; fails if it is not there. train.py takes --output_dir, --output-dir and --output_dir=X alike.
 flag() { # NAME WORDS...
     local name=$1 word

@@ -203,6 +203,21 @@ def test_an_array_of_the_training_script(cluster, checkout, stand_in):
     assert "finished already" in (checkout / f"dsvae-{array}.out").read_text()
 
 
+def test_a_job_submitted_from_inside_an_array_is_none_of_its_members(cluster, checkout, stand_in):
+    """sbatch hands on SLURM_ARRAY_*."""
+    inherited = {"SLURM_ARRAY_JOB_ID": "999", "SLURM_ARRAY_TASK_ID": "1"}
+    command = ("slurm/train.sbatch", "--output_dir", "runs/inside")
+    job = cluster.sbatch(*command, cwd=checkout, **stand_in.variables, **inherited, STAND_IN_CODES="75,0")
+    (checkout / "one.txt").write_text("--output_dir runs/inside\n")
+    compare = ("--output=%x-%j.out", "slurm/sweep.sbatch", "one.txt")  # without an index: the comparison
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), (checkout / f"dsvae-{job}.out").read_text()
+    assert (checkout / "runs/inside/slurm" / job / "rank-0.log").exists()
+    compared = cluster.sbatch(*compare, cwd=checkout, **stand_in.variables, **inherited, RANK="0")
+    assert cluster.wait(compared)["ExitCode"] == "0:0"
+    assert stand_in.records(compared)[0, 0]["arguments"] == ["-m", "dsvae.cli", "compare"]
+
+
 def test_a_surplus_job_leaves_at_once_and_another_command_does_not(cluster, checkout, stand_in):
     mine = checkout / "mine.yaml"
     mine.write_text("seed: 1\n")
