@@ -42,8 +42,28 @@ flag() { # NAME WORDS...
     return 1
 }
 
-top_level() { # KEY FILE: the value of a key of a YAML file, as it is written there in one line
-    sed -n "s/^$1:[[:space:]]*//p" "$2" | sed "s/[[:space:]]*\$//; s/^'\(.*\)'\$/\1/; s/^\"\(.*\)\"\$/\1/" | grep -vx null | head -n 1
+top_level() { # KEY FILE: the value of a key of a YAML file, where it stands in one line; nothing for null
+    # What is in quotes, up to the closing one and with its escaped quotes; else what is before a comment, which has a blank before its #.
+    # \x27 is a single quote.
+    sed -nE "
+        s/^$1:[[:space:]]+//
+        T
+        s/^\x27(([^\x27]|\x27\x27)*)\x27[[:space:]]*(#.*)?\$/\1/
+        t single
+        s/^\"(([^\"\\\\]|\\\\.)*)\"[[:space:]]*(#.*)?\$/\1/
+        t double
+        s/(^|[[:space:]])#.*//
+        s/[[:space:]]+\$//
+        /^(null|Null|NULL|~)?\$/b
+        p
+        b
+        :single
+        s/\x27\x27/\x27/g
+        p
+        b
+        :double
+        s/\\\\([\"\\\\])/\1/g
+        p" "$2" | head -n 1
 }
 
 # The directory of a run: where train.py writes with these arguments.

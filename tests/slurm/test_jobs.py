@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from launch import ROOT
 
 from dsvae import config as configuration
@@ -364,6 +365,43 @@ def test_the_scripts_know_where_train_writes(arguments, tmp_path, monkeypatch):
     script = f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; run_dir "{ROOT}" "$@"'
     found = subprocess.run(["bash", "-uc", script, "_", *arguments], capture_output=True, text=True, check=True).stdout
     assert found == configuration.read([*arguments, "--ds_config", "x.json"]).output_dir
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "runs/x  # where",
+        "runs/x #",
+        "runs/x#1 # one",
+        "it's # 'there'",
+        "'runs/x # 1'  # a 'quoted' word",
+        "'it''s'",
+        '"runs/x # 1" #"',
+        '"a \\"b\\" \\\\ # c"   # "d"',
+        '"#1"',
+        "# the default",
+        "~",
+        "null  # the default",
+        "'null'",
+        "",
+    ],
+)
+def test_the_scripts_read_a_value_as_yaml_does(value, tmp_path, monkeypatch):
+    """Comments, quotes, nothing: against PyYAML."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"output_dir: {value}\nseed: 1\n")
+    script = f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; run_dir "{ROOT}" --config mine.yaml'
+    found = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True).stdout
+    assert found == (yaml.safe_load(Path("mine.yaml").read_text())["output_dir"] or "runs/mine")
+
+
+def test_a_commented_ds_config_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; complete_args CODE RUN --config mine.yaml; echo "${{ARGS[@]}}"'
+    for value, added in (("# zero2", True), ("mine.json # of mine", False)):
+        Path("mine.yaml").write_text(f"ds_config: {value}\n")
+        found = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True).stdout
+        assert ("--ds_config CODE/ds_configs/zero2.json" in found) is added
 
 
 def test_every_line_of_the_shipped_sweeps_is_a_run():
