@@ -1,6 +1,13 @@
 # shellcheck shell=bash
 # Functions that the scripts share. Sourced after site.sh.
 
+# All scripts pass here before they need it: mapfile -d, and empty arrays under set -u. bash reads and runs line by line, so that an
+# older one comes this far.
+if ((BASH_VERSINFO[0] < 4 || (BASH_VERSINFO[0] == 4 && BASH_VERSINFO[1] < 4))); then
+    echo "slurm: error: bash ${BASH_VERSINFO[0]}.${BASH_VERSINFO[1]} on $(hostname) is too old: 4.4 or newer is needed, first in PATH" >&2
+    exit 2
+fi
+
 say() { echo "slurm: $*"; }
 die() { # CODE MESSAGE
     echo "slurm: error: $2" >&2

@@ -1,5 +1,6 @@
 """What the scripts do with arguments, environment, exit codes and restarts: real jobs, with a stand-in for python."""
 
+import os
 import re
 import shlex
 import shutil
@@ -402,6 +403,28 @@ def test_a_commented_ds_config_is_none(tmp_path, monkeypatch):
         Path("mine.yaml").write_text(f"ds_config: {value}\n")
         found = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True).stdout
         assert ("--ds_config CODE/ds_configs/zero2.json" in found) is added
+
+
+@pytest.mark.parametrize("version", ["3 2", "4 3", "4 4", "5 0"])
+def test_an_old_bash_is_refused_by_every_script(version, tmp_path):
+    """bash does not let its version be set: here the scripts read it elsewhere."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    library = tmp_path / "slurm" / "lib.sh"
+    library.write_text(f"VERSION=({version})\n" + library.read_text().replace("BASH_VERSINFO", "VERSION"))
+    if version in ("4 4", "5 0"):
+        subprocess.run(["bash", "-uc", ". slurm/lib.sh && say well"], cwd=tmp_path, check=True)
+        return
+    called = [
+        path.name for path in (tmp_path / "slurm").iterdir() if path.name not in ("lib.sh", "site.sh", "members.sh", "sweeps")
+    ]
+    assert len(called) == 9
+    job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path), "DSVAE_ROOT": str(tmp_path), "PATH": os.environ["PATH"]}
+    job["DSVAE_PYTHON"] = "false"  # a script that goes on starts nothing
+    for name in called:
+        done = subprocess.run(["bash", f"slurm/{name}", "x"], cwd=tmp_path, env=job, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), (name, done.stderr)
+        assert f"bash {version.replace(' ', '.')} on " in done.stderr
+        assert "4.4 or newer is needed" in done.stderr
 
 
 def test_every_line_of_the_shipped_sweeps_is_a_run():
