@@ -16,6 +16,8 @@ code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 dry_run=
 if [ "${1:-}" = --dry_run ]; then dry_run=1 && shift; fi
 restarts=${SLURM_RESTART_COUNT:-0}
+forget_another_array
+# For scontrol, the number of an array's last member is that of the whole array: a member is named by its index.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 pointer=$SLURM_SUBMIT_DIR/.slurm-jobs/$SLURM_JOB_ID # to DIR: train.sbatch and the lines below look there at a restart
@@ -65,13 +67,13 @@ requeue() { # WHY CODE: back into the queue, or the end
         leave "$2"
     fi
     # SLURM itself is ending a job that is no longer RUNNING: cancelled, or requeued by SLURM (which then needs the pointer).
-    if ! scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
+    if ! scontrol show job "$job" | grep -q 'JobState=RUNNING'; then
         say "$1; SLURM is ending the job. The same sbatch command goes on from here."
         exit "$2"
     fi
     say "$1: requeued"
     trap '' TERM USR1 # requeueing ends this script, and would end scontrol before it can say that it has succeeded
-    scontrol requeue "$SLURM_JOB_ID" || { say "SLURM does not requeue this job. The same sbatch command goes on from here." && leave "$2"; }
+    scontrol requeue "$job" || { say "SLURM does not requeue this job. The same sbatch command goes on from here." && leave "$2"; }
     exit "$2"
 }
 

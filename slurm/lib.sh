@@ -1,6 +1,13 @@
 # shellcheck shell=bash
 # Functions that the scripts share. Sourced after site.sh.
 
+# All scripts pass here before they need it: mapfile -d, and empty arrays under set -u. bash reads and runs line by line, so that an
+# older one comes this far.
+if ((BASH_VERSINFO[0] < 4 || (BASH_VERSINFO[0] == 4 && BASH_VERSINFO[1] < 4))); then
+    echo "slurm: error: bash ${BASH_VERSINFO[0]}.${BASH_VERSINFO[1]} on $(hostname) is too old: 4.4 or newer is needed, first in PATH" >&2
+    exit 2
+fi
+
 say() { echo "slurm: $*"; }
 die() { # CODE MESSAGE
     echo "slurm: error: $2" >&2
@@ -14,6 +21,15 @@ activate() { # module and activate scripts read unset variables
     return $status
 }
 shown() { printf '%q ' "$@"; echo; } # a command as one could type it
+
+# sbatch hands on the variables of the shell that calls it: a job that was submitted from inside an array has those of a member there,
+# and would take itself for that one. SLURM's own record decides; where SLURM does not answer, the variables do.
+forget_another_array() {
+    [ -n "${SLURM_ARRAY_JOB_ID:-}" ] || return 0
+    if scontrol -o show job "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID " | grep -qv ' ArrayJobId='; then
+        unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID
+    fi
+}
 
 # What the first --NAME among WORDS says; fails if it is not there. train.py takes --output_dir, --output-dir and --output_dir=X alike.
 flag() { # NAME WORDS...
@@ -33,8 +49,28 @@ flag() { # NAME WORDS...
     return 1
 }
 
-top_level() { # KEY FILE: the value of a key of a YAML file, as it is written there in one line
-    sed -n "s/^$1:[[:space:]]*//p" "$2" | sed "s/[[:space:]]*\$//; s/^'\(.*\)'\$/\1/; s/^\"\(.*\)\"\$/\1/" | grep -vx null | head -n 1
+top_level() { # KEY FILE: the value of a key of a YAML file, where it stands in one line; nothing for null
+    # What is in quotes, up to the closing one and with its escaped quotes; else what is before a comment, which has a blank before its #.
+    # \x27 is a single quote.
+    sed -nE "
+        s/^$1:[[:space:]]+//
+        T
+        s/^\x27(([^\x27]|\x27\x27)*)\x27[[:space:]]*(#.*)?\$/\1/
+        t single
+        s/^\"(([^\"\\\\]|\\\\.)*)\"[[:space:]]*(#.*)?\$/\1/
+        t double
+        s/(^|[[:space:]])#.*//
+        s/[[:space:]]+\$//
+        /^(null|Null|NULL|~)?\$/b
+        p
+        b
+        :single
+        s/\x27\x27/\x27/g
+        p
+        b
+        :double
+        s/\\\\([\"\\\\])/\1/g
+        p" "$2" | head -n 1
 }
 
 # The directory of a run: where train.py writes with these arguments.

@@ -13,7 +13,7 @@ set -u
 if [ -z "${SLURM_JOB_ID:-}" ] || [ $# -lt 1 ]; then echo "usage: sbatch [OPTIONS] slurm/preflight.sh OUTPUT_DIR" >&2; exit 2; fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 if [ ! -f "$root/slurm/job.sh" ]; then # sbatch runs a copy of this file in a spool directory
-    root=${DSVAE_ROOT:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/preflight\.sh.*|\1|p')}
+    root=${DSVAE_ROOT:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/preflight\.sh.*|\1|p' | head -n 1)}
 fi
 [ -f "$root/slurm/job.sh" ] || { echo "slurm: error: no dsvae in '$root': set DSVAE_ROOT to the checkout" >&2; exit 2; }
 # shellcheck source=slurm/site.sh

@@ -32,6 +32,8 @@ HOST_BASE = 3_000_000_000
 """Bytes of host memory of a process for Python, torch with CUDA and DeepSpeed: a usual figure, not a measured one."""
 DEFAULT_RECIPE = "park2021"
 """Recipe of the run for a model given by name: it has no model of its own that would stand against it."""
+MOST_BYTES = 10**18
+"""More is a slip of the pen, and the largest would be infinite."""
 UNITS = {
     "": 1,
     "b": 1,
@@ -120,12 +122,14 @@ def bytes_of(text: str, flag: str) -> int:
     try:
         if match is None or match[2] not in UNITS:
             raise ValueError
-        found = int(float(match[1]) * UNITS[match[2]])
+        size = float(match[1]) * UNITS[match[2]]
     except ValueError:
         raise UserError(f"{flag} is {text!r}: give bytes with a unit, for example 40GB or 80GiB") from None
-    if found < 1:
+    if size < 1:
         raise UserError(f"{flag} must be more than nothing")
-    return found
+    if size > MOST_BYTES:  # without the text, which can be long
+        raise UserError(f"{flag} is more than {MOST_BYTES // 10**12:,} TB: give bytes with a unit, for example 40GB or 80GiB")
+    return int(size)
 
 
 def run_arguments(model: str, config: str | None, flags: dict[str, Any]) -> list[str]:
@@ -159,6 +163,11 @@ def make_plan(arguments: list[str], machine: Machine, *, ds_config_file: str | N
     """
     files = [Path(ds_config_file)] if ds_config_file else _shipped()
     config = configuration.read(["--ds_config", str(files[0]), *arguments])
+    if config.data.batch_size < machine.gpus:  # the run refuses it, too
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} is less than --gpus {machine.gpus}: every GPU needs a sentence a step; "
+            f"plan for fewer GPUs, or with --batch_size {machine.gpus} or more"
+        )
     subject = _Subject(config, machine)
     options = []
     for path, checkpoint in _order(files, checkpointing, config.model.gradient_checkpointing):

@@ -4,12 +4,15 @@ import json
 import shlex
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from launch import TINY
 
 from dsvae import config as configuration
 from dsvae.cli import main
+from dsvae.data.batches import TrainingBatches
+from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.planning.plan import bytes_of
 
@@ -74,6 +77,19 @@ def test_several_nodes_are_a_batch_job(capsys, tiny_yaml):
     assert start == ["sbatch", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "slurm/train.sbatch"]
 
 
+def test_a_gpu_for_every_sentence_of_a_step_is_planned_and_run(capsys, tiny_yaml):
+    """The run's own check takes what is printed, and refuses one rank more, as the plan does."""
+    words = [tiny_yaml, "--ds_config", "ds_configs/zero2.json", "--gradient_checkpointing", "false"]
+    command = found(capsys, *words, "--gpus", "8", "--gpus_per_node", "4", "--batch_size", "8")["command"]
+    config, _ = run_config(command)
+    split = TokenizedSplit(datasets.Dataset.from_dict({"input_ids": [[5, 1]] * 40}))
+    batches = {"token_budget": 64, "latent_dim": 2, "deletion": 0.0, "bucket_steps": 4, "seed": 0, "rank": 0, "pad_id": 0}
+    TrainingBatches(split, batch_size=config.data.batch_size, world_size=8, **batches)
+    with pytest.raises(UserError, match="every rank needs a sentence"):
+        TrainingBatches(split, batch_size=config.data.batch_size, world_size=9, **batches)
+    plan(capsys, *words, "--gpus", "9", "--gpus_per_node", "9", "--batch_size", "8", code=2)
+
+
 def test_where_nothing_fits_it_says_what_would_and_that_is_true(capsys):
     words = ["t5-small", *SMALL, "--gpu_memory", "3GB", "--gradient_checkpointing", "false"]
     told = plan(capsys, *words)
@@ -108,7 +124,11 @@ def test_phase_1_with_a_frozen_decoder_needs_less(capsys):
         (["t5-bse"], "did you mean google-t5/t5-base?"),
         (["t5-base", "--gpu", "2"], "did you mean --gpus?"),
         (["t5-base", "--gpu_memory", "much"], "--gpu_memory is 'much'"),
+        (["t5-base", "--gpu_memory", "9" * 400], "--gpu_memory is more than 1,000,000 TB"),
+        (["t5-base", "--host_memory", "9" * 300 + "TB"], "--host_memory is more than 1,000,000 TB"),
         (["t5-base", "--gpus", "12"], "no multiple of --gpus_per_node 8"),
+        (["t5-small", "--gpus", "256"], "data.batch_size 128 is less than --gpus 256"),
+        (["t5-small", "--gpus", "136", "--batch_size", "135"], "or with --batch_size 136 or more"),
         (["quickstart", "--config", "optimus"], "two configurations"),
         (["t5-base", "--ds_config", "none.json"], "none.json"),
         (["t5-base", "--phase", "3"], "--phase is '3', not one of all, 1, 2"),
@@ -118,6 +138,8 @@ def test_mistakes_are_one_line(capsys, words, message):
     told = plan(capsys, *words, code=2)
     assert told.out == ""
     assert message in told.err
+    assert len(told.err.splitlines()) == 1
+    assert len(told.err) < 300
 
 
 def test_sizes():
@@ -125,7 +147,8 @@ def test_sizes():
     assert bytes_of("80GiB", "--x") == 80 * 2**30
     assert bytes_of("1.5mb", "--x") == 1_500_000
     assert bytes_of("123", "--x") == 123
-    for wrong in ("", "GB", "1 PB", "-1GB", "1.2.3GB", "0"):
+    assert bytes_of("1000000TB", "--x") == 10**18
+    for wrong in ("", "GB", "1 PB", "-1GB", "1.2.3GB", "0", "9" * 400, "1000001TB"):
         with pytest.raises(UserError):
             bytes_of(wrong, "--x")
 

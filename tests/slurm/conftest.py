@@ -18,15 +18,21 @@ FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "shellcheck")
 
 STAND_IN = """#!{python}
-# In python's place in a job: writes down how it was called, and ends with the exit code of this start.
+# In python's place in a job: writes down how it was called, and ends with the exit code of this start. A member of an array has
+# variables of its own, STAND_IN_CODES_2 before STAND_IN_CODES.
 import json, os, sys, time
 start = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-code = int(os.environ.get("STAND_IN_CODES", "0").split(",")[start])
+def said(name, otherwise):
+    mine = f"{{name}}_{{os.environ.get('SLURM_ARRAY_TASK_ID')}}"
+    return os.environ.get(mine, os.environ.get(name, otherwise))
+code = int(said("STAND_IN_CODES", "0").split(",")[start])
 record = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "start": start}}
 name = f"{{os.environ['STAND_IN_RECORDS']}}/{{os.environ['SLURM_JOB_ID']}}-{{start}}-{{os.environ['RANK']}}.json"
 open(name + ".tmp", "w").write(json.dumps(record))
 os.rename(name + ".tmp", name)
-time.sleep(float(os.environ.get("STAND_IN_SECONDS", 0)))
+until = said("STAND_IN_UNTIL", "")  # a file
+while until and not os.path.exists(until):
+    time.sleep(0.1)
 sys.exit(code)
 """
 

@@ -1,5 +1,6 @@
 """What the scripts do with arguments, environment, exit codes and restarts: real jobs, with a stand-in for python."""
 
+import os
 import re
 import shlex
 import shutil
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from launch import ROOT
 
 from dsvae import config as configuration
@@ -150,6 +152,72 @@ def test_restarts_are_bounded(cluster, checkout, stand_in):
         assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", "1")
         assert len(stand_in.records(job)) == 2
         assert "given up" in (checkout / f"dsvae-{job}.out").read_text()
+
+
+def test_only_the_member_that_asks_for_it_is_requeued(cluster, checkout, stand_in, tmp_path):
+    """SLURM gives the array's own id to the member that starts last: it saves when the first has finished and the second runs."""
+    (checkout / "members.txt").write_text("".join(f"--seed {i} --output_dir runs/member{i}\n" for i in (1, 2, 3)))
+    array = cluster.sbatch(
+        *("--array=1-3", "slurm/sweep.sbatch", "members.txt"),
+        cwd=checkout,
+        **stand_in.variables,
+        STAND_IN_CODES_3="75,0",
+        STAND_IN_UNTIL_2=str(tmp_path / "end"),
+        STAND_IN_UNTIL_3=str(tmp_path / "save"),
+    )
+    members = [f"{array}_{i}" for i in (1, 2, 3)]
+    for member in members[1:]:
+        cluster.wait(member, {"RUNNING"})
+    first, second, third = ids = [cluster.job(member)["JobId"] for member in members]
+    assert third == array
+    assert len(set(ids)) == 3
+    for member, job in zip(members[1:], ids[1:], strict=True):
+        cluster.wait_for(tmp_path / f"{job}-0-0.json", member)
+    cluster.wait(members[0])
+    (tmp_path / "save").touch()
+    cluster.wait_for(tmp_path / f"{third}-1-0.json", members[2])
+    cluster.wait(members[2])
+    assert cluster.job(members[1])["JobState"] == "RUNNING"
+    (tmp_path / "end").touch()
+    ended = [cluster.wait(member) for member in members]
+    assert [(job["JobState"], job["Restarts"]) for job in ended] == [("COMPLETED", "0"), ("COMPLETED", "0"), ("COMPLETED", "1")]
+    assert [sorted(stand_in.records(job)) for job in ids] == [[(0, 0)], [(0, 0)], [(0, 0), (1, 0)]]
+    # Nothing that a member has is another's: the port of its ranks, its log, its place beside the run.
+    records = {i: stand_in.records(job) for i, job in enumerate(ids, start=1)}
+    assert len({record[0, 0]["environment"]["MASTER_PORT"] for record in records.values()}) == 3
+    for i, starts in records.items():
+        code = checkout / f"runs/member{i}/slurm/{array}_{i}/code/dsvae/train.py"
+        assert {record["arguments"][0] for record in starts.values()} == {str(code)}
+        log = (checkout / f"dsvae-sweep-{array}_{i}.out").read_text()
+        assert log.count("== rank 0 of 1") == len(starts)
+    assert not [job for job in ids if (checkout / ".slurm-jobs" / job).is_symlink()]
+
+
+def test_an_array_of_the_training_script(cluster, checkout, stand_in):
+    """One run as a chain of jobs; for SLURM the last of them has the number of all."""
+    chain = ("--array=1-2%1", "slurm/train.sbatch", "--output_dir", "runs/chained")
+    array = cluster.sbatch(*chain, cwd=checkout, **stand_in.variables)
+    members = [f"{array}_1", f"{array}_2"]
+    ended = [cluster.wait(member) for member in members]
+    assert ended[1]["JobId"] == array
+    assert [job["ExitCode"] for job in ended] == ["0:0", "0:0"]
+    assert [len(stand_in.records(job["JobId"])) for job in ended] == [1, 0]
+    assert "finished already" in (checkout / f"dsvae-{array}.out").read_text()
+
+
+def test_a_job_submitted_from_inside_an_array_is_none_of_its_members(cluster, checkout, stand_in):
+    """sbatch hands on SLURM_ARRAY_*."""
+    inherited = {"SLURM_ARRAY_JOB_ID": "999", "SLURM_ARRAY_TASK_ID": "1"}
+    command = ("slurm/train.sbatch", "--output_dir", "runs/inside")
+    job = cluster.sbatch(*command, cwd=checkout, **stand_in.variables, **inherited, STAND_IN_CODES="75,0")
+    (checkout / "one.txt").write_text("--output_dir runs/inside\n")
+    compare = ("--output=%x-%j.out", "slurm/sweep.sbatch", "one.txt")  # without an index: the comparison
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), (checkout / f"dsvae-{job}.out").read_text()
+    assert (checkout / "runs/inside/slurm" / job / "rank-0.log").exists()
+    compared = cluster.sbatch(*compare, cwd=checkout, **stand_in.variables, **inherited, RANK="0")
+    assert cluster.wait(compared)["ExitCode"] == "0:0"
+    assert stand_in.records(compared)[0, 0]["arguments"] == ["-m", "dsvae.cli", "compare"]
 
 
 def test_a_surplus_job_leaves_at_once_and_another_command_does_not(cluster, checkout, stand_in):
@@ -298,6 +366,65 @@ def test_the_scripts_know_where_train_writes(arguments, tmp_path, monkeypatch):
     script = f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; run_dir "{ROOT}" "$@"'
     found = subprocess.run(["bash", "-uc", script, "_", *arguments], capture_output=True, text=True, check=True).stdout
     assert found == configuration.read([*arguments, "--ds_config", "x.json"]).output_dir
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "runs/x  # where",
+        "runs/x #",
+        "runs/x#1 # one",
+        "it's # 'there'",
+        "'runs/x # 1'  # a 'quoted' word",
+        "'it''s'",
+        '"runs/x # 1" #"',
+        '"a \\"b\\" \\\\ # c"   # "d"',
+        '"#1"',
+        "# the default",
+        "~",
+        "null  # the default",
+        "'null'",
+        "",
+    ],
+)
+def test_the_scripts_read_a_value_as_yaml_does(value, tmp_path, monkeypatch):
+    """Comments, quotes, nothing: against PyYAML."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"output_dir: {value}\nseed: 1\n")
+    script = f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; run_dir "{ROOT}" --config mine.yaml'
+    found = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True).stdout
+    assert found == (yaml.safe_load(Path("mine.yaml").read_text())["output_dir"] or "runs/mine")
+
+
+def test_a_commented_ds_config_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; complete_args CODE RUN --config mine.yaml; echo "${{ARGS[@]}}"'
+    for value, added in (("# zero2", True), ("mine.json # of mine", False)):
+        Path("mine.yaml").write_text(f"ds_config: {value}\n")
+        found = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True).stdout
+        assert ("--ds_config CODE/ds_configs/zero2.json" in found) is added
+
+
+@pytest.mark.parametrize("version", ["3 2", "4 3", "4 4", "5 0"])
+def test_an_old_bash_is_refused_by_every_script(version, tmp_path):
+    """bash does not let its version be set: here the scripts read it elsewhere."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    library = tmp_path / "slurm" / "lib.sh"
+    library.write_text(f"VERSION=({version})\n" + library.read_text().replace("BASH_VERSINFO", "VERSION"))
+    if version in ("4 4", "5 0"):
+        subprocess.run(["bash", "-uc", ". slurm/lib.sh && say well"], cwd=tmp_path, check=True)
+        return
+    called = [
+        path.name for path in (tmp_path / "slurm").iterdir() if path.name not in ("lib.sh", "site.sh", "members.sh", "sweeps")
+    ]
+    assert len(called) == 9
+    job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path), "DSVAE_ROOT": str(tmp_path), "PATH": os.environ["PATH"]}
+    job["DSVAE_PYTHON"] = "false"  # a script that goes on starts nothing
+    for name in called:
+        done = subprocess.run(["bash", f"slurm/{name}", "x"], cwd=tmp_path, env=job, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), (name, done.stderr)
+        assert f"bash {version.replace(' ', '.')} on " in done.stderr
+        assert "4.4 or newer is needed" in done.stderr
 
 
 def test_every_line_of_the_shipped_sweeps_is_a_run():
