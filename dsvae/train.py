@@ -158,7 +158,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
                 world.on_main(lambda: _write_down(config, raw, data, out))
                 reporter.open(first_step + 1)
             if resumed:
-                if converted := checkpoint.load(engine.deepspeed, resumed, world, out / "checkpoints"):
+                if converted := checkpoint.load(engine.deepspeed, resumed, world, out / "checkpoints", engine.frozen):
                     reporter.say(converted)
                 reporter.say(f"going on from {resumed.directory}")
             done, offset = resumed.step if resumed else 0, before_phase2 if phase == 2 else 0
@@ -245,7 +245,7 @@ def train_phase(
             speed.read()  # evaluation is not training time
         if last or stop or (config.checkpoint_every and done % config.checkpoint_every == 0):
             reporter.flush()
-            meta = {**universal.shape_of(engine.deepspeed, world), "valid": valid_loss}
+            meta = {**universal.shape_of(engine.deepspeed, world), "frozen": engine.frozen, "valid": valid_loss}
             try:
                 checkpoint.save(
                     engine.deepspeed,
