@@ -92,8 +92,29 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, device=self.device)
         if box[1] is not None:
-            raise box[1]
+            raise _shared(box[1])
         return box[0]
+
+    def on_all(self, function: Callable[[], T]) -> T:
+        """Runs `function`, which must not be collective, on every rank; its result stays where it was made.
+
+        A `UserError` of any rank is raised on every rank, with the number of a rank that had it where not all had.
+        """
+        result: list[T] = []
+        problem: str | None = None
+        with self.patient():
+            try:
+                result.append(function())
+            except UserError as error:
+                problem = str(error)
+        problems = self.gather(problem)
+        found = {rank: line for rank, line in enumerate(problems) if line is not None}
+        if not found:
+            return result[0]
+        if len(found) == self.size and len(set(found.values())) == 1:
+            raise _shared(UserError(found[0]))
+        first = min(found)
+        raise _shared(UserError(f"rank {first}: {found[first]}"))
 
 
 def start(hang_timeout: float = HANG_TIMEOUT) -> World:
@@ -133,6 +154,13 @@ def stop(world: World) -> None:
     if world.watchdog is not None:
         world.watchdog.close()
     dist.destroy_process_group()
+
+
+def _shared(error: T) -> T:
+    """Says of an error that every rank raises it."""
+    if isinstance(error, UserError):
+        error.shared = True
+    return error
 
 
 def _meet(hang_timeout: float) -> dist.Store:

@@ -146,7 +146,9 @@ def _first(check: Callable[[Path], str | None], places: list[Path]) -> str | Non
 def _agree(problem: str | None, world: World) -> None:
     """Raises UserError on every rank if one of them has a problem. Collective."""
     if found := next(filter(None, world.gather(problem)), None):
-        raise UserError(found)
+        error = UserError(found)
+        error.shared = True
+        raise error
 
 
 def _compile() -> str | None:

@@ -1,20 +1,27 @@
 """dsvae/train.py with a fault built in, for the tests of faults. The fault and where it strikes come from the environment.
 
 FAULT=hang RANK STEP: the rank's main thread sleeps at that optimizer step (from 0, of its phase), the process lives.
+FAULT=error RANK STEP: the rank lacks memory at that optimizer step, as torch says it.
+FAULT=model RANK, refuse RANK, stop RANK: while its engine is built, the rank finds no model in the directory MODEL, meets a
+UserError in the midst of it, or stands still (SIGSTOP).
 FAULT=non_finite RANK STEP [STEP ...]: what the rank's sentences cost is not a number at these steps.
 WEIGHTS=DIRECTORY: the whole model's checksum after every optimizer step goes into DIRECTORY/phase.step.
 """
 
+import dataclasses
 import hashlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 from dsvae import train
+from dsvae.engine import build
 from dsvae.engine import engine as engine_module
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.weights import full_weights
+from dsvae.errors import UserError
 
 kind, rank, *numbers = os.environ["FAULT"].split()
 steps = [int(number) for number in numbers]
@@ -22,6 +29,7 @@ mine = int(os.environ["RANK"]) == int(rank)
 current = {"step": -1}
 reconstruction = engine_module.reconstruction_nats
 train_step = PhaseEngine.train_step
+make_engine, find_origin = PhaseEngine.__init__, build.find_origin
 
 
 def faulty_reconstruction(logits, labels):
@@ -33,6 +41,8 @@ def observed_step(self, index, step, beta):
     current["step"] = index
     if mine and kind == "hang" and index in steps:
         time.sleep(600)
+    if mine and kind == "error" and index in steps:
+        raise RuntimeError("out of memory")
     sums = train_step(self, index, step, beta)
     if directory := os.environ.get("WEIGHTS"):
         digest = hashlib.sha256()
@@ -45,6 +55,22 @@ def observed_step(self, index, step, beta):
     return sums
 
 
+def observed_engine(*args, **kwargs):
+    if mine and kind == "refuse":
+        raise UserError("this rank alone does not like it")
+    if mine and kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    make_engine(*args, **kwargs)
+
+
+def elsewhere(settings, *args):
+    if mine and kind == "model":
+        settings = dataclasses.replace(settings, name=os.environ["MODEL"])
+    return find_origin(settings, *args)
+
+
+PhaseEngine.__init__ = observed_engine
+build.find_origin = elsewhere
 engine_module.reconstruction_nats = faulty_reconstruction
 PhaseEngine.train_step = observed_step
 sys.exit(train.main())
