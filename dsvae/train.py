@@ -178,7 +178,9 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
                 world.on_main(lambda: _write_down(config, raw, data, out))
                 reporter.open(first_step + 1)
             if resumed:
-                if converted := checkpoint.load(engine.deepspeed, resumed, world, out / "checkpoints", engine.frozen):
+                with world.patient():
+                    converted = checkpoint.load(engine.deepspeed, resumed, world, out / "checkpoints", engine.frozen)
+                if converted:
                     reporter.say(converted)
                 reporter.say(f"going on from {resumed.directory}")
             done, offset = resumed.step if resumed else 0, before_phase2 if phase == 2 else 0

@@ -70,6 +70,7 @@ def full_weights(model: nn.Module, origin: Origin | None, world: World) -> Itera
     """
     world.on_main(lambda: _check_frozen(model, origin))
     for name, parameter in model.named_parameters():
+        world.beat(f"export, {name}")  # a large model has many, of which none takes long
         if not parameter.requires_grad:
             yield name, _frozen(name, parameter, origin, world)
             continue
@@ -169,7 +170,8 @@ def export(
     try:
         for name, tensor in full_weights(model, origin, world):
             if tensor is not None:
-                writer.add(name, tensor)
+                with world.patient():  # a whole shard may go to a slow disk
+                    writer.add(name, tensor)
     except UserError:
         world.on_main(writer.abandon)
         raise

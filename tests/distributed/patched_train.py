@@ -4,6 +4,8 @@ FAULT=hang RANK STEP: the rank's main thread sleeps at that optimizer step (from
 FAULT=error RANK STEP: the rank lacks memory at that optimizer step, as torch says it.
 FAULT=model RANK, refuse RANK, stop RANK: while its engine is built, the rank finds no model in the directory MODEL, meets a
 UserError in the midst of it, or stands still (SIGSTOP).
+FAULT=slow RANK: the rank takes SECONDS for the first of several files of an export, for all of its tensors, and for loading a
+checkpoint.
 FAULT=non_finite RANK STEP [STEP ...]: what the rank's sentences cost is not a number at these steps.
 WEIGHTS=DIRECTORY: the whole model's checksum after every optimizer step goes into DIRECTORY/phase.step.
 """
@@ -17,9 +19,10 @@ import time
 from pathlib import Path
 
 from dsvae import train
-from dsvae.engine import build
+from dsvae.engine import build, weights
 from dsvae.engine import engine as engine_module
 from dsvae.engine.engine import PhaseEngine
+from dsvae.engine.model_directory import ModelDirectory
 from dsvae.engine.weights import full_weights
 from dsvae.errors import UserError
 
@@ -29,6 +32,7 @@ mine = int(os.environ["RANK"]) == int(rank)
 current = {"step": -1}
 reconstruction = engine_module.reconstruction_nats
 train_step = PhaseEngine.train_step
+flush, read_weight = ModelDirectory._flush, weights.safe_get_full_fp32_param
 make_engine, find_origin = PhaseEngine.__init__, build.find_origin
 
 
@@ -61,6 +65,24 @@ def observed_engine(*args, **kwargs):
     if mine and kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     make_engine(*args, **kwargs)
+    load_checkpoint = args[0].deepspeed.load_checkpoint
+    args[0].deepspeed.load_checkpoint = lambda *args, **kwargs: slow() or load_checkpoint(*args, **kwargs)
+
+
+def slow(parts=1):
+    if mine and kind == "slow":
+        time.sleep(float(os.environ["SECONDS"]) / parts)
+
+
+def slow_flush(self):
+    if not self._shards:
+        slow()
+    flush(self)
+
+
+def slow_weight(parameter):
+    slow(parts=20)  # this model has a few more
+    return read_weight(parameter)
 
 
 def elsewhere(settings, *args):
@@ -69,6 +91,10 @@ def elsewhere(settings, *args):
     return find_origin(settings, *args)
 
 
+if kind == "slow":
+    weights.export.__defaults__ = (20_000,)  # bytes of a file
+ModelDirectory._flush = slow_flush
+weights.safe_get_full_fp32_param = slow_weight
 PhaseEngine.__init__ = observed_engine
 build.find_origin = elsewhere
 engine_module.reconstruction_nats = faulty_reconstruction

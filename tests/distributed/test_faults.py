@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -45,6 +46,18 @@ def test_a_rank_that_lives_but_hangs_is_named_on_all_ranks_and_shows_where(tiny,
         assert f"dsvae: error: rank {rank}: rank 1 (on " in run.stderr
     assert "in observed_step" in run.stderr  # the hanging rank's stack
     assert (tmp_path / "checkpoints" / "phase1-step00000010" / "COMPLETE").exists()
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_slow_disk_is_no_hang(slow, tiny, tmp_path):
+    """Loading a checkpoint, gathering weights and writing a file of an export, each for much longer than the time limit."""
+    arguments = ("--config", tiny, "--ds_config", CONFIGS / "zero3.json", "--output_dir", tmp_path, "--phase", "1")
+    train(*arguments, ranks=2)
+    shutil.rmtree(tmp_path / "phase1")  # a run that was cut before its export
+    again = train(*arguments, "--hang_timeout", "4", ranks=2, timeout=300, script=PATCHED, FAULT=f"slow {slow}", SECONDS="20")
+    assert "going on from" in again.stdout
+    assert len(list((tmp_path / "phase1" / "model").glob("*.safetensors"))) > 1
 
 
 @pytest.mark.parametrize(
