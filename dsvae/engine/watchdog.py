@@ -28,6 +28,8 @@ _COLLECTIVE = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{
 """Code that a thread is in while it waits for other ranks."""
 _STORE_ANSWERS = 5.0
 """Seconds within which the store gives an answer while rank 0 lives."""
+_DEVICE_ANSWERS = 1.0
+"""Seconds within which an idle device says that it is."""
 _LEFT = "left"
 """The key in the store that is there once a rank has left before the others."""
 _ADVICE = {
@@ -43,13 +45,19 @@ class Watchdog:
     Args:
         store: its own connection, used by nothing else.
         timeout: seconds that the main thread may go without `beat` while it neither waits for others nor is `patient`.
+        synchronize: returns once the device of this rank has nothing left to do; None where operations block the host itself.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, timeout: float, synchronize: Callable[[], None] | None = None
+    ) -> None:
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
         self._interval = min(2.0, timeout / 5)
         self._seen: tuple[float, str] = (time.monotonic(), "start")
         self._patient = 0
+        self._waiting = 0
+        self._synchronize = synchronize
+        self._probe: threading.Thread | None = None
         self._count = 0
         self._exit_code: int | None = None
         self._complaint: str | None = None
@@ -76,6 +84,15 @@ class Watchdog:
         finally:
             self._patient -= 1
             self.beat(self._seen[1])
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """In here the main thread waits for the other ranks, wherever the host stands meanwhile."""
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
 
     def close(self, code: int | None = None) -> None:
         """Ends the thread. With an exit code: this rank leaves before the others, which are told why."""
@@ -209,10 +226,32 @@ class Watchdog:
 
     def _waits(self) -> bool:
         """Whether a thread of this process is inside an operation with the other ranks."""
+        if self._waiting:
+            return True
         for number, frame in sys._current_frames().items():
             if number != threading.get_ident() and any(part in frame.f_code.co_filename for part in _COLLECTIVE):
                 return True
-        return False
+        return self._device_waits()
+
+    def _device_waits(self) -> bool:
+        """Whether the device has been busy for as long as this rank got nowhere.
+
+        Operations on a GPU are only queued: the host goes on, and stands still in whatever line needs a result first. No kernel
+        of a model computes for `timeout` seconds; what is under way that long waits for other ranks, and a rank that hangs by
+        itself leaves its device idle.
+        """
+        if self._synchronize is None or time.monotonic() - self._seen[0] < self._timeout:
+            return False
+        if self._probe is None or not self._probe.is_alive():
+            self._probe = threading.Thread(target=self._ask_device, name="dsvae-watchdog-device", daemon=True)
+            self._probe.start()
+        self._probe.join(_DEVICE_ANSWERS)
+        return self._probe.is_alive()
+
+    def _ask_device(self) -> None:
+        with suppress(RuntimeError):  # a device that has failed does not wait
+            if self._synchronize is not None:
+                self._synchronize()
 
     def _gone(self, before: list[dict[str, Any]] | None, now: list[dict[str, Any]] | None) -> tuple[str, int] | None:
         """Ranks that have left, or said nothing between two readings."""

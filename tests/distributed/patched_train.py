@@ -1,6 +1,7 @@
 """dsvae/train.py with a fault built in, for the tests of faults. The fault and where it strikes come from the environment.
 
 FAULT=hang RANK STEP: the rank's main thread sleeps at that optimizer step (from 0, of its phase), the process lives.
+FAULT=device RANK STEP: the same with a stand-in for GPUs: the others' devices wait for the rank's, and their hosts for those.
 FAULT=error RANK STEP: the rank lacks memory at that optimizer step, as torch says it.
 FAULT=model RANK, refuse RANK, stop RANK: while its engine is built, the rank finds no model in the directory MODEL, meets a
 UserError in the midst of it, or stands still (SIGSTOP).
@@ -15,14 +16,16 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 from dsvae import train
-from dsvae.engine import build, weights
+from dsvae.engine import build, distributed, weights
 from dsvae.engine import engine as engine_module
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.model_directory import ModelDirectory
+from dsvae.engine.watchdog import Watchdog
 from dsvae.engine.weights import full_weights
 from dsvae.errors import UserError
 
@@ -45,6 +48,11 @@ def observed_step(self, index, step, beta):
     current["step"] = index
     if mine and kind == "hang" and index in steps:
         time.sleep(600)
+    if kind == "device" and index in steps:
+        if mine:
+            time.sleep(600)
+        device.clear()
+        device.wait()  # no line of torch.distributed's or DeepSpeed's
     if mine and kind == "error" and index in steps:
         raise RuntimeError("out of memory")
     sums = train_step(self, index, step, beta)
@@ -57,6 +65,14 @@ def observed_step(self, index, step, beta):
             number = len(list(Path(directory).iterdir()))
             (Path(directory) / f"{number:03d}").write_text(digest.hexdigest())
     return sums
+
+
+device = threading.Event()  # set: it has nothing to do
+device.set()
+
+
+def with_device(store, rank, size, timeout, synchronize):
+    return Watchdog(store, rank, size, timeout, device.wait)
 
 
 def observed_engine(*args, **kwargs):
@@ -91,6 +107,8 @@ def elsewhere(settings, *args):
     return find_origin(settings, *args)
 
 
+if kind == "device":
+    distributed.Watchdog = with_device
 if kind == "slow":
     weights.export.__defaults__ = (20_000,)  # bytes of a file
 ModelDirectory._flush = slow_flush

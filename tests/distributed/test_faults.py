@@ -48,6 +48,14 @@ def test_a_rank_that_lives_but_hangs_is_named_on_all_ranks_and_shows_where(tiny,
     assert (tmp_path / "checkpoints" / "phase1-step00000010" / "COMPLETE").exists()
 
 
+def test_ranks_that_wait_on_their_devices_name_the_one_that_hangs_and_not_themselves(tiny, tmp_path):
+    run = train("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path, *LONG, "--hang_timeout", "4",
+                ranks=3, code=69, timeout=120, script=PATCHED, FAULT="device 1 12")  # fmt: skip
+    assert run.codes == [69, 69, 69]
+    for rank in range(3):
+        assert f"dsvae: error: rank {rank}: rank 1 (on " in run.stderr
+
+
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("slow", [0, 1])
 def test_a_slow_disk_is_no_hang(slow, tiny, tmp_path):
