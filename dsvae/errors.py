@@ -10,9 +10,6 @@ class UserError(Exception):
     as it stands and leave with exit code 2; nothing has been half-written by then.
     """
 
-    shared = False
-    """Whether every rank raises the same: rank 0 alone prints it then."""
-
 
 EXIT_DEFECT = 1
 """A defect in the program, or a lack of memory: python's own code for an exception that nobody expected, after its stack."""

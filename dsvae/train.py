@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         run(config, raw, world, stopping)
     except UserError as error:
         code = EXIT_USER_ERROR
-        _complain_of(error, world, reading)
+        _complain_of(error, f"error: {error}", world, reading)
     except RunStopped as stopped:
         _complain(stopped.message, everywhere=world is None)  # where the ranks never met, rank 0 may be the one that is missing
         code = stopped.code
@@ -94,8 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _complain(f"error: {error}; make room, and the same command goes on from the last complete checkpoint")
         code = EXIT_DISK
+        line = f"error: {error}; make room, and the same command goes on from the last complete checkpoint"
+        _complain_of(error, line, world, reading)
     except RuntimeError:
         # An operation with the other ranks has failed: because this rank left it on a signal, or because one of them is gone.
         if stopping.pending is not None:
@@ -116,19 +117,19 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _complain_of(error: UserError, world: World | None, reading: bool) -> None:
+def _complain_of(error: Exception, line: str, world: World | None, reading: bool) -> None:
     """One line for an error that every rank has; the rank's own line for one that it may be alone with."""
     if reading:
         # A node may lack the files, so each has its line; its other ranks read the same.
-        _complain(f"error: {error}", everywhere=int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0)
+        _complain(line, everywhere=int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0)
     elif world is None:
-        _complain(f"error: {error}", everywhere=True)
-    elif error.shared or world.is_main or world.watchdog is None:
-        _complain(f"error: {error}")
+        _complain(line, everywhere=True)
+    elif getattr(error, "shared", False) or world.is_main or world.watchdog is None:
+        _complain(line)
         if world.watchdog is not None:
-            world.watchdog.complain(str(error))
-    elif not world.watchdog.complained(str(error)):
-        _complain(f"error: rank {world.rank}: {error}", everywhere=True)
+            world.watchdog.complain(line)
+    elif not world.watchdog.complained(line):
+        _complain(line.replace("error: ", f"error: rank {world.rank}: ", 1), everywhere=True)
 
 
 def _complain(line: str, everywhere: bool = False) -> None:

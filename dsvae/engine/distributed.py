@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -106,7 +106,7 @@ class World:
             with self._together():
                 dist.broadcast_object_list(box, src=0, device=self.device)
         if box[1] is not None:
-            raise _shared(box[1])
+            raise shared(box[1])
         return box[0]
 
     def on_all(self, function: Callable[[], T]) -> T:
@@ -126,9 +126,9 @@ class World:
         if not found:
             return result[0]
         if len(found) == self.size and len(set(found.values())) == 1:
-            raise _shared(UserError(found[0]))
+            raise shared(UserError(found[0]))
         first = min(found)
-        raise _shared(UserError(f"rank {first}: {found[first]}"))
+        raise shared(UserError(f"rank {first}: {found[first]}"))
 
 
 def start(hang_timeout: float = HANG_TIMEOUT) -> World:
@@ -172,10 +172,9 @@ def stop(world: World) -> None:
     dist.destroy_process_group()
 
 
-def _shared(error: T) -> T:
-    """Says of an error that every rank raises it."""
-    if isinstance(error, UserError):
-        error.shared = True
+def shared(error: Any) -> Any:
+    """Says of an error that every rank raises it, and rank 0 alone prints it."""
+    error.shared = True
     return error
 
 

@@ -62,6 +62,7 @@ class Watchdog:
         self._exit_code: int | None = None
         self._complaint: str | None = None
         self._heard: dict[int, tuple[int, float]] = {}
+        self._lost: list[int] = []
         self._leaving = False
         self._closed = threading.Event()
         self._store.set_timeout(timedelta(seconds=_STORE_ANSWERS))
@@ -107,9 +108,17 @@ class Watchdog:
 
     def _linger(self) -> None:
         """Until the others are leaving too, or have had the time to see why: the store goes with this process."""
-        for _ in range(8):
+        first: list[dict[str, Any]] | None = None
+        for attempt in range(16):
             said = self._others()
-            if said is None or all(state["leaving"] for state in said):
+            if said is None:
+                return
+            first = first or said
+            late = attempt >= 6  # who has told nothing since is not on its way
+            if all(
+                state["leaving"] or rank in self._lost or (late and state["count"] == first[rank]["count"])
+                for rank, state in enumerate(said)
+            ):
                 return
             time.sleep(self._interval / 2)
 
@@ -144,16 +153,19 @@ class Watchdog:
     # The thread.
 
     def _watch(self) -> None:
+        doomed: tuple[float, str] | None = None  # where the main thread was when it waited for a rank that has left
         while not self._closed.wait(self._interval):
             self._tell()
             found: tuple[str, int] | None
             seen, waits = self._seen, self._waits()
             age = time.monotonic() - seen[0]
-            # Not at once: an operation with a rank that has left just behind it still ends.
             if waits and age >= 2 * self._interval and (found := self._left()):
-                if not self._closed.is_set() and self._seen is seen and self._waits():
+                # Not at once: an operation with a rank that has left just behind it still ends.
+                if doomed is seen and not self._closed.is_set() and self._waits():
                     self._leave(*found)
+                doomed = seen
                 continue
+            doomed = None
             if self._patient and waits:
                 if (found := self._silent()) and not self._closed.is_set():
                     self._leave(*found)
@@ -260,6 +272,7 @@ class Watchdog:
         if found := self._with_code(now):
             return found
         silent = [rank for rank in range(self._size) if rank != self._rank and now[rank]["count"] == before[rank]["count"]]
+        self._lost = silent
         if not silent:
             return None
         return _silence(_name(silent, now), now[silent[0]]["where"])
