@@ -1,13 +1,15 @@
 """The `dsvae` command: evaluate a trained model, and use its latent space.
 
-Results go to stdout and nothing else does; warnings, counts and progress go to stderr. A mistake of the user is one line on
-stderr and exit code 2.
+Results go to stdout, in UTF-8, and nothing else does; warnings, counts and progress go to stderr. A mistake of the user is one
+line on stderr and exit code 2; results that find no room are one line and exit code 74.
 """
 
 # No `from __future__ import annotations`: fire shows the annotations in its help, and command_line.py reads them.
 # What needs torch is imported inside the commands: help and usage errors should not wait for it.
 
 import contextlib
+import errno
+import io
 import json
 import os
 import signal
@@ -19,7 +21,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsvae.command_line import command, dispatch
-from dsvae.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from dsvae.generation.options import OPTIONS, check
 
 if TYPE_CHECKING:
@@ -283,12 +285,17 @@ def edit(
     from dsvae.generation.reading import check_labels, read_labels, read_sentences
 
     check_labels(labels_file, text_file, text_column, toward)
-    vae = _load_for_few(model_dir, device, max_tokens, seed, options, batch_size)
+    check(options)
+    vae = _load(model_dir, device, batch_size, max_tokens)
+    seed = _seed(seed, needed=bool(options.get("do_sample")))
     vae.encode([a])  # a sentence that cannot be taken is told before the file is encoded
     sentences = _progress(read_sentences(text_file, text_column, "--text_file"), quiet_output=True)
     direction = vae.attribute_vector(sentences, read_labels(labels_file), toward)
-    plain, edited = (vae.edit(a, direction, strength=by, **options) for by in (0.0, strength))
-    row = {"sentence": a, "reconstruction": plain, "edited": edited, "strength": strength}
+    found = {}
+    for name, by in (("reconstruction", 0.0), ("edited", strength)):
+        _seed(seed, needed=False)  # sampled tokens of both from the same numbers: what differs is the strength
+        found[name] = vae.edit(a, direction, strength=by, **options)
+    row = {"sentence": a, **found, "strength": strength}
     _show([row], json, lambda row: _table({name: row[name] for name in ("sentence", "reconstruction", "edited")}))
     _report(vae)
 
@@ -377,15 +384,18 @@ def evaluate(
         model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         test_file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); the built-in corpus where it is left out.
         labels_file: one label a line, line i for sentence i: how well the latent tells them apart.
-        output: directory for metrics.json, report.html and the projector; MODEL_DIR/evaluation where it is left out.
+        output: directory for metrics.json, report.html and the projector; where it is left out MODEL_DIR/evaluation, for a hub id
+            ./evaluation.
         samples: samples of z a sentence for the ELBO.
         iw_samples: samples of z a sentence for the importance-weighted bound; without it there is none.
         batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.
         text_column: column of the sentence, where the file has columns.
-        max_tokens: longest sentence in tokens, EOS included (64); longer ones are truncated and counted.
-        seed: of the draws of z, and of the folds of the probes.
+        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted. Where it is left out that of
+            the model's training (data.max_tokens), 64 for a model that does not say.
+        seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
     """
-    from dsvae.evaluation import evaluate_model
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when it is imported
+        from dsvae.evaluation import evaluate_model
 
     evaluate_model(
         model_dir,
@@ -541,6 +551,8 @@ def plan(
     print(line if json else text)
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (evaluate, export, compare, sample, reconstruct, interpolate, analogy, traverse, edit, encode, corpus, plan)
@@ -552,7 +564,10 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in words if not word.startswith("--local_rank=")]  # from the deepspeed launcher
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if sys.stderr is None:  # closed by who called us; `print` would take None for stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
     try:
+        _check_stdout()
         with _terminable():
             if words == ["--version"]:
                 print(f"dsvae {version('dsvae')}")
@@ -567,10 +582,32 @@ def main(argv: list[str] | None = None) -> int:
         _say("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Who read our output has had enough of it. Python would complain once more when it flushes stdout at its end.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()  # who read our output has had enough of it
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _abandon_stdout()
+        _say(f"error: the results cannot be written: {error.strerror}; make room, and repeat the command")
+        return EXIT_DISK
     return 0
+
+
+def _check_stdout() -> None:
+    """Makes stdout UTF-8 like every file that is read and written, whatever the locale; a terminal keeps its encoding.
+
+    Raises UserError where there is none.
+    """
+    if sys.stdout is None:
+        raise UserError("stdout is closed: send the results to a file, or to /dev/null")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        encoding = sys.stdout.encoding if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
+
+
+def _abandon_stdout() -> None:
+    """Python would fail once more when it flushes stdout at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -601,11 +638,11 @@ def _load(model_dir: str, device: str | None, batch_size: int, max_tokens: int) 
 
 
 def _load_for_few(
-    model_dir: str, device: str | None, max_tokens: int, seed: int | None, options: dict[str, Any], batch_size: int = 128
+    model_dir: str, device: str | None, max_tokens: int, seed: int | None, options: dict[str, Any]
 ) -> "SentenceVAE":
     """The model for a command that takes its sentences from the command line."""
     check(options)
-    vae = _load(model_dir, device, batch_size, max_tokens)
+    vae = _load(model_dir, device, 128, max_tokens)
     _seed(seed, needed=bool(options.get("do_sample")))
     return vae
 

@@ -332,6 +332,8 @@ def check(config: RunConfig) -> None:
     # Two phases and a purpose are packed with the seed into 64 bits.
     need(0 <= config.seed <= 2**53, f"seed must lie between 0 and 2^53, not {config.seed}")
     need(0 <= config.data.builtin_seed <= 2**53, f"data.builtin_seed must lie between 0 and 2^53, not {config.data.builtin_seed}")
+    need(bool(config.output_dir.strip()), "output_dir is empty: name a directory")
+    need(config.hang_timeout > 0, f"hang_timeout must be positive, not {config.hang_timeout:g}")
     for name in ("log_every", "keep_checkpoints"):
         need(getattr(config, name) >= 1, f"{name} must be at least 1")
     for name in ("eval_every", "checkpoint_every"):
@@ -369,6 +371,11 @@ def check(config: RunConfig) -> None:
             len(phase.adam_betas) == 2 and all(0 <= beta < 1 for beta in phase.adam_betas),
             f"{name}.adam_betas must be two numbers in [0, 1)",
         )
+        need(phase.adam_eps >= 0, f"{name}.adam_eps must not be negative")
+    need(
+        config.model.injection != "none" or not config.phase1.freeze_decoder or config.phase == "2",
+        "phase1.freeze_decoder leaves nothing to train where model.injection is none: set it to false, or take --phase 2",
+    )
     beta = config.phase2.beta
     need(beta.max >= 0 and config.phase2.free_bits >= 0, "phase2.beta.max and phase2.free_bits must not be negative")
     need(

@@ -22,7 +22,8 @@ EXIT_NON_FINITE = 65
 EXIT_RANK_LOST = 69
 """Another rank did not answer within `hang_timeout` (EX_UNAVAILABLE). The same command goes on from the last checkpoint."""
 EXIT_DISK = 74
-"""The disk took no checkpoint, and `on_save_error` is stop (EX_IOERR). With room made, the same command goes on."""
+"""The disk took no checkpoint, and `on_save_error` is stop, or not what a command prints (EX_IOERR). With room made, the same
+command goes on."""
 EXIT_RESUMABLE = 75
 """SIGTERM or SIGUSR1 came: saved at the next step, left (EX_TEMPFAIL). The same command goes on exactly there."""
 EXIT_PREFLIGHT = 78
@@ -31,8 +32,11 @@ EXIT_INTERRUPTED = 130
 """Ctrl-C: saved at the next step, left (128 + SIGINT, as shells count it). The same command goes on exactly there."""
 
 
-class RunStopped(Exception):
-    """The run ends early, by no mistake in the command. The entry point prints the line and leaves with `code`."""
+class RunStopped(BaseException):
+    """The run ends early, by no mistake in the command. The entry point prints the line and leaves with `code`.
+
+    No `Exception`: a signal raises it anywhere, and libraries around which errors are caught must not swallow it.
+    """
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(code, message)  # both: exceptions travel between ranks by their arguments

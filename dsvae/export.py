@@ -69,6 +69,7 @@ def export_checkpoint(
     began = between if found.phase == 2 and between.is_dir() else None
     origin = find_origin(config.model, load_tokenizer(str(run / "tokenizer")), began, config.seed)
     model = cast(T5VAE, origin.skeleton())
+    model.config.max_tokens = config.data.max_tokens  # as the run itself exports it
     if found.phase == 1 and config.phase1.freeze_decoder:
         freeze_decoder(model)
     writer = ModelDirectory(directory.absolute(), max_shard_bytes)

@@ -47,6 +47,11 @@ def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{directory} lacks weights: {', '.join(missing[:3])} ({len(missing)} in all); copy it whole")
+    if unexpected := sorted(report["unexpected_keys"]):
+        raise UserError(
+            f"{directory} has weights that a model of its config.json has not: {', '.join(unexpected[:3])} ({len(unexpected)} in "
+            "all); copy it whole, config.json as it was"
+        )
     tokenizer = load_tokenizer(str(directory))
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(

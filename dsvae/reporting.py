@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dsvae.config import RunConfig, flatten, to_tree
 from dsvae.files import finite, write_text
+from dsvae.metrics.meanings import BASELINE, MEANING, described
 
 
 class Reporter:
@@ -90,12 +91,13 @@ class Reporter:
         self._per_dim(split, metrics["kl_per_dim"], step)
 
     def text(self, step: int, pairs: list[tuple[str, str]], prior: list[str]) -> None:
-        """Reconstructions (original, reconstruction) and sentences from the prior."""
-        if not self.enabled or not pairs:
+        """Reconstructions (original, reconstruction) and sentences from the prior; of a language model one greedy sentence."""
+        if not self.enabled or not (pairs or prior):
             return
         assert self._writer is not None
-        rows = "\n".join(f"| {_cell(a)} | {_cell(b)} |" for a, b in pairs)
-        self._writer.add_text("reconstruction", f"| sentence | reconstruction of its mean |\n|---|---|\n{rows}", step)
+        if pairs:
+            rows = "\n".join(f"| {_cell(a)} | {_cell(b)} |" for a, b in pairs)
+            self._writer.add_text("reconstruction", f"| sentence | reconstruction of its mean |\n|---|---|\n{rows}", step)
         self._writer.add_text("prior", "\n".join(f"- {_cell(text)}" for text in prior), step)
         self._record({"step": step, "split": "text", "reconstruction": [list(pair) for pair in pairs], "prior": prior})
 
@@ -150,27 +152,22 @@ class Speed:
         return rate
 
 
-RESULT_LINES = (
-    ("rec", "nats/sentence", "-log p(x|z): what is left to say once z is known"),
-    ("kl", "nats/sentence", "KL(q(z|x)||p(z)): what z costs"),
-    ("elbo", "nats/sentence", "-(rec + kl), a lower bound of log p(x)"),
-    ("ppl_token", "", "perplexity per token from the ELBO (an upper bound)"),
-    ("ppl_word", "", "perplexity per word from the ELBO (an upper bound)"),
-    ("mi", "nats", "information about the sentence in z; at most mi_cap"),
-    ("mi_cap", "nats", "ln of the number of sentences"),
-    ("au", "units", "dimensions of z that are in use"),
-    ("rec_shuffled", "nats/sentence", "rec with another sentence's z: far above rec if the decoder listens to z"),
-    ("rec_prior", "nats/sentence", "rec with a z from the prior"),
-)
+OF_A_RUN = (
+    "rec", "kl", "elbo", "ppl_token", "ppl_word", "bits_per_byte", "mi", "mi_cap", "au", "rec_shuffled", "rec_prior",
+)  # fmt: skip
+"""The metrics of a run with a latent that people are shown at its end."""
 
 
 def result_table(title: str, metrics: dict[str, Any]) -> str:
-    """The final metrics as lines for people."""
+    """The final metrics as lines for people: those of OF_A_RUN, of a language model its exact likelihood alone.
+
+    Args:
+        metrics: of `dsvae.metrics.evaluate`, or the same read back from metrics.json.
+    """
+    latent = metrics["kl_per_dim"] != []
+    rows = described([(name, *MEANING[name]) for name in OF_A_RUN] if latent else BASELINE, metrics)
     lines = [f"{title} ({metrics['sentences']:,} sentences)"]
-    for name, unit, meaning in RESULT_LINES:
-        value = metrics[name]
-        shown = f"{value:d}" if isinstance(value, int) else f"{value:.3f}"
-        lines.append(f"  {name:<13}{shown:>10} {unit:<14} {meaning}")
+    lines += [f"  {row.name:<13}{row.value:>10} {row.unit:<14} {row.meaning}" for row in rows]
     return "\n".join(lines)
 
 

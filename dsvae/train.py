@@ -167,6 +167,8 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     weights_from = start.weights
     # One axis of steps: phase 2 counts on behind a phase 1 that came before it, in this process or in an earlier one.
     before_phase2 = config.phase1.steps if 1 in start.phases or start.weights else 0
+    if start.checkpoint and start.checkpoint.phase == 2:
+        before_phase2 = start.checkpoint.meta.get("steps_before", before_phase2)  # begun in another directory
     first_step = (start.checkpoint.step if start.checkpoint else 0) + (before_phase2 if start.phases[0] == 2 else 0)
     metrics = None
     for phase in start.phases:
@@ -268,7 +270,12 @@ def train_phase(
             speed.read()  # evaluation is not training time
         if last or stop or (config.checkpoint_every and done % config.checkpoint_every == 0):
             reporter.flush()
-            meta = {**universal.shape_of(engine.deepspeed, world), "frozen": engine.frozen, "valid": valid_loss}
+            meta = {
+                **universal.shape_of(engine.deepspeed, world),
+                "frozen": engine.frozen,
+                "valid": valid_loss,
+                "steps_before": offset,
+            }
             try:
                 checkpoint.save(
                     engine.deepspeed,
@@ -387,8 +394,9 @@ def _save_tokenizer(data: Prepared) -> Callable[[Path], None]:
 
 
 def _write_down(config: RunConfig, raw: dict[str, Any], data: Prepared, out: Path) -> None:
-    """Puts configuration and tokenizer into the output directory."""
+    """Puts configuration, tokenizer and what tells the sentences from others into the output directory."""
     write_json(out / "ds_config.json", raw)
+    write_json(out / output.DATA, output.data_of(config))
     if not (out / "tokenizer").is_dir():
         data.tokenizer.save_pretrained(out / ".tokenizer.tmp")
         (out / ".tokenizer.tmp").rename(out / "tokenizer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -12,6 +13,9 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+import torch
+from zygote import Forked, Zygote
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "dsvae" / "train.py"
@@ -61,7 +65,7 @@ def commands(launcher: str, ranks: int, script: Path, more: dict[str, str]) -> l
         return [([*command, str(script)], environment(**more))]
     if launcher == "python":
         return [([sys.executable, str(script)], environment(**more))]
-    # As srun starts them: one process a rank, the rendezvous in the environment.
+    # As srun starts them: one process a rank, the rendezvous in the environment. `forked` are processes without the imports.
     return [
         (
             [sys.executable, str(script)],
@@ -73,15 +77,26 @@ def commands(launcher: str, ranks: int, script: Path, more: dict[str, str]) -> l
     ]
 
 
+@functools.cache
+def zygote(number: int) -> Zygote:
+    return Zygote(environment())
+
+
+FORKS = sys.platform == "linux" and not torch.cuda.is_available()  # CUDA does not survive a fork
+
+
 class Run:
     """A started run. `stdout` and `stderr` are those of all ranks together, `codes` the exit codes."""
 
     def __init__(
         self, arguments: list[str], ranks: int, launcher: str, cwd: Path | None, script: Path, env: dict[str, str]
     ) -> None:
-        self.processes = []
+        self.processes: list[subprocess.Popen | Forked] = []
         self.codes: list[int] = []
-        for command, environ in commands(launcher, ranks, script, env):
+        for rank, (command, environ) in enumerate(commands(launcher, ranks, script, env)):
+            if launcher == "forked" and FORKS:
+                self.processes.append(zygote(rank % 2).fork([*command[1:], *arguments], environ, cwd or ROOT))
+                continue
             self.processes.append(
                 subprocess.Popen(
                     [*command, *arguments],
@@ -105,7 +120,7 @@ class Run:
             process.communicate()
 
     def signal(self, number: int, ranks: Iterable[int] | None = None) -> None:
-        """Sends a signal to the processes of some ranks (launcher `ranks` only), by default of all."""
+        """Sends a signal to the processes of some ranks (launchers `forked` and `ranks` only), by default of all."""
         for rank in range(len(self.processes)) if ranks is None else ranks:
             os.kill(self.processes[rank].pid, number)
 
@@ -145,15 +160,16 @@ class Run:
 
 
 def start(
-    *arguments: str, ranks: int = 1, launcher: str = "ranks", cwd: Path | None = None, script: Path = TRAIN, **env: str
+    *arguments: str, ranks: int = 1, launcher: str = "forked", cwd: Path | None = None, script: Path = TRAIN, **env: str
 ) -> Run:
+    """A run; the launcher is deepspeed, torchrun, python, ranks (as srun starts them), or forked (ranks, sooner: zygote.py)."""
     return Run([str(a) for a in arguments], ranks, launcher, cwd, script, env)
 
 
 def train(
     *arguments: str,
     ranks: int = 1,
-    launcher: str = "ranks",
+    launcher: str = "forked",
     timeout: float = 180,
     code: int = 0,
     cwd: Path | None = None,

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -185,6 +186,25 @@ def test_edit_moves_along_the_attribute_vector(run, vae, model_dir, corpus):
     assert run(*words).splitlines()[2] == f"edited          {expected}"
 
 
+def test_an_edit_and_the_reconstruction_beside_it_are_sampled_alike(run, model_dir, corpus):
+    words = ("edit", model_dir, TEXTS[0], "--toward", "neg", "--labels_file", corpus / "labels.txt", "--text_file")
+    words = (
+        *words,
+        corpus / "text.txt",
+        "--do_sample",
+        "--temperature",
+        "3.0",
+        "--max_new_tokens",
+        12,
+        "--device",
+        "cpu",
+        "--json",
+    )
+    rows = [objects(run(*words, "--strength", strength, "--seed", seed))[0] for seed in (1, 2) for strength in (0, 50)]
+    assert [row["reconstruction"] == row["edited"] for row in rows] == [True, False, True, False]
+    assert rows[0]["reconstruction"] == rows[1]["reconstruction"] != rows[2]["reconstruction"]
+
+
 def test_encode_writes_the_posteriors_in_the_order_of_the_file(run, vae, model_dir, corpus, tmp_path, monkeypatch):
     path = tmp_path / "latents.safetensors"
     posterior = vae.encode(TEXTS)
@@ -289,6 +309,7 @@ def test_help_lists_the_commands_and_version_is_the_package_s(run):
         (["sample", "M", "--top_p", "0.9"], "no effect without --do_sample"),
         (["corpus", "-n", "0"], "at least 1"),
         (["corpus", "--factors", "f.csv"], "--factors needs --output"),
+        (["corpus", "--output", "no/../f.csv", "--factors", "./f.csv"], "name two files"),
     ],
 )
 def test_mistakes_in_the_command_line(fail, words, message):
@@ -396,6 +417,43 @@ def test_the_command_in_a_pipeline(vae, model_dir):
     done = subprocess.run([*command(), "sample", "./none"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"dsvae: error: .*no such directory.*\n", done.stderr)
+
+
+def shell(line, **env):
+    """A line of bash in which DSVAE is the command: the finished process."""
+    line = line.replace("DSVAE", shlex.join(command()))
+    return subprocess.run(["bash", "-c", line], capture_output=True, timeout=120, env={**os.environ, **env})
+
+
+def test_results_that_find_no_room_are_one_line(model_dir):
+    words = shlex.join([model_dir, "-n", "3", "--seed", "1", *FEW])
+    for line in (f"DSVAE sample {words} > /dev/full", "DSVAE corpus -n 3 > /dev/full", "DSVAE --help > /dev/full"):
+        done = shell(line)
+        assert done.returncode == 74, done.stderr
+        errors = [e for e in done.stderr.decode().splitlines() if "generated sentences cut" not in e]
+        assert errors == [
+            "dsvae: error: the results cannot be written: No space left on device; make room, and repeat the command"
+        ]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_results_are_utf_8_whatever_the_locale(model_dir, encoding):
+    text = "a b\u00fcd \u4e2d"
+    line = f"printf '{text}\\n' | DSVAE reconstruct {shlex.join([model_dir, '--json', *FEW])}"
+    done = shell(line, PYTHONIOENCODING=encoding, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("utf-8"))["sentence"] == text
+
+
+def test_closed_streams_are_told(model_dir):
+    words = shlex.join([model_dir, *FEW])
+    done = shell(f"DSVAE reconstruct {words} <&-")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"dsvae: error: stdin is closed: give FILE, or sentences on stdin\n"
+    done = shell(f"DSVAE sample {words} >&-")
+    assert (done.returncode, done.stderr) == (2, b"dsvae: error: stdout is closed: send the results to a file, or to /dev/null\n")
+    done = shell(f"DSVAE sample {words} -n 2 2>&-")  # its warnings do not go to stdout instead
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 2)
 
 
 def test_a_terminated_encode_leaves_nothing(model_dir, tmp_path):

@@ -325,3 +325,18 @@ def test_a_pretrained_model_takes_the_place_of_a_recipes_new_t5():
 def test_a_warm_up_longer_than_the_phase_is_told_with_both_numbers():
     with pytest.raises(UserError, match=r"phase1\.warmup_steps \(20\) must lie between 0 and phase1\.steps \(10\)"):
         read(["--ds_config", "x.json", "--phase1.steps", "10"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output_dir", ""], "output_dir is empty"),
+        (["--hang_timeout", "0"], "hang_timeout must be positive, not 0"),
+        (["--phase1.adam_eps", "-1"], r"phase1\.adam_eps"),
+        (["--config", "park2021", "--injection", "none"], r"phase1\.freeze_decoder leaves nothing to train.*--phase 2"),
+    ],
+)
+def test_values_that_leave_nothing_to_run(flags, message):
+    with pytest.raises(UserError, match=message):
+        read([*DS, *flags])
+    read([*DS, "--config", "park2021", "--injection", "none", "--phase", "2"])

@@ -199,3 +199,37 @@ def test_what_a_killed_conversion_left_is_removed_at_the_next_start(tmp_path):
     (tmp_path / "checkpoints" / ".universal" / "converted").mkdir(parents=True)
     assert find(config_of(tmp_path)) == ([1, 2], (1, 4), None)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["phase1-step00000004"]
+
+
+def test_another_directory_counts_until_this_one_has_something_to_go_on_from(tmp_path):
+    """A requeued job repeats its whole command: also one that was killed before its own first checkpoint."""
+    source, own = leave_run(tmp_path / "source"), tmp_path / "own"
+    leave_checkpoint(source, 1, 10)
+    leave_run(own)
+    config = config_of(own, resume=str(source))
+    assert find(config) == ([1, 2], (1, 10), None)
+    leave_checkpoint(own, 1, 12)
+    assert find(config) == ([1, 2], (1, 12), None)
+    (own / "config.yaml").write_text(to_yaml(config_of(own, seed=3)))
+    with pytest.raises(UserError, match=f"{own} holds a run with other values: seed: 3 -> 0"):
+        find(config)
+
+
+@pytest.mark.parametrize(("there", "asked"), [(1, "2"), (2, "1")])
+def test_an_unfinished_phase_is_not_given_up_for_another(tmp_path, there, asked):
+    leave_checkpoint(leave_run(tmp_path, phase=str(there)), there, 10)
+    with pytest.raises(UserError, match=rf"holds a run in phase {there} \(step 10\): finish it \(--phase {there} or all\)"):
+        find(config_of(tmp_path, phase=asked))
+
+
+def test_other_sentences_than_the_run_began_with_are_refused(tmp_path):
+    text = tmp_path / "train.txt"
+    text.write_text("a sentence\n" * 50)
+    config = config_of(tmp_path / "run", data={"train_file": str(text)})
+    leave_checkpoint(leave_run(tmp_path / "run", data={"train_file": str(text)}), 1, 10)
+    (tmp_path / "run" / output.DATA).write_text(json.dumps(output.data_of(config)))
+    assert find(config) == ([1, 2], (1, 10), None)
+    text.write_text("a sentencE\n" * 50)
+    with pytest.raises(UserError, match=r"holds a run on other sentences: train\.txt: put them back") as caught:
+        find(config)
+    assert "\n" not in str(caught.value)

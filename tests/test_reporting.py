@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dsvae.config import RunConfig
+from dsvae.files import write_json
 from dsvae.reporting import Reporter, result_table
 
 VALUES = {"loss": 3.0, "rec": 2.0, "kl": 1.0, "beta": 0.5, "tokens_per_s": 100.0}
@@ -167,6 +168,14 @@ def test_tensorboard_has_the_text(tmp_path, reporter):
     assert b"from the prior" in found.Tensors("prior/text_summary")[0].tensor_proto.string_val[0]
 
 
+def test_the_sentence_of_a_language_model_stands_alone(tmp_path, reporter):
+    reporter.open(1)
+    reporter.text(3, [], ["the likeliest"])
+    reporter.close(RunConfig(), None)
+    assert rows(tmp_path) == [{"step": 3, "split": "text", "reconstruction": [], "prior": ["the likeliest"]}]
+    assert events(tmp_path).Tags()["tensors"] == ["prior/text_summary"]
+
+
 def test_other_ranks_write_nothing(tmp_path, capsys):
     reporter = Reporter(tmp_path, enabled=False)
     reporter.open(1)
@@ -187,14 +196,43 @@ def test_the_console_gets_the_lines(tmp_path, capsys, reporter):
     assert capsys.readouterr().out == "a line\n"
 
 
+NAMES = ("rec", "kl", "elbo", "ppl_token", "ppl_word", "bits_per_byte", "mi", "mi_cap", "rec_shuffled", "rec_prior")
+MEASURED = {name: 10.125 + i for i, name in enumerate(NAMES)} | {"au": 9, "sentences": 12345, "kl_per_dim": [1.0]}
+
+
+def lines_of(metrics):
+    """First line; name -> line of the others."""
+    first, *lines = result_table("test", metrics).splitlines()
+    return first, {line.split()[0]: line for line in lines}
+
+
 def test_the_table_of_results_has_every_number_with_its_unit():
-    names = ("rec", "kl", "elbo", "ppl_token", "ppl_word", "mi", "mi_cap", "rec_shuffled", "rec_prior")
-    metrics = {name: 1000.125 + i for i, name in enumerate(names)} | {"au": 9, "sentences": 12345}
-    table = result_table("test", metrics)
-    assert table.splitlines()[0] == "test (12,345 sentences)"
-    lines = {line.split()[0]: line for line in table.splitlines()[1:]}
-    assert set(lines) == {*names, "au"}
-    for i, name in enumerate(names):
-        assert f"{1000.125 + i:.3f}" in lines[name]
+    first, lines = lines_of(MEASURED)
+    assert first == "test (12,345 sentences)"
+    assert set(lines) == {*NAMES, "au"}
+    for i, name in enumerate(NAMES):
+        assert lines[name].split()[1] == f"{10.125 + i:.3f}"
     assert "nats/sentence" in lines["elbo"]
+    assert "an upper bound" in lines["ppl_token"]
     assert lines["au"].split()[1:3] == ["9", "units"]
+
+
+def test_the_table_of_a_language_model_calls_nothing_a_bound_and_shows_no_latent():
+    _, lines = lines_of(MEASURED | {"kl_per_dim": []})
+    assert set(lines) == {"rec", "ppl_token", "ppl_word", "bits_per_byte"}
+    assert lines["rec"].split()[1] == "10.125"
+    assert "log p(x), exact" in lines["rec"]
+    assert "bound" not in "".join(lines.values())
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("name", ["rec", "ppl_token", "mi"])
+def test_the_table_shows_a_dash_for_what_is_not_finite_before_and_after_json(tmp_path, name, value):
+    metrics = MEASURED | {name: value}
+    write_json(tmp_path / "metrics.json", metrics)
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    assert again[name] is None
+    assert result_table("test", metrics) == result_table("test", again)
+    _, lines = lines_of(again)
+    assert lines[name].split()[1] == "-"
+    assert lines["kl"].split()[1] == "11.125"

@@ -11,7 +11,8 @@ from typing import Any
 from dsvae.comparison.runs import USE, Run, read_runs
 from dsvae.config import field_types
 from dsvae.errors import UserError
-from dsvae.evaluation.table import NATS, SECTIONS
+from dsvae.metrics import meanings
+from dsvae.metrics.meanings import NATS
 
 SHOWN = ("rec", "kl", "elbo", "nll_iw", "ppl_token", "bits_per_byte", "mi", "au", USE)
 """The metrics of the table; the files hold all."""
@@ -32,9 +33,7 @@ BETTER = {
     USE: "higher",
 }
 """Which direction is better. kl has none of its own: it is what z says, and what it costs."""
-MEANING: dict[str, tuple[str, str]] = {
-    name: (unit, meaning) for rows in reversed(SECTIONS.values()) for name, unit, meaning in rows
-} | {USE: (NATS, "what another sentence's z costs: near 0 the decoder does not use z")}
+MEANING = meanings.MEANING | {USE: (NATS, "what another sentence's z costs: near 0 the decoder does not use z")}
 """Metric -> unit, meaning."""
 _COUNTS = ("sentences", "words", "bytes")
 

@@ -8,7 +8,7 @@ import numpy as np
 from dsvae.comparison.compare import Comparison
 from dsvae.comparison.runs import Run
 from dsvae.evaluation.figures import COLOR, STYLE, new_figure, short, svg
-from dsvae.evaluation.table import number
+from dsvae.metrics.meanings import number
 
 _LINES = 9
 """Lines of equal rec + kl."""

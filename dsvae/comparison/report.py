@@ -10,8 +10,8 @@ from typing import Any
 
 from dsvae.comparison.compare import BETTER, MEANING, SHOWN, Comparison
 from dsvae.comparison.runs import Run
-from dsvae.evaluation.table import number
 from dsvae.files import write_json, write_text
+from dsvae.metrics.meanings import number
 
 
 def place(directories: Sequence[Path], output: str | None) -> Path:

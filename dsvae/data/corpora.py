@@ -29,6 +29,9 @@ _HUB_NAMES = {"train": ("train",), "valid": ("validation", "valid", "dev", "val"
 _TEXT_SUFFIXES = ("", ".txt", ".text")
 _FEATURES = datasets.Features({"text": datasets.Value("string")})
 _WRITE_ROWS = 10_000
+# Characters of a csv field, where the csv module takes 131,072: documents are longer. A quote that is never closed still ends
+# here, and not in memory.
+_LONGEST_FIELD = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -267,9 +270,8 @@ def _read_json(file: Path, column: str) -> Iterator[str]:
             yield _field(record, column, f"{file}, record {number}")
     else:
         for number, line in enumerate(_lines(file), 1):
-            if line.strip():
-                where = f"{file}:{number}"
-                yield _field(_parse(line, where), column, where)
+            where = f"{file}:{number}"
+            yield _field(_parse(line, where), column, where) if line.strip() else ""  # blank: counted like any other
 
 
 def _parse(text: str, where: str) -> Any:
@@ -296,6 +298,7 @@ def _read_csv(file: Path, column: str) -> Iterator[str]:
     # Not `datasets`' csv builder: it reads "NA" and "None" as missing, drops or shifts the fields that an unquoted
     # comma makes, and takes a row that is too short for a blank one.
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(_LONGEST_FIELD)
     rows = csv.reader(_lines(file), delimiter=delimiter, strict=True)
     try:
         header = next((row for row in rows if row), [])

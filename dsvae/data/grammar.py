@@ -168,6 +168,8 @@ def write_corpus(path: str | os.PathLike[str], size: int, seed: int, factors_pat
 
     Row i of the csv belongs to line i. Each file is written whole or not at all. Raises UserError where it cannot be.
     """
+    if factors_path is not None and Path(path).resolve() == Path(factors_path).resolve():
+        raise UserError(f"{path} is to hold both the sentences and their factors: name two files")
 
     def sentences(file: IO[str]) -> None:
         file.writelines(f"{drawn.text}\n" for drawn in draw(size, seed))

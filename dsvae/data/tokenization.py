@@ -30,7 +30,7 @@ from dsvae.data.corpora import SPLITS, Corpus, fingerprint, load_corpus
 from dsvae.errors import UserError
 
 # Raise it whenever the same sentences and options would give other files.
-_FORMAT = 1
+_FORMAT = 2
 _BATCH_ROWS = 10_000
 _TOKENIZER_SENTENCES = 1_000_000
 _STALE_SECONDS = 24 * 3600
@@ -122,6 +122,11 @@ class TokenizedSplit:
     def hashes(self) -> np.ndarray:
         """(N,) uint64: a hash of each sentence's token ids, the same for equal sentences."""
         return self._column("hash")
+
+    @cached_property
+    def text_keys(self) -> np.ndarray:
+        """(N,) uint64: a key of each sentence made of its token ids alone: the content key of the first sentence equal to it."""
+        return _mix(self.hashes)
 
     @cached_property
     def content_keys(self) -> np.ndarray:

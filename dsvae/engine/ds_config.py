@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,19 +150,28 @@ def resolve(
     }.items():  # fmt: skip
         if params.setdefault(name, "auto") == "auto":
             params[name] = value
+    _check_optimizer(params)
     if config.setdefault("gradient_clipping", "auto") == "auto":
         config["gradient_clipping"] = phase.max_grad_norm
+    if not _is_number(config["gradient_clipping"]) or config["gradient_clipping"] < 0:
+        raise UserError(f"ds_config: gradient_clipping must be a number, 0 for none, not {config['gradient_clipping']!r}")
     # The batch is data.batch_size; what DeepSpeed is told follows from it and only has to be consistent.
     if config.setdefault("gradient_accumulation_steps", "auto") == "auto":
         config["gradient_accumulation_steps"] = micro_batches
     accumulation = config["gradient_accumulation_steps"]
     if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
         raise UserError(f"ds_config: gradient_accumulation_steps must be a positive whole number, not {accumulation!r}")
+    fitting = -(-batch_size // (accumulation * world_size))
     if config.setdefault("train_micro_batch_size_per_gpu", "auto") == "auto":
-        config["train_micro_batch_size_per_gpu"] = -(-batch_size // (accumulation * world_size))
+        config["train_micro_batch_size_per_gpu"] = fitting
     micro = config["train_micro_batch_size_per_gpu"]
     if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1:
         raise UserError(f"ds_config: train_micro_batch_size_per_gpu must be a positive whole number, not {micro!r}")
+    if micro != fitting:
+        raise UserError(
+            f"ds_config: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x {world_size} "
+            f"rank(s) is not data.batch_size {batch_size}: leave them auto, and set --data.batch_size"
+        )
     total = config["train_micro_batch_size_per_gpu"] * accumulation * world_size
     if config.setdefault("train_batch_size", "auto") == "auto":
         config["train_batch_size"] = total
@@ -172,14 +182,37 @@ def resolve(
         )
 
     _resolve_precision(config, precision, bf16_supported, fp16_supported)
+    dtype = config.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    if dtype not in ("fp32", "bf16", "fp16"):
+        raise UserError(f"ds_config: data_types.grad_accum_dtype must be fp32, bf16 or fp16, not {dtype!r}")
+    for section in ("flops_profiler", "comms_logger"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"ds_config: {section} must be an object, not {config[section]!r}")
     # No lines of DeepSpeed's own between the progress bar's.
-    config.setdefault("steps_per_print", None)
+    every = config.setdefault("steps_per_print", None)
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise UserError(f"ds_config: steps_per_print must be a positive whole number or null, not {every!r}")
     # The optimizer is torch's own AdamW, which needs no compiler; DeepSpeed's check is for its CPU Adam.
-    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    if config.setdefault("zero_force_ds_cpu_optimizer", False) is not False:
+        raise UserError("ds_config: zero_force_ds_cpu_optimizer must be false: the optimizer is torch's AdamW")
     for path, value in _leaves(config):
         if value == "auto":
             raise UserError(f"ds_config: {path} is auto, and nothing says what it should be: write a value")
     return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_optimizer(params: dict[str, Any]) -> None:
+    """Raises UserError for what torch's AdamW would refuse, or take for something else."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not _is_number(params[name]) or params[name] < 0:
+            raise UserError(f"ds_config: optimizer.params.{name} must be a number of at least 0, or auto, not {params[name]!r}")
+    betas = params["betas"]
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+        raise UserError(f"ds_config: optimizer.params.betas must be two numbers in [0, 1), or auto, not {betas!r}")
 
 
 def _resolve_precision(config: dict[str, Any], precision: str, bf16_supported: bool, fp16_supported: bool) -> None:
@@ -197,6 +230,9 @@ def _resolve_precision(config: dict[str, Any], precision: str, bf16_supported: b
     got = _kind(config, on[0]) if on else "fp32"
     if precision not in ("auto", got):
         raise UserError(f'--precision {precision}, but the ds_config gives {got}: set its "enabled" to "auto"')
+    if got == "fp16" and on == ["torch_autocast"] and zero_stage(config) == 0:
+        # Its loss scale is inside of what this engine looks at before the step, and would never come down.
+        raise UserError("ds_config: torch_autocast in float16 needs stage 1, 2 or 3: use ds_configs/fp16.json")
     if got == "fp16" and not fp16_supported:
         raise UserError("fp16 needs a GPU: on CPU use bf16 (ds_configs/zero2.json) or --precision fp32")
     if got == "bf16" and not bf16_supported:

@@ -9,7 +9,7 @@ __all__ = ["evaluate_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and deepspeed only for who evaluates, and not for who wants a table or a figure."""
+    """Imports torch and deepspeed only for who evaluates, and not for who wants a figure."""
     if name == "evaluate_model":
         from dsvae.evaluation.job import evaluate_model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -34,6 +35,17 @@ def svg(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
     return buffer.getvalue().decode()
+
+
+def legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str], **style: Any) -> None:
+    """A legend of what was drawn (`handles`), each with its label, whatever that is.
+
+    matplotlib leaves out what has a label that begins with an underscore; so it sees others, which are replaced in the finished
+    legend.
+    """
+    entries = axes.legend(handles, [f"entry {i}" for i in range(len(labels))], **style).get_texts()
+    for entry, label in zip(entries, labels, strict=True):
+        entry.set_text(label)
 
 
 def short(label: str, most: int = 18) -> str:

@@ -10,9 +10,10 @@ from jinja2 import Environment, StrictUndefined
 
 from dsvae.evaluation.plots import plots
 from dsvae.evaluation.sentences import Sentences
-from dsvae.evaluation.table import number, sections
+from dsvae.evaluation.table import sections
 from dsvae.files import write_text
 from dsvae.metrics.evaluate import Measured
+from dsvae.metrics.meanings import number
 
 TEMPLATE = """<!doctype html>
 <html lang="en">

@@ -31,6 +31,7 @@ from dsvae.evaluation.projector import write_projector
 from dsvae.evaluation.sentences import Sentences
 from dsvae.evaluation.table import table
 from dsvae.files import make_writable, write_json
+from dsvae.generation.sentence_vae import check_seed
 from dsvae.metrics import likelihood, passes
 from dsvae.metrics.disentanglement import disentanglement
 from dsvae.metrics.evaluate import Measured, measure, summarize
@@ -42,6 +43,9 @@ from dsvae.modeling.t5_vae import T5VAE
 
 SHOWN = 20
 """Reconstructions and prior samples in the report."""
+
+NO_USE = 0.01
+"""Share of rec below which, three standard errors included, what another text's z costs is nothing: z is not used."""
 
 T = TypeVar("T")
 
@@ -80,16 +84,17 @@ def evaluate_model(
     Under deepspeed, torchrun or srun every process calls it: the work is shared out, rank 0 prints and writes.
 
     Args:
-        model_dir: as a run exported it (`output_dir/model`).
+        model_dir: as a run exported it (`output_dir/model`), or a hub id.
         test_file: sentences, one a line (or .jsonl, .csv, .parquet with `text_column`). None: 5,000 sentences of the built-in
             corpus, whose factors are known.
         labels_file: one label a line for the lines of test_file; any strings. Adds probes.
-        output: directory to write into. None: `evaluation` in model_dir.
+        output: directory to write into. None: `evaluation` in model_dir, in the current directory for a hub id.
         samples: z drawn a sentence for the ELBO.
         iw_samples: k of the importance-weighted bound, at least 1. None: not computed.
         batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.
-        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted. None: 64, as in training.
-        seed: of the draws of z, and of the folds of the probes.
+        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted. None: as in its training; 64
+            for a model that does not say.
+        seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
 
     Returns: the metrics, on every rank: names and units as in the table; a standard error over sentences in `se` for every
         mean.
@@ -97,16 +102,18 @@ def evaluate_model(
     Raises:
         UserError: on every rank, before anything is written.
     """
-    _check(samples, iw_samples, batch_tokens, max_tokens)
+    _check(samples, iw_samples, batch_tokens, max_tokens, seed)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     joined = not dist.is_initialized()
     world = distributed.start()
     try:
         model, tokenizer = _main_first(world, lambda: pretrained.load(model_dir))
-        limit = DataConfig.max_tokens if max_tokens is None else max_tokens
+        limit = max_tokens or model.config.max_tokens or DataConfig.max_tokens
         text = _main_first(world, lambda: sentences.read(test_file, labels_file, text_column, tokenizer, limit))
-        directory = Path(model_dir).expanduser() / "evaluation" if output is None else Path(output).expanduser()
+        if model.config.latent_dim:
+            world.on_main(lambda: sentences.check_factors(text))
+        directory = _default_output(model_dir) if output is None else Path(output).expanduser()
         world.on_main(lambda: make_writable(directory, "--output"))
         nn.Module.to(model, world.device)  # transformers' own `to` has lost its annotation
         found = evaluate_sentences(
@@ -228,8 +235,12 @@ def _warnings(metrics: dict[str, Any], measured: Measured) -> list[str]:
         return []
     found = [near_cap(metrics["mi"], metrics["sentences"])]
     gain, error = likelihood.mean(measured.rec_shuffled - measured.rec)
-    if not gain > 3 * error:
-        found.append(f"another sentence's z does as well (rec_shuffled - rec = {gain:.3f} nats): the decoder does not use z")
+    if gain <= 3 * error:  # false for NaN: no other text, nothing to say
+        told = f"rec_shuffled - rec = {gain:.3f} ± {error:.3f} nats: "
+        if gain + 3 * error < NO_USE * metrics["rec"]:
+            found.append(f"{told}another text's z does as well, the decoder does not use z")
+        else:
+            found.append(f"{told}not distinguishable from 0 on {metrics['sentences']:,} sentences; evaluate on more")
     if metrics["unk"] > 0.01 * metrics["tokens"]:
         found.append(f"{metrics['unk'] / metrics['tokens']:.1%} of the tokens are unknown pieces: likelihoods are too good")
     if metrics["truncated"] > 0.01 * metrics["sentences"]:
@@ -244,6 +255,12 @@ def _add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
     metrics |= more
 
 
+def _default_output(model_dir: str) -> Path:
+    """`evaluation` in the model's directory. A hub model has none: one of its name, made here, would hide it from then on."""
+    directory = Path(model_dir).expanduser()
+    return directory / "evaluation" if directory.is_dir() else Path("evaluation")
+
+
 def _main_first(world: World, load: Callable[[], T]) -> T:
     """`load()` on every rank, on rank 0 first: its UserError is everyone's. The result stays where it was made."""
     box: list[T] = []
@@ -251,8 +268,8 @@ def _main_first(world: World, load: Callable[[], T]) -> T:
     return box[0] if world.is_main else load()
 
 
-def _check(samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: int | None) -> None:
-    numbers = {"samples": (samples, 1), "batch_tokens": (batch_tokens, 1)}
+def _check(samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: int | None, seed: int) -> None:
+    numbers = {"samples": (samples, 1), "batch_tokens": (batch_tokens, 1), "seed": (seed, 0)}
     if iw_samples is not None:
         numbers["iw_samples"] = (iw_samples, 1)
     if max_tokens is not None:
@@ -260,6 +277,7 @@ def _check(samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: 
     for name, (value, least) in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f"--{name} {value}: give a whole number of at least {least}")
+    check_seed(seed)
 
 
 def _write(directory: Path, found: Evaluation, text: Sentences, tokenizer: PreTrainedTokenizerBase) -> None:

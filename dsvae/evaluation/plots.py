@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from dsvae.evaluation.figures import COLOR, STYLE, new_figure, short, svg
+from dsvae.evaluation.figures import COLOR, STYLE, legend, new_figure, short, svg
 from dsvae.evaluation.sentences import Sentences
 from dsvae.metrics.evaluate import Measured
 from dsvae.metrics.information import ACTIVE_UNIT_VARIANCE
@@ -97,9 +97,10 @@ def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
         points.set_clim(vmax=np.quantile(values, 0.99))
         figure.colorbar(ScalarMappable(points.norm, points.cmap), ax=axes, label=name)
     else:
-        for index, label in enumerate(np.unique(values)):
-            axes.scatter(xy[values == label, 0], xy[values == label, 1], color=f"C{index}", label=short(label), **style)
-        axes.legend(title=name, markerscale=2.5, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        labels = np.unique(values).tolist()
+        drawn = [axes.scatter(*xy[values == label].T, color=f"C{index}", **style) for index, label in enumerate(labels)]
+        look: dict[str, Any] = {"markerscale": 2.5, "fontsize": 8, "loc": "upper left", "frameon": False}
+        legend(axes, drawn, [short(label) for label in labels], title=name, bbox_to_anchor=(1.0, 1.0), **look)
     axes.set_xlabel(f"PC 1 ({pca.explained_variance_ratio_[0]:.1%} of the variance)")
     axes.set_ylabel(f"PC 2 ({pca.explained_variance_ratio_[1]:.1%})" if components == 2 else "")
     return svg(figure)

@@ -62,6 +62,19 @@ def read(
     return Sentences(split, path.name, counts, {"label": labels[kept]})
 
 
+def check_factors(text: Sentences) -> None:
+    """Raises UserError where sentences of the built-in corpus are cut so short that too few different ones are left for a probe.
+
+    Before hours of work; equal sentences are those of equal tokens.
+    """
+    for name, labels in text.labels.items() if text.factors is not None else ():
+        where = f"{text.source}, cut to {text.split.lengths.max()} tokens: {name}"
+        try:
+            usable_labels(zip(labels.tolist(), text.split.hashes.tolist(), strict=True), where)
+        except UserError as error:
+            raise UserError(f"{error}; give a larger --max_tokens") from None
+
+
 def _labels(path: Path, sentences: Path, texts: list[str]) -> NDArray[np.str_]:
     """(N,), one for each of the texts; blank only where the text is blank too."""
     labels = read_labels(path, "--labels_file")

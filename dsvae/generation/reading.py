@@ -43,6 +43,8 @@ def read_sentences(file: str | None, text_column: str, option: str = "FILE") -> 
             not what the kind of file says, with the line.
     """
     if file is None or file == "-":
+        if sys.stdin is None:
+            raise UserError(f"stdin is closed: give {option}, or sentences on stdin")
         return _stdin_lines(sys.stdin.buffer)
     return corpora.read_file(Path(file).expanduser(), option, text_column)
 

@@ -38,7 +38,7 @@ def disentanglement(codes: Codes, factors: Factors, names: list[str], seed: int)
         codes: (N, Z), Z >= 1.
         factors: (N, K), each column with at least two values.
         names: of the K factors.
-        seed: of held-out splits, forests and pairs.
+        seed: of held-out splits, forests and pairs, not negative.
 
     Returns: the scores, and `per_factor`: for every factor its MIG gap, SAP gap, completeness, informativeness.
     """
@@ -146,7 +146,8 @@ def _importance(
     importance = np.zeros((codes.shape[1], factors.shape[1]))
     accuracy = np.zeros(factors.shape[1])
     for k, values in enumerate(factors.T):
-        forest = RandomForestClassifier(TREES, min_samples_leaf=LEAF, max_features=None, max_samples=0.5, random_state=seed)
+        state = seed % 2**32  # scikit-learn takes no more
+        forest = RandomForestClassifier(TREES, min_samples_leaf=LEAF, max_features=None, max_samples=0.5, random_state=state)
         forest.fit(codes[train], values[train])
         importance[:, k] = forest.feature_importances_
         accuracy[k] = forest.score(codes[test], values[test])

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsvae.data.noise import LATENT, PRIOR
@@ -38,7 +39,7 @@ class Measured:
     mi_terms: Tensor
     """(N,) float64, whose mean is the mutual information."""
     rec_shuffled: Tensor
-    """(N,) float64: -log p(x|z) under another sentence's z."""
+    """(N,) float64: -log p(x|z) under the z of a sentence of another text; NaN where there is none."""
     rec_prior: Tensor
     """(N,) float64: -log p(x|z) under a z from the prior."""
 
@@ -75,6 +76,8 @@ def measure(model: T5VAE, split: TokenizedSplit, world: World, *, samples: int, 
     dim = model.config.latent_dim
     posterior = passes.encode(model, split, world, token_budget)
 
+    other = another_sentence(split.text_keys, keys)
+
     def rec_of(latent: Tensor) -> Tensor:
         return passes.decode(model, split, latent, world, token_budget).double()
 
@@ -86,7 +89,7 @@ def measure(model: T5VAE, split: TokenizedSplit, world: World, *, samples: int, 
         log_px_z=log_px_z,
         kl=posterior.kl().double(),
         mi_terms=mutual_information(posterior, first, world),
-        rec_shuffled=rec_of(first[another_sentence(keys)]),
+        rec_shuffled=torch.full((len(split),), math.nan).double() if other is None else rec_of(first[other]),
         rec_prior=rec_of(Gaussian.from_prior(passes.noise_of(keys, PRIOR, 0, dim, seed))),
     )
     model.train(training)
@@ -133,9 +136,25 @@ def summarize(found: Measured, split: TokenizedSplit) -> dict[str, Any]:
     }
 
 
-def another_sentence(keys: np.ndarray) -> Tensor:
-    """For each of N sentences the index of another one, (N,): the next by content key, whatever the order of the file."""
-    order = np.argsort(keys)
-    other = np.empty(len(keys), dtype=np.int64)
-    other[order] = np.roll(order, -1)
+def another_sentence(text_keys: NDArray[np.uint64], content_keys: NDArray[np.uint64]) -> Tensor | None:
+    """For each of N sentences the index of one with another text, (N,), whatever their order; None where all texts are equal.
+
+    A permutation, so that every sentence's z is used once, unless one text has more than half of the sentences: then the others'
+    z serve several of them.
+
+    Args:
+        text_keys: (N,), equal for equal texts. content_keys: (N,), all different.
+    """
+    order = np.lexsort((content_keys, text_keys))
+    texts = text_keys[order]
+    starts = np.flatnonzero(np.concatenate([[True], texts[1:] != texts[:-1]]))
+    if len(starts) < 2:
+        return None
+    # Equal texts stand side by side: a shift by as many as the commonest has leaves no sentence within its own text.
+    shifted = np.roll(order, -int(np.diff(np.append(starts, len(order))).max()))
+    same = np.flatnonzero(text_keys[shifted] == texts)
+    if len(same):  # of the one text that has more than half, the shift went around to its own beginning
+        shifted[same] = np.resize(order[texts != texts[same[0]]], len(same))
+    other = np.empty(len(order), dtype=np.int64)
+    other[order] = shifted
     return torch.from_numpy(other)

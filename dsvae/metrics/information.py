@@ -49,7 +49,7 @@ def mutual_information(posterior: Gaussian, latent: Tensor, world: World) -> Ten
 def near_cap(mi: float, sentences: int) -> str | None:
     """A warning where an estimate of the mutual information of so many sentences is near its cap, ln N."""
     cap = math.log(sentences)
-    if mi <= NEAR_CAP * cap:
+    if not mi > NEAR_CAP * cap:  # or not a number
         return None
     return (
         f"mi {mi:.2f} is near its cap, ln({sentences:,}) = {cap:.2f}: the true value may be higher, and marginal_kl lower; "

@@ -36,7 +36,7 @@ def probe(features: NDArray[np.floating], labels: NDArray[np.str_], groups: NDAr
         features: (N, Z), posterior means.
         labels: (N,), any strings; sentences of a label that fewer than five different sentences have are left out.
         groups: (N,), equal for equal sentences.
-        seed: of the folds.
+        seed: of the folds, not negative.
 
     Returns: `linear`, `knn` and `majority` as accuracies in [0, 1], their standard errors sqrt(p (1 - p) / n) in `se`, and the
         `classes`, `sentences` and `left_out` that they are about.
@@ -50,7 +50,7 @@ def probe(features: NDArray[np.floating], labels: NDArray[np.str_], groups: NDAr
     common = usable_labels(zip(labels.tolist(), groups.tolist(), strict=True), "the labels")
     keep = np.isin(labels, common)
     features, labels, groups = features[keep], labels[keep], groups[keep]
-    folds = StratifiedGroupKFold(n_splits=FOLDS, shuffle=True, random_state=seed)
+    folds = StratifiedGroupKFold(n_splits=FOLDS, shuffle=True, random_state=seed % 2**32)  # scikit-learn takes no more
     splits = list(folds.split(features, labels, groups))
     neighbors = min(NEIGHBORS, min(len(train) for train, _ in splits))
     models = {

@@ -19,15 +19,20 @@ def samples(
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """(sentence, reconstruction) of the first `count` sentences, decoded greedily from the posterior mean, and as many greedy
     sentences of z drawn from the prior. Every rank decodes the same, so that sharded weights stay in step.
+
+    A language model has no z to tell its sentences apart: no pairs, and the one sentence that it decodes greedily.
     """
     count = min(count, len(split))
+    latent_dim = model.config.latent_dim
+    if latent_dim == 0:
+        count = min(count, 1)
     if count == 0:
         return [], []
     training = model.training
     model.eval()
     originals, means = [], []
-    prior = Gaussian.from_prior(noise_of(split.content_keys[:count], PRIOR, 0, model.config.latent_dim))
-    for i in range(count):
+    prior = Gaussian.from_prior(noise_of(split.content_keys[:count], PRIOR, 0, latent_dim))
+    for i in range(count if latent_dim else 0):
         ids = torch.from_numpy(split.ids(i))[None].to(world.device)
         originals.append(str(tokenizer.decode(ids[0], skip_special_tokens=True)))
         means.append(model(ids, encode_only=True).posterior.mean)
@@ -35,4 +40,4 @@ def samples(
     decoded = model.generate(latent=both, max_new_tokens=max_tokens, do_sample=False)
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in decoded]
     model.train(training)
-    return list(zip(originals, texts[:count], strict=True)), texts[count:]
+    return list(zip(originals, texts[: len(means)], strict=True)), texts[len(means) :]

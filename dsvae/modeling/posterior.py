@@ -47,7 +47,8 @@ class Gaussian:
 
     def kl(self) -> Tensor:
         """KL(q(z|x) || p(z)) of every dimension, (B, Z), in nats; closed form, never negative."""
-        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
+        # Near the prior exp(logvar) - 1 would cancel, and round the KL below 0.
+        return 0.5 * (self.mean.square() + torch.expm1(self.logvar) - self.logvar)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log q(z_i|x_i) in nats, (B,), for z (B, Z)."""

@@ -52,6 +52,8 @@ class T5VAEConfig(PreTrainedConfig):
         memory_slots: key/value slots a decoder layer, for injection by memory.
         tie_word_embeddings: whether the output projection is the input embedding (T5 v1.0) or its own matrix (v1.1, flan,
             mT5, umT5). None: what the T5's configuration implies. `T5VAE.from_t5` reads it off the weights.
+        max_tokens: longest sentence of its training, EOS included, and so the default of its evaluation; the model computes with
+            any. None: not known.
     """
 
     model_type = "t5_vae"
@@ -63,6 +65,7 @@ class T5VAEConfig(PreTrainedConfig):
     injection: str = "memory"
     memory_slots: int = 1
     tie_word_embeddings: bool | None = None
+    max_tokens: int | None = None
     is_encoder_decoder: bool = False  # towards `generate`: a decoder conditioned on z, with no encoder states to carry
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -89,6 +92,11 @@ class T5VAEConfig(PreTrainedConfig):
     @property
     def vocab_size(self) -> int:
         return self.t5.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        # `resize_token_embeddings` sets it behind the new matrices.
+        self.t5.vocab_size = value
 
     @property
     def hidden_size(self) -> int:

@@ -45,6 +45,7 @@ def main() -> None:
             "--precision", args.precision, "--output_dir", f"{out}/run",
             "--data.cache_dir", cache, "--data.builtin_size", "400", "--model.t5", T5_100M, "--model.vocab_size", "500",
             "--phase", "2", "--phase2.steps", "6", "--data.batch_size", "16", "--eval.shown", "0", ranks=args.ranks,
+            launcher="ranks",  # forked ones would share the memory of what they import
         )  # fmt: skip
         peaks = [0.0] * args.ranks
         while any(process.poll() is None for process in run.processes):

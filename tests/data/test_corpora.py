@@ -76,7 +76,14 @@ def test_jsonl(tmp_path):
     lines = ['{"text": " a ", "n": 1}', "", '{"n": "x", "text": "2020-01-01"}', '{"text": ""}', '{"text": "b\\nc"}']
     corpus = load_corpus(three(write(tmp_path / "a.jsonl", "\r\n".join(lines))), seed=0)
     assert corpus.splits["train"]["text"][:] == ["a", "2020-01-01", "b\nc"]
-    assert corpus.skipped_blank["train"] == 1
+    assert corpus.skipped_blank["train"] == 2  # a blank line and a blank sentence
+
+
+def test_the_place_of_a_sentence_of_jsonl_is_its_line(tmp_path):
+    """Labels and the numbers that `dsvae reconstruct` prints go by it."""
+    path = tmp_path / "a.jsonl"
+    write(path, '{"text": "a"}\n\n  \n{"text": "b"}\n')
+    assert list(corpora.read_file(path, "--test_file", "text")) == ["a", "", "", "b"]
 
 
 def test_json_array(tmp_path):
@@ -90,6 +97,20 @@ def test_csv_and_tsv(tmp_path):
     assert corpus.splits["train"]["text"][:] == ["NA", 'a, "b"\nc', "None", "12"]
     assert corpus.skipped_blank["train"] == 2
     assert texts(three(write(tmp_path / "a.tsv", "text\tn\na, b\t1\n"))) == ["a, b"]
+
+
+def test_long_csv_fields(tmp_path):
+    """The csv module refuses more than 131,072 characters, in any column."""
+    long = "word " * 100_000
+    path = write(tmp_path / "a.csv", f'page,text\n{long},a\nb,"{long}, and\nmore"\n')
+    assert texts(three(path)) == ["a", f"{long}, and\nmore"]
+
+
+def test_a_csv_quote_that_is_never_closed_does_not_swallow_any_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "_LONGEST_FIELD", 1000)
+    message = error_of(three(write(tmp_path / "a.csv", 'text\n"a\n' + "b\n" * 5000)))
+    assert "mend its quotes" in message
+    assert int(message.split(":")[1]) < 600
 
 
 def test_parquet(tmp_path):

@@ -80,7 +80,7 @@ def test_beta_is_logged_as_it_was_used(finished):
 
 def test_the_written_config_repeats_the_run(finished, tmp_path):
     out, _ = finished
-    train("--config", out / "config.yaml", "--output_dir", tmp_path / "again", ranks=2)
+    train("--config", out / "config.yaml", "--output_dir", tmp_path / "again", ranks=2, launcher="ranks")
     assert numbers(tmp_path / "again") == numbers(out)
 
 

@@ -66,16 +66,30 @@ def test_cut_in_both_phases(stage, cuts, tiny, tmp_path):
 
 
 def test_resume_from_another_directory(tiny, tmp_path):
+    """In phase 2, and killed there twice: before it has a checkpoint of its own, and after."""
     common = ("--config", tiny, "--ds_config", CONFIGS / "zero1.json", *ARGUMENTS)
     train(*common, "--output_dir", tmp_path / "uncut")
     run = start(*common, "--output_dir", tmp_path / "first")
-    run.wait_for(tmp_path / "first" / "checkpoints" / "phase1-step00000015" / "COMPLETE")
+    run.wait_for(tmp_path / "first" / "checkpoints" / "phase2-step00000005" / "COMPLETE")
     run.kill()
-    train(*common, "--output_dir", tmp_path / "second", "--resume", tmp_path / "first")
-    found = numbers(tmp_path / "second")
-    assert found
+    own = tmp_path / "second"
+    again = (*common, "--output_dir", own, "--resume", tmp_path / "first")
+    run = start(*again)
+    run.wait_for(own / "config.yaml")  # written before the first step
+    run.kill()
+    assert not list(own.glob("checkpoints/*/COMPLETE"))
+    run = start(*again)
+    for step in (10, 15, 20):  # the first directory's last may be later than this test's
+        if not (tmp_path / "first" / "checkpoints" / f"phase2-step{step:08d}" / "COMPLETE").exists():
+            run.wait_for(own / "checkpoints" / f"phase2-step{step:08d}" / "COMPLETE")
+            break
+    run.kill()
+    assert not (own / "metrics.json").exists()
+    assert f"going on from {own}" in train(*again).stdout
+    found = numbers(own)
+    assert found[0]["step"] > 24 + 5
     assert found == [row for row in numbers(tmp_path / "uncut") if row["step"] >= found[0]["step"]]
-    assert found[0]["step"] > 15
+    assert (own / "metrics.json").exists()
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(tiny, tmp_path):

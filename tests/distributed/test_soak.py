@@ -47,13 +47,13 @@ def test_killed_again_and_again(tiny, tmp_path):
     moments = random.Random(SEED)
     # Small steps, a checkpoint at every other: kills fall into saves, between the phases, into the export, and elsewhere.
     common = ("--config", tiny, "--phase1.steps", STEPS, "--phase2.steps", STEPS, "--checkpoint_every", "2", "--eval_every", "6",
-              "--hang_timeout", "30")  # fmt: skip
+              "--hang_timeout", "20")  # fmt: skip
     stage = CONFIGS / f"zero{moments.choice((1, 2, 3))}.json"
     train(*common, "--ds_config", stage, "--output_dir", tmp_path / "uncut", ranks=2)
 
     cut, killed, inside = tmp_path / "cut", 0, 0
     while killed < KILLS:
-        run = start(*common, "--ds_config", stage, "--output_dir", cut, ranks=2)
+        run = start(*common, "--ds_config", stage, "--output_dir", cut, ranks=2, launcher="ranks")  # killed in imports, too
         try:
             where = moments.choice((wait_inside_a_save, wait_inside_a_save, wait_anywhere))
             if not where(run, cut / "checkpoints", moments):

@@ -1,6 +1,7 @@
 """ds_config files: what is refused, how `auto` is resolved, and that DeepSpeed itself takes the result."""
 
 import json
+import re
 import typing
 from pathlib import Path
 
@@ -172,7 +173,7 @@ def test_an_auto_that_nothing_resolves_is_named(raw, path):
         ({}, 2, (24, 4, 3)),
         ({}, 5, (30, 2, 3)),  # rounded up: an upper bound
         ({"gradient_accumulation_steps": 2}, 1, (24, 12, 2)),
-        ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}, 2, (8, 4, 1)),
+        ({"train_micro_batch_size_per_gpu": 12, "gradient_accumulation_steps": 1}, 2, (24, 12, 1)),
         ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}, 2, (24, 4, 3)),
     ],
 )
@@ -184,10 +185,42 @@ def test_batch_numbers_fit_together(raw, world_size, expected):
     assert total == micro * accumulation * world_size >= min(24, total)
 
 
-@pytest.mark.parametrize("raw", [{"train_batch_size": 25}, {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4}])
-def test_batch_numbers_that_contradict_each_other(raw):
-    with pytest.raises(UserError, match=r"train_batch_size 2\d is not .*--data\.batch_size"):
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"train_batch_size": 25},
+        {"train_micro_batch_size_per_gpu": 4},
+        {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4},
+        {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_batch_numbers_that_contradict_each_other_or_the_runs_batch(raw):
+    with pytest.raises(UserError, match=r"train_\w*batch_size\w* \d+ .*is not .*--data\.batch_size"):
         resolve(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        ({"optimizer": {"params": {"lr": "0.001"}}}, "optimizer.params.lr"),
+        ({"optimizer": {"params": {"lr": -1}}}, "optimizer.params.lr"),
+        ({"optimizer": {"params": {"eps": None}}}, "optimizer.params.eps"),
+        ({"optimizer": {"params": {"weight_decay": "auto "}}}, "optimizer.params.weight_decay"),
+        ({"optimizer": {"params": {"betas": [0.9]}}}, "optimizer.params.betas"),
+        ({"optimizer": {"params": {"betas": [0.9, 1]}}}, "optimizer.params.betas"),
+        ({"gradient_clipping": "1.0"}, "gradient_clipping"),
+        ({"gradient_clipping": -1}, "gradient_clipping"),
+        ({"gradient_clipping": True}, "gradient_clipping"),
+        ({"data_types": {"grad_accum_dtype": "fp33"}, "bf16": {"enabled": True}}, "data_types.grad_accum_dtype"),
+        ({"steps_per_print": "x"}, "steps_per_print"),
+        ({"flops_profiler": 5}, "flops_profiler"),
+        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer"),
+    ],
+)
+def test_a_value_that_is_none_is_told_with_its_name(raw, name):
+    with pytest.raises(UserError, match=rf"ds_config: {re.escape(name)} must be") as caught:
+        resolve(raw)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", True, None])
@@ -196,10 +229,17 @@ def test_accumulation_must_be_a_positive_whole_number(value):
         resolve({"gradient_accumulation_steps": value})
 
 
+def test_float16_autocast_at_stage_0_is_refused():
+    raw = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+    with pytest.raises(UserError, match=r"needs stage 1, 2 or 3: use ds_configs/fp16\.json"):
+        resolve(raw)
+    resolve({**raw, "zero_optimization": {"stage": 1}})
+
+
 AUTO_BF16, AUTO_FP16 = {"bf16": {"enabled": "auto"}}, {"fp16": {"enabled": "auto"}}
 ON_BF16, ON_FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
 CAST = {"torch_autocast": {"enabled": "auto", "dtype": "bfloat16"}}
-CAST_FP16 = {"torch_autocast": {"enabled": "auto", "dtype": "float16"}}
+CAST_FP16 = {"torch_autocast": {"enabled": "auto", "dtype": "float16"}, "zero_optimization": {"stage": 1}}
 
 
 @pytest.mark.parametrize(
@@ -223,7 +263,7 @@ def test_precision(raw, expected, precision):
     else:
         resolved = resolve(raw, precision=precision)
         assert ds_config.precision_of(resolved) == expected[precision]
-        assert all(isinstance(section["enabled"], bool) for name, section in resolved.items() if name in raw)
+        assert all(isinstance(section["enabled"], bool) for name, section in resolved.items() if "enabled" in raw.get(name, ()))
 
 
 @pytest.mark.parametrize(

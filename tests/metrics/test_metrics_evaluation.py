@@ -1,15 +1,20 @@
 """The whole evaluation of a small model: invariances, files, baseline, bad input."""
 
+import hashlib
+import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, environment, free_port
+from launch import ROOT, environment, start
 from small_models import SMALL, make_t5, make_vae
 
 from dsvae.data.grammar import generate
@@ -17,9 +22,12 @@ from dsvae.data.noise import LATENT
 from dsvae.data.tokenization import tokenize, train_tokenizer
 from dsvae.engine.distributed import World
 from dsvae.errors import UserError
-from dsvae.evaluation import evaluate_model
+from dsvae.evaluation import evaluate_model, html
+from dsvae.evaluation.job import _warnings
+from dsvae.evaluation.plots import plots
 from dsvae.evaluation.sentences import read
 from dsvae.metrics import passes
+from dsvae.metrics.evaluate import Measured, another_sentence, measure
 from dsvae.metrics.likelihood import draw_log_weights
 from dsvae.metrics.reconstruction import compare, reconstruct
 from dsvae.modeling.posterior import Gaussian
@@ -109,22 +117,17 @@ def test_order_of_the_file_changes_nothing(directory, metrics, tmp_path):
 
 
 def test_two_ranks_change_nothing(directory, metrics, tmp_path):
-    port = str(free_port())
-    command = [sys.executable, "-m", "dsvae.cli", "evaluate", str(directory / "model"), "--output", str(tmp_path / "out")]
-    command += ["--test_file", str(directory / "test.txt"), "--labels_file", str(directory / "test.labels")]
-    command += ["--iw_samples", "3", "--max_tokens", "24"]
-    processes = []
-    for rank in ("0", "1"):
-        place = environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        processes.append(
-            subprocess.Popen(command, env=place, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+    (tmp_path / "command.py").write_text("import sys\nfrom dsvae.cli import main\nsys.exit(main())\n")
+    run = start(
+        "evaluate", directory / "model", "--output", tmp_path / "out", "--test_file", directory / "test.txt",
+        "--labels_file", directory / "test.labels", "--iw_samples", "3", "--max_tokens", "24",
+        ranks=2, script=tmp_path / "command.py",
+    )  # fmt: skip
     try:
-        told = [process.communicate(timeout=120) for process in processes]
+        told = [process.communicate(timeout=120) for process in run.processes]
     finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], told
+        run.kill()
+    assert [process.returncode for process in run.processes] == [0, 0], told
     assert "Likelihood" in told[0][0]
     assert "Likelihood" not in told[1][0]
     assert_same(metrics, json.loads((tmp_path / "out" / "metrics.json").read_text())["test"])
@@ -143,6 +146,95 @@ def test_what_is_in_the_metrics(metrics, split):
     means = ("rec", "kl", "elbo", "nll_iw", "mi", "marginal_kl", "rec_shuffled", "rec_prior", "exact_match", "token_accuracy")
     assert all(metrics["se"][name] >= 0 for name in means)
     assert metrics["probes"]["label"]["classes"] == 3
+
+
+def pairs_of(texts, order):
+    """(text, its place among its equals) -> the same of the sentence that it is given, in that order of the file."""
+    seen = Counter()
+    names = []
+    for i in order:
+        seen[texts[i]] += 1
+        names.append((texts[i], seen[texts[i]]))
+    text_keys, content_keys = (
+        np.array([int.from_bytes(hashlib.md5(repr(key).encode()).digest()[:8], "big") for key in keys], dtype=np.uint64)
+        for keys in ([text for text, _ in names], names)
+    )
+    other = another_sentence(text_keys, content_keys)
+    return None if other is None else {name: names[j] for name, j in zip(names, other.tolist(), strict=True)}
+
+
+def test_another_sentence_has_another_text_wherever_there_is_one():
+    """Every way to fill up to six places with up to six texts, and random larger ones, in two orders of the file."""
+    small = [texts for n in range(1, 7) for texts in itertools.combinations_with_replacement("abcdef", n)]
+    rng = np.random.default_rng(0)
+    large = [[f"t{t}" for t in rng.integers(most, size=200)] for most in (2, 3, 20, 300)] + [["t"] * 150 + ["u"] * 49 + ["v"]]
+    for texts in [*small, *large]:
+        found = pairs_of(texts, range(len(texts)))
+        if len(set(texts)) < 2:
+            assert found is None
+            continue
+        assert all(text != other for (text, _), (other, _) in found.items())
+        if 2 * max(Counter(texts).values()) <= len(texts):
+            assert sorted(found) == sorted(found.values())  # every z once
+        else:
+            rare = {name for name in found if Counter(texts)[name[0]] * 2 <= len(texts)}
+            assert rare <= set(found.values())  # and here every z of the others
+        assert pairs_of(texts, rng.permutation(len(texts))) == found
+
+
+def test_among_different_texts_another_sentence_is_the_next_by_content_key(split):
+    different = split.select([i for i in range(60) if i != 20])
+    order = sorted(range(59), key=lambda i: int(different.content_keys[i]))
+    expected = {i: order[(place + 1) % 59] for place, i in enumerate(order)}
+    found = another_sentence(different.text_keys, different.content_keys).tolist()
+    assert len(set(different.hashes.tolist())) == 59
+    assert dict(enumerate(found)) == expected
+
+
+@torch.no_grad()
+def test_rec_shuffled_is_that_of_another_text(tokenizer):
+    """Two texts, three times each: by hand, sentence by sentence."""
+    model = make_vae()
+    split = tokenize([SENTENCES[0], SENTENCES[1]] * 3, tokenizer, 64, "test")[0]
+    found = measure(model, split, ALONE, samples=1, token_budget=512, seed=0)
+    noise = passes.noise_of(split.content_keys, LATENT, 0, model.config.latent_dim)
+    ids = [torch.from_numpy(split.ids(i))[None] for i in range(6)]
+    for i in range(6):
+        possible = []
+        for j in range((i + 1) % 2, 6, 2):
+            logits = model(labels=ids[i], latent=model.encode(ids[j]).sample(noise[j : j + 1])).logits
+            possible.append(-float(torch.log_softmax(logits, -1)[0, torch.arange(ids[i].shape[1]), ids[i][0]].sum()))
+        assert min(abs(float(found.rec_shuffled[i]) - each) for each in possible) < 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_without_another_text_there_is_no_rec_shuffled(directory, tmp_path, count):
+    (tmp_path / "test.txt").write_text(f"{SENTENCES[0]}\n" * count)
+    found = evaluate_model(str(directory / "model"), str(tmp_path / "test.txt"), output=str(tmp_path / "out"), max_tokens=24)
+    assert np.isnan(found["rec_shuffled"])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test"]["rec_shuffled"] is None
+    assert not [warning for warning in found["warnings"] if "rec_shuffled" in warning or "nan" in warning]
+
+
+@pytest.mark.parametrize(
+    ("gain", "deviation", "said"),
+    [
+        (0.0, 0.0, "rec_shuffled - rec = 0.000 ± 0.000 nats: another text's z does as well, the decoder does not use z"),
+        (0.01, 0.1, "rec_shuffled - rec = 0.010 ± 0.010 nats: another text's z does as well, the decoder does not use z"),
+        (2.0, 10.0, "rec_shuffled - rec = 2.000 ± 1.000 nats: not distinguishable from 0 on 100 sentences; evaluate on more"),
+        (3.5, 10.0, None),
+        (float("nan"), 0.0, None),
+    ],
+)
+def test_a_collapse_is_told_from_too_few_sentences(gain, deviation, said):
+    unit = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unit = (unit - unit.mean()) / unit.std()
+    rec = torch.full((100,), 40.0, dtype=torch.float64)
+    nothing = torch.zeros(100)
+    measured = Measured(None, -rec[None], nothing, nothing, rec + gain + deviation * unit, nothing)
+    metrics = {"latent_dim": 6, "mi": 1.0, "sentences": 100, "rec": 40.0, "unk": 0, "tokens": 9, "truncated": 0}
+    assert _warnings(metrics, measured) == ([] if said is None else [said])
+    assert _warnings(metrics | {"mi": float("nan")}, measured) == ([] if said is None else [said])
 
 
 def test_what_is_left_behind(directory, metrics):
@@ -220,10 +312,22 @@ def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split
 
 def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch):
     monkeypatch.setattr("dsvae.evaluation.sentences.BUILTIN_SENTENCES", 400)
-    found = evaluate_model(str(directory / "model"), output=str(tmp_path / "out"))
+    found = evaluate_model(str(directory / "model"), output=str(tmp_path / "out"), seed=2**53 - 1)  # more than scikit-learn takes
     assert len(found["probes"]) == len(found["disentanglement"]["per_factor"]) == 9
     assert 0 <= found["disentanglement"]["mig"] <= 1
     assert "nll_iw" not in found
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_without_output_nothing_is_written_where_a_hub_model_would_be_looked_for(directory, tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dsvae.pretrained.snapshot_download", lambda name, **_: {"someone/model": directory / "model"}[name])
+    local = shutil.copytree(directory / "model", tmp_path / "local" / "model")
+    evaluate_model("someone/model" if hub else "local/model", str(directory / "test.txt"), max_tokens=24)
+    output = tmp_path / "evaluation" if hub else local / "evaluation"
+    assert (output / "metrics.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["evaluation", "local"] if hub else ["local"])
+    assert not (directory / "model" / "evaluation").exists()
 
 
 def test_markup_in_sentences_stays_text(directory, tmp_path):
@@ -232,6 +336,28 @@ def test_markup_in_sentences_stays_text(directory, tmp_path):
     evaluate_model(str(directory / "model"), str(tmp_path / "t.txt"), str(tmp_path / "t.labels"), str(tmp_path / "out"))
     report = (tmp_path / "out" / "report.html").read_text()
     assert "<b>" not in report
+
+
+def test_nothing_but_results_goes_to_stdout(directory, tmp_path):
+    command = [sys.executable, "-m", "dsvae.cli", "evaluate", str(directory / "model"), "--output", str(tmp_path / "out")]
+    command += ["--test_file", str(directory / "test.txt"), "--max_tokens", "24"]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "test.txt: 60 sentences"
+    assert lines[2] == "Likelihood"
+    assert [line.split()[0] for line in lines[-3:]] == ["report", "metrics", "projector"]
+
+
+def test_every_label_stands_in_the_legend(directory, tmp_path, monkeypatch):
+    """matplotlib leaves out labels that begin with an underscore."""
+    labels = ["_", "__a", "b", "_$x_1$"]
+    (tmp_path / "test.labels").write_text("".join(f"{labels[i % 4]}\n" for i in range(60)))
+    seen = {}
+    monkeypatch.setattr(html, "plots", lambda *args: seen.setdefault("plots", plots(*args)))
+    run(directory, tmp_path / "out", labels_file=str(tmp_path / "test.labels"), iw_samples=None)
+    texts = [element.text.strip() for element in ElementTree.fromstring(seen["plots"]["Latents"]).iter() if element.text]
+    assert [text for text in texts if text in labels] == sorted(labels)
 
 
 def test_labels_stay_with_their_sentences(tmp_path, tokenizer):
@@ -248,6 +374,20 @@ def test_truncation_is_counted(directory, tmp_path):
     assert found["truncated"] == 60
     assert found["tokens"] == 360
     assert any("truncated" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize("trained", [9, None])
+def test_sentences_are_cut_where_training_cut_them(directory, tmp_path, tokenizer, trained):
+    model = make_vae()
+    model.config.max_tokens = trained
+    lengths = [len(tokenizer(text).input_ids) for text in SENTENCES]
+    save(tmp_path, model, tokenizer)
+    found = evaluate_model(str(tmp_path / "model"), str(tmp_path / "test.txt"))
+    limit = trained or 64
+    assert (found["max_tokens"], found["tokens"]) == (limit, sum(min(length, limit) for length in lengths))
+    assert found["truncated"] == sum(length > limit for length in lengths)
+    found = evaluate_model(str(tmp_path / "model"), str(tmp_path / "test.txt"), max_tokens=12)
+    assert (found["max_tokens"], found["tokens"]) == (12, sum(min(length, 12) for length in lengths))
 
 
 def write(path, text):
@@ -270,6 +410,12 @@ BAD = {
     "k below 1": (lambda d, t: {"iw_samples": 0}, "iw_samples 0"),
     "no samples": (lambda d, t: {"samples": 0}, "samples 0: give a whole number of at least 1"),
     "half a sample": (lambda d, t: {"samples": 1.5}, "samples 1.5"),
+    "a negative seed": (lambda d, t: {"seed": -1}, "seed -1: give a whole number of at least 0"),
+    "a seed of too many bits": (lambda d, t: {"seed": 2**53}, r"seed is 9007199254740992: give a number from 0 to 2\^53 - 1"),
+    "factors cut off": (
+        lambda d, t: {"test_file": None, "labels_file": None, "max_tokens": 2},
+        "built-in corpus .* cut to 2 tokens: .* a probe needs two such labels; give a larger --max_tokens",
+    ),
     "one token": (lambda d, t: {"max_tokens": 1}, "max_tokens 1"),
     "no directory to write to": (lambda d, t: {"output": write(t / "file", "")}, "give another --output"),
 }
@@ -305,3 +451,9 @@ def test_damaged_models(directory, tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "no_head")
     with pytest.raises(UserError, match=r"lacks weights: posterior"):
         evaluate_model(str(tmp_path / "no_head"), str(directory / "test.txt"))
+    model.save_pretrained(tmp_path / "edited")
+    tokenizer.save_pretrained(tmp_path / "edited")
+    config = tmp_path / "edited" / "config.json"
+    config.write_text(config.read_text().replace('"injection": "memory"', '"injection": "none"'))
+    with pytest.raises(UserError, match=r"a model of its config.json has not: encoder\..*config.json as it was$"):
+        evaluate_model(str(tmp_path / "edited"), str(directory / "test.txt"))

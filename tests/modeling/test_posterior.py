@@ -21,6 +21,19 @@ def test_kl_is_that_of_torch():
     torch.testing.assert_close(q.kl(), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_kl_near_the_prior_is_positive_and_that_of_float64():
+    small = torch.logspace(-9, -1, 20_000)
+    q = Gaussian(torch.zeros(1, 40_000), torch.cat([small, -small])[None])
+    exact = q.logvar.double()
+    expected = 0.5 * (torch.special.expm1(exact) - exact)
+    assert float(q.kl().min()) >= 0
+    torch.testing.assert_close(q.kl().double(), expected, atol=1e-9, rtol=1e-4)
+    # By its series, where even float64 cancels.
+    expected = exact.square() / 4 + exact**3 / 12 + exact**4 / 48
+    tiny = exact.abs() < 1e-3
+    torch.testing.assert_close(q.kl().double()[tiny], expected[tiny], atol=1e-10, rtol=1e-4)
+
+
 def test_log_probabilities_are_those_of_torch():
     q, z = gaussian(), torch.randn(7, 4)
     torch.testing.assert_close(q.log_prob(z), Independent(as_torch(q), 1).log_prob(z))

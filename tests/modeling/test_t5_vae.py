@@ -227,16 +227,45 @@ def test_nothing_is_kept_that_nothing_reads(kind, injection, batch):
 
 
 def test_save_and_load(kind, injection, pooling, batch, tmp_path):
-    model = make_vae(kind, injection=injection, pooling=pooling)
+    model = make_vae(kind, injection=injection, pooling=pooling, max_tokens=17)
     model.save_pretrained(tmp_path)
     ids, mask, labels = batch
     for again in (T5VAE.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
         assert type(again) is T5VAE
         config = AutoConfig.from_pretrained(tmp_path)
-        for field in ("latent_dim", "pooling", "injection", "memory_slots", "tie_word_embeddings", "decoder_start_token_id"):
+        for field in (
+            "latent_dim",
+            "pooling",
+            "injection",
+            "memory_slots",
+            "max_tokens",
+            "tie_word_embeddings",
+            "decoder_start_token_id",
+        ):
             assert getattr(config, field) == getattr(model.config, field), field
         assert config.t5.model_type == model.config.t5.model_type
         assert torch.equal(again.eval()(ids, mask, labels=labels).logits, model(ids, mask, labels=labels).logits)
+
+
+@pytest.mark.parametrize("size", [70, 40])
+def test_a_vocabulary_can_be_resized(kind, size, batch, tmp_path):
+    model = make_vae(kind)
+    tied = model.config.tie_word_embeddings
+    before = {name: weight.clone() for name, weight in (("shared", model.shared.weight), ("lm_head", model.lm_head.weight))}
+    model.resize_token_embeddings(size, mean_resizing=False)
+    assert model.config.vocab_size == model.config.t5.vocab_size == size
+    assert (model.shared.num_embeddings, model.lm_head.out_features) == (size, size)
+    assert (model.lm_head.weight is model.shared.weight) == tied == (kind == "t5 v1.0")
+    for name, old in before.items():
+        new = getattr(model, name).weight
+        assert new.shape == (size, 32)
+        assert torch.equal(new[: min(size, 60)], old[:size])
+    model.save_pretrained(tmp_path)
+    again = T5VAE.from_pretrained(tmp_path).eval()
+    ids, mask, labels = (part.clamp(max=size - 1) for part in batch)
+    assert again.config.vocab_size == size
+    assert torch.equal(again(ids, mask, labels=labels).logits, model.eval()(ids, mask, labels=labels).logits)
+    assert again(ids, mask, labels=labels).logits.shape[-1] == size
 
 
 def test_the_posterior_is_float32_in_bfloat16(batch):

@@ -42,12 +42,18 @@ def submitted(cluster, checkout, cache_dir):
 
 def test_a_failed_phase_1_leaves_phase_2_never_started(submitted, cluster, checkout):
     first, second = submitted.broken
-    assert cluster.wait(first)["ExitCode"] == "2:0"
-    ended = cluster.wait(second)
-    assert ended["JobState"] == "CANCELLED"
-    assert ended["RunTime"] == "00:00:00"  # SLURM may give it a start, at the moment of its end
+    failed, ended = cluster.wait(first), cluster.wait(second)
+    assert failed["ExitCode"] == "2:0"
     assert "not there.txt" in (checkout / f"dsvae-phase1-{first}.out").read_text()
-    assert not (checkout / f"dsvae-phase2-{second}.out").exists()
+    assert ended["JobState"] == "CANCELLED"
+    # What tells a job that ran from one that did not. Its times do not: SLURM gives the latter a start at the moment of its end,
+    # or none, and then counts its run time from 1970 on.
+    places = checkout / "runs/broken/slurm"
+    for job, record, phase, ran in ((first, failed, 1, True), (second, ended, 2, False)):
+        assert ("BatchHost" in record) == ran
+        assert (record["NodeList"] not in ("", "(null)")) == ran
+        assert (places / job).exists() == ran
+        assert (checkout / f"dsvae-phase{phase}-{job}.out").exists() == ran
 
 
 def test_phase_2_goes_on_from_phase_1_with_resources_of_its_own(submitted, cluster, checkout):
