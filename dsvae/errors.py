@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+EXIT_DEFECT = 1
+"""A defect in the program, or a lack of memory: python's own code for an exception that nobody expected, after its stack."""
+
+
 EXIT_USER_ERROR = 2
 """A mistake of the user's: the line on stderr says what to change. Repeating the command unchanged fails again."""
 EXIT_NON_FINITE = 65

@@ -14,7 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,13 @@ from dsvae.card import write_card
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.tokenization import Prepared, load_prepared, prepare
-from dsvae.engine import checkpoint, distributed, ds_config, nvme, universal, weights
+from dsvae.engine import checkpoint, distributed, ds_config, nvme, universal, watchdog, weights
 from dsvae.engine.build import build_model
 from dsvae.engine.distributed import World
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.non_finite import SkippedSteps
 from dsvae.engine.stopping import SIGNALS, Stopping
-from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
+from dsvae.errors import EXIT_DEFECT, EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
 from dsvae.files import write_json, write_text
 from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.text import samples
@@ -72,16 +72,19 @@ def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     world: World | None = None
+    reading = True  # what all ranks read alike
+    code = EXIT_DEFECT
     stopping = Stopping()
     stopping.install()
     try:
         config = configuration.read(words)
         raw = ds_config.load(str(config.ds_config))
+        reading = False
         world = distributed.start(config.hang_timeout)
         run(config, raw, world, stopping)
     except UserError as error:
-        _complain(f"error: {error}")
         code = EXIT_USER_ERROR
+        _complain_of(error, f"error: {error}", world, reading)
     except RunStopped as stopped:
         _complain(stopped.message, everywhere=world is None)  # where the ranks never met, rank 0 may be the one that is missing
         code = stopped.code
@@ -91,24 +94,42 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _complain(f"error: {error}; make room, and the same command goes on from the last complete checkpoint")
         code = EXIT_DISK
+        line = f"error: {error}; make room, and the same command goes on from the last complete checkpoint"
+        _complain_of(error, line, world, reading)
     except RuntimeError:
         # An operation with the other ranks has failed: because this rank left it on a signal, or because one of them is gone.
         if stopping.pending is not None:
             code = stopping.pending.code
         elif world is not None and world.watchdog is not None and (lost := world.watchdog.lost()):
             line, code = lost
-            advice = "the same command goes on from the last complete checkpoint"
-            print(f"dsvae: error: rank {world.rank}: {line}; {advice}", file=sys.stderr, flush=True)
+            _complain(f"error: rank {world.rank}: {line}; {watchdog.advice(code)}", everywhere=True)
         else:
             raise
     else:
+        code = 0
         distributed.stop(world)
-        return 0
-    if world is not None and world.watchdog is not None:
-        world.watchdog.close(code)
+    finally:
+        # With a code of its own also where an exception passes: for the others this rank is not lost, and repeating is no help.
+        if code and world is not None and world.watchdog is not None:
+            with stopping.between_steps(), suppress(KeyboardInterrupt):  # on its way out already
+                world.watchdog.close(code)
     return code
+
+
+def _complain_of(error: Exception, line: str, world: World | None, reading: bool) -> None:
+    """One line for an error that every rank has; the rank's own line for one that it may be alone with."""
+    if reading:
+        # A node may lack the files, so each has its line; its other ranks read the same.
+        _complain(line, everywhere=int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0)
+    elif world is None:
+        _complain(line, everywhere=True)
+    elif getattr(error, "shared", False) or world.is_main or world.watchdog is None:
+        _complain(line)
+        if world.watchdog is not None:
+            world.watchdog.complain(line)
+    elif not world.watchdog.complained(line):
+        _complain(line.replace("error: ", f"error: rank {world.rank}: ", 1), everywhere=True)
 
 
 def _complain(line: str, everywhere: bool = False) -> None:
@@ -140,7 +161,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     source = config.model.name or (str(start.tokenizer) if start.tokenizer else None)
     vocab_size = None if source else config.model.vocab_size
     path = world.on_main(lambda: prepare(config.data, tokenizer=source, vocab_size=vocab_size, seed=config.seed))
-    data = load_prepared(path)
+    data = world.on_all(lambda: load_prepared(path))
     reporter.say(f"{world.size} rank(s); data: {json.dumps(data.report, ensure_ascii=False)}")
 
     weights_from = start.weights
@@ -160,7 +181,9 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
                 world.on_main(lambda: _write_down(config, raw, data, out))
                 reporter.open(first_step + 1)
             if resumed:
-                if converted := checkpoint.load(engine.deepspeed, resumed, world, out / "checkpoints"):
+                with world.patient():
+                    converted = checkpoint.load(engine.deepspeed, resumed, world, out / "checkpoints", engine.frozen)
+                if converted:
                     reporter.say(converted)
                 reporter.say(f"going on from {resumed.directory}")
             done, offset = resumed.step if resumed else 0, before_phase2 if phase == 2 else 0
@@ -247,7 +270,12 @@ def train_phase(
             speed.read()  # evaluation is not training time
         if last or stop or (config.checkpoint_every and done % config.checkpoint_every == 0):
             reporter.flush()
-            meta = {**universal.shape_of(engine.deepspeed, world), "valid": valid_loss, "steps_before": offset}
+            meta = {
+                **universal.shape_of(engine.deepspeed, world),
+                "frozen": engine.frozen,
+                "valid": valid_loss,
+                "steps_before": offset,
+            }
             try:
                 checkpoint.save(
                     engine.deepspeed,

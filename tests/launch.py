@@ -93,6 +93,9 @@ class Run:
     ) -> None:
         self.processes: list[subprocess.Popen | Forked] = []
         self.codes: list[int] = []
+        if launcher == "forked" and FORKS:
+            for each in [zygote(rank % 2) for rank in range(ranks)]:  # all are started before the first is waited for
+                each.wait()
         for rank, (command, environ) in enumerate(commands(launcher, ranks, script, env)):
             if launcher == "forked" and FORKS:
                 self.processes.append(zygote(rank % 2).fork([*command[1:], *arguments], environ, cwd or ROOT))

@@ -22,12 +22,15 @@ import threading
 import time
 from pathlib import Path
 
+READY = b"ready"
+
 
 class Zygote:
     """The test's end of a process that ranks are forked of. It leaves when this end is closed."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.socket, other = socket.socketpair()
+        self._imported = False
         with other:
             subprocess.Popen(
                 [sys.executable, __file__, str(other.fileno())],
@@ -36,6 +39,10 @@ class Zygote:
                 pass_fds=[other.fileno()],
                 start_new_session=True,
             )
+
+    def wait(self) -> None:
+        """Until it has imported everything: a rank that is forked sooner than the next one's process would wait for that one."""
+        self._imported = self._imported or bool(self.socket.recv(len(READY)))
 
     def fork(self, command: list[str], environment: dict[str, str], cwd: Path) -> Forked:
         """`python SCRIPT ARGUMENTS...`, without the python."""
@@ -131,7 +138,9 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     gc.freeze()  # what is imported stays: looking through it for garbage would copy its memory in every fork
-    asked = serve(socket.socket(fileno=int(sys.argv[1])))
+    requests = socket.socket(fileno=int(sys.argv[1]))
+    requests.send(READY)
+    asked = serve(requests)
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["environment"])

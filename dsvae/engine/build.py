@@ -58,7 +58,9 @@ def build_model(
     config, generation_config = world.on_main(find_first)  # rank 0 first: it downloads, and its error is everyone's
     origin = origins[0] if origins else None
     if zero_stage(ds_config) < 3:
-        return cast(T5VAE, (origin or find_origin(settings, tokenizer, weights, seed)).build()), origin
+        # Every rank reads: on another node the same path may have no model.
+        model = world.on_all(lambda: (origin or find_origin(settings, tokenizer, weights, seed)).build())
+        return cast(T5VAE, model), origin
     # The other ranks need nothing but the configuration: only rank 0 reads files.
     with torch.device("meta"):
         model = T5VAE(copy.deepcopy(config))

@@ -37,7 +37,8 @@ class Checkpoint:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What was recorded beside the files: their shape (`universal.shape_of`), and valid where it was measured then."""
+        """What was recorded beside the files: their shape (`universal.shape_of`), a digest of the weights that were frozen, and
+        valid where it was measured then."""
         return json.loads((self.directory / COMPLETE).read_text())["meta"]
 
 
@@ -181,21 +182,28 @@ def newest_sound(root: Path, report: Any) -> Checkpoint | None:
     return None
 
 
-def load(engine: Any, checkpoint: Checkpoint, world: World, root: Path) -> str | None:
+def load(engine: Any, checkpoint: Checkpoint, world: World, root: Path, frozen: str | None = None) -> str | None:
     """Puts an engine into the state of a checkpoint. Collective.
 
     Args:
+        frozen: the digest of the weights that the engine holds frozen: those of the checkpoint must be the same.
         root: where a checkpoint of another shape (ranks, ZeRO stage, precision) may be converted for the time being.
 
     Returns:
         One line of what was converted; None where the checkpoint was loaded as it is, bit by bit.
 
     Raises:
-        UserError: its shape cannot be converted, or nothing was loaded.
+        UserError: its frozen weights are others, its shape cannot be converted, or nothing was loaded.
     """
     from dsvae.engine import universal  # here, because looking at checkpoints must not take the time of loading DeepSpeed
 
     meta = world.on_main(lambda: checkpoint.meta)
+    # A checkpoint of the same shape holds them too, another one takes them from the model, and the export always does.
+    if meta.get("frozen", frozen) != frozen:
+        raise UserError(
+            f"{checkpoint.directory}: the frozen weights of its phase are not those that the model has now: that model has "
+            "changed since the run began; put it back, and the same command goes on"
+        )
     line = None
     if universal.fits(meta, universal.shape_of(engine, world)):
         path, state = engine.load_checkpoint(str(checkpoint.directory.parent), tag=checkpoint.directory.name)

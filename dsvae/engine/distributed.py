@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -46,26 +47,38 @@ class World:
 
     def barrier(self) -> None:
         """Waits for all ranks."""
-        dist.barrier()
+        with self._together():
+            dist.barrier()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self._together():
+                dist.all_reduce(tensor)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
         """The maximum over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            with self._together():
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
     def gather(self, value: T) -> list[T]:
         """The (picklable) values of all ranks, on every rank."""
         values: list = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            with self._together():
+                dist.all_gather_object(values, value)
         return values
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around an operation with the other ranks, which has ended behind it: on GPUs it would only be queued."""
+        with self.watchdog.waiting() if self.watchdog is not None else nullcontext():
+            yield
+            if self.device.type != "cpu":
+                get_accelerator().synchronize(self.device.index)
 
     def beat(self, where: str) -> None:
         """Tells the watchdog that this rank gets on."""
@@ -90,10 +103,32 @@ class World:
                 except (UserError, RunStopped, OSError) as error:
                     box[1] = error
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
+            with self._together():
+                dist.broadcast_object_list(box, src=0, device=self.device)
         if box[1] is not None:
-            raise box[1]
+            raise shared(box[1])
         return box[0]
+
+    def on_all(self, function: Callable[[], T]) -> T:
+        """Runs `function`, which must not be collective, on every rank; its result stays where it was made.
+
+        A `UserError` of any rank is raised on every rank, with the number of a rank that had it where not all had.
+        """
+        result: list[T] = []
+        problem: str | None = None
+        with self.patient():
+            try:
+                result.append(function())
+            except UserError as error:
+                problem = str(error)
+        problems = self.gather(problem)
+        found = {rank: line for rank, line in enumerate(problems) if line is not None}
+        if not found:
+            return result[0]
+        if len(found) == self.size and len(set(found.values())) == 1:
+            raise shared(UserError(found[0]))
+        first = min(found)
+        raise shared(UserError(f"rank {first}: {found[first]}"))
 
 
 def start(hang_timeout: float = HANG_TIMEOUT) -> World:
@@ -111,6 +146,7 @@ def start(hang_timeout: float = HANG_TIMEOUT) -> World:
     except (KeyError, ValueError) as error:
         raise UserError(f"RANK, LOCAL_RANK and WORLD_SIZE must all be set, as whole numbers: {error}") from None
     accelerator = get_accelerator()
+    synchronize = None
     if accelerator.device_name() == "cpu":
         # A kernel for tensor-parallel inference that training never calls; loading it would need a compiler and a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -123,7 +159,8 @@ def start(hang_timeout: float = HANG_TIMEOUT) -> World:
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    watchdog = Watchdog(_meet(hang_timeout), rank, size, hang_timeout) if size > 1 else None
+        synchronize = partial(accelerator.synchronize, local_rank)
+    watchdog = Watchdog(_meet(hang_timeout), rank, size, hang_timeout, synchronize) if size > 1 else None
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     return World(rank, local_rank, size, device, watchdog)
 
@@ -133,6 +170,12 @@ def stop(world: World) -> None:
     if world.watchdog is not None:
         world.watchdog.close()
     dist.destroy_process_group()
+
+
+def shared(error: Any) -> Any:
+    """Says of an error that every rank raises it, and rank 0 alone prints it."""
+    error.shared = True
+    return error
 
 
 def _meet(hang_timeout: float) -> dist.Store:

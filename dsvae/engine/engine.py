@@ -19,7 +19,7 @@ from dsvae.data.batches import MicroBatch, Step
 from dsvae.engine import ds_config as ds_configs
 from dsvae.engine import nvme
 from dsvae.engine.distributed import World
-from dsvae.engine.weights import freeze_decoder, parameter_groups
+from dsvae.engine.weights import freeze_decoder, frozen_digest, parameter_groups
 from dsvae.modeling.origin import Origin
 from dsvae.modeling.posterior import Gaussian
 from dsvae.modeling.t5_vae import T5VAE
@@ -89,6 +89,7 @@ class PhaseEngine:
         model.requires_grad_(True)
         if freeze:
             freeze_decoder(model)
+        self.frozen = frozen_digest(model, origin, world)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant: no gradient through keyword arguments
         optimizer_params = ds_config["optimizer"]["params"]

@@ -33,7 +33,7 @@ from deepspeed.runtime.swap_tensor.utils import AIO_ALIGNED_BYTES
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor, nn
 
-from dsvae.engine.distributed import World
+from dsvae.engine.distributed import World, shared
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
 from dsvae.errors import EXIT_DISK, RunStopped, UserError
 
@@ -146,7 +146,7 @@ def _first(check: Callable[[Path], str | None], places: list[Path]) -> str | Non
 def _agree(problem: str | None, world: World) -> None:
     """Raises UserError on every rank if one of them has a problem. Collective."""
     if found := next(filter(None, world.gather(problem)), None):
-        raise UserError(found)
+        raise shared(UserError(found))
 
 
 def _compile() -> str | None:

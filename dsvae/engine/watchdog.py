@@ -2,7 +2,8 @@
 
 Every rank tells the others through a store of their own, from a thread, that it lives and how long ago its main thread last
 got anywhere. A rank that has waited for `timeout` looks who is to blame: a process that tells nothing any more (killed, stopped,
-its node gone), or one that lives but whose main thread neither gets anywhere nor waits for others.
+its node gone), or one that lives but whose main thread neither gets anywhere nor waits for others. One that leaves before the
+others says so, and those that wait for it need no time limit: patience is for ranks that are slow, not for those that have gone.
 """
 
 from __future__ import annotations
@@ -21,12 +22,21 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dsvae.errors import EXIT_RANK_LOST
+from dsvae.errors import EXIT_DEFECT, EXIT_RANK_LOST, EXIT_USER_ERROR
 
 _COLLECTIVE = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}")
 """Code that a thread is in while it waits for other ranks."""
 _STORE_ANSWERS = 5.0
 """Seconds within which the store gives an answer while rank 0 lives."""
+_DEVICE_ANSWERS = 1.0
+"""Seconds within which an idle device says that it is."""
+_LEFT = "left"
+"""The key in the store that is there once a rank has left before the others."""
+_ADVICE = {
+    EXIT_USER_ERROR: "that rank's own line says what to change",
+    EXIT_DEFECT: "that rank's stack says why",
+}
+"""What to do after a rank has left with a code, where repeating would be no help."""
 
 
 class Watchdog:
@@ -35,18 +45,28 @@ class Watchdog:
     Args:
         store: its own connection, used by nothing else.
         timeout: seconds that the main thread may go without `beat` while it neither waits for others nor is `patient`.
+        synchronize: returns once the device of this rank has nothing left to do; None where operations block the host itself.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, timeout: float, synchronize: Callable[[], None] | None = None
+    ) -> None:
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
         self._interval = min(2.0, timeout / 5)
         self._seen: tuple[float, str] = (time.monotonic(), "start")
         self._patient = 0
+        self._waiting = 0
+        self._synchronize = synchronize
+        self._probe: threading.Thread | None = None
         self._count = 0
         self._exit_code: int | None = None
+        self._complaint: str | None = None
+        self._heard: dict[int, tuple[int, float]] = {}
+        self._lost: list[int] = []
         self._leaving = False
         self._closed = threading.Event()
         self._store.set_timeout(timedelta(seconds=_STORE_ANSWERS))
+        self._lock = threading.Lock()  # one question at a time: both threads ask
         self._asking: threading.Thread | None = None
         self._thread = threading.Thread(target=self._watch, name="dsvae-watchdog", daemon=True)
         self._tell()  # at once: a rank that dies early has said something, too
@@ -66,6 +86,15 @@ class Watchdog:
             self._patient -= 1
             self.beat(self._seen[1])
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """In here the main thread waits for the other ranks, wherever the host stands meanwhile."""
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
     def close(self, code: int | None = None) -> None:
         """Ends the thread. With an exit code: this rank leaves before the others, which are told why."""
         self._closed.set()
@@ -73,13 +102,50 @@ class Watchdog:
         if code is not None:
             self._exit_code = code
             self._tell()
+            self._ask(lambda: self._store.set(_LEFT, str(self._rank)))
+            if self._rank == 0:
+                self._linger()
+
+    def _linger(self) -> None:
+        """Until the others are leaving too, or have had the time to see why: the store goes with this process."""
+        first: list[dict[str, Any]] | None = None
+        for attempt in range(16):
+            said = self._others()
+            if said is None:
+                return
+            first = first or said
+            late = attempt >= 6  # who has told nothing since is not on its way
+            if all(
+                state["leaving"] or rank in self._lost or (late and state["count"] == first[rank]["count"])
+                for rank, state in enumerate(said)
+            ):
+                return
+            time.sleep(self._interval / 2)
+
+    def complain(self, line: str) -> None:
+        """Rank 0 has printed this line, which other ranks need not repeat."""
+        self._complaint = line
+        self._tell()
+
+    def complained(self, line: str) -> bool:
+        """Whether rank 0 has printed this line, or does so within a few seconds."""
+        for attempt in range(4):
+            if attempt:
+                time.sleep(self._interval / 2)
+            said = self._others()
+            if said is None:
+                return False
+            if said[0]["complaint"] == line:
+                return True
+        return False
 
     def lost(self) -> tuple[str, int] | None:
         """Who is gone, after an operation with the others has failed: a line, and the exit code that fits; None if nobody.
 
         Takes a few seconds: whoever says nothing during them is gone.
         """
-        found = self._gone(*self._two_readings())
+        said = self._others()
+        found = (said and self._with_code(said)) or self._gone(*self._two_readings())
         if self._leaving:
             self._thread.join()  # has told why, and ends the process
         return found
@@ -87,12 +153,27 @@ class Watchdog:
     # The thread.
 
     def _watch(self) -> None:
+        doomed: tuple[float, str] | None = None  # where the main thread was when it waited for a rank that has left
         while not self._closed.wait(self._interval):
             self._tell()
-            if self._patient or time.monotonic() - self._seen[0] < self._timeout:
-                continue
             found: tuple[str, int] | None
-            if not self._waits():  # it is this rank itself, whatever becomes of the others, which first shall see it hang
+            seen, waits = self._seen, self._waits()
+            age = time.monotonic() - seen[0]
+            if waits and age >= 2 * self._interval and (found := self._left()):
+                # Not at once: an operation with a rank that has left just behind it still ends.
+                if doomed is seen and not self._closed.is_set() and self._waits():
+                    self._leave(*found)
+                doomed = seen
+                continue
+            doomed = None
+            if self._patient and waits:
+                if (found := self._silent()) and not self._closed.is_set():
+                    self._leave(*found)
+                continue
+            self._heard.clear()
+            if self._patient or age < self._timeout:
+                continue
+            if not waits:  # it is this rank itself, whatever becomes of the others, which first shall see it hang
                 for _ in range(8):
                     self._closed.wait(self._interval)
                     self._tell()
@@ -127,6 +208,8 @@ class Watchdog:
             "waits": self._waits(),
             "patient": bool(self._patient),
             "code": self._exit_code,
+            "leaving": self._leaving or self._exit_code is not None,
+            "complaint": self._complaint,
         }
         self._ask(lambda: self._store.set(str(self._rank), json.dumps(state)))
 
@@ -146,30 +229,82 @@ class Watchdog:
             with suppress(RuntimeError):  # the store is gone with rank 0
                 answer.append(question())
 
-        if self._asking is None or not self._asking.is_alive():
-            self._asking = threading.Thread(target=ask, name="dsvae-watchdog-store", daemon=True)
-            self._asking.start()
-            self._asking.join(_STORE_ANSWERS)
+        with self._lock:
+            if self._asking is None or not self._asking.is_alive():
+                self._asking = threading.Thread(target=ask, name="dsvae-watchdog-store", daemon=True)
+                self._asking.start()
+                self._asking.join(_STORE_ANSWERS)
         return answer[0] if answer else None
 
     def _waits(self) -> bool:
         """Whether a thread of this process is inside an operation with the other ranks."""
+        if self._waiting:
+            return True
         for number, frame in sys._current_frames().items():
             if number != threading.get_ident() and any(part in frame.f_code.co_filename for part in _COLLECTIVE):
                 return True
-        return False
+        return self._device_waits()
+
+    def _device_waits(self) -> bool:
+        """Whether the device has been busy for as long as this rank got nowhere.
+
+        Operations on a GPU are only queued: the host goes on, and stands still in whatever line needs a result first. No kernel
+        of a model computes for `timeout` seconds; what is under way that long waits for other ranks, and a rank that hangs by
+        itself leaves its device idle.
+        """
+        if self._synchronize is None or time.monotonic() - self._seen[0] < self._timeout:
+            return False
+        if self._probe is None or not self._probe.is_alive():
+            self._probe = threading.Thread(target=self._ask_device, name="dsvae-watchdog-device", daemon=True)
+            self._probe.start()
+        self._probe.join(_DEVICE_ANSWERS)
+        return self._probe.is_alive()
+
+    def _ask_device(self) -> None:
+        with suppress(RuntimeError):  # a device that has failed does not wait
+            if self._synchronize is not None:
+                self._synchronize()
 
     def _gone(self, before: list[dict[str, Any]] | None, now: list[dict[str, Any]] | None) -> tuple[str, int] | None:
         """Ranks that have left, or said nothing between two readings."""
         if before is None or now is None:
-            return "rank 0 no longer answers", EXIT_RANK_LOST
+            return _silence("rank 0")
+        if found := self._with_code(now):
+            return found
+        silent = [rank for rank in range(self._size) if rank != self._rank and now[rank]["count"] == before[rank]["count"]]
+        self._lost = silent
+        if not silent:
+            return None
+        return _silence(_name(silent, now), now[silent[0]]["where"])
+
+    def _with_code(self, now: list[dict[str, Any]]) -> tuple[str, int] | None:
+        """Ranks that have left and said so. What ended the first of them ends the job: its code goes on."""
         for rank, state in enumerate(now):
             if state["code"] is not None and rank != self._rank:
                 return f"rank {rank} (on {state['host']}) left with exit code {state['code']}", state["code"]
-        silent = [rank for rank in range(self._size) if rank != self._rank and now[rank]["count"] == before[rank]["count"]]
-        if not silent:
+        return None
+
+    def _left(self) -> tuple[str, int] | None:
+        """The same; asks for one key only, as it is asked often."""
+        if not self._ask(lambda: self._store.check([_LEFT])):
             return None
-        return f"{_name(silent, now)} no longer answers (last seen: {now[silent[0]]['where']})", EXIT_RANK_LOST
+        now = self._others()
+        return None if now is None else self._with_code(now)
+
+    def _silent(self) -> tuple[str, int] | None:
+        """Ranks that have said nothing since `timeout`; asked while this rank waits in patience, where time alone is no sign.
+
+        Longer than between two readings: what takes long may keep the other process's threads from running for a while.
+        """
+        now, moment = self._others(), time.monotonic()
+        if now is None:
+            since = self._heard.setdefault(0, (-1, moment))[1]
+            return _silence("rank 0") if moment - since >= self._timeout else None
+        for rank, state in enumerate(now):
+            if self._heard.get(rank, (-1, 0.0))[0] != state["count"]:
+                self._heard[rank] = (state["count"], moment)
+        silent = [rank for rank, (_, since) in self._heard.items() if moment - since >= self._timeout and rank != self._rank]
+        return _silence(_name(sorted(silent), now), now[min(silent)]["where"]) if silent else None
 
     def _stuck(self, now: list[dict[str, Any]]) -> tuple[str, int] | None:
         """Ranks that live but hang; None while any rank still works."""
@@ -186,14 +321,23 @@ class Watchdog:
     def _leave(self, line: str, code: int) -> None:
         """Ends the process: the main thread is inside an operation that nothing can interrupt."""
         self._leaving = True
+        self._tell()
         with suppress(OSError, ValueError):
             if not self._waits():
                 faulthandler.dump_traceback(sys.stderr)
-            print(f"dsvae: error: rank {self._rank}: {line}; the same command goes on from the last complete checkpoint",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(f"dsvae: error: rank {self._rank}: {line}; {advice(code)}", file=sys.stderr, flush=True)
         if self._rank == 0:
             time.sleep(4 * self._interval)  # the store lives here, and the others are reading
         os._exit(code)
+
+
+def advice(code: int) -> str:
+    """What to do where another rank has left with a code, or is lost."""
+    return _ADVICE.get(code, "the same command goes on from the last complete checkpoint")
+
+
+def _silence(who: str, where: str | None = None) -> tuple[str, int]:
+    return f"{who} no longer answers" + (f" (last seen: {where})" if where else ""), EXIT_RANK_LOST
 
 
 def _name(ranks: list[int], states: list[dict[str, Any]]) -> str:

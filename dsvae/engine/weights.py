@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
@@ -59,20 +62,76 @@ def full_weights(model: nn.Module, origin: Origin | None, world: World) -> Itera
     """Every parameter whole and in float32, one at a time: on rank 0 a CPU tensor, elsewhere None.
 
     Collective: every rank must go through to the end. Trained weights come from the optimizer's float32 copies, frozen ones
-    from where they came from: the engine may have cast them, and a copy would cost as much memory as the model.
+    from where they came from, each compared with what the engine has: the engine may have cast them, and a copy would cost as
+    much memory as the model.
 
     Raises:
         UserError: on every rank: the files of the frozen weights are gone or have changed.
     """
     world.on_main(lambda: _check_frozen(model, origin))
     for name, parameter in model.named_parameters():
+        world.beat(f"export, {name}")  # a large model has many, of which none takes long
         if not parameter.requires_grad:
-            yield name, cast(Origin, origin).tensor(name) if world.is_main else None
+            yield name, _frozen(name, parameter, origin, world)
             continue
         # None where there is no float32 copy beside the parameter: ZeRO 0, whose parameters are float32 themselves.
         value = safe_get_full_fp32_param(parameter)
         value = parameter.detach() if value is None else value
         yield name, value.to("cpu", torch.float32, copy=True) if world.is_main else None
+
+
+def frozen_digest(model: nn.Module, origin: Origin | None, world: World) -> str | None:
+    """What identifies the frozen weights as the phase begins with them, whatever the engine casts them to; None if all train.
+
+    Collective. Rank 0 reads them once, one tensor at a time.
+
+    Raises:
+        UserError: on every rank: their files have gone meanwhile.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if not frozen:
+        return None
+
+    def digest() -> str:
+        found = hashlib.sha256()
+        for name in frozen:
+            found.update(name.encode() + b"\0")
+            found.update(_read(cast(Origin, origin), name).numpy().data)
+        return found.hexdigest()
+
+    return world.on_main(digest)
+
+
+def _frozen(name: str, parameter: nn.Parameter, origin: Origin | None, world: World) -> Tensor | None:
+    """A frozen weight from where it came from, on rank 0. Collective.
+
+    Files are stamped from the start of this process on; the engine's weights may be older, from a checkpoint.
+    """
+    found: list[Tensor] = []
+
+    def compare() -> None:
+        value = _read(cast(Origin, origin), name)
+        if not torch.equal(value.to(parameter.dtype), parameter.detach().cpu()):
+            raise UserError(
+                f"{name} is frozen, and not what the model that it came from has now: that model has changed since the run "
+                "began; put it back, and the same command goes on from its checkpoint"
+            )
+        found.append(value)
+
+    with deepspeed.zero.GatheredParameters([parameter]):  # below ZeRO 3 it does nothing
+        world.on_main(compare)
+    return found[0] if found else None
+
+
+def _read(origin: Origin, name: str) -> Tensor:
+    try:
+        return origin.tensor(name)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{name} is frozen, and the model that it came from can no longer be read ({reason}): put it back, and the same "
+            "command goes on from its checkpoint"
+        ) from error
 
 
 def _check_frozen(model: nn.Module, origin: Origin | None) -> None:
@@ -104,10 +163,16 @@ def export(
 
     Raises:
         OSError: on every rank: the disk is full.
+        UserError: on every rank: frozen weights are no longer where they came from.
     """
     writer = ModelDirectory(directory, max_shard_bytes)
     world.on_main(writer.begin)
-    for name, tensor in full_weights(model, origin, world):
-        if tensor is not None:
-            writer.add(name, tensor)
+    try:
+        for name, tensor in full_weights(model, origin, world):
+            if tensor is not None:
+                with world.patient():  # a whole shard may go to a slow disk
+                    writer.add(name, tensor)
+    except UserError:
+        world.on_main(writer.abandon)
+        raise
     world.on_main(lambda: writer.finish(model, extras))

@@ -1,20 +1,33 @@
 """dsvae/train.py with a fault built in, for the tests of faults. The fault and where it strikes come from the environment.
 
 FAULT=hang RANK STEP: the rank's main thread sleeps at that optimizer step (from 0, of its phase), the process lives.
+FAULT=device RANK STEP: the same with a stand-in for GPUs: the others' devices wait for the rank's, and their hosts for those.
+FAULT=error RANK STEP: the rank lacks memory at that optimizer step, as torch says it.
+FAULT=model RANK, refuse RANK, stop RANK: while its engine is built, the rank finds no model in the directory MODEL, meets a
+UserError in the midst of it, or stands still (SIGSTOP).
+FAULT=slow RANK: the rank takes SECONDS for the first of several files of an export, for all of its tensors, and for loading a
+checkpoint.
 FAULT=non_finite RANK STEP [STEP ...]: what the rank's sentences cost is not a number at these steps.
 WEIGHTS=DIRECTORY: the whole model's checksum after every optimizer step goes into DIRECTORY/phase.step.
 """
 
+import dataclasses
 import hashlib
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 from dsvae import train
+from dsvae.engine import build, distributed, weights
 from dsvae.engine import engine as engine_module
 from dsvae.engine.engine import PhaseEngine
+from dsvae.engine.model_directory import ModelDirectory
+from dsvae.engine.watchdog import Watchdog
 from dsvae.engine.weights import full_weights
+from dsvae.errors import UserError
 
 kind, rank, *numbers = os.environ["FAULT"].split()
 steps = [int(number) for number in numbers]
@@ -22,6 +35,8 @@ mine = int(os.environ["RANK"]) == int(rank)
 current = {"step": -1}
 reconstruction = engine_module.reconstruction_nats
 train_step = PhaseEngine.train_step
+flush, read_weight = ModelDirectory._flush, weights.safe_get_full_fp32_param
+make_engine, find_origin = PhaseEngine.__init__, build.find_origin
 
 
 def faulty_reconstruction(logits, labels):
@@ -33,6 +48,13 @@ def observed_step(self, index, step, beta):
     current["step"] = index
     if mine and kind == "hang" and index in steps:
         time.sleep(600)
+    if kind == "device" and index in steps:
+        if mine:
+            time.sleep(600)
+        device.clear()
+        device.wait()  # no line of torch.distributed's or DeepSpeed's
+    if mine and kind == "error" and index in steps:
+        raise RuntimeError("out of memory")
     sums = train_step(self, index, step, beta)
     if directory := os.environ.get("WEIGHTS"):
         digest = hashlib.sha256()
@@ -45,6 +67,54 @@ def observed_step(self, index, step, beta):
     return sums
 
 
+device = threading.Event()  # set: it has nothing to do
+device.set()
+
+
+def with_device(store, rank, size, timeout, synchronize):
+    return Watchdog(store, rank, size, timeout, device.wait)
+
+
+def observed_engine(*args, **kwargs):
+    if mine and kind == "refuse":
+        raise UserError("this rank alone does not like it")
+    if mine and kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    make_engine(*args, **kwargs)
+    load_checkpoint = args[0].deepspeed.load_checkpoint
+    args[0].deepspeed.load_checkpoint = lambda *args, **kwargs: slow() or load_checkpoint(*args, **kwargs)
+
+
+def slow(parts=1):
+    if mine and kind == "slow":
+        time.sleep(float(os.environ["SECONDS"]) / parts)
+
+
+def slow_flush(self):
+    if not self._shards:
+        slow()
+    flush(self)
+
+
+def slow_weight(parameter):
+    slow(parts=20)  # this model has a few more
+    return read_weight(parameter)
+
+
+def elsewhere(settings, *args):
+    if mine and kind == "model":
+        settings = dataclasses.replace(settings, name=os.environ["MODEL"])
+    return find_origin(settings, *args)
+
+
+if kind == "device":
+    distributed.Watchdog = with_device
+if kind == "slow":
+    weights.export.__defaults__ = (20_000,)  # bytes of a file
+ModelDirectory._flush = slow_flush
+weights.safe_get_full_fp32_param = slow_weight
+PhaseEngine.__init__ = observed_engine
+build.find_origin = elsewhere
 engine_module.reconstruction_nats = faulty_reconstruction
 PhaseEngine.train_step = observed_step
 sys.exit(train.main())

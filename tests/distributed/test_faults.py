@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -47,6 +48,73 @@ def test_a_rank_that_lives_but_hangs_is_named_on_all_ranks_and_shows_where(tiny,
     assert (tmp_path / "checkpoints" / "phase1-step00000010" / "COMPLETE").exists()
 
 
+def test_ranks_that_wait_on_their_devices_name_the_one_that_hangs_and_not_themselves(tiny, tmp_path):
+    run = train("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path, *LONG, "--hang_timeout", "4",
+                ranks=3, code=69, timeout=120, script=PATCHED, FAULT="device 1 12")  # fmt: skip
+    assert run.codes == [69, 69, 69]
+    for rank in range(3):
+        assert f"dsvae: error: rank {rank}: rank 1 (on " in run.stderr
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_slow_disk_is_no_hang(slow, tiny, tmp_path):
+    """Loading a checkpoint, gathering weights and writing a file of an export, each for much longer than the time limit."""
+    arguments = ("--config", tiny, "--ds_config", CONFIGS / "zero3.json", "--output_dir", tmp_path, "--phase", "1")
+    train(*arguments, ranks=2)
+    shutil.rmtree(tmp_path / "phase1")  # a run that was cut before its export
+    again = train(*arguments, "--hang_timeout", "4", ranks=2, timeout=300, script=PATCHED, FAULT=f"slow {slow}", SECONDS="13")
+    assert "going on from" in again.stdout
+    assert len(list((tmp_path / "phase1" / "model").glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("model", "rank 1: model {model}: "),
+        ("refuse", "rank 1: this rank alone does not like it"),
+    ],
+)
+def test_a_mistake_that_only_one_rank_meets_is_printed_and_ends_all_at_once(fault, says, tiny, tmp_path):
+    """While the engine is built, which has no time limit."""
+    model = tmp_path / "empty"
+    model.mkdir()
+    run = start("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path / "run",
+                ranks=3, script=PATCHED, FAULT=f"{fault} 1", MODEL=str(model))  # fmt: skip
+    left = ended(run, 120)
+    run.wait(10)
+    assert run.codes == [2, 2, 2]
+    assert max(left) - min(left) < 15
+    lines = [line for line in run.stderr.splitlines() if line.startswith("dsvae: error:")]
+    mistakes = [line for line in lines if "left with exit code 2" not in line]
+    assert len(mistakes) == 1
+    assert mistakes[0].startswith(f"dsvae: error: {says.format(model=model)}")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_rank_that_stands_still_while_the_engine_is_built_is_named(tiny, tmp_path):
+    run = start("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path, "--hang_timeout", "4",
+                ranks=2, script=PATCHED, FAULT="stop 1")  # fmt: skip
+    try:
+        _, stderr = run.processes[0].communicate(timeout=100)
+        assert run.processes[0].returncode == 69
+        assert "dsvae: error: rank 0: rank 1 (on " in stderr
+        assert "no longer answers" in stderr
+    finally:
+        run.kill()
+
+
+def test_a_defect_on_one_rank_is_no_lost_rank(tiny, tmp_path):
+    """A job that is repeated after a lost rank would meet it again."""
+    run = train("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path, *LONG, ranks=3, code=1,
+                timeout=120, script=PATCHED, FAULT="error 1 6")  # fmt: skip
+    assert run.codes == [1, 1, 1]
+    assert run.stderr.count("RuntimeError: out of memory") == 1
+    for rank in (0, 2):
+        (line,) = [line for line in run.stderr.splitlines() if f"dsvae: error: rank {rank}: rank 1 (on " in line]
+        assert line.endswith("left with exit code 1; that rank's stack says why")
+
+
 @pytest.mark.parametrize("config", ["zero0", "zero1", "zero2", "zero3"])
 def test_a_step_that_is_not_finite_on_one_rank_moves_no_weight_on_any(config, tiny, tmp_path):
     weights = tmp_path / "weights"
@@ -79,6 +147,20 @@ def test_too_many_steps_that_are_not_finite_end_the_run_with_their_batch(tiny, t
     assert all(math.isfinite(row["rec"]) for row in batch if row["rank"] == 0)
     assert {row["text"] for row in batch} <= {sentence.text for sentence in generate(600, 0)}
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 7))
+
+
+def ended(run, timeout):
+    """When each process of a run ended, in seconds."""
+    end, moments = time.monotonic() + timeout, {}
+    while len(moments) < len(run.processes) and time.monotonic() < end:
+        for number, process in enumerate(run.processes):
+            if number not in moments and process.poll() is not None:
+                moments[number] = time.monotonic()
+        time.sleep(0.1)
+    if len(moments) < len(run.processes):
+        run.kill()
+        raise AssertionError(f"only {sorted(moments)} of the processes ended within {timeout} s")
+    return list(moments.values())
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """Invariant 6: a frozen decoder stays bit-identical, costs no optimizer state, and the injection trains all the same."""
 
+import json
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -15,24 +18,9 @@ from dsvae.data.tokenization import train_tokenizer
 @pytest.mark.parametrize("injection", ["memory", "embedding", "both"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_phase_1_with_a_frozen_decoder(stage, injection, cache_dir, tmp_path):
-    texts = load_corpus(DataConfig(builtin_size=300), 0).splits["train"]["text"]
-    tokenizer = train_tokenizer(texts, 60)
-    model = make_vae("t5 v1.1", injection=injection)
-    # Weights that bfloat16 cannot hold: a copy that went through the engine's cast would show.
-    assert any((w != w.bfloat16().float()).any() for w in model.parameters())
-    model.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
-    config = {
-        **TINY,
-        "data": {**TINY["data"], "cache_dir": str(cache_dir)},
-        "model": {"name": str(tmp_path / "start"), "latent_dim": 6, "memory_slots": 2, "injection": injection},
-        "phase1": {"steps": 3, "lr": 1e-3, "freeze_decoder": True},
-        "phase": "1",
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     run = tmp_path / "run"
-    command = ("--config", tmp_path / "config.yaml", "--ds_config", CONFIGS / f"zero{stage}.json", "--output_dir", run)
-    train(*command, ranks=2)
+    config = frozen_phase_1(tmp_path, cache_dir, injection)
+    train("--config", config, "--ds_config", CONFIGS / f"zero{stage}.json", "--output_dir", run, ranks=2)
 
     before = load_file(tmp_path / "start" / "model.safetensors")
     after = load_file(run / "phase1" / "model" / "model.safetensors")
@@ -51,6 +39,61 @@ def test_phase_1_with_a_frozen_decoder(stage, injection, cache_dir, tmp_path):
         for path in (run / "checkpoints" / "phase1-step00000003").glob("*optim_states.pt")
     )
     assert trained <= states < 1.05 * trained + 4096  # partitions are padded to equal parts
+
+
+def frozen_phase_1(directory, cache_dir, injection="both"):
+    """A configuration of phase 1 from a model in `directory` / start; its file."""
+    texts = load_corpus(DataConfig(builtin_size=300), 0).splits["train"]["text"]
+    tokenizer = train_tokenizer(texts, 60)
+    model = make_vae("t5 v1.1", injection=injection)
+    # Weights that bfloat16 cannot hold: a copy that went through the engine's cast would show.
+    assert any((w != w.bfloat16().float()).any() for w in model.parameters())
+    model.save_pretrained(directory / "start")
+    tokenizer.save_pretrained(directory / "start")
+    config = {
+        **TINY,
+        "data": {**TINY["data"], "cache_dir": str(cache_dir)},
+        "model": {"name": str(directory / "start"), "latent_dim": 6, "memory_slots": 2, "injection": injection},
+        "phase1": {"steps": 3, "lr": 1e-3, "freeze_decoder": True},
+        "phase": "1",
+    }
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    return directory / "config.yaml"
+
+
+@pytest.mark.parametrize(("stage", "other"), [(2, 0), (3, 2)])
+def test_a_model_that_changes_while_the_run_is_cut_is_refused(stage, other, cache_dir, tmp_path):
+    """On resume at once, at another stage too; with a checkpoint that has no digest of it, by the export."""
+    run, file = tmp_path / "run", tmp_path / "start" / "model.safetensors"
+    common = ("--config", frozen_phase_1(tmp_path, cache_dir))
+    stages = {each: ("--ds_config", CONFIGS / f"zero{each}.json") for each in (stage, other)}
+    train(*common, *stages[stage], "--output_dir", tmp_path / "uncut", ranks=2)
+    shutil.copytree(tmp_path / "uncut", run)
+    shutil.rmtree(run / "phase1")  # a run that was cut before its export
+    shutil.copy(file, tmp_path / "original")
+    make_vae("t5 v1.1", seed=1, injection="both").save_pretrained(tmp_path / "start")
+
+    def refused(*arguments):
+        cut = train(*arguments, "--output_dir", run, ranks=2, code=2)
+        assert cut.codes == [2, 2]
+        (line,) = [line for line in cut.stderr.splitlines() if line.startswith("dsvae: error:")]
+        assert "that model has changed since the run began; put it back" in line
+        assert not list((run / "phase1").glob("*"))  # not what an export begins, either
+        assert not list((run / "phase1").glob(".*"))
+        return line
+
+    for each in (stage, other):
+        assert "phase1-step00000003" in refused(*common, *stages[each])
+    path = run / "checkpoints" / "phase1-step00000003" / "COMPLETE"
+    complete = json.loads(path.read_text())
+    assert len(complete["meta"].pop("frozen")) == 64
+    path.write_text(json.dumps(complete))
+    assert refused(*common, *stages[stage]).startswith("dsvae: error: shared.weight is frozen")
+
+    shutil.copy(tmp_path / "original", file)
+    train(*common, *stages[stage], "--output_dir", run, ranks=2)
+    found, expected = (load_file(d / "phase1" / "model" / "model.safetensors") for d in (run, tmp_path / "uncut"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def _numbers_of(tree, key):
