@@ -167,8 +167,8 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     weights_from = start.weights
     # One axis of steps: phase 2 counts on behind a phase 1 that came before it, in this process or in an earlier one.
     before_phase2 = config.phase1.steps if 1 in start.phases or start.weights else 0
-    if start.checkpoint and start.checkpoint.phase == 2:
-        before_phase2 = start.checkpoint.meta.get("steps_before", before_phase2)  # begun in another directory
+    if (last := start.checkpoint) and last.phase == 2:
+        before_phase2 = world.on_main(lambda: last.meta.get("steps_before", before_phase2))  # begun in another directory
     first_step = (start.checkpoint.step if start.checkpoint else 0) + (before_phase2 if start.phases[0] == 2 else 0)
     metrics = None
     for phase in start.phases:
