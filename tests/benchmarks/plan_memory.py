@@ -185,8 +185,10 @@ def main() -> None:
     parser.add_argument("--rank_of")
     args = parser.parse_args()
     if args.rank_of:
+        from dsvae.train import leave
+
         work(json.loads(args.rank_of))
-        return
+        leave(0)
     shape = {"t5": SMALL, "rows": 4, "tokens": 32} if args.small else {"t5": T5, "rows": 16, "tokens": 64}
     print(
         "| combination | planned MB | live tensors MB | plan / live | resident MB | plan / resident |\n|---|---|---|---|---|---|"

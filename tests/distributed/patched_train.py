@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -117,4 +116,4 @@ PhaseEngine.__init__ = observed_engine
 build.find_origin = elsewhere
 engine_module.reconstruction_nats = faulty_reconstruction
 PhaseEngine.train_step = observed_step
-sys.exit(train.main())
+train.leave(train.main())
