@@ -1,4 +1,5 @@
-"""dsvae: turns a pretrained T5 into a variational autoencoder of sentences by finetuning, on DeepSpeed."""
+"""dsvae: turns a pretrained T5 into a variational autoencoder of sentences by
+finetuning, on DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ __all__ = ["Gaussian", "T5VAE", "T5VAEConfig", "T5VAEOutput"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when they are asked for: `dsvae --help` need not wait for torch."""
+    """The public names, imported when they are asked for: `dsvae --help` need not wait
+    for torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from dsvae.modeling import posterior, t5_vae

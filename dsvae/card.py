@@ -22,7 +22,7 @@ print(tokenizer.batch_decode(model.generate(latent=z, max_new_tokens=40), skip_s
 ```
 
 ```bash
-dsvae evaluate DIR --test_file test.txt          # what it is worth, with standard errors; report.html
+dsvae evaluate DIR --test_file test.txt    # metrics with standard errors; report.html
 dsvae sample DIR -n 20
 dsvae reconstruct DIR sentences.txt
 dsvae interpolate DIR "one sentence" "another" --steps 8
@@ -38,7 +38,8 @@ from transformers import AutoTokenizer
 
 model, tokenizer = T5VAE.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
 ids = tokenizer("a sentence to score", return_tensors="pt").input_ids
-log_p = model(labels=ids, latent=torch.zeros(1, 0)).logits.log_softmax(-1).gather(-1, ids[..., None]).sum()
+logits = model(labels=ids, latent=torch.zeros(1, 0)).logits
+log_p = logits.log_softmax(-1).gather(-1, ids[..., None]).sum()
 sampled = model.generate(latent=torch.zeros(4, 0), do_sample=True, max_new_tokens=40)
 print(log_p.item(), tokenizer.batch_decode(sampled, skip_special_tokens=True))
 ```
@@ -49,7 +50,13 @@ dsvae evaluate DIR --test_file test.txt          # its perplexity, with standard
 """
 
 
-def write_card(path: Path, config: RunConfig, metrics: dict[str, Any], pairs: list[tuple[str, str]], prior: list[str]) -> None:
+def write_card(
+    path: Path,
+    config: RunConfig,
+    metrics: dict[str, Any],
+    pairs: list[tuple[str, str]],
+    prior: list[str],
+) -> None:
     """Writes the model card (README.md with the hub's metadata) of a finished run.
 
     Args:
@@ -79,12 +86,15 @@ computed in {metrics["precision"]}.
     )
 
 
-def write_checkpoint_card(path: Path, config: RunConfig, phase: int, step: int, valid: float | None) -> None:
+def write_checkpoint_card(
+    path: Path, config: RunConfig, phase: int, step: int, valid: float | None
+) -> None:
     """Writes the model card of a checkpoint's model.
 
     Args:
         step: optimizer steps done in that phase.
-        valid: rec (phase 1) or rec + kl (phase 2) on validation text, nats per sentence; None where it was not measured there.
+        valid: rec (phase 1) or rec + kl (phase 2) on validation text, nats per
+            sentence; None where it was not measured there.
     """
     steps = (config.phase1 if phase == 1 else config.phase2).steps
     trained = f"step {step} of {steps} of phase {phase}, a checkpoint"
@@ -105,13 +115,17 @@ def _head(config: RunConfig, trained: str) -> str:
     base = config.model.name or "a new T5 from its configuration"
     data = config.data.train_file or config.data.dataset or "dsvae's built-in corpus"
     tag, title = "variational-autoencoder", "A sentence VAE"
-    about = f"""A T5 as a variational autoencoder of sentences, finetuned with dsvae {version("dsvae")} after Park & Lee 2021
+    about = f"""A T5 as a variational autoencoder of sentences, finetuned with dsvae
+{version("dsvae")} after Park & Lee 2021
 (*Finetuning Pretrained Transformers into Variational Autoencoders*)."""
-    latent = f"latent dimensions {config.model.latent_dim}, pooling {config.model.pooling}, injection\n  {config.model.injection}"
+    latent = (
+        f"latent dimensions {config.model.latent_dim}, pooling {config.model.pooling}, "
+        f"injection\n  {config.model.injection}"
+    )
     if not _has_latent(config):
         tag, title, latent = "text-generation", "A language model", "no latent (injection none)"
-        about = f"""The decoder of a T5 alone, trained as a language model with dsvae {version("dsvae")}: the baseline
-beside which perplexities of a sentence VAE are read."""
+        about = f"""The decoder of a T5 alone, trained as a language model with dsvae
+{version("dsvae")}: the baseline beside which perplexities of a sentence VAE are read."""
     return f"""---
 library_name: transformers
 tags:

@@ -1,11 +1,13 @@
 """The `dsvae` command: evaluate a trained model, and use its latent space.
 
-Results go to stdout, in UTF-8, and nothing else does; warnings, counts and progress go to stderr. A mistake of the user is one
-line on stderr and exit code 2; results that find no room are one line and exit code 74.
+Results go to stdout, in UTF-8, and nothing else does; warnings, counts and progress go
+to stderr. A mistake of the user is one line on stderr and exit code 2; results that
+find no room are one line and exit code 74.
 """
 
-# No `from __future__ import annotations`: fire shows the annotations in its help, and command_line.py reads them.
-# What needs torch is imported inside the commands: help and usage errors should not wait for it.
+# No `from __future__ import annotations`: fire shows the annotations in its help, and
+# command_line.py reads them. What needs torch is imported inside the commands: help and
+# usage errors should not wait for it.
 
 import contextlib
 import errno
@@ -45,42 +47,63 @@ def sample(
 ) -> None:
     """Sentences of random latents.
 
-    With --json one object a line: "sample" (from 1), "sentence"; with --source aggregate also "line" and "from", the sentence
-    whose posterior was sampled and its number in the file.
+    With --json one object a line: "sample" (from 1), "sentence"; with --source
+    aggregate also "line" and "from", the sentence whose posterior was sampled and its
+    number in the file.
 
     Args:
         model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         n: number of sentences.
-        source: prior draws z from p(z); aggregate from q(z|x) of sentences drawn from --file: where the decoder has been.
+        source: prior draws z from p(z); aggregate from q(z|x) of sentences drawn from
+            --file: where the decoder has been.
         file: sentences for --source aggregate (.txt, .jsonl, .csv, .tsv, .parquet).
         text_column: column of the sentence in --file, where it has columns.
-        seed: repeats the output exactly; without it a fresh one is drawn and told on stderr.
+        seed: repeats the output exactly; without it a fresh one is drawn and told on
+            stderr.
         json: one JSON object a line.
         batch_size: sentences at a time.
-        max_tokens: longest sentence of --file in tokens, EOS included; longer ones are truncated and counted on stderr.
+        max_tokens: longest sentence of --file in tokens, EOS included; longer ones are
+            truncated and counted on stderr.
         device: cpu, cuda, cuda:1, ...; the accelerator where there is one.
-        options: those of transformers' generate: --do_sample --temperature --top_p --top_k --num_beams --max_new_tokens (128)
-            and more; without any the most likely token is taken each time (greedy).
+        options: those of transformers' generate: --do_sample --temperature --top_p
+            --top_k --num_beams --max_new_tokens (128) and more; without any the most
+            likely token is taken each time (greedy).
     """
     if n < 1:
         raise UserError(f"-n is {n}: give at least 1")
     if (source == "aggregate") != (file is not None):
-        raise UserError("--source aggregate and --file belong together: the file's sentences are encoded and their z sampled")
+        raise UserError(
+            "--source aggregate and --file belong together: the file's sentences are encoded and "
+            "their z sampled"
+        )
     check(options)
     if file is None:
         vae = _load(model_dir, device, batch_size, max_tokens)
         seed = _seed(seed, needed=True)
-        rows = ({"sample": i, "sentence": text} for i, text in enumerate(vae.prior_stream(n, seed=seed, **options), 1))
+        rows = (
+            {"sample": i, "sentence": text}
+            for i, text in enumerate(vae.prior_stream(n, seed=seed, **options), 1)
+        )
     else:
         from dsvae.generation.reading import draw_sentences, read_sentences
 
-        read_sentences(file, text_column, "--file")  # a missing file is told before the model is loaded
+        # a missing file is told before the model is loaded
+        read_sentences(file, text_column, "--file")
         vae = _load(model_dir, device, batch_size, max_tokens)
         seed = _seed(seed, needed=True)
-        drawn = vae.posterior_stream(draw_sentences(file, text_column, n, seed), seed=seed, **options)
-        rows = ({"sample": i, "sentence": text, "line": line.line, "from": line.text} for i, (line, text) in enumerate(drawn, 1))
+        drawn = vae.posterior_stream(
+            draw_sentences(file, text_column, n, seed), seed=seed, **options
+        )
+        rows = (
+            {"sample": i, "sentence": text, "line": line.line, "from": line.text}
+            for i, (line, text) in enumerate(drawn, 1)
+        )
     width = len(str(n))
-    _show(_progress(rows, n), json, lambda row: f"{row['sample']:>{width}}  {_one_line(row['sentence'])}")
+    _show(
+        _progress(rows, n),
+        json,
+        lambda row: f"{row['sample']:>{width}}  {_one_line(row['sentence'])}",
+    )
     _report(vae)
 
 
@@ -97,22 +120,27 @@ def reconstruct(
     device: str | None = None,
     **options: Any,
 ) -> None:
-    """Sentences of a file or of stdin, each with what the decoder makes of its posterior mean.
+    """Sentences of a file or of stdin, each with what the decoder makes of its
+    posterior mean.
 
-    Memory does not grow with the file. With --json one object a line: "line" (number in the source, from 1, blank ones
-    counted), "sentence", "reconstruction"; otherwise the two stand one above the other, behind the number.
+    Memory does not grow with the file. With --json one object a line: "line" (number in
+    the source, from 1, blank ones counted), "sentence", "reconstruction"; otherwise the
+    two stand one above the other, behind the number.
 
     Args:
         model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
-        file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); stdin, one a line, where it is left out or -.
+        file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); stdin, one a line, where
+            it is left out or -.
         text_column: column of the sentence, where the file has columns.
         json: one JSON object a line.
         seed: repeats the output of --do_sample exactly.
         batch_size: sentences at a time.
-        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted on stderr.
+        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated
+            and counted on stderr.
         device: cpu, cuda, cuda:1, ...; the accelerator where there is one.
-        options: those of transformers' generate: --num_beams --do_sample --temperature --top_p --max_new_tokens (128) and more;
-            without any the most likely token is taken each time (greedy).
+        options: those of transformers' generate: --num_beams --do_sample --temperature
+            --top_p --max_new_tokens (128) and more; without any the most likely token
+            is taken each time (greedy).
     """
     from dsvae.generation.reading import read_sentences
 
@@ -121,7 +149,9 @@ def reconstruct(
     vae = _load(model_dir, device, batch_size, max_tokens)
     _seed(seed, needed=bool(options.get("do_sample")))
     pairs = vae.reconstruct_stream(sentences, **options)
-    rows = ({"line": line.line, "sentence": line.text, "reconstruction": text} for line, text in pairs)
+    rows = (
+        {"line": line.line, "sentence": line.text, "reconstruction": text} for line, text in pairs
+    )
 
     def both(row: dict[str, Any]) -> str:
         return f"{row['line']:>6}  {row['sentence']}\n{'':>6}  {_one_line(row['reconstruction'])}"
@@ -147,14 +177,16 @@ def interpolate(
 ) -> None:
     """The sentences on the way from one sentence to another.
 
-    The first and the last are the reconstructions of the two. With --json one object a line: "t" (0 to 1), "sentence".
+    The first and the last are the reconstructions of the two. With --json one object a
+    line: "t" (0 to 1), "sentence".
 
     Args:
         model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         a: the sentence to start from.
         b: the sentence to arrive at.
         steps: number of sentences, at least 2.
-        path: linear, the straight line; slerp, along the great circle, with the norm going linearly.
+        path: linear, the straight line; slerp, along the great circle, with the norm
+            going linearly.
         json: one JSON object a line.
         seed: repeats the output of --do_sample exactly.
         max_tokens: longest sentence in tokens, EOS included; a longer one is an error.
@@ -219,9 +251,11 @@ def traverse(
     device: str | None = None,
     **options: Any,
 ) -> None:
-    """The sentences along one dimension of the latent, from the posterior mean of a sentence.
+    """The sentences along one dimension of the latent, from the posterior mean of a
+    sentence.
 
-    With --json one object a line: "offset" (standard deviations), "value" (the coordinate of z), "sentence".
+    With --json one object a line: "offset" (standard deviations), "value" (the
+    coordinate of z), "sentence".
 
     Args:
         model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
@@ -229,8 +263,8 @@ def traverse(
         dim: the dimension to move, from 0; the others stay.
         steps: number of sentences, at least 2.
         width: the dimension goes from -width to width standard deviations.
-        scale: prior, it takes the values that are usual over all sentences; posterior, it moves about the sentence's own value by
-            the sentence's own uncertainty.
+        scale: prior, it takes the values that are usual over all sentences; posterior,
+            it moves about the sentence's own value by the sentence's own uncertainty.
         json: one JSON object a line.
         seed: repeats the output of --do_sample exactly.
         max_tokens: longest sentence in tokens, EOS included; a longer one is an error.
@@ -264,8 +298,9 @@ def edit(
 ) -> None:
     """A sentence moved towards a label, along an attribute vector.
 
-    The vector is the mean latent of the sentences with that label minus the mean of all others. With --json one object:
-    "sentence", "reconstruction" (strength 0), "edited", "strength".
+    The vector is the mean latent of the sentences with that label minus the mean of all
+    others. With --json one object: "sentence", "reconstruction" (strength 0), "edited",
+    "strength".
 
     Args:
         model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
@@ -278,7 +313,8 @@ def edit(
         json: one JSON object.
         seed: repeats the output of --do_sample exactly.
         batch_size: sentences at a time.
-        max_tokens: longest sentence in tokens, EOS included; longer ones of --text_file are truncated and counted, A is refused.
+        max_tokens: longest sentence in tokens, EOS included; longer ones of --text_file
+            are truncated and counted, A is refused.
         device: cpu, cuda, cuda:1, ...; the accelerator where there is one.
         options: those of transformers' generate (see dsvae sample --help).
     """
@@ -293,10 +329,15 @@ def edit(
     direction = vae.attribute_vector(sentences, read_labels(labels_file), toward)
     found = {}
     for name, by in (("reconstruction", 0.0), ("edited", strength)):
-        _seed(seed, needed=False)  # sampled tokens of both from the same numbers: what differs is the strength
+        # sampled tokens of both from the same numbers: what differs is the strength
+        _seed(seed, needed=False)
         found[name] = vae.edit(a, direction, strength=by, **options)
     row = {"sentence": a, **found, "strength": strength}
-    _show([row], json, lambda row: _table({name: row[name] for name in ("sentence", "reconstruction", "edited")}))
+    _show(
+        [row],
+        json,
+        lambda row: _table({name: row[name] for name in ("sentence", "reconstruction", "edited")}),
+    )
     _report(vae)
 
 
@@ -313,17 +354,21 @@ def encode(
 ) -> None:
     """The posteriors of the sentences of a file or of stdin, as a safetensors file.
 
-    Tensors, a row a sentence: mean and logvar (N, Z) float32 (natural logarithm of the variance), and line (N,) int64, the
-    number of the sentence in its source, from 1: blank ones are counted and have no row. Memory does not grow with the file;
-    the disk beside the output holds it twice for a moment. The output appears whole or not at all.
+    Tensors, a row a sentence: mean and logvar (N, Z) float32 (natural logarithm of the
+    variance), and line (N,) int64, the number of the sentence in its source, from 1:
+    blank ones are counted and have no row. Memory does not grow with the file; the disk
+    beside the output holds it twice for a moment. The output appears whole or not at
+    all.
 
     Args:
         model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
-        file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); stdin, one a line, where it is left out or -.
+        file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); stdin, one a line, where
+            it is left out or -.
         output: the file to write.
         text_column: column of the sentence, where the file has columns.
         batch_size: sentences at a time.
-        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted on stderr.
+        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated
+            and counted on stderr.
         device: cpu, cuda, cuda:1, ...; the accelerator where there is one.
     """
     from dsvae.generation.latents_file import LatentsFile
@@ -340,14 +385,17 @@ def encode(
 
 
 @command()
-def corpus(*, n: int = 1000, seed: int = 0, output: str | None = None, factors: str | None = None) -> None:
+def corpus(
+    *, n: int = 1000, seed: int = 0, output: str | None = None, factors: str | None = None
+) -> None:
     """Sentences of the built-in corpus, whose factors of variation are known.
 
     Args:
         n: number of sentences, drawn with replacement; the first k are those of -n k.
         seed: another seed, another corpus.
         output: the file to write, one sentence a line; stdout where it is left out.
-        factors: a .csv file for the factors: row i holds the indices of the values that line i was made of.
+        factors: a .csv file for the factors: row i holds the indices of the values that
+            line i was made of.
     """
     from dsvae.data.grammar import draw, write_corpus
 
@@ -376,25 +424,32 @@ def evaluate(
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> None:
-    """What a model is worth: likelihood, information in the latent, reconstruction, and use of the latent.
+    """What a model is worth: likelihood, information in the latent, reconstruction, and
+    use of the latent.
 
     Also on several ranks: deepspeed --module dsvae.cli evaluate ...
 
     Args:
         model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
-        test_file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); the built-in corpus where it is left out.
-        labels_file: one label a line, line i for sentence i: how well the latent tells them apart.
-        output: directory for metrics.json, report.html and the projector; where it is left out MODEL_DIR/evaluation, for a hub id
-            ./evaluation.
+        test_file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); the built-in corpus
+            where it is left out.
+        labels_file: one label a line, line i for sentence i: how well the latent tells
+            them apart.
+        output: directory for metrics.json, report.html and the projector; where it is
+            left out MODEL_DIR/evaluation, for a hub id ./evaluation.
         samples: samples of z a sentence for the ELBO.
-        iw_samples: samples of z a sentence for the importance-weighted bound; without it there is none.
-        batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.
+        iw_samples: samples of z a sentence for the importance-weighted bound; without
+            it there is none.
+        batch_tokens: most padded tokens of one forward pass on one rank; changes the
+            speed only.
         text_column: column of the sentence, where the file has columns.
-        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted. Where it is left out that of
-            the model's training (data.max_tokens), 64 for a model that does not say.
+        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated
+            and counted. Where it is left out that of the model's training
+            (data.max_tokens), 64 for a model that does not say.
         seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
     """
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when it is imported
+    # DeepSpeed logs to the stdout that it finds when it is imported
+    with contextlib.redirect_stdout(sys.stderr):
         from dsvae.evaluation import evaluate_model
 
     evaluate_model(
@@ -413,16 +468,21 @@ def evaluate(
 
 @command()
 def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -> None:
-    """The model of a checkpoint of a run, finished or not, as a transformers directory like OUTPUT_DIR/model.
+    """The model of a checkpoint of a run, finished or not, as a transformers directory
+    like OUTPUT_DIR/model.
 
-    Weights in float32, whatever the precision, the ZeRO stage and the number of ranks. One process on CPU; the run is only read
-    and may be going on. The directory appears whole or not at all; its name is printed.
+    Weights in float32, whatever the precision, the ZeRO stage and the number of ranks.
+    One process on CPU; the run is only read and may be going on. The directory appears
+    whole or not at all; its name is printed.
 
     Args:
-        run: output directory of the run. Its checkpoints hold pickles, which can run code: name only what you trust.
-        checkpoint: latest, best (smallest loss on validation text in the phase that is running), or a name as in
-            OUTPUT_DIR/checkpoints, such as phase2-step00001000.
-        output: the directory to write, which must not exist; RUN/exports/CHECKPOINT where it is left out.
+        run: output directory of the run. Its checkpoints hold pickles, which can run
+            code: name only what you trust.
+        checkpoint: latest, best (smallest loss on validation text in the phase that is
+            running), or a name as in OUTPUT_DIR/checkpoints, such as
+            phase2-step00001000.
+        output: the directory to write, which must not exist; RUN/exports/CHECKPOINT
+            where it is left out.
     """
     import logging
 
@@ -443,16 +503,21 @@ def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -
 
 @command()
 def compare(runs: list[str], *, output: str | None = None, sort_by: str | None = None) -> None:
-    """Runs side by side: the settings in which they differ, how far each has come, and its metrics.
+    """Runs side by side: the settings in which they differ, how far each has come, and
+    its metrics.
 
-    A run that is not finished shows its newest validation values, with a star. Written: comparison.md (the table that is
-    printed), comparison.csv and comparison.json (every metric in full, standard errors too), comparison.svg (rec against kl).
+    A run that is not finished shows its newest validation values, with a star. Written:
+    comparison.md (the table that is printed), comparison.csv and comparison.json (every
+    metric in full, standard errors too), comparison.svg (rec against kl).
 
     Args:
-        runs: output directories of runs; a directory that holds them one level down, as a sweep leaves, stands for all of them.
-        output: directory to write into; where it is left out `comparison` beside the runs, or in the current directory if they
-            lie in different ones. An earlier comparison there is replaced.
-        sort_by: name of a column or of any metric, best first and finished runs before the others; the order given if left out.
+        runs: output directories of runs; a directory that holds them one level down, as
+            a sweep leaves, stands for all of them.
+        output: directory to write into; where it is left out `comparison` beside the
+            runs, or in the current directory if they lie in different ones. An earlier
+            comparison there is replaced.
+        sort_by: name of a column or of any metric, best first and finished runs before
+            the others; the order given if left out.
     """
     from dsvae.comparison.compare import compare_runs
     from dsvae.comparison.report import place, text, write
@@ -496,23 +561,28 @@ def plan(
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
     json: bool = False,
 ) -> None:
-    """What training needs of every GPU and node, by DeepSpeed configuration; the fastest that fits, and its command.
+    """What training needs of every GPU and node, by DeepSpeed configuration; the
+    fastest that fits, and its command.
 
-    An estimate, made without the weights and without a network; how it is made and checked: docs/plan.md. The exit code is 0
-    also where nothing fits: then it says what would.
+    An estimate, made without the weights and without a network; how it is made and
+    checked: docs/plan.md. The exit code is 0 also where nothing fits: then it says what
+    would.
 
     Args:
-        model: a public T5, v1.1, flan, mT5, umT5, ByT5 or UL2 by its hub id, a directory with a config.json, a recipe or a YAML
-            file.
+        model: a public T5, v1.1, flan, mT5, umT5, ByT5 or UL2 by its hub id, a
+            directory with a config.json, a recipe or a YAML file.
         gpus: GPUs of the run, all nodes together.
         gpu_memory: of one GPU: 40GB (10^9), 80GiB (2^30).
         gpus_per_node: most GPUs of one node.
         host_memory: of one node.
         margin: per cent of every memory to leave free.
-        config: recipe or YAML file of the run, for a model given by its name (park2021).
-        ds_config: plan for this DeepSpeed configuration alone, not for the shipped ones.
+        config: recipe or YAML file of the run, for a model given by its name
+            (park2021).
+        ds_config: plan for this DeepSpeed configuration alone, not for the shipped
+            ones.
         gradient_checkpointing: plan with it alone, or without it alone (false).
-        batch_tokens: data.micro_batch_tokens, most padded tokens of a forward pass on a GPU.
+        batch_tokens: data.micro_batch_tokens, most padded tokens of a forward pass on a
+            GPU.
         eval_batch_tokens: eval.batch_tokens, the same in evaluation.
         max_tokens: data.max_tokens, longest sentence.
         batch_size: data.batch_size, sentences of a step.
@@ -555,14 +625,28 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (evaluate, export, compare, sample, reconstruct, interpolate, analogy, traverse, edit, encode, corpus, plan)
+    for function in (
+        evaluate,
+        export,
+        compare,
+        sample,
+        reconstruct,
+        interpolate,
+        analogy,
+        traverse,
+        edit,
+        encode,
+        corpus,
+        plan,
+    )
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs what a command line asks for; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    words = [word for word in words if not word.startswith("--local_rank=")]  # from the deepspeed launcher
+    # from the deepspeed launcher
+    words = [word for word in words if not word.startswith("--local_rank=")]
     warnings.filterwarnings("ignore", category=FutureWarning)
     if sys.stderr is None:  # closed by who called us; `print` would take None for stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
@@ -590,13 +674,17 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno not in NO_ROOM:
             raise
         _abandon_stdout()
-        _say(f"error: the results cannot be written: {error.strerror}; make room, and repeat the command")
+        _say(
+            f"error: the results cannot be written: {error.strerror}; make room, and repeat the "
+            f"command"
+        )
         return EXIT_DISK
     return 0
 
 
 def _check_stdout() -> None:
-    """Makes stdout UTF-8 like every file that is read and written, whatever the locale; a terminal keeps its encoding.
+    """Makes stdout UTF-8 like every file that is read and written, whatever the locale;
+    a terminal keeps its encoding.
 
     Raises UserError where there is none.
     """
@@ -637,7 +725,9 @@ def _load(model_dir: str, device: str | None, batch_size: int, max_tokens: int) 
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return SentenceVAE.from_pretrained(model_dir, device=device, batch_size=batch_size, max_tokens=max_tokens)
+    return SentenceVAE.from_pretrained(
+        model_dir, device=device, batch_size=batch_size, max_tokens=max_tokens
+    )
 
 
 def _load_for_few(
@@ -663,7 +753,9 @@ def _seed(seed: int | None, *, needed: bool) -> int:
     return fresh
 
 
-def _show(rows: Iterable[dict[str, Any]], as_json: bool, line: Callable[[dict[str, Any]], str]) -> None:
+def _show(
+    rows: Iterable[dict[str, Any]], as_json: bool, line: Callable[[dict[str, Any]], str]
+) -> None:
     """Prints rows as they come."""
     for row in rows:
         print(json.dumps(row, ensure_ascii=False) if as_json else line(row), flush=True)
@@ -680,13 +772,18 @@ def _one_line(text: str) -> str:
     return " ".join(text.splitlines())
 
 
-def _progress(rows: Iterable[Any], total: int | None = None, *, quiet_output: bool = False) -> Iterable[Any]:
-    """The same rows under a progress bar, where someone looks at stderr and nothing else is written to the terminal."""
+def _progress(
+    rows: Iterable[Any], total: int | None = None, *, quiet_output: bool = False
+) -> Iterable[Any]:
+    """The same rows under a progress bar, where someone looks at stderr and nothing
+    else is written to the terminal."""
     if not sys.stderr.isatty() or (sys.stdout.isatty() and not quiet_output):
         return rows
     from tqdm import tqdm
 
-    return tqdm(rows, total=total, unit="sentence", unit_scale=True, dynamic_ncols=True, leave=False)
+    return tqdm(
+        rows, total=total, unit="sentence", unit_scale=True, dynamic_ncols=True, leave=False
+    )
 
 
 def _check_not_empty(vae: "SentenceVAE", file: str | None) -> None:

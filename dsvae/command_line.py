@@ -1,9 +1,11 @@
 """From the words of a command line to the call of a function, with python-fire.
 
-fire matches flags to a function's parameters, writes its help from its docstring, and calls it. Sentences and pipelines need
-what it does not do by itself: it reads `1, 2`, `None` or `[ok]` as Python and not as text; it takes `-` for a separator and the
-word behind a bare `--json` for its value; and it calls the function first and complains about unknown words afterwards. So the
-parameters' annotations say how a word is read, and every word is checked here before fire gets it as `--name=value`.
+fire matches flags to a function's parameters, writes its help from its docstring, and
+calls it. Sentences and pipelines need what it does not do by itself: it reads `1, 2`,
+`None` or `[ok]` as Python and not as text; it takes `-` for a separator and the word
+behind a bare `--json` for its value; and it calls the function first and complains
+about unknown words afterwards. So the parameters' annotations say how a word is read,
+and every word is checked here before fire gets it as `--name=value`.
 """
 
 import difflib
@@ -30,8 +32,11 @@ _FLAG = re.compile(r"(--?)([A-Za-z][\w-]*)(?:(=)(.*))?", re.DOTALL)
 _HELP = ("--help", "-h")
 
 
-def command(options: Mapping[str, type] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Marks a function as a command: its keyword-only parameters are flags, its others words in their order, or flags as well.
+def command(
+    options: Mapping[str, type] | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Marks a function as a command: its keyword-only parameters are flags, its others
+    words in their order, or flags as well.
 
     The last of the words takes all that are left where it is a `list[str]`.
 
@@ -50,7 +55,8 @@ def dispatch(commands: Commands, words: Sequence[str], program: str) -> None:
     """Calls the command that `words` name, or prints help to stdout.
 
     Raises:
-        UserError: no such command or flag, a value of the wrong type, a word missing or one too many.
+        UserError: no such command or flag, a value of the wrong type, a word missing or
+            one too many.
     """
     before = list(words[: words.index("--")]) if "--" in words else list(words)
     name = before[0].replace("-", "_") if before else ""
@@ -58,20 +64,32 @@ def dispatch(commands: Commands, words: Sequence[str], program: str) -> None:
         print(help_text(commands, name if name in commands else None, program))
         return
     if not before:
-        raise UserError(f"no command: give one of {', '.join(commands)}; {program} --help says more")
+        raise UserError(
+            f"no command: give one of {', '.join(commands)}; {program} --help says more"
+        )
     if name not in commands:
-        raise UserError(f"unknown command {before[0]!r}{nearest(name, commands)}; {program} --help lists all")
-    parsers = {each: functools.partial(convert, each, kind) for each, kind in _types(commands[name]).items()}
-    # A copy is marked, because fire's help would list the mark among what the command offers.
+        raise UserError(
+            f"unknown command {before[0]!r}{nearest(name, commands)}; {program} --help lists all"
+        )
+    parsers = {
+        each: functools.partial(convert, each, kind)
+        for each, kind in _types(commands[name]).items()
+    }
+    # A copy is marked, because fire's help would list the mark among what the command
+    # offers.
     parsed = decorators.SetParseFns(**parsers)(_copy(commands[name]))
-    fire.Fire({name: parsed}, command=[name, *canonical(commands[name], words[1:], f"{program} {name}")], name=program)
+    fire.Fire(
+        {name: parsed},
+        command=[name, *canonical(commands[name], words[1:], f"{program} {name}")],
+        name=program,
+    )
 
 
 def canonical(function: Callable[..., None], words: Sequence[str], program: str) -> list[str]:
     """The words of a command as `--name=value`, each name known and given once.
 
-    Flags are `--name value` or `--name=value`, `--name` alone for a boolean; a single letter stands for the one flag that begins
-    with it. Words behind `--` are no flags.
+    Flags are `--name value` or `--name=value`, `--name` alone for a boolean; a single
+    letter stands for the one flag that begins with it. Words behind `--` are no flags.
 
     Raises:
         UserError: see `dispatch`.
@@ -96,7 +114,8 @@ def canonical(function: Callable[..., None], words: Sequence[str], program: str)
             name = letters.get(name, name)
         if name not in kinds or (dashes == "-" and len(written) > 1):
             raise UserError(
-                f"unknown flag {dashes}{written}{nearest(name, kinds, '--')}; {program} --help lists all; "
+                f"unknown flag {dashes}{written}{nearest(name, kinds, '--')}; {program} --help "
+                f"lists all; "
                 "a sentence that begins with a dash goes behind --"
             )
         if not equals:
@@ -114,27 +133,44 @@ def canonical(function: Callable[..., None], words: Sequence[str], program: str)
         first = len(open_places) - 1
         loose[first:] = [json.dumps(loose[first:])]
     if len(loose) > len(open_places):
-        raise UserError(f"{loose[len(open_places)]!r} is one word too many for {_usage(function, program)}; quote sentences")
+        raise UserError(
+            f"{loose[len(open_places)]!r} is one word too many for {_usage(function, program)}; "
+            f"quote sentences"
+        )
     given |= dict(zip(open_places, loose, strict=False))
     for name, parameter in inspect.signature(function).parameters.items():
-        if name not in given and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+        if (
+            name not in given
+            and parameter.default is parameter.empty
+            and parameter.kind is not parameter.VAR_KEYWORD
+        ):
             what = name.upper() if name in positional else f"--{name}"
-            raise UserError(f"{what} is missing: {_usage(function, program)}; {program} --help says more")
+            raise UserError(
+                f"{what} is missing: {_usage(function, program)}; {program} --help says more"
+            )
     return [f"--{name}={value}" for name, value in given.items()]
 
 
 def convert(name: str, kind: Any, text: str) -> Any:
-    """The value of a flag in the type of its parameter; text stays as it is. Raises UserError for a word that is none."""
+    """The value of a flag in the type of its parameter; text stays as it is. Raises
+    UserError for a word that is none."""
     kind = _plain(kind)
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if text not in choices:
-            raise UserError(f"--{name} is {text!r}, not one of {', '.join(choices)}{nearest(text, choices)}")
+            raise UserError(
+                f"--{name} is {text!r}, not one of {', '.join(choices)}{nearest(text, choices)}"
+            )
         return text
     if kind is str:
         return text
     kind = list if _is_list(kind) else kind
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", list: "a list in JSON"}[kind]
+    wanted = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        list: "a list in JSON",
+    }[kind]
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -147,21 +183,36 @@ def convert(name: str, kind: Any, text: str) -> Any:
 
 
 def help_text(commands: Commands, name: str | None, program: str) -> str:
-    """The help for a command, written by fire from its docstring; a list of all commands for None."""
+    """The help for a command, written by fire from its docstring; a list of all
+    commands for None."""
     if name is None:
-        summaries = {each: inspectutils.Info(function)["docstring_info"].summary for each, function in commands.items()}
+        summaries = {
+            each: inspectutils.Info(function)["docstring_info"].summary
+            for each, function in commands.items()
+        }
         width = max(map(len, summaries))
         lines = "\n".join(f"    {each:<{width}}  {summary}" for each, summary in summaries.items())
-        return f"{program}: a T5 variational autoencoder at work\n\n{lines}\n\n{program} COMMAND --help says more."
+        return (
+            f"{program}: a T5 variational autoencoder at work\n\n{lines}\n\n{program} COMMAND "
+            f"--help says more."
+        )
     shown = _copy(commands[name])
     signature = inspect.signature(shown)
-    # fire prints the name of a type: a Literal has none, and in `X | None` the None says no more than the default does.
-    parameters = [p.replace(annotation=type(_type_name(p.annotation), (), {})) for p in signature.parameters.values()]
+    # fire prints the name of a type: a Literal has none, and in `X | None` the None
+    # says no more than the default does.
+    parameters = [
+        p.replace(annotation=type(_type_name(p.annotation), (), {}))
+        for p in signature.parameters.values()
+    ]
     shown.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     trace = FireTrace(dict(commands), name=program)
     trace.AddAccessedProperty(shown, name, [name], None, None)
-    text = re.sub(r"Type: Optional\[(.+?)\]?$", r"Type: \1", helptext.HelpText(shown, trace=trace), flags=re.M)
-    many = "".join(n.upper() for n in _positional(commands[name]) if _is_list(_types(commands[name])[n]))
+    text = re.sub(
+        r"Type: Optional\[(.+?)\]?$", r"Type: \1", helptext.HelpText(shown, trace=trace), flags=re.M
+    )
+    many = "".join(
+        n.upper() for n in _positional(commands[name]) if _is_list(_types(commands[name])[n])
+    )
     if many:
         text = text.replace(f"{many} <flags>", f"{many}... <flags>", 1)
     options = getattr(commands[name], "_options", {})
@@ -196,7 +247,8 @@ def _positional(function: Callable[..., None]) -> list[str]:
 
 
 def _letters(function: Callable[..., None]) -> dict[str, str]:
-    """Letter -> the flag that it stands for; as in fire's help, among the flags that the function itself names."""
+    """Letter -> the flag that it stands for; as in fire's help, among the flags that
+    the function itself names."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
     firsts = [name[0] for name in names]
@@ -205,7 +257,8 @@ def _letters(function: Callable[..., None]) -> dict[str, str]:
 
 def _plain(kind: Any) -> Any:
     """`X` of `X | None`: what a given value is; not giving the flag is None."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # `Literal[...] | None` is the second, `str | None` the first
+    # `Literal[...] | None` is the second, `str | None` the first
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return next(each for each in typing.get_args(kind) if each is not type(None))
     return kind
 
@@ -217,11 +270,19 @@ def _is_list(kind: Any) -> bool:
 
 def _type_name(kind: Any) -> str:
     kind = _plain(kind)
-    return " | ".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else kind.__name__
+    return (
+        " | ".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else kind.__name__
+    )
 
 
 def _usage(function: Callable[..., None], program: str) -> str:
     parameters = inspect.signature(function).parameters
-    words = [n.upper() if parameters[n].default is inspect.Parameter.empty else f"[{n.upper()}]" for n in _positional(function)]
-    words = [f"{w}..." if _is_list(parameters[n].annotation) else w for n, w in zip(_positional(function), words, strict=True)]
+    words = [
+        n.upper() if parameters[n].default is inspect.Parameter.empty else f"[{n.upper()}]"
+        for n in _positional(function)
+    ]
+    words = [
+        f"{w}..." if _is_list(parameters[n].annotation) else w
+        for n, w in zip(_positional(function), words, strict=True)
+    ]
     return " ".join([program, *words])

@@ -1,7 +1,8 @@
 """RunConfig and its parts: what a run can be told, how it is read, checked and printed.
 
-A value comes from, in rising order: the defaults here, a recipe or a file (`--config`), the command line. Unknown names and
-wrong types are errors that name the nearest known one.
+A value comes from, in rising order: the defaults here, a recipe or a file (`--config`),
+the command line. Unknown names and wrong types are errors that name the nearest known
+one.
 """
 
 from __future__ import annotations
@@ -28,13 +29,17 @@ class DataConfig:
     """Where the sentences come from and how they are batched."""
 
     train_file: str | None = None
-    """Training sentences: .txt (one a line), .jsonl, .csv or .parquet. None and no `dataset`: the built-in corpus."""
+    """Training sentences: .txt (one a line), .jsonl, .csv or .parquet. None and no
+    `dataset`: the built-in corpus."""
     valid_file: str | None = None
-    """Validation sentences. None: held out from the training sentences (5%, at most 5,000)."""
+    """Validation sentences. None: held out from the training sentences (5%, at most
+    5,000)."""
     test_file: str | None = None
-    """Test sentences. None: held out from the training sentences (5%, at most 5,000)."""
+    """Test sentences. None: held out from the training sentences (5%, at most
+    5,000)."""
     dataset: str | None = None
-    """A hub data set instead of files: ID or ID:CONFIG, with its own train/validation/test splits."""
+    """A hub data set instead of files: ID or ID:CONFIG, with its own
+    train/validation/test splits."""
     text_column: str = "text"
     """Column that holds the sentence (.jsonl, .csv, .parquet and hub data sets)."""
     builtin_size: int = 20_000
@@ -42,15 +47,19 @@ class DataConfig:
     builtin_seed: int = 0
     """Seed of the built-in corpus."""
     max_tokens: int = 64
-    """Longest sentence in tokens, EOS included; longer ones are truncated (counted and reported)."""
+    """Longest sentence in tokens, EOS included; longer ones are truncated (counted and
+    reported)."""
     batch_size: int = 128
     """Sentences of one optimizer step, over all ranks and micro-batches."""
     micro_batch_tokens: int = 8192
-    """Most padded tokens of one forward pass on one rank; a step is cut into as many micro-batches as that takes."""
+    """Most padded tokens of one forward pass on one rank; a step is cut into as many
+    micro-batches as that takes."""
     bucket_steps: int = 8
-    """Optimizer steps whose sentences are sorted by length together. More: less padding, steps of more equal lengths."""
+    """Optimizer steps whose sentences are sorted by length together. More: less
+    padding, steps of more equal lengths."""
     cache_dir: str | None = None
-    """Where tokenized corpora are cached by content. None: `dsvae` inside the cache directory of `datasets`."""
+    """Where tokenized corpora are cached by content. None: `dsvae` inside the cache
+    directory of `datasets`."""
 
 
 @dataclass
@@ -58,9 +67,11 @@ class ModelConfig:
     """Which T5, and the latent path put on it."""
 
     name: str | None = None
-    """A pretrained T5, mT5, umT5, ByT5 or T5VAE: hub id or directory. None: a new T5 from `t5`."""
+    """A pretrained T5, mT5, umT5, ByT5 or T5VAE: hub id or directory. None: a new T5
+    from `t5`."""
     t5: dict[str, Any] = field(default_factory=dict)
-    """Fields of transformers' T5 configuration for a new T5; `model_type` may be t5, mt5 or umt5."""
+    """Fields of transformers' T5 configuration for a new T5; `model_type` may be t5,
+    mt5 or umt5."""
     vocab_size: int = 4000
     """Pieces of the tokenizer that is trained on the corpus for a new T5."""
     dropout: float | None = None
@@ -70,43 +81,52 @@ class ModelConfig:
     pooling: Literal["mean", "max", "first", "attention"] = "mean"
     """How the encoder's states become one vector."""
     injection: Literal["memory", "embedding", "both", "none"] = "memory"
-    """How z enters the decoder; none: a language model of the same decoder, without encoder and latent."""
+    """How z enters the decoder; none: a language model of the same decoder, without
+    encoder and latent."""
     memory_slots: int = 1
     """Key/value slots a decoder layer, for injection by memory."""
     gradient_checkpointing: bool = False
-    """Recompute the blocks' activations in backward: less memory, about a third more time."""
+    """Recompute the blocks' activations in backward: less memory, about a third more
+    time."""
 
 
 @dataclass
 class BetaConfig:
-    """Weight of the KL term, by optimizer step of the phase (see `dsvae.objective.schedules`)."""
+    """Weight of the KL term, by optimizer step of the phase (see
+    `dsvae.objective.schedules`)."""
 
     kind: Literal["constant", "linear", "cyclic"] = "linear"
-    """constant: `max` throughout. linear: one rise over the phase. cyclic: `cycles` equal rises (Fu et al. 2019)."""
+    """constant: `max` throughout. linear: one rise over the phase. cyclic: `cycles`
+    equal rises (Fu et al. 2019)."""
     max: float = 1.0
     """The value that is reached."""
     zero: float = 0.0
     """Share of the phase (of each cycle) that beta stays at 0 before it rises."""
     rise: float = 0.5
-    """Share of the phase (of each cycle) over which beta rises from 0 to `max`; it stays there for the rest."""
+    """Share of the phase (of each cycle) over which beta rises from 0 to `max`; it
+    stays there for the rest."""
     cycles: int = 4
     """Number of cycles, for cyclic."""
 
 
 @dataclass
 class PhaseConfig:
-    """Optimization of one phase: AdamW, gradient clipping, a learning-rate schedule, and the encoder's input noise."""
+    """Optimization of one phase: AdamW, gradient clipping, a learning-rate schedule,
+    and the encoder's input noise."""
 
     steps: int = 1000
     """Optimizer steps."""
     lr: float = 1e-4
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stay, or fall towards zero, which the step behind the last would have."""
+    """After the warm-up: stay, or fall towards zero, which the step behind the last
+    would have."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly; the first one's is above 0 already."""
+    """Steps over which the learning rate rises linearly; the first one's is above 0
+    already."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of matrices; none for norms, biases, embeddings and position biases."""
+    """Decoupled weight decay of matrices; none for norms, biases, embeddings and
+    position biases."""
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's beta1 and beta2."""
     adam_eps: float = 1e-8
@@ -114,7 +134,8 @@ class PhaseConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm; 0: not clipped."""
     deletion: float = 0.0
-    """Share of the tokens deleted from the encoder's input while training (never EOS; the decoder's side stays clean)."""
+    """Share of the tokens deleted from the encoder's input while training (never EOS;
+    the decoder's side stays clean)."""
 
 
 @dataclass
@@ -136,7 +157,8 @@ class Phase2Config(PhaseConfig):
     free_bits: float = 0.0
     """KL threshold in nats; below it the KL has no gradient. 0: none."""
     free_bits_mode: Literal["dimension", "total"] = "dimension"
-    """Whether `free_bits` holds for each dimension or for their sum (on the mean over the global batch)."""
+    """Whether `free_bits` holds for each dimension or for their sum (on the mean over
+    the global batch)."""
 
 
 @dataclass
@@ -146,11 +168,13 @@ class EvalConfig:
     samples: int = 1
     """Samples of z a sentence for `rec`."""
     iw_samples: int = 10
-    """Samples of z a sentence for the importance-weighted bound `nll_iw` of the final evaluation; 0: not measured."""
+    """Samples of z a sentence for the importance-weighted bound `nll_iw` of the final
+    evaluation; 0: not measured."""
     batch_tokens: int = 16384
     """Most padded tokens of one forward pass on one rank."""
     sentences: int = 5000
-    """At most this many validation sentences while training (the final evaluation takes all)."""
+    """At most this many validation sentences while training (the final evaluation takes
+    all)."""
     shown: int = 8
     """Reconstructions and prior samples written out as text at every evaluation."""
 
@@ -160,37 +184,48 @@ class RunConfig:
     """A whole run."""
 
     ds_config: str | None = None
-    """DeepSpeed configuration file (JSON); `auto` values are filled in from this configuration."""
+    """DeepSpeed configuration file (JSON); `auto` values are filled in from this
+    configuration."""
     output_dir: str = "runs/dsvae"
     """Where the run writes everything."""
     resume: str = "auto"
-    """auto: go on from the newest complete checkpoint in output_dir, if any. never: a fresh run, refused where one lies.
-    DIR: begin with the newest complete checkpoint of that run; once output_dir has a run of its own, as auto."""
+    """auto: go on from the newest complete checkpoint in output_dir, if any. never: a
+    fresh run, refused where one lies.
+    DIR: begin with the newest complete checkpoint of that run; once output_dir has a
+        run of its own, as auto."""
     phase: Literal["all", "1", "2"] = "all"
-    """Which phases to run. 2 alone starts from output_dir/phase1/model where that exists, else from the model itself."""
+    """Which phases to run. 2 alone starts from output_dir/phase1/model where that
+    exists, else from the model itself."""
     seed: int = 0
-    """0 to 2^53. Of everything random: initialization, order of the sentences, deletion noise, z, dropout."""
+    """0 to 2^53. Of everything random: initialization, order of the sentences, deletion
+    noise, z, dropout."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Fills `bf16.enabled`, `fp16.enabled` and `torch_autocast.enabled` where the ds_config says auto. auto: bf16."""
+    """Fills `bf16.enabled`, `fp16.enabled` and `torch_autocast.enabled` where the
+    ds_config says auto. auto: bf16."""
     log_every: int = 10
     """Optimizer steps between two logged ones."""
     eval_every: int = 500
-    """Optimizer steps between two evaluations on validation text; 0: only at the end of each phase."""
+    """Optimizer steps between two evaluations on validation text; 0: only at the end of
+    each phase."""
     checkpoint_every: int = 500
     """Optimizer steps between two checkpoints; 0: only at the end of each phase."""
     keep_checkpoints: int = 2
     """The newest N complete checkpoints are kept."""
     keep_best: bool = True
-    """Keeps the best checkpoint of the running phase besides: that with the smallest rec (phase 1) or rec + kl (phase 2) on
-    validation text, among those saved at a step with an evaluation."""
+    """Keeps the best checkpoint of the running phase besides: that with the smallest
+    rec (phase 1) or rec + kl (phase 2) on validation text, among those saved at a step
+    with an evaluation."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """When the disk takes no checkpoint (full, over quota): stop with exit code 74, or say so and train on until the next one."""
+    """When the disk takes no checkpoint (full, over quota): stop with exit code 74, or
+    say so and train on until the next one."""
     max_skipped_steps: int = 10
-    """Optimizer steps in a row that may be skipped because loss or gradients are not finite; at the last of them the run saves
-    the batch and stops with exit code 65. A loss scale that is still being found (fp16) does not count."""
+    """Optimizer steps in a row that may be skipped because loss or gradients are not
+    finite; at the last of them the run saves the batch and stops with exit code 65. A
+    loss scale that is still being found (fp16) does not count."""
     hang_timeout: float = 600.0
-    """Seconds without progress (a micro-batch, an evaluation batch, a part of a checkpoint) after which a rank is given up: the
-    others name it and leave with exit code 69."""
+    """Seconds without progress (a micro-batch, an evaluation batch, a part of a
+    checkpoint) after which a rank is given up: the others name it and leave with exit
+    code 69."""
     data: DataConfig = field(default_factory=DataConfig)
     """The sentences."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -217,33 +252,49 @@ ALIASES = {
 """Short command-line flags and the fields they set."""
 
 RESUMABLE = (
-    "output_dir", "resume", "phase", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best",
-    "on_save_error", "max_skipped_steps", "hang_timeout", "data.cache_dir", "precision",
-)  # fmt: skip
-"""Fields that a resumed run may change: they say nothing about what is learned. `ds_config`, which may change too, decides the
-precision where `precision` is auto."""
+    "output_dir",
+    "resume",
+    "phase",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_best",
+    "on_save_error",
+    "max_skipped_steps",
+    "hang_timeout",
+    "data.cache_dir",
+    "precision",
+)
+"""Fields that a resumed run may change: they say nothing about what is learned.
+`ds_config`, which may change too, decides the precision where `precision` is auto."""
 
 
 def read(argv: Sequence[str]) -> RunConfig:
     """The configuration that a command line asks for.
 
     Args:
-        argv: `--name value` or `--name=value` pairs; `--name` alone sets a boolean. Names are dotted fields of `RunConfig` or
-            `ALIASES`; `--config` takes a recipe's name or a YAML file; `--local_rank` (from launchers) is ignored.
+        argv: `--name value` or `--name=value` pairs; `--name` alone sets a boolean.
+            Names are dotted fields of `RunConfig` or `ALIASES`; `--config` takes a
+            recipe's name or a YAML file; `--local_rank` (from launchers) is ignored.
 
     Raises:
-        UserError: unknown name, wrong type, unreadable file, or values that make no sense together.
+        UserError: unknown name, wrong type, unreadable file, or values that make no
+            sense together.
     """
     given = parse_flags(argv)
     source = given.pop("config", None)
     tree = load_tree(str(source)) if source is not None else load_tree(DEFAULT_RECIPE)
     if "model.name" in given and "model.t5" not in given:
-        tree.get("model", {}).pop("t5", None)  # the new T5 of a recipe gives way to the pretrained one
+        # the new T5 of a recipe gives way to the pretrained one
+        tree.get("model", {}).pop("t5", None)
     for name, value in given.items():
         _set(tree, name, value)
     config = build(tree, where="command line" if given else f"--config {source}")
     if "output_dir" not in tree:
-        config.output_dir = f"runs/{Path(str(source)).stem if source is not None else DEFAULT_RECIPE}"
+        config.output_dir = (
+            f"runs/{Path(str(source)).stem if source is not None else DEFAULT_RECIPE}"
+        )
     check(config)
     return config
 
@@ -288,7 +339,9 @@ def load_tree(source: str) -> dict[str, Any]:
         path = Path(source)
         if not path.is_file():
             names = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-            raise UserError(f"--config {source}: no such file, and not one of the recipes {', '.join(names)}")
+            raise UserError(
+                f"--config {source}: no such file, and not one of the recipes {', '.join(names)}"
+            )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -317,10 +370,13 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """`field: old -> new` for every field that a resumed run may not change and that differs."""
+    """`field: old -> new` for every field that a resumed run may not change and that
+    differs."""
     before, after = flatten(to_tree(old)), flatten(to_tree(new))
     names = [name for name in before | after if name not in RESUMABLE and name != "ds_config"]
-    return [f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
+    return [
+        f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)
+    ]
 
 
 def check(config: RunConfig) -> None:
@@ -330,16 +386,25 @@ def check(config: RunConfig) -> None:
         if not condition:
             raise UserError(message)
 
-    need(config.ds_config is not None, "--ds_config is missing: for example --ds_config ds_configs/zero2.json")
+    need(
+        config.ds_config is not None,
+        "--ds_config is missing: for example --ds_config ds_configs/zero2.json",
+    )
     # Two phases and a purpose are packed with the seed into 64 bits.
     need(0 <= config.seed <= 2**53, f"seed must lie between 0 and 2^53, not {config.seed}")
-    need(0 <= config.data.builtin_seed <= 2**53, f"data.builtin_seed must lie between 0 and 2^53, not {config.data.builtin_seed}")
+    need(
+        0 <= config.data.builtin_seed <= 2**53,
+        f"data.builtin_seed must lie between 0 and 2^53, not {config.data.builtin_seed}",
+    )
     need(bool(config.output_dir.strip()), "output_dir is empty: name a directory")
     need(config.hang_timeout > 0, f"hang_timeout must be positive, not {config.hang_timeout:g}")
     for name in ("log_every", "keep_checkpoints"):
         need(getattr(config, name) >= 1, f"{name} must be at least 1")
     for name in ("eval_every", "checkpoint_every"):
-        need(getattr(config, name) >= 0, f"{name} must not be negative (0: only at the end of each phase)")
+        need(
+            getattr(config, name) >= 0,
+            f"{name} must not be negative (0: only at the end of each phase)",
+        )
     for name in ("max_tokens", "batch_size", "micro_batch_tokens", "builtin_size", "bucket_steps"):
         need(getattr(config.data, name) >= 1, f"data.{name} must be at least 1")
     need(config.data.max_tokens >= 2, "data.max_tokens must be at least 2: one token and EOS")
@@ -352,7 +417,8 @@ def check(config: RunConfig) -> None:
         need(getattr(config.model, name) >= 1, f"model.{name} must be at least 1")
     need(
         config.model.name is None or not config.model.t5,
-        f"model.name ({config.model.name}) and model.t5 are both given: a pretrained T5 has its own configuration",
+        f"model.name ({config.model.name}) and model.t5 are both given: a pretrained T5 has its "
+        f"own configuration",
     )
     if config.model.dropout is not None:
         need(0 <= config.model.dropout < 1, "model.dropout must be in [0, 1)")
@@ -362,14 +428,24 @@ def check(config: RunConfig) -> None:
     need(config.eval.shown >= 0, "eval.shown must not be negative")
     for name in ("phase1", "phase2"):
         phase = getattr(config, name)
-        need(phase.steps >= 1, f"{name}.steps must be at least 1 (to leave a phase out: --phase 1 or --phase 2)")
+        need(
+            phase.steps >= 1,
+            f"{name}.steps must be at least 1 (to leave a phase out: --phase 1 or --phase 2)",
+        )
         need(phase.lr > 0, f"{name}.lr must be positive")
         need(
             0 <= phase.warmup_steps <= phase.steps,
-            f"{name}.warmup_steps ({phase.warmup_steps}) must lie between 0 and {name}.steps ({phase.steps})",
+            f"{name}.warmup_steps ({phase.warmup_steps}) must lie between 0 and {name}.steps "
+            f"({phase.steps})",
         )
-        need(0 <= phase.deletion < 1, f"{name}.deletion is a share of the tokens and must be in [0, 1)")
-        need(phase.max_grad_norm >= 0 and phase.weight_decay >= 0, f"{name}: negative max_grad_norm or weight_decay")
+        need(
+            0 <= phase.deletion < 1,
+            f"{name}.deletion is a share of the tokens and must be in [0, 1)",
+        )
+        need(
+            phase.max_grad_norm >= 0 and phase.weight_decay >= 0,
+            f"{name}: negative max_grad_norm or weight_decay",
+        )
         need(
             len(phase.adam_betas) == 2 and all(0 <= beta < 1 for beta in phase.adam_betas),
             f"{name}.adam_betas must be two numbers in [0, 1)",
@@ -377,10 +453,14 @@ def check(config: RunConfig) -> None:
         need(phase.adam_eps >= 0, f"{name}.adam_eps must not be negative")
     need(
         config.model.injection != "none" or not config.phase1.freeze_decoder or config.phase == "2",
-        "phase1.freeze_decoder leaves nothing to train where model.injection is none: set it to false, or take --phase 2",
+        "phase1.freeze_decoder leaves nothing to train where model.injection is none: set it to "
+        "false, or take --phase 2",
     )
     beta = config.phase2.beta
-    need(beta.max >= 0 and config.phase2.free_bits >= 0, "phase2.beta.max and phase2.free_bits must not be negative")
+    need(
+        beta.max >= 0 and config.phase2.free_bits >= 0,
+        "phase2.beta.max and phase2.free_bits must not be negative",
+    )
     need(
         beta.zero >= 0 and beta.rise >= 0 and beta.zero + beta.rise <= 1,
         "phase2.beta.zero and phase2.beta.rise are shares: not negative, and at most 1 together",
@@ -393,7 +473,8 @@ def check(config: RunConfig) -> None:
 
 
 def field_types() -> dict[str, Any]:
-    """The type of every field of RunConfig by its dotted name, nested configurations left out."""
+    """The type of every field of RunConfig by its dotted name, nested configurations
+    left out."""
     return _field_types(RunConfig, "")
 
 
@@ -415,7 +496,9 @@ def _build(cls: type, tree: Any, prefix: str, where: str) -> Any:
     for name, value in tree.items():
         if name not in hints:
             known = field_types()
-            raise UserError(f"{where}: unknown field {prefix}{name}{nearest(f'{prefix}{name}', known)}")
+            raise UserError(
+                f"{where}: unknown field {prefix}{name}{nearest(f'{prefix}{name}', known)}"
+            )
         if dataclasses.is_dataclass(hints[name]):
             values[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.", where)
         else:
@@ -427,7 +510,9 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     """`value` (a YAML value, or a string from the command line) as `kind`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and type(None) in arguments):
+        if value is None or (
+            isinstance(value, str) and value.lower() in ("none", "null") and type(None) in arguments
+        ):
             return None
         return _convert(value, next(a for a in arguments if a is not type(None)), where)
     if origin is Literal:
@@ -454,16 +539,24 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             raise UserError(f"{where} must be text, not {value!r}")
         return str(value)
     try:
-        if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
+        if isinstance(value, bool) or (
+            kind is int and isinstance(value, float) and not value.is_integer()
+        ):
             raise ValueError
-        number = kind(float(value)) if kind is int and isinstance(value, str) and "e" in value.lower() else kind(value)
+        number = (
+            kind(float(value))
+            if kind is int and isinstance(value, str) and "e" in value.lower()
+            else kind(value)
+        )
         if number != float(value):
             raise ValueError
         if number != number or number in (float("inf"), float("-inf")):
             raise ValueError
         return number
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{where} must be {'a whole' if kind is int else 'a'} number, not {value!r}") from None
+        raise UserError(
+            f"{where} must be {'a whole' if kind is int else 'a'} number, not {value!r}"
+        ) from None
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -491,6 +584,8 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     same_last = [each for each, last in by_last_part.items() if last == name.rsplit(".", 1)[-1]]
     close = same_last or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not close:
-        last = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part.values(), n=1, cutoff=0.5)
+        last = difflib.get_close_matches(
+            name.rsplit(".", 1)[-1], by_last_part.values(), n=1, cutoff=0.5
+        )
         close = [each for each, part in by_last_part.items() if last and part == last[0]]
     return f"; did you mean {close[0]}?" if close else ""

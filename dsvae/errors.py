@@ -1,4 +1,5 @@
-"""The one exception for what a user can cause and can mend, and what each exit code of a run means."""
+"""The one exception for what a user can cause and can mend, and what each exit code of
+a run means."""
 
 from __future__ import annotations
 
@@ -6,36 +7,46 @@ from __future__ import annotations
 class UserError(Exception):
     """A mistake in the command, the configuration or the data.
 
-    The message is one line that says what is wrong, where, and what to do about it. The entry points print it to stderr
-    as it stands and leave with exit code 2; nothing has been half-written by then.
+    The message is one line that says what is wrong, where, and what to do about it. The
+    entry points print it to stderr as it stands and leave with exit code 2; nothing has
+    been half-written by then.
     """
 
 
 EXIT_DEFECT = 1
-"""A defect in the program, or a lack of memory: python's own code for an exception that nobody expected, after its stack."""
+"""A defect in the program, or a lack of memory: python's own code for an exception that
+nobody expected, after its stack."""
 
 
 EXIT_USER_ERROR = 2
-"""A mistake of the user's: the line on stderr says what to change. Repeating the command unchanged fails again."""
+"""A mistake of the user's: the line on stderr says what to change. Repeating the
+command unchanged fails again."""
 EXIT_NON_FINITE = 65
-"""Losses or gradients were not finite for too many steps in a row (sysexits' EX_DATAERR). The batch lies in output_dir."""
+"""Losses or gradients were not finite for too many steps in a row (sysexits'
+EX_DATAERR). The batch lies in output_dir."""
 EXIT_RANK_LOST = 69
-"""Another rank did not answer within `hang_timeout` (EX_UNAVAILABLE). The same command goes on from the last checkpoint."""
+"""Another rank did not answer within `hang_timeout` (EX_UNAVAILABLE). The same command
+goes on from the last checkpoint."""
 EXIT_DISK = 74
-"""The disk took no checkpoint, and `on_save_error` is stop, or not what a command prints (EX_IOERR). With room made, the same
-command goes on."""
+"""The disk took no checkpoint, and `on_save_error` is stop, or not what a command
+prints (EX_IOERR). With room made, the same command goes on."""
 EXIT_RESUMABLE = 75
-"""SIGTERM or SIGUSR1 came: saved at the next step, left (EX_TEMPFAIL). The same command goes on exactly there."""
+"""SIGTERM or SIGUSR1 came: saved at the next step, left (EX_TEMPFAIL). The same command
+goes on exactly there."""
 EXIT_PREFLIGHT = 78
-"""`dsvae.preflight` found a bad node and named it (EX_CONFIG). Nothing of the run was begun; leave the node out, or mend it."""
+"""`dsvae.preflight` found a bad node and named it (EX_CONFIG). Nothing of the run was
+begun; leave the node out, or mend it."""
 EXIT_INTERRUPTED = 130
-"""Ctrl-C: saved at the next step, left (128 + SIGINT, as shells count it). The same command goes on exactly there."""
+"""Ctrl-C: saved at the next step, left (128 + SIGINT, as shells count it). The same
+command goes on exactly there."""
 
 
 class RunStopped(BaseException):
-    """The run ends early, by no mistake in the command. The entry point prints the line and leaves with `code`.
+    """The run ends early, by no mistake in the command. The entry point prints the line
+    and leaves with `code`.
 
-    No `Exception`: a signal raises it anywhere, and libraries around which errors are caught must not swallow it.
+    No `Exception`: a signal raises it anywhere, and libraries around which errors are
+    caught must not swallow it.
     """
 
     def __init__(self, code: int, message: str) -> None:

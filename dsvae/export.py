@@ -1,4 +1,5 @@
-"""The model of a checkpoint as a plain transformers directory: of a run that goes on, was cut, or is finished. One process."""
+"""The model of a checkpoint as a plain transformers directory: of a run that goes on,
+was cut, or is finished. One process."""
 
 from __future__ import annotations
 
@@ -37,30 +38,38 @@ def export_checkpoint(
     report: Callable[[str], Any],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes the model of a checkpoint; where to. The run is only read, and may be going on.
+    """Writes the model of a checkpoint; where to. The run is only read, and may be
+    going on.
 
-    Weights are float32: trained ones the optimizer's own copies, frozen ones those that the run began with.
+    Weights are float32: trained ones the optimizer's own copies, frozen ones those that
+    the run began with.
 
     Args:
         run: its output directory.
-        which: latest (that is sound), best (of the running phase, on validation text), or the name of a checkpoint.
+        which: latest (that is sound), best (of the running phase, on validation text),
+            or the name of a checkpoint.
         output: the directory; None: `exports` of the run and the checkpoint's name.
         report: gets a line for every damaged checkpoint that is passed over.
 
     Raises:
-        UserError: no run or no such checkpoint, damaged or gone meanwhile; the output exists, or cannot be written to.
+        UserError: no run or no such checkpoint, damaged or gone meanwhile; the output
+            exists, or cannot be written to.
     """
     run = Path(run).expanduser()
     config = _read_config(run)
     found = _find(run, which, report)
-    directory = run / "exports" / found.directory.name if output is None else Path(output).expanduser()
+    directory = (
+        run / "exports" / found.directory.name if output is None else Path(output).expanduser()
+    )
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory} is there already: give another --output, or remove it")
     make_writable(directory.absolute().parent, "--output")
 
     def extras(target: Path) -> None:
         shutil.copytree(run / "tokenizer", target, dirs_exist_ok=True)
-        write_checkpoint_card(target / "README.md", config, found.phase, found.step, meta.get("valid"))
+        write_checkpoint_card(
+            target / "README.md", config, found.phase, found.step, meta.get("valid")
+        )
 
     with _still_there(found):
         meta = found.meta
@@ -80,7 +89,9 @@ def export_checkpoint(
         writer.finish(model, extras)
     except OSError as error:
         advice = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise UserError(f"{directory} cannot be written ({error}): {advice}give another --output") from error
+        raise UserError(
+            f"{directory} cannot be written ({error}): {advice}give another --output"
+        ) from error
     finally:
         writer.abandon()
     return directory
@@ -101,7 +112,10 @@ def _find(run: Path, which: str, report: Callable[[str], Any]) -> Checkpoint:
     complete = checkpoint.find(root)
     names = ", ".join(each.directory.name for each in complete)
     if not complete:
-        raise UserError(f"{run}: no complete checkpoint in it yet; --checkpoint_every of a run says how often one is saved")
+        raise UserError(
+            f"{run}: no complete checkpoint in it yet; --checkpoint_every of a run says how "
+            f"often one is saved"
+        )
     if which == "latest":
         with _still_there(*complete):
             newest = checkpoint.newest_sound(root, report)
@@ -113,48 +127,71 @@ def _find(run: Path, which: str, report: Callable[[str], Any]) -> Checkpoint:
             found = checkpoint.best_of(complete)
         if found is None:
             raise UserError(
-                f"{run}: no checkpoint of phase {complete[-1].phase} was measured on validation text ({names}): name one, "
+                f"{run}: no checkpoint of phase {complete[-1].phase} was measured on validation "
+                f"text ({names}): name one, "
                 "or make --checkpoint_every a multiple of --eval_every"
             )
     else:
         found = next((each for each in complete if each.directory.name == which), None)
         if found is None:
-            raise UserError(f"--checkpoint {which}: no such checkpoint in {run}: latest, best, or one of {names}")
+            raise UserError(
+                f"--checkpoint {which}: no such checkpoint in {run}: latest, best, or one of "
+                f"{names}"
+            )
     with _still_there(found):
         if problem := checkpoint.damage(found):
             if not (found.directory / COMPLETE).exists():
                 raise FileNotFoundError(found.directory)
-            raise UserError(f"checkpoint {found.directory} is damaged ({problem}): name another of {names}")
+            raise UserError(
+                f"checkpoint {found.directory} is damaged ({problem}): name another of {names}"
+            )
     return found
 
 
 @contextlib.contextmanager
 def _still_there(*read: Checkpoint) -> Iterator[None]:
-    """Names the reason for what goes wrong when a living run removes a checkpoint that is being read."""
+    """Names the reason for what goes wrong when a living run removes a checkpoint that
+    is being read."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        gone = next((each.directory for each in read if not (each.directory / COMPLETE).exists()), None)
+        gone = next(
+            (each.directory for each in read if not (each.directory / COMPLETE).exists()), None
+        )
         if gone is None:
             raise
-        raise UserError(f"{gone} is gone meanwhile, its run keeps newer checkpoints (--keep_checkpoints): try again") from error
+        raise UserError(
+            f"{gone} is gone meanwhile, its run keeps newer checkpoints (--keep_checkpoints): "
+            f"try again"
+        ) from error
 
 
 def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
-    """Every weight in a checkpoint, by name, as it lies there: trained ones float32, frozen ones in the engine's dtype.
+    """Every weight in a checkpoint, by name, as it lies there: trained ones float32,
+    frozen ones in the engine's dtype.
 
-    Beside tensors, what has a `shape` and becomes one by `.contiguous()`: so one at a time is in memory.
+    Beside tensors, what has a `shape` and becomes one by `.contiguous()`: so one at a
+    time is in memory.
     """
     if meta["zero_stage"] == 0:
         return dict(_load(found.directory / "mp_rank_00_model_states.pt")["module"])
     if meta["zero_stage"] == 3:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            return get_fp32_state_dict_from_zero_checkpoint(str(found.directory.parent), tag=found.directory.name, lazy_mode=True)
-    # Not by DeepSpeed's tool: it knows no checkpoint of ZeRO 1 in bf16, and holds all weights in memory at once.
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            return get_fp32_state_dict_from_zero_checkpoint(
+                str(found.directory.parent), tag=found.directory.name, lazy_mode=True
+            )
+    # Not by DeepSpeed's tool: it knows no checkpoint of ZeRO 1 in bf16, and holds all
+    # weights in memory at once.
     common = _load(found.directory / "mp_rank_00_model_states.pt")
-    ranks = [_load(Path(path))["optimizer_state_dict"] for path in get_optim_files(str(found.directory))]
+    ranks = [
+        _load(Path(path))["optimizer_state_dict"] for path in get_optim_files(str(found.directory))
+    ]
     weights = dict(common["module"])
     paddings = ranks[0].get("param_alignment_paddings")
     for number, shapes in enumerate(common["param_shapes"]):
@@ -167,7 +204,8 @@ def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A file of a checkpoint; its tensors are mapped, and take no memory until they are read."""
+    """A file of a checkpoint; its tensors are mapped, and take no memory until they are
+    read."""
     loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     return loaded
 
@@ -188,7 +226,9 @@ class _Spread:
         return torch.cat(pieces).view(self.shape)
 
 
-def _weights(found: Checkpoint, saved: dict[str, Any], model: T5VAE, origin: Origin) -> Iterator[tuple[str, Tensor]]:
+def _weights(
+    found: Checkpoint, saved: dict[str, Any], model: T5VAE, origin: Origin
+) -> Iterator[tuple[str, Tensor]]:
     """Every parameter whole, in float32 on CPU, one at a time.
 
     Args:
@@ -197,15 +237,22 @@ def _weights(found: Checkpoint, saved: dict[str, Any], model: T5VAE, origin: Ori
     """
     for name, parameter in model.named_parameters():
         if name not in saved or saved[name].shape != parameter.shape:
-            has = f"{name} has the shape {tuple(saved[name].shape)} in it" if name in saved else f"{name} is not in it"
-            raise UserError(f"{found.directory} is not of the model of its run's config.yaml: {has}")
+            has = (
+                f"{name} has the shape {tuple(saved[name].shape)} in it"
+                if name in saved
+                else f"{name} is not in it"
+            )
+            raise UserError(
+                f"{found.directory} is not of the model of its run's config.yaml: {has}"
+            )
         value = saved[name].contiguous()
         if not parameter.requires_grad:
             # The engine may have rounded it; the original is exact.
             original = origin.tensor(name)
             if not torch.equal(original.to(value.dtype), value):
                 raise UserError(
-                    f"{found.directory}: {name} is frozen, and not what the model of its run's config.yaml has now: that model "
+                    f"{found.directory}: {name} is frozen, and not what the model of its run's "
+                    f"config.yaml has now: that model "
                     "has changed since the run began; put it back"
                 )
             value = original

@@ -28,7 +28,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def make_writable(directory: Path, flag: str) -> None:
-    """Makes a directory and makes sure that it can be written to, before hours of work; `flag` is what chose it.
+    """Makes a directory and makes sure that it can be written to, before hours of work;
+    `flag` is what chose it.
 
     Raises:
         UserError: it cannot.
@@ -38,7 +39,9 @@ def make_writable(directory: Path, flag: str) -> None:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror}; give another {flag}") from error
+        raise UserError(
+            f"cannot write to {directory}: {error.strerror}; give another {flag}"
+        ) from error
 
 
 def finite(value: Any) -> Any:

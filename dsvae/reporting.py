@@ -1,6 +1,7 @@
 """What a run tells: the console, metrics.jsonl and TensorBoard. Rank 0 alone reports.
 
-Both phases share one axis of optimizer steps: phase 2 goes on counting where phase 1 ends.
+Both phases share one axis of optimizer steps: phase 2 goes on counting where phase 1
+ends.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Reporter:
         self._jsonl: TextIO | None = None
 
     def open(self, first_step: int) -> None:
-        """Starts writing at global step `first_step`; what a cut run wrote from there on is dropped, so no step comes twice."""
+        """Starts writing at global step `first_step`; what a cut run wrote from there
+        on is dropped, so no step comes twice."""
         if not self.enabled:
             return
         path = self.directory / "metrics.jsonl"
@@ -46,14 +48,21 @@ class Reporter:
             sys.stdout.flush()
 
     def start_phase(self, phase: int, steps: int, done: int) -> None:
-        """A progress bar for a phase of `steps` optimizer steps of which `done` are done."""
+        """A progress bar for a phase of `steps` optimizer steps of which `done` are
+        done."""
         if self.enabled:
             # A log file gets a line a minute instead of thousands of redrawn bars.
             interval = 0.5 if sys.stderr.isatty() else 60.0
             self._bar = tqdm(
-                total=steps, initial=done, desc=f"phase {phase}", unit="step", mininterval=interval, maxinterval=interval,
-                dynamic_ncols=True, smoothing=0.05,
-            )  # fmt: skip
+                total=steps,
+                initial=done,
+                desc=f"phase {phase}",
+                unit="step",
+                mininterval=interval,
+                maxinterval=interval,
+                dynamic_ncols=True,
+                smoothing=0.05,
+            )
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -66,18 +75,25 @@ class Reporter:
             self._bar.close()
             self._bar = None
 
-    def scalars(self, step: int, phase: int, values: dict[str, float], kl_per_dim: list[float]) -> None:
-        """One logged training step: global `step`, named values (units as in the design: nats per sentence)."""
+    def scalars(
+        self, step: int, phase: int, values: dict[str, float], kl_per_dim: list[float]
+    ) -> None:
+        """One logged training step: global `step`, named values (units as in the
+        design: nats per sentence)."""
         if not self.enabled:
             return
-        self._record({"step": step, "phase": phase, "split": "train", **values, "kl_per_dim": kl_per_dim})
+        self._record(
+            {"step": step, "phase": phase, "split": "train", **values, "kl_per_dim": kl_per_dim}
+        )
         assert self._writer is not None
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)
         self._per_dim("train", kl_per_dim, step)
         if self._bar is not None:
             shown = ("loss", "rec", "kl", "beta", "tokens_per_s")
-            self._bar.set_postfix_str(" ".join(f"{_SHORT.get(n, n)} {values[n]:.4g}" for n in shown), refresh=False)
+            self._bar.set_postfix_str(
+                " ".join(f"{_SHORT.get(n, n)} {values[n]:.4g}" for n in shown), refresh=False
+            )
 
     def evaluation(self, step: int, phase: int, split: str, metrics: dict[str, Any]) -> None:
         """An evaluation at global `step`."""
@@ -91,31 +107,50 @@ class Reporter:
         self._per_dim(split, metrics["kl_per_dim"], step)
 
     def text(self, step: int, pairs: list[tuple[str, str]], prior: list[str]) -> None:
-        """Reconstructions (original, reconstruction) and sentences from the prior; of a language model one greedy sentence."""
+        """Reconstructions (original, reconstruction) and sentences from the prior; of a
+        language model one greedy sentence."""
         if not self.enabled or not (pairs or prior):
             return
         assert self._writer is not None
         if pairs:
             rows = "\n".join(f"| {_cell(a)} | {_cell(b)} |" for a, b in pairs)
-            self._writer.add_text("reconstruction", f"| sentence | reconstruction of its mean |\n|---|---|\n{rows}", step)
+            self._writer.add_text(
+                "reconstruction",
+                f"| sentence | reconstruction of its mean |\n|---|---|\n{rows}",
+                step,
+            )
         self._writer.add_text("prior", "\n".join(f"- {_cell(text)}" for text in prior), step)
-        self._record({"step": step, "split": "text", "reconstruction": [list(pair) for pair in pairs], "prior": prior})
+        self._record(
+            {
+                "step": step,
+                "split": "text",
+                "reconstruction": [list(pair) for pair in pairs],
+                "prior": prior,
+            }
+        )
 
     def flush(self) -> None:
-        """Puts on the disk what was reported so far: before a checkpoint, behind which nothing is reported again."""
+        """Puts on the disk what was reported so far: before a checkpoint, behind which
+        nothing is reported again."""
         if self._jsonl is not None and self._writer is not None:
             os.fsync(self._jsonl.fileno())
             self._writer.flush()
 
     def close(self, config: RunConfig, final: dict[str, Any] | None) -> None:
-        """Writes hparams with the final metrics, if there are any, and closes the files."""
+        """Writes hparams with the final metrics, if there are any, and closes the
+        files."""
         self.end_phase()
         if self._writer is not None:
             if final is not None:
-                plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flatten(to_tree(config)).items()}
-                # The metrics are the scalars of the final evaluation, which are there already.
+                plain = {
+                    k: v if isinstance(v, (int, float, str, bool)) else str(v)
+                    for k, v in flatten(to_tree(config)).items()
+                }
+                # The metrics are the scalars of the final evaluation, which are there
+                # already.
                 numbers = {f"test/{k}": v for k, v in final.items() if isinstance(v, (int, float))}
-                # Into this run's own event file: `SummaryWriter.add_hparams` would open a second run beside it.
+                # Into this run's own event file: `SummaryWriter.add_hparams` would open
+                # a second run beside it.
                 for summary in hparams(plain, numbers):
                     self._writer._get_file_writer().add_summary(summary)
             self._writer.close()
@@ -153,13 +188,24 @@ class Speed:
 
 
 OF_A_RUN = (
-    "rec", "kl", "elbo", "ppl_token", "ppl_word", "bits_per_byte", "mi", "mi_cap", "au", "rec_shuffled", "rec_prior",
-)  # fmt: skip
+    "rec",
+    "kl",
+    "elbo",
+    "ppl_token",
+    "ppl_word",
+    "bits_per_byte",
+    "mi",
+    "mi_cap",
+    "au",
+    "rec_shuffled",
+    "rec_prior",
+)
 """The metrics of a run with a latent that people are shown at its end."""
 
 
 def result_table(title: str, metrics: dict[str, Any]) -> str:
-    """The final metrics as lines for people: those of OF_A_RUN, of a language model its exact likelihood alone.
+    """The final metrics as lines for people: those of OF_A_RUN, of a language model its
+    exact likelihood alone.
 
     Args:
         metrics: of `dsvae.metrics.evaluate`, or the same read back from metrics.json.
@@ -179,19 +225,22 @@ def _truncate_jsonl(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    # Not splitlines(): it also splits at U+2028 and others, which JSON leaves as they are. A cut may halve a character.
+    # Not splitlines(): it also splits at U+2028 and others, which JSON leaves as they
+    # are. A cut may halve a character.
     for line in filter(None, path.read_bytes().decode(errors="replace").split("\n")):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        if row["step"] < first_step and row["split"] != "test":  # the final evaluation comes behind the last checkpoint
+        # the final evaluation comes behind the last checkpoint
+        if row["step"] < first_step and row["split"] != "test":
             kept.append(line + "\n")
     write_text(path, "".join(kept))
 
 
 def _cell(text: str) -> str:
-    """Text inside a Markdown table: nothing that would end the cell or be taken for markup."""
+    """Text inside a Markdown table: nothing that would end the cell or be taken for
+    markup."""
     for char in "\\|`*_<>[]":
         text = text.replace(char, "\\" + char)
     return text.replace("\n", " ")

@@ -2,7 +2,8 @@
 
     deepspeed dsvae/train.py --ds_config ds_configs/zero2.json
 
-Also under `python`, torchrun and srun. Every rank runs all of it; what rank 0 does alone goes through `world.on_main`.
+Also under `python`, torchrun and srun. Every rank runs all of it; what rank 0 does
+alone goes through `world.on_main`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-# `deepspeed dsvae/train.py` puts dsvae/ itself first on the path, where `config`, `data` or `metrics` would hide other packages.
+# `deepspeed dsvae/train.py` puts dsvae/ itself first on the path, where `config`,
+# `data` or `metrics` would hide other packages.
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one line, not one under stacks of torch's own sockets
+# a lost rank is one line, not one under stacks of torch's own sockets
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if __name__ == "__main__":
-    # Until `Stopping` listens, there is nothing to save: the imports below alone take seconds, on a cold file system minutes.
+    # Until `Stopping` listens, there is nothing to save: the imports below alone take
+    # seconds, on a cold file system minutes.
     for _number, _code in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
         signal.signal(_number, lambda *_, code=_code: os._exit(code))
 
@@ -49,7 +53,14 @@ from dsvae.engine.distributed import World
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.non_finite import SkippedSteps
 from dsvae.engine.stopping import Stopping
-from dsvae.errors import EXIT_DEFECT, EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
+from dsvae.errors import (
+    EXIT_DEFECT,
+    EXIT_DISK,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    RunStopped,
+    UserError,
+)
 from dsvae.files import write_json, write_text
 from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.text import samples
@@ -87,19 +98,27 @@ def main(argv: list[str] | None = None) -> int:
         code = EXIT_USER_ERROR
         _complain_of(error, f"error: {error}", world, reading)
     except RunStopped as stopped:
-        _complain(stopped.message, everywhere=world is None)  # where the ranks never met, rank 0 may be the one that is missing
+        # where the ranks never met, rank 0 may be the one that is missing
+        _complain(stopped.message, everywhere=world is None)
         code = stopped.code
     except KeyboardInterrupt:
-        _complain("interrupted twice, left at once; the same command goes on from the last complete checkpoint")
+        _complain(
+            "interrupted twice, left at once; the same command goes on from the last complete "
+            "checkpoint"
+        )
         code = EXIT_INTERRUPTED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         code = EXIT_DISK
-        line = f"error: {error}; make room, and the same command goes on from the last complete checkpoint"
+        line = (
+            f"error: {error}; make room, and the same command goes on from the last complete "
+            f"checkpoint"
+        )
         _complain_of(error, line, world, reading)
     except RuntimeError:
-        # An operation with the other ranks has failed: because this rank left it on a signal, or because one of them is gone.
+        # An operation with the other ranks has failed: because this rank left it on a
+        # signal, or because one of them is gone.
         if stopping.pending is not None:
             code = stopping.pending.code
         elif world is not None and world.watchdog is not None and (lost := world.watchdog.lost()):
@@ -111,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
         code = 0
         distributed.stop(world)
     finally:
-        # With a code of its own also where an exception passes: for the others this rank is not lost, and repeating is no help.
+        # With a code of its own also where an exception passes: for the others this
+        # rank is not lost, and repeating is no help.
         if code and world is not None and world.watchdog is not None:
             with stopping.between_steps(), suppress(KeyboardInterrupt):  # on its way out already
                 world.watchdog.close(code)
@@ -119,10 +139,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain_of(error: Exception, line: str, world: World | None, reading: bool) -> None:
-    """One line for an error that every rank has; the rank's own line for one that it may be alone with."""
+    """One line for an error that every rank has; the rank's own line for one that it
+    may be alone with."""
     if reading:
-        # A node may lack the files, so each has its line; its other ranks read the same.
-        _complain(line, everywhere=int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0)
+        # A node may lack the files, so each has its line; its other ranks read the
+        # same.
+        _complain(
+            line, everywhere=int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
+        )
     elif world is None:
         _complain(line, everywhere=True)
     elif getattr(error, "shared", False) or world.is_main or world.watchdog is None:
@@ -146,7 +170,8 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
 
     Raises:
         UserError: on every rank alike.
-        RunStopped: on every rank alike, or on this one alone where nothing is left to be saved.
+        RunStopped: on every rank alike, or on this one alone where nothing is left to
+            be saved.
     """
     out = Path(config.output_dir)
     reporter = Reporter(out, world.is_main)
@@ -157,44 +182,62 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
         world.on_main(lambda: _say_finished(config, reporter))
         return
 
-    # Data: rank 0 tokenizes, or finds it in the cache; every rank maps the result into memory.
-    # A tokenizer comes with a pretrained model; one trained on the corpus is made once and stays with the run.
+    # Data: rank 0 tokenizes, or finds it in the cache; every rank maps the result into
+    # memory. A tokenizer comes with a pretrained model; one trained on the corpus is
+    # made once and stays with the run.
     source = config.model.name or (str(start.tokenizer) if start.tokenizer else None)
     vocab_size = None if source else config.model.vocab_size
-    path = world.on_main(lambda: prepare(config.data, tokenizer=source, vocab_size=vocab_size, seed=config.seed))
+    path = world.on_main(
+        lambda: prepare(config.data, tokenizer=source, vocab_size=vocab_size, seed=config.seed)
+    )
     data = world.on_all(lambda: load_prepared(path))
     reporter.say(f"{world.size} rank(s); data: {json.dumps(data.report, ensure_ascii=False)}")
 
     weights_from = start.weights
-    # One axis of steps: phase 2 counts on behind a phase 1 that came before it, in this process or in an earlier one.
+    # One axis of steps: phase 2 counts on behind a phase 1 that came before it, in this
+    # process or in an earlier one.
     before_phase2 = config.phase1.steps if 1 in start.phases or start.weights else 0
     if (last := start.checkpoint) and last.phase == 2:
-        before_phase2 = world.on_main(lambda: last.meta.get("steps_before", before_phase2))  # begun in another directory
-    first_step = (start.checkpoint.step if start.checkpoint else 0) + (before_phase2 if start.phases[0] == 2 else 0)
+        # begun in another directory
+        before_phase2 = world.on_main(lambda: last.meta.get("steps_before", before_phase2))
+    first_step = (start.checkpoint.step if start.checkpoint else 0) + (
+        before_phase2 if start.phases[0] == 2 else 0
+    )
     metrics = None
     for phase in start.phases:
         resumed = start.checkpoint if start.checkpoint and start.checkpoint.phase == phase else None
         with ExitStack() as held:
             with world.patient():
-                engine, batches = _engine(config, raw, phase, weights_from, data, world, reporter, held)
+                engine, batches = _engine(
+                    config, raw, phase, weights_from, data, world, reporter, held
+                )
             if phase == start.phases[0]:
-                # Only now: a mistake until here leaves nothing in output_dir that the corrected command would stumble over.
+                # Only now: a mistake until here leaves nothing in output_dir that the
+                # corrected command would stumble over.
                 world.on_main(lambda: _write_down(config, raw, data, out))
                 reporter.open(first_step + 1)
             if resumed:
                 with world.patient():
-                    converted = checkpoint.load(engine.deepspeed, resumed, world, out / "checkpoints", engine.frozen)
+                    converted = checkpoint.load(
+                        engine.deepspeed, resumed, world, out / "checkpoints", engine.frozen
+                    )
                 if converted:
                     reporter.say(converted)
                 reporter.say(f"going on from {resumed.directory}")
             done, offset = resumed.step if resumed else 0, before_phase2 if phase == 2 else 0
             with stopping.between_steps():
-                train_phase(config, phase, engine, batches, data, world, reporter, stopping, done, offset)
+                train_phase(
+                    config, phase, engine, batches, data, world, reporter, stopping, done, offset
+                )
             if phase == 1:
                 weights_from = out / "phase1" / "model"
-                weights.export(engine.module, engine.origin, world, weights_from, _save_tokenizer(data))
+                weights.export(
+                    engine.module, engine.origin, world, weights_from, _save_tokenizer(data)
+                )
             else:
-                metrics = finish(config, engine, data, world, reporter, offset + config.phase2.steps)
+                metrics = finish(
+                    config, engine, data, world, reporter, offset + config.phase2.steps
+                )
             engine.close()
     reporter.close(config, metrics)
     world.on_main(lambda: _say_finished(config, reporter))
@@ -212,23 +255,28 @@ def train_phase(
     done: int,
     offset: int,
 ) -> None:
-    """The optimizer steps of one phase from step `done` on, with what is logged, evaluated and saved between them.
+    """The optimizer steps of one phase from step `done` on, with what is logged,
+    evaluated and saved between them.
 
     Args:
         offset: steps of the phases before, on the axis of what is reported.
 
     Raises:
-        RunStopped: on every rank: told to stop and saved; no checkpoint could be saved; or nothing finite came for too long.
+        RunStopped: on every rank: told to stop and saved; no checkpoint could be saved;
+            or nothing finite came for too long.
     """
     settings = config.phase1 if phase == 1 else config.phase2
     valid = data.splits["valid"]
-    watched = valid.select(np.sort(np.argsort(valid.content_keys)[: config.eval.sentences]))  # any order of the file
+    # any order of the file
+    watched = valid.select(np.sort(np.argsort(valid.content_keys)[: config.eval.sentences]))
     speed = Speed()
 
     def decode(ids: list[int]) -> str:
         return str(data.tokenizer.decode(ids, skip_special_tokens=True))
 
-    skipped = SkippedSteps(config.max_skipped_steps, Path(config.output_dir), phase, decode, reporter.say)
+    skipped = SkippedSteps(
+        config.max_skipped_steps, Path(config.output_dir), phase, decode, reporter.say
+    )
     reporter.start_phase(phase, settings.steps, done)
     for index in range(done, settings.steps):
         beta = beta_at(index, settings.steps, config.phase2.beta) if phase == 2 else 0.0
@@ -248,7 +296,8 @@ def train_phase(
             values = {
                 "loss": engine.loss(rec, kl, beta),
                 "rec": rec,
-                "rec_per_token": rec * step.sentences / step.tokens,  # steps differ in length: this one shows the trend
+                # steps differ in length: this one shows the trend
+                "rec_per_token": rec * step.sentences / step.tokens,
                 "kl": float(kl.sum()),
                 "beta": beta,
                 "lr": lr,
@@ -259,14 +308,28 @@ def train_phase(
             }
             reporter.scalars(offset + done, phase, values, kl.tolist())
         if last or (config.eval_every and done % config.eval_every == 0):
-            found = evaluate(engine.module, watched, world, samples=config.eval.samples, token_budget=config.eval.batch_tokens)
+            found = evaluate(
+                engine.module,
+                watched,
+                world,
+                samples=config.eval.samples,
+                token_budget=config.eval.batch_tokens,
+            )
             reporter.evaluation(offset + done, phase, "valid", found)
             valid_loss = found["rec"] + (found["kl"] if phase == 2 else 0.0)
             reporter.say(
-                f"step {offset + done}: valid rec {found['rec']:.2f} kl {found['kl']:.2f} mi {found['mi']:.2f} "
+                f"step {offset + done}: valid rec {found['rec']:.2f} kl {found['kl']:.2f} mi "
+                f"{found['mi']:.2f} "
                 f"au {found['au']} rec_shuffled {found['rec_shuffled']:.2f}"
             )
-            pairs, prior = samples(engine.module, watched, data.tokenizer, world, config.eval.shown, config.data.max_tokens)
+            pairs, prior = samples(
+                engine.module,
+                watched,
+                data.tokenizer,
+                world,
+                config.eval.shown,
+                config.data.max_tokens,
+            )
             reporter.text(offset + done, pairs, prior)
             speed.read()  # evaluation is not training time
         if last or stop or (config.checkpoint_every and done % config.checkpoint_every == 0):
@@ -290,16 +353,29 @@ def train_phase(
                 )
             except checkpoint.SaveFailed as failure:
                 if stop or config.on_save_error == "stop":
-                    raise RunStopped(EXIT_DISK, f"error: {failure}; make room, and the same command goes on from there") from None
-                reporter.say(f"warning: {failure}; training goes on without (on_save_error is continue)")
+                    raise RunStopped(
+                        EXIT_DISK,
+                        f"error: {failure}; make room, and the same command goes on from there",
+                    ) from None
+                reporter.say(
+                    f"warning: {failure}; training goes on without (on_save_error is continue)"
+                )
             speed.read()
         if stop:
             raise stop
     reporter.end_phase()
 
 
-def finish(config: RunConfig, engine: PhaseEngine, data: Prepared, world: World, reporter: Reporter, step: int) -> dict[str, Any]:
-    """The final evaluation on all test sentences, and the export; metrics.json comes last and says that all is there.
+def finish(
+    config: RunConfig,
+    engine: PhaseEngine,
+    data: Prepared,
+    world: World,
+    reporter: Reporter,
+    step: int,
+) -> dict[str, Any]:
+    """The final evaluation on all test sentences, and the export; metrics.json comes
+    last and says that all is there.
 
     Args:
         step: the last one of the run.
@@ -313,9 +389,17 @@ def finish(config: RunConfig, engine: PhaseEngine, data: Prepared, world: World,
         iw_samples=config.eval.iw_samples,
         token_budget=config.eval.batch_tokens,
     )
-    metrics["precision"] = PRECISIONS[next(engine.module.parameters()).dtype]  # float32 under autocast, which is for training
+    # float32 under autocast, which is for training
+    metrics["precision"] = PRECISIONS[next(engine.module.parameters()).dtype]
     reporter.evaluation(step, 2, "test", metrics)
-    pairs, prior = samples(engine.module, data.splits["test"], data.tokenizer, world, config.eval.shown, config.data.max_tokens)
+    pairs, prior = samples(
+        engine.module,
+        data.splits["test"],
+        data.tokenizer,
+        world,
+        config.eval.shown,
+        config.data.max_tokens,
+    )
 
     def extras(directory: Path) -> None:
         data.tokenizer.save_pretrained(directory)
@@ -336,7 +420,8 @@ def _engine(
     reporter: Reporter,
     held: ExitStack,
 ) -> tuple[PhaseEngine, TrainingBatches]:
-    """The engine of a phase around its model, and its batches, agreed on how a step is cut.
+    """The engine of a phase around its model, and its batches, agreed on how a step is
+    cut.
 
     Args:
         held: what the engine has on a disk goes with it.
@@ -344,7 +429,9 @@ def _engine(
     settings = config.phase1 if phase == 1 else config.phase2
     train = data.splits["train"]
     given = raw.get("gradient_accumulation_steps", "auto")
-    most = most_micro_batches(train.lengths, config.data.batch_size, world.size, config.data.micro_batch_tokens)
+    most = most_micro_batches(
+        train.lengths, config.data.batch_size, world.size, config.data.micro_batch_tokens
+    )
     accelerator = get_accelerator()
     resolved = ds_config.resolve(
         raw,
@@ -359,8 +446,13 @@ def _engine(
     ds_config.check_with_deepspeed(resolved)
     held.enter_context(nvme.place(resolved, config.output_dir, world))
     if ds_config.precision_of(resolved) == "fp16":
-        reporter.say("warning: T5 was trained in bf16 and overflows easily in fp16; prefer bf16 where the GPU has it")
-    model, origin = build_model(config.model, data.tokenizer, weights_from, config.seed, world, resolved)
+        reporter.say(
+            "warning: T5 was trained in bf16 and overflows easily in fp16; prefer bf16 where the "
+            "GPU has it"
+        )
+    model, origin = build_model(
+        config.model, data.tokenizer, weights_from, config.seed, world, resolved
+    )
     model.config.max_tokens = config.data.max_tokens  # goes into the exported config.json
     reporter.say(f"phase {phase}: ds_config as resolved\n{json.dumps(resolved, indent=2)}")
     batches = TrainingBatches(
@@ -389,7 +481,9 @@ def _engine(
         gradient_checkpointing=config.model.gradient_checkpointing,
         seed=config.seed * 2 + phase - 1,
     )
-    world.on_main(lambda: write_json(Path(config.output_dir) / f"ds_config.phase{phase}.json", resolved))
+    world.on_main(
+        lambda: write_json(Path(config.output_dir) / f"ds_config.phase{phase}.json", resolved)
+    )
     return engine, batches
 
 
@@ -401,7 +495,8 @@ def _save_tokenizer(data: Prepared) -> Callable[[Path], None]:
 
 
 def _write_down(config: RunConfig, raw: dict[str, Any], data: Prepared, out: Path) -> None:
-    """Puts configuration, tokenizer and what tells the sentences from others into the output directory."""
+    """Puts configuration, tokenizer and what tells the sentences from others into the
+    output directory."""
     write_json(out / "ds_config.json", raw)
     write_json(out / output.DATA, output.data_of(config))
     if not (out / "tokenizer").is_dir():
@@ -415,14 +510,18 @@ def _say_finished(config: RunConfig, reporter: Reporter) -> None:
     """The results of a finished run and where everything lies."""
     out = Path(config.output_dir)
     if config.phase == "1":
-        reporter.say(f"phase 1 is finished: its weights are in {out / 'phase1' / 'model'}; go on with --phase 2")
+        reporter.say(
+            f"phase 1 is finished: its weights are in {out / 'phase1' / 'model'}; go on with "
+            f"--phase 2"
+        )
         return
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["test"]
     reporter.say(
         "\n".join(
             (
                 result_table("test", metrics),
-                f"model       {out / 'model'}  (T5VAE.from_pretrained; its README.md is the model card)",
+                f"model       {out / 'model'}  (T5VAE.from_pretrained; its README.md is the "
+                f"model card)",
                 f"metrics     {out / 'metrics.json'}, {out / 'metrics.jsonl'}",
                 f"TensorBoard tensorboard --logdir {out / 'tensorboard'}",
             )
@@ -433,8 +532,9 @@ def _say_finished(config: RunConfig, reporter: Reporter) -> None:
 def leave(code: int) -> NoReturn:
     """Ends this process with everything flushed, without taking the interpreter down.
 
-    That takes a while, and now and then it aborts (three of about a hundred small ZeRO-3 runs, torch 2.13, on CPU): a thread that
-    is in C++ just then ends the process with "terminate called", and a finished run with 134.
+    That takes a while, and now and then it aborts (three of about a hundred small
+    ZeRO-3 runs, torch 2.13, on CPU): a thread that is in C++ just then ends the process
+    with "terminate called", and a finished run with 134.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

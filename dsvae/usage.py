@@ -1,4 +1,5 @@
-"""What `train.py --help` prints: every field of a run with its type, its default and its docstring."""
+"""What `train.py --help` prints: every field of a run with its type, its default and
+its docstring."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ from dsvae import config as configuration
 from dsvae.config import ALIASES, RECIPES, RunConfig, field_types, flatten, to_tree
 
 HEAD = """\
-usage: deepspeed [--num_gpus N] dsvae/train.py --ds_config FILE [--config RECIPE_OR_FILE] [--FIELD VALUE ...]
+usage: deepspeed [--num_gpus N] dsvae/train.py --ds_config FILE
+       [--config RECIPE_OR_FILE] [--FIELD VALUE ...]
 
-Also: python dsvae/train.py (one process), torchrun, srun. --config takes a YAML file or a recipe: {recipes}.
-Without it, quickstart. Every field below is a flag; a recipe sets other defaults than those named here.
+It also runs as python dsvae/train.py (one process), under torchrun and under srun.
+The argument of --config is a YAML file or a recipe: {recipes}.
+The default is quickstart. Every field below is a flag; recipes change its default.
 """
 
 
@@ -28,8 +31,13 @@ def help_text() -> str:
     lines = [HEAD.format(recipes=", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml"))))]
     for name, kind in field_types().items():
         default = defaults.get(name)
-        lines.append(f"--{name}{f', --{short[name]}' if name in short else ''}  {_words(kind)}; default {default}")
-        lines += textwrap.wrap(documents[name], 126, initial_indent="    ", subsequent_indent="    ")
+        lines.append(
+            f"--{name}{f', --{short[name]}' if name in short else ''}  {_words(kind)}; default "
+            f"{default}"
+        )
+        lines += textwrap.wrap(
+            documents[name], 126, initial_indent="    ", subsequent_indent="    "
+        )
     return "\n".join(lines)
 
 
@@ -42,7 +50,8 @@ def _words(kind: Any) -> str:
 
 
 def _documents() -> dict[str, str]:
-    """The docstring of every field by its dotted name: Python keeps them in the source alone."""
+    """The docstring of every field by its dotted name: Python keeps them in the source
+    alone."""
     classes: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(configuration)).body:
         if isinstance(node, ast.ClassDef):
@@ -50,7 +59,11 @@ def _documents() -> dict[str, str]:
             for base in node.bases:
                 found |= classes.get(ast.unparse(base), {})
             for field, text in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                if (
+                    isinstance(field, ast.AnnAssign)
+                    and isinstance(text, ast.Expr)
+                    and isinstance(text.value, ast.Constant)
+                ):
                     found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
 
     def walk(cls: type, prefix: str) -> dict[str, str]:

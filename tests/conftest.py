@@ -38,7 +38,8 @@ def pooling(request):
 
 @pytest.fixture
 def batch():
-    """Five sentences of different lengths, padded: input_ids, attention_mask, labels."""
+    """Five sentences of different lengths, padded: input_ids, attention_mask,
+    labels."""
     rng = torch.Generator().manual_seed(3)
     lengths = [9, 4, 7, 1, 6]
     ids = torch.zeros(5, 9, dtype=torch.long)

@@ -1,4 +1,5 @@
-"""Runs the real training command with real ranks, under a time limit, and leaves no process behind."""
+"""Runs the real training command with real ranks, under a time limit, and leaves no
+process behind."""
 
 from __future__ import annotations
 
@@ -26,7 +27,14 @@ TINY = {
     "model": {
         "vocab_size": 260,
         "latent_dim": 6,
-        "t5": {"d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0},
+        "t5": {
+            "d_model": 32,
+            "d_kv": 12,
+            "d_ff": 48,
+            "num_layers": 1,
+            "num_heads": 2,
+            "dropout_rate": 0.0,
+        },
     },
     "phase1": {"steps": 4, "lr": 1e-3},
     "phase2": {"steps": 4, "lr": 1e-3, "beta": {"kind": "linear", "rise": 0.5}, "free_bits": 0.2},
@@ -54,23 +62,38 @@ def environment(**more: str) -> dict[str, str]:
     )
 
 
-def commands(launcher: str, ranks: int, script: Path, more: dict[str, str]) -> list[tuple[list[str], dict[str, str]]]:
-    """(command, environment) of every process to start, without the script's own arguments."""
+def commands(
+    launcher: str, ranks: int, script: Path, more: dict[str, str]
+) -> list[tuple[list[str], dict[str, str]]]:
+    """(command, environment) of every process to start, without the script's own
+    arguments."""
     port = str(free_port())
     if launcher == "deepspeed":
         command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", port, str(script)]
         return [(command, environment(**more))]
     if launcher == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={ranks}",
+            f"--master-port={port}",
+        ]
         return [([*command, str(script)], environment(**more))]
     if launcher == "python":
         return [([sys.executable, str(script)], environment(**more))]
-    # As srun starts them: one process a rank, the rendezvous in the environment. `forked` are processes without the imports.
+    # As srun starts them: one process a rank, the rendezvous in the environment.
+    # `forked` are processes without the imports.
     return [
         (
             [sys.executable, str(script)],
             environment(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **more
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(ranks),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                **more,
             ),
         )
         for rank in range(ranks)
@@ -86,19 +109,29 @@ FORKS = sys.platform == "linux" and not torch.cuda.is_available()  # CUDA does n
 
 
 class Run:
-    """A started run. `stdout` and `stderr` are those of all ranks together, `codes` the exit codes."""
+    """A started run. `stdout` and `stderr` are those of all ranks together, `codes` the
+    exit codes."""
 
     def __init__(
-        self, arguments: list[str], ranks: int, launcher: str, cwd: Path | None, script: Path, env: dict[str, str]
+        self,
+        arguments: list[str],
+        ranks: int,
+        launcher: str,
+        cwd: Path | None,
+        script: Path,
+        env: dict[str, str],
     ) -> None:
         self.processes: list[subprocess.Popen | Forked] = []
         self.codes: list[int] = []
         if launcher == "forked" and FORKS:
-            for each in [zygote(rank % 2) for rank in range(ranks)]:  # all are started before the first is waited for
+            # all are started before the first is waited for
+            for each in [zygote(rank % 2) for rank in range(ranks)]:
                 each.wait()
         for rank, (command, environ) in enumerate(commands(launcher, ranks, script, env)):
             if launcher == "forked" and FORKS:
-                self.processes.append(zygote(rank % 2).fork([*command[1:], *arguments], environ, cwd or ROOT))
+                self.processes.append(
+                    zygote(rank % 2).fork([*command[1:], *arguments], environ, cwd or ROOT)
+                )
                 continue
             self.processes.append(
                 subprocess.Popen(
@@ -123,12 +156,14 @@ class Run:
             process.communicate()
 
     def signal(self, number: int, ranks: Iterable[int] | None = None) -> None:
-        """Sends a signal to the processes of some ranks (launchers `forked` and `ranks` only), by default of all."""
+        """Sends a signal to the processes of some ranks (launchers `forked` and `ranks`
+        only), by default of all."""
         for rank in range(len(self.processes)) if ranks is None else ranks:
             os.kill(self.processes[rank].pid, number)
 
     def wait(self, timeout: float) -> int:
-        """The exit code: that of the first process that failed, else 0. Kills everything at the time limit."""
+        """The exit code: that of the first process that failed, else 0. Kills
+        everything at the time limit."""
         end = time.monotonic() + timeout
         self.codes = []
         try:
@@ -138,7 +173,9 @@ class Run:
                 self.codes.append(process.returncode)
         except subprocess.TimeoutExpired:
             stacks = self._stacks()
-            raise AssertionError(f"the run did not end within {timeout} s\n{stacks[-8000:]}") from None
+            raise AssertionError(
+                f"the run did not end within {timeout} s\n{stacks[-8000:]}"
+            ) from None
         return next((code for code in self.codes if code), 0)
 
     def _stacks(self) -> str:
@@ -163,9 +200,15 @@ class Run:
 
 
 def start(
-    *arguments: str, ranks: int = 1, launcher: str = "forked", cwd: Path | None = None, script: Path = TRAIN, **env: str
+    *arguments: str,
+    ranks: int = 1,
+    launcher: str = "forked",
+    cwd: Path | None = None,
+    script: Path = TRAIN,
+    **env: str,
 ) -> Run:
-    """A run; the launcher is deepspeed, torchrun, python, ranks (as srun starts them), or forked (ranks, sooner: zygote.py)."""
+    """A run; the launcher is deepspeed, torchrun, python, ranks (as srun starts them),
+    or forked (ranks, sooner: zygote.py)."""
     return Run([str(a) for a in arguments], ranks, launcher, cwd, script, env)
 
 
@@ -179,10 +222,13 @@ def train(
     script: Path = TRAIN,
     **env: str,
 ) -> Run:
-    """A run to its end; `code` is the exit code that it must have, `env` more environment."""
+    """A run to its end; `code` is the exit code that it must have, `env` more
+    environment."""
     run = start(*arguments, ranks=ranks, launcher=launcher, cwd=cwd, script=script, **env)
     found = run.wait(timeout)
-    assert found == code, f"exit code {found}, not {code}\n{run.stdout[-3000:]}\n{run.stderr[-6000:]}"
+    assert found == code, (
+        f"exit code {found}, not {code}\n{run.stdout[-3000:]}\n{run.stderr[-6000:]}"
+    )
     return run
 
 

@@ -31,27 +31,39 @@ POOLINGS = ("mean", "max", "first", "attention")
 
 
 def make_t5(kind, directory):
-    """Saves a random T5 of a kind as the hub has it: v1.1, mT5 and umT5 with an lm_head of their own."""
+    """Saves a random T5 of a kind as the hub has it: v1.1, mT5 and umT5 with an lm_head
+    of their own."""
     torch.manual_seed(7)
     model = AutoModelForSeq2SeqLM.from_config(T5_CONFIGS[kind]())
-    state = {name: torch.randn_like(w) * (0.3 if w.ndim > 1 else 0.1) + (w.ndim == 1) for name, w in model.state_dict().items()}
+    state = {
+        name: torch.randn_like(w) * (0.3 if w.ndim > 1 else 0.1) + (w.ndim == 1)
+        for name, w in model.state_dict().items()
+    }
     state = {name: w for name, w in state.items() if ".embed_tokens." not in name}
     if kind == "t5 v1.0":
         state["lm_head.weight"] = state["shared.weight"]
     model.config.save_pretrained(directory)
     if kind == "t5 v1.1":  # transformers writes True whatever it was; the released files say false
         path = directory / "config.json"
-        path.write_text(path.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+        path.write_text(
+            path.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
+        )
     if kind == "t5 v1.0":
         del state["lm_head.weight"]
-    save_file({k: v.contiguous() for k, v in state.items()}, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in state.items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return directory
 
 
 def make_vae(kind="t5 v1.0", seed=0, **latent):
     """A small T5VAE with weights large enough for every path to matter."""
     torch.manual_seed(seed)
-    model = T5VAE(T5VAEConfig(t5=T5_CONFIGS[kind](), **{"latent_dim": 6, "memory_slots": 2, **latent}))
+    model = T5VAE(
+        T5VAEConfig(t5=T5_CONFIGS[kind](), **{"latent_dim": 6, "memory_slots": 2, **latent})
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "layer_norm" not in name:

@@ -1,4 +1,5 @@
-"""Model cards: what they say is true of the model, and the code and the commands in them work."""
+"""Model cards: what they say is true of the model, and the code and the commands in
+them work."""
 
 import re
 import shlex
@@ -22,9 +23,11 @@ TEXTS = [drawn.text for drawn in generate(40, seed=3)]
 
 @pytest.fixture(params=["memory", "none"])
 def card(request, tmp_path, monkeypatch):
-    """A model directory with its card, sentences beside it and the current directory there: (injection, card, greedy)."""
+    """A model directory with its card, sentences beside it and the current directory
+    there: (injection, card, greedy)."""
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # what evaluate sets is taken back
+    # what evaluate sets is taken back
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
     tokenizer = train_tokenizer(TEXTS, SMALL["vocab_size"])
@@ -41,7 +44,9 @@ def card(request, tmp_path, monkeypatch):
     for name in ("test.txt", "sentences.txt"):
         (tmp_path / name).write_text("".join(f"{text}\n" for text in TEXTS))
     greedy = tokenizer.decode(
-        model.generate(latent=torch.zeros(1, model.config.latent_dim), max_new_tokens=12, do_sample=False)[0],
+        model.generate(
+            latent=torch.zeros(1, model.config.latent_dim), max_new_tokens=12, do_sample=False
+        )[0],
         skip_special_tokens=True,
     )
     return request.param, (tmp_path / "model" / "README.md").read_text(), greedy
@@ -57,7 +62,9 @@ def test_code_and_commands_of_a_card_work(card, capsys):
     assert all(words[0] == "dsvae" for words in lines)
     for words in lines:
         more = [] if words[1] == "evaluate" else ["--device", "cpu", "--max_new_tokens", "5"]
-        assert main([word.replace("DIR", "model") for word in words[1:]] + more) == 0, capsys.readouterr().err
+        assert main([word.replace("DIR", "model") for word in words[1:]] + more) == 0, (
+            capsys.readouterr().err
+        )
         assert capsys.readouterr().out
 
 
@@ -67,10 +74,20 @@ def test_a_card_says_what_the_model_is(card, tmp_path):
         assert ("variational-autoencoder" in card_text) == (injection != "none")
         assert ("latent dimensions" in card_text) == (injection != "none")
         assert ("no latent" in card_text) == (injection == "none")
-    assert ("upper bound" in text) == ("rec_shuffled" in text) == ("sample(s) of z" in text) == (injection != "none")
+    assert (
+        ("upper bound" in text)
+        == ("rec_shuffled" in text)
+        == ("sample(s) of z" in text)
+        == (injection != "none")
+    )
     shown = text[text.index("## Samples") :]
     if injection == "none":
-        assert shown.split("\n")[2:] == ["The sentence that it decodes greedily:", "", f"- `{greedy}`", ""]
+        assert shown.split("\n")[2:] == [
+            "The sentence that it decodes greedily:",
+            "",
+            f"- `{greedy}`",
+            "",
+        ]
     else:
         assert shown.count("\n- `") == 6
         assert all(sentence in shown for sentence in TEXTS[:3])

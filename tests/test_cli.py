@@ -1,4 +1,5 @@
-"""The `dsvae` command: through `main` in this process, and in a few tests as the real command in a shell."""
+"""The `dsvae` command: through `main` in this process, and in a few tests as the real
+command in a shell."""
 
 import io
 import json
@@ -23,10 +24,32 @@ from dsvae.data.tokenization import train_tokenizer
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE
 
-TEXTS = ["a bad bee", "the cab had a bed", "abe", "he had the beach ball", "each ace bathed", "a tea"]
+TEXTS = [
+    "a bad bee",
+    "the cab had a bed",
+    "abe",
+    "he had the beach ball",
+    "each ace bathed",
+    "a tea",
+]
 FEW = ("--max_new_tokens", "7", "--device", "cpu")
-# Besides those that the model was trained for: what fire would read as Python, or as its own signs.
-LITERAL = ["1, 2", "None", "[ok]", "True", "1.0", "{'a': 1}", "-", "- a bed", "(a)", '"a"', "a=b", "1e3", "0x1f"]
+# Besides those that the model was trained for: what fire would read as Python, or as
+# its own signs.
+LITERAL = [
+    "1, 2",
+    "None",
+    "[ok]",
+    "True",
+    "1.0",
+    "{'a': 1}",
+    "-",
+    "- a bed",
+    "(a)",
+    '"a"',
+    "a=b",
+    "1e3",
+    "0x1f",
+]
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +131,15 @@ def stdin(monkeypatch, data):
 def test_sample_repeats_with_its_seed(run, vae, model_dir):
     words = ("sample", model_dir, "-n", 4, "--seed", 3, *FEW)
     expected = vae.sample(4, seed=3, max_new_tokens=7)
-    assert objects(run(*words, "--json")) == [{"sample": i, "sentence": text} for i, text in enumerate(expected, 1)]
+    assert objects(run(*words, "--json")) == [
+        {"sample": i, "sentence": text} for i, text in enumerate(expected, 1)
+    ]
     assert run(*words) == "".join(f"{i}  {text}\n" for i, text in enumerate(expected, 1))
     drawn = run(*words, "--do_sample", "--temperature", 1.5)
     assert drawn == run(*words, "--do_sample", "--temperature", 1.5)
-    assert drawn != run("sample", model_dir, "-n", 4, "--seed", 4, "--do_sample", "--temperature", 1.5, *FEW)
+    assert drawn != run(
+        "sample", model_dir, "-n", 4, "--seed", 4, "--do_sample", "--temperature", 1.5, *FEW
+    )
 
 
 def test_sample_tells_a_fresh_seed_that_repeats_it(capsys, model_dir):
@@ -125,7 +152,20 @@ def test_sample_tells_a_fresh_seed_that_repeats_it(capsys, model_dir):
 
 
 def test_sample_of_the_aggregate_posterior_says_where_it_comes_from(run, model_dir, corpus):
-    words = ("sample", model_dir, "-n", 6, "--seed", 1, "--json", "--source", "aggregate", "--file", corpus / "text.txt", *FEW)
+    words = (
+        "sample",
+        model_dir,
+        "-n",
+        6,
+        "--seed",
+        1,
+        "--json",
+        "--source",
+        "aggregate",
+        "--file",
+        corpus / "text.txt",
+        *FEW,
+    )
     rows = objects(run(*words))
     lines = (corpus / "text.txt").read_text().splitlines()
     assert [row["sample"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -138,9 +178,15 @@ def test_reconstruct_takes_files_and_stdin(run, vae, model_dir, corpus, monkeypa
     words = ("reconstruct", model_dir, *FEW, "--batch_size", batch_size)
     found = vae.reconstruct(TEXTS, max_new_tokens=7)
     numbers = [1, 3, 4, 5, 6, 7]
-    rows = [{"line": n, "sentence": text, "reconstruction": made} for n, text, made in zip(numbers, TEXTS, found, strict=True)]
+    rows = [
+        {"line": n, "sentence": text, "reconstruction": made}
+        for n, text, made in zip(numbers, TEXTS, found, strict=True)
+    ]
     assert objects(run(*words, corpus / "text.txt", "--json")) == rows
-    pairs = [f"{n:>6}  {text}\n        {made}\n" for n, text, made in zip(numbers, TEXTS, found, strict=True)]
+    pairs = [
+        f"{n:>6}  {text}\n        {made}\n"
+        for n, text, made in zip(numbers, TEXTS, found, strict=True)
+    ]
     assert run(*words, "--file", corpus / "text.txt") == "".join(pairs)
     for source in ([], ["-"]):
         stdin(monkeypatch, (corpus / "text.txt").read_bytes())
@@ -150,34 +196,63 @@ def test_reconstruct_takes_files_and_stdin(run, vae, model_dir, corpus, monkeypa
 
 
 def test_reconstruct_reports_on_stderr_what_was_not_taken_as_it_came(capsys, model_dir, corpus):
-    assert main(["reconstruct", model_dir, str(corpus / "text.txt"), *FEW, "--max_tokens", "4"]) == 0
+    assert (
+        main(["reconstruct", model_dir, str(corpus / "text.txt"), *FEW, "--max_tokens", "4"]) == 0
+    )
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 * len(TEXTS)
     assert "dsvae: 1 blank sentences skipped" in err
     assert re.search(r"dsvae: \d sentences truncated to 4 tokens \(--max_tokens\)", err)
-    assert re.search(r"dsvae: \d generated sentences cut before their end \(--max_new_tokens\)", err)
+    assert re.search(
+        r"dsvae: \d generated sentences cut before their end \(--max_new_tokens\)", err
+    )
 
 
 def test_interpolate_analogy_and_traverse_print_what_the_class_gives(run, vae, model_dir):
     a, b, c = TEXTS[1], TEXTS[3], TEXTS[4]
     for path in ("linear", "slerp"):
-        rows = objects(run("interpolate", model_dir, a, b, "--steps", 5, "--path", path, "--json", *FEW))
+        rows = objects(
+            run("interpolate", model_dir, a, b, "--steps", 5, "--path", path, "--json", *FEW)
+        )
         assert [row["t"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
-        assert [row["sentence"] for row in rows] == vae.interpolate(a, b, steps=5, path=path, max_new_tokens=7)
+        assert [row["sentence"] for row in rows] == vae.interpolate(
+            a, b, steps=5, path=path, max_new_tokens=7
+        )
     text = vae.analogy(a, b, c, max_new_tokens=7)
-    assert objects(run("analogy", model_dir, a, b, c, "--json", *FEW)) == [{"a": a, "b": b, "c": c, "sentence": text}]
-    assert run("analogy", model_dir, a, b, c, *FEW) == f"a         {a}\nb         {b}\nc         {c}\nsentence  {text}\n"
-    rows = objects(run("traverse", model_dir, a, "--dim", 3, "--steps", 3, "--width", 1.5, "--json", *FEW))
+    assert objects(run("analogy", model_dir, a, b, c, "--json", *FEW)) == [
+        {"a": a, "b": b, "c": c, "sentence": text}
+    ]
+    assert (
+        run("analogy", model_dir, a, b, c, *FEW)
+        == f"a         {a}\nb         {b}\nc         {c}\nsentence  {text}\n"
+    )
+    rows = objects(
+        run("traverse", model_dir, a, "--dim", 3, "--steps", 3, "--width", 1.5, "--json", *FEW)
+    )
     assert [row["offset"] for row in rows] == [row["value"] for row in rows] == [-1.5, 0, 1.5]
-    assert [row["sentence"] for row in rows] == vae.traverse(a, 3, steps=3, width=1.5, max_new_tokens=7)
-    lines = run("traverse", model_dir, a, "--dim=3", "--steps=3", "--scale=posterior", *FEW).splitlines()
+    assert [row["sentence"] for row in rows] == vae.traverse(
+        a, 3, steps=3, width=1.5, max_new_tokens=7
+    )
+    lines = run(
+        "traverse", model_dir, a, "--dim=3", "--steps=3", "--scale=posterior", *FEW
+    ).splitlines()
     assert [line[:8] for line in lines] == [" -3.00  ", " +0.00  ", " +3.00  "]
 
 
 def test_edit_moves_along_the_attribute_vector(run, vae, model_dir, corpus):
     labels = ["pos", "neg", "pos", "neg", "pos", "neg"]
     vector = vae.attribute_vector(TEXTS, labels, "neg")
-    words = ("edit", model_dir, TEXTS[0], "--toward", "neg", "--labels_file", corpus / "labels.txt", "--strength", 2.5)
+    words = (
+        "edit",
+        model_dir,
+        TEXTS[0],
+        "--toward",
+        "neg",
+        "--labels_file",
+        corpus / "labels.txt",
+        "--strength",
+        2.5,
+    )
     words = (*words, "--text_file", corpus / "text.txt", *FEW)
     expected = vae.edit(TEXTS[0], vector, strength=2.5, max_new_tokens=7)
     plain = vae.reconstruct([TEXTS[0]], max_new_tokens=7)[0]
@@ -187,7 +262,16 @@ def test_edit_moves_along_the_attribute_vector(run, vae, model_dir, corpus):
 
 
 def test_an_edit_and_the_reconstruction_beside_it_are_sampled_alike(run, model_dir, corpus):
-    words = ("edit", model_dir, TEXTS[0], "--toward", "neg", "--labels_file", corpus / "labels.txt", "--text_file")
+    words = (
+        "edit",
+        model_dir,
+        TEXTS[0],
+        "--toward",
+        "neg",
+        "--labels_file",
+        corpus / "labels.txt",
+        "--text_file",
+    )
     words = (
         *words,
         corpus / "text.txt",
@@ -200,17 +284,26 @@ def test_an_edit_and_the_reconstruction_beside_it_are_sampled_alike(run, model_d
         "cpu",
         "--json",
     )
-    rows = [objects(run(*words, "--strength", strength, "--seed", seed))[0] for seed in (1, 2) for strength in (0, 50)]
+    rows = [
+        objects(run(*words, "--strength", strength, "--seed", seed))[0]
+        for seed in (1, 2)
+        for strength in (0, 50)
+    ]
     assert [row["reconstruction"] == row["edited"] for row in rows] == [True, False, True, False]
     assert rows[0]["reconstruction"] == rows[1]["reconstruction"] != rows[2]["reconstruction"]
 
 
-def test_encode_writes_the_posteriors_in_the_order_of_the_file(run, vae, model_dir, corpus, tmp_path, monkeypatch):
+def test_encode_writes_the_posteriors_in_the_order_of_the_file(
+    run, vae, model_dir, corpus, tmp_path, monkeypatch
+):
     path = tmp_path / "latents.safetensors"
     posterior = vae.encode(TEXTS)
     stdin(monkeypatch, (corpus / "text.txt").read_bytes())
     for source in ([corpus / "text.txt"], []):
-        assert run("encode", model_dir, *source, "-o", path, "--batch_size", 2, "--device", "cpu") == ""
+        assert (
+            run("encode", model_dir, *source, "-o", path, "--batch_size", 2, "--device", "cpu")
+            == ""
+        )
         found = load_file(path)
         torch.testing.assert_close(found["mean"], posterior.mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found["logvar"], posterior.logvar, rtol=1e-4, atol=1e-5)
@@ -230,12 +323,24 @@ def test_evaluate_hands_everything_over(run, monkeypatch):
     import dsvae.evaluation
 
     seen = {}
-    monkeypatch.setattr(dsvae.evaluation, "evaluate_model", lambda model_dir, **kwargs: seen.update(kwargs, model_dir=model_dir))
+    monkeypatch.setattr(
+        dsvae.evaluation,
+        "evaluate_model",
+        lambda model_dir, **kwargs: seen.update(kwargs, model_dir=model_dir),
+    )
     run("evaluate", "DIR", "--test_file", "1.0", "--iw_samples", 8, "--max_tokens", 32)
     assert seen == {
-        "model_dir": "DIR", "test_file": "1.0", "labels_file": None, "output": None, "samples": 1, "iw_samples": 8,
-        "batch_tokens": 16384, "text_column": "text", "max_tokens": 32, "seed": 0,
-    }  # fmt: skip
+        "model_dir": "DIR",
+        "test_file": "1.0",
+        "labels_file": None,
+        "output": None,
+        "samples": 1,
+        "iw_samples": 8,
+        "batch_tokens": 16384,
+        "text_column": "text",
+        "max_tokens": 32,
+        "seed": 0,
+    }
     main(["--local_rank=1", "evaluate", "OTHER"])  # as the deepspeed launcher starts it
     assert seen["model_dir"] == "OTHER"
 
@@ -255,7 +360,18 @@ def test_a_boolean_flag_may_stand_anywhere(run, model_dir):
     after = run("interpolate", model_dir, *TEXTS[:2], "--steps", 2, *FEW, "--json")
     assert run("interpolate", "--json", model_dir, *TEXTS[:2], "--steps", 2, *FEW) == after
     assert run("interpolate", "--json=true", model_dir, *TEXTS[:2], "--steps=2", *FEW) == after
-    assert run("interpolate", "--max-new-tokens=7", model_dir, *TEXTS[:2], "-j", "--steps=2", "--device=cpu") == after
+    assert (
+        run(
+            "interpolate",
+            "--max-new-tokens=7",
+            model_dir,
+            *TEXTS[:2],
+            "-j",
+            "--steps=2",
+            "--device=cpu",
+        )
+        == after
+    )
     plain = run("interpolate", "--json", "false", model_dir, *TEXTS[:2], "--steps", 2, *FEW)
     assert plain.splitlines()[0].startswith("0.000  ")
 
@@ -267,7 +383,9 @@ def test_help_documents_every_flag(run, name):
     for flag in command_line._types(COMMANDS[name]):
         assert re.search(rf"--{flag}\b|^    {flag.upper()}$", text, re.M), flag
     own = text.split("OPTIONS OF GENERATE")[0]
-    described = re.findall(r"^    (?:-., )?--\w+=.*\n(?:        (?:Type|Default): .*\n)*(.*)", own, re.M)
+    described = re.findall(
+        r"^    (?:-., )?--\w+=.*\n(?:        (?:Type|Default): .*\n)*(.*)", own, re.M
+    )
     assert described
     assert all(line.startswith("        ") for line in described)
     for letter, flag in re.findall(r"^    -(.), --(\w+)=", own, re.M):
@@ -287,7 +405,10 @@ def test_help_lists_the_commands_and_version_is_the_package_s(run):
     [
         ([], "no command"),
         (["smaple"], "did you mean sample?"),
-        (["sample", "M", "--temprature", "1"], "unknown flag --temprature; did you mean --temperature?"),
+        (
+            ["sample", "M", "--temprature", "1"],
+            "unknown flag --temprature; did you mean --temperature?",
+        ),
         (["sample", "M", "--num_return_sequences", "2"], "unknown flag --num_return_sequences"),
         (["encode", "M", "--outptu", "x"], "did you mean --output?"),
         (["encode", "M", "F"], "--output is missing: dsvae encode MODEL_DIR [FILE]"),
@@ -296,8 +417,14 @@ def test_help_lists_the_commands_and_version_is_the_package_s(run):
         (["traverse", "M", "a", "--dim", "1.5"], "--dim must be a whole number, not '1.5'"),
         (["traverse", "M", "a", "--dim", "1", "--width", "nan"], "--width must be a number"),
         (["interpolate", "M", "a"], "B is missing: dsvae interpolate MODEL_DIR A B"),
-        (["interpolate", "M", "a", "b", "c"], "'c' is one word too many for dsvae interpolate MODEL_DIR A B"),
-        (["interpolate", "M", "a", "b", "--path", "slep"], "--path is 'slep', not one of linear, slerp; did you mean slerp?"),
+        (
+            ["interpolate", "M", "a", "b", "c"],
+            "'c' is one word too many for dsvae interpolate MODEL_DIR A B",
+        ),
+        (
+            ["interpolate", "M", "a", "b", "--path", "slep"],
+            "--path is 'slep', not one of linear, slerp; did you mean slerp?",
+        ),
         (["interpolate", "M", "a", "b", "--steps", "1"], "at least 2"),
         (["interpolate", "M", "a", "b", "--steps", "3", "--steps", "4"], "--steps is given twice"),
         (["interpolate", "M", "-bad", "b"], "unknown flag -bad"),
@@ -348,20 +475,34 @@ def test_bad_input_is_told_in_one_line(fail, model_dir, corpus, tokenizer, tmp_p
     assert "no such file" in fail("reconstruct", model_dir, tmp_path / "none.txt")
     assert "is empty" in fail("reconstruct", model_dir, corpus / "empty.txt")
     assert "no sentences" in fail("reconstruct", model_dir, corpus / "blank.txt")
-    assert "no sentences" in fail("sample", model_dir, "--source", "aggregate", "--file", corpus / "blank.txt")
+    assert "no sentences" in fail(
+        "sample", model_dir, "--source", "aggregate", "--file", corpus / "blank.txt"
+    )
     assert "no column 'text'" in fail("reconstruct", model_dir, corpus / "text.csv")
     for data, message in ((b"", "stdin has no sentences"), (b"a\n\xe9\n", "stdin:2: not UTF-8")):
         stdin(monkeypatch, data)
         assert message in fail("reconstruct", model_dir)
     assert "dimensions 0 to 5" in fail("traverse", model_dir, "a", "--dim", 6)
-    assert "longer than max_tokens (4)" in fail("analogy", model_dir, *TEXTS[1:4], "--max_tokens", 4)
+    assert "longer than max_tokens (4)" in fail(
+        "analogy", model_dir, *TEXTS[1:4], "--max_tokens", 4
+    )
     assert "blank" in fail("interpolate", model_dir, "a", " ")
     assert "--device warp" in fail("sample", model_dir, "--device", "warp")
     assert "--seed is -1" in fail("sample", model_dir, "--seed", -1)
     assert "strictly positive" in fail("sample", model_dir, "--do_sample", "--temperature", 0)
 
     def edit(toward, labels_file, text_file=text):
-        return fail("edit", model_dir, "a", "--toward", toward, "--labels_file", labels_file, "--text_file", text_file)
+        return fail(
+            "edit",
+            model_dir,
+            "a",
+            "--toward",
+            toward,
+            "--labels_file",
+            labels_file,
+            "--text_file",
+            text_file,
+        )
 
     assert "no such label" in edit("great", labels)
     assert "only pos, neg" in edit("great", labels) or "only neg, pos" in edit("great", labels)
@@ -376,7 +517,9 @@ def test_a_failed_encode_leaves_nothing(fail, model_dir, corpus, tmp_path):
     assert "latin.txt:2: not UTF-8" in fail("encode", model_dir, corpus / "latin.txt", "-o", output)
     assert "no sentences" in fail("encode", model_dir, corpus / "blank.txt", "-o", output)
     assert list(output.parent.iterdir()) == []
-    assert "cannot write" in fail("encode", model_dir, corpus / "text.txt", "-o", corpus / "text.txt" / "x")
+    assert "cannot write" in fail(
+        "encode", model_dir, corpus / "text.txt", "-o", corpus / "text.txt" / "x"
+    )
 
 
 def test_interrupts_and_closed_pipes_end_quietly(capsys, monkeypatch):
@@ -387,7 +530,9 @@ def test_interrupts_and_closed_pipes_end_quietly(capsys, monkeypatch):
 
         return work
 
-    monkeypatch.setattr(cli, "COMMANDS", {"stop": raises(KeyboardInterrupt), "close": raises(BrokenPipeError)})
+    monkeypatch.setattr(
+        cli, "COMMANDS", {"stop": raises(KeyboardInterrupt), "close": raises(BrokenPipeError)}
+    )
     assert main(["stop"]) == 130
     assert capsys.readouterr().err == "dsvae: interrupted\n"
     assert main(["close"]) == 0
@@ -413,8 +558,12 @@ def test_the_command_in_a_pipeline(vae, model_dir):
     done = subprocess.run(words, input=data, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert [row["sentence"] for row in objects(done.stdout)] == LITERAL
-    assert [row["reconstruction"] for row in objects(done.stdout)] == vae.reconstruct(LITERAL, max_new_tokens=7)
-    done = subprocess.run([*command(), "sample", "./none"], capture_output=True, text=True, timeout=120)
+    assert [row["reconstruction"] for row in objects(done.stdout)] == vae.reconstruct(
+        LITERAL, max_new_tokens=7
+    )
+    done = subprocess.run(
+        [*command(), "sample", "./none"], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"dsvae: error: .*no such directory.*\n", done.stderr)
 
@@ -422,17 +571,26 @@ def test_the_command_in_a_pipeline(vae, model_dir):
 def shell(line, **env):
     """A line of bash in which DSVAE is the command: the finished process."""
     line = line.replace("DSVAE", shlex.join(command()))
-    return subprocess.run(["bash", "-c", line], capture_output=True, timeout=120, env={**os.environ, **env})
+    return subprocess.run(
+        ["bash", "-c", line], capture_output=True, timeout=120, env={**os.environ, **env}
+    )
 
 
 def test_results_that_find_no_room_are_one_line(model_dir):
     words = shlex.join([model_dir, "-n", "3", "--seed", "1", *FEW])
-    for line in (f"DSVAE sample {words} > /dev/full", "DSVAE corpus -n 3 > /dev/full", "DSVAE --help > /dev/full"):
+    for line in (
+        f"DSVAE sample {words} > /dev/full",
+        "DSVAE corpus -n 3 > /dev/full",
+        "DSVAE --help > /dev/full",
+    ):
         done = shell(line)
         assert done.returncode == 74, done.stderr
-        errors = [e for e in done.stderr.decode().splitlines() if "generated sentences cut" not in e]
+        errors = [
+            e for e in done.stderr.decode().splitlines() if "generated sentences cut" not in e
+        ]
         assert errors == [
-            "dsvae: error: the results cannot be written: No space left on device; make room, and repeat the command"
+            "dsvae: error: the results cannot be written: No space left on device; make room, "
+            "and repeat the command"
         ]
 
 
@@ -451,18 +609,32 @@ def test_closed_streams_are_told(model_dir):
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"dsvae: error: stdin is closed: give FILE, or sentences on stdin\n"
     done = shell(f"DSVAE sample {words} >&-")
-    assert (done.returncode, done.stderr) == (2, b"dsvae: error: stdout is closed: send the results to a file, or to /dev/null\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        b"dsvae: error: stdout is closed: send the results to a file, or to /dev/null\n",
+    )
     done = shell(f"DSVAE sample {words} -n 2 2>&-")  # its warnings do not go to stdout instead
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 2)
 
 
 def test_a_terminated_encode_leaves_nothing(model_dir, tmp_path):
     output = tmp_path / "latents.safetensors"
-    words = [*command(), "encode", model_dir, "-o", str(output), "--batch_size", "4", "--device", "cpu"]
+    words = [
+        *command(),
+        "encode",
+        model_dir,
+        "-o",
+        str(output),
+        "--batch_size",
+        "4",
+        "--device",
+        "cpu",
+    ]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         process.stdin.write(b"a bad bee\n" * 5000)
-        process.stdin.flush()  # returns once most is read; the pipe stays open, so the command waits for more
+        # returns once most is read; the pipe stays open, so the command waits for more
+        process.stdin.flush()
         deadline = time.monotonic() + 60
         while not unnamed_files(process.pid, tmp_path) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -1,4 +1,5 @@
-"""`dsvae compare`, on output directories written here by hand, and on those of real runs."""
+"""`dsvae compare`, on output directories written here by hand, and on those of real
+runs."""
 
 import csv
 import json
@@ -26,7 +27,11 @@ NO_LATENT = {
 }
 CONFIG = {
     "ds_config": "somewhere/ds_config.json",
-    "data": {"train_file": "data/train.txt", "valid_file": "data/valid.txt", "test_file": "data/test.txt"},
+    "data": {
+        "train_file": "data/train.txt",
+        "valid_file": "data/valid.txt",
+        "test_file": "data/test.txt",
+    },
     "phase1": {"steps": 50},
     "phase2": {"steps": 200},
 }
@@ -34,21 +39,45 @@ CONFIG = {
 
 def evaluation(rec=30.0, kl=10.0, **more):
     """An evaluation as metrics.json and metrics.jsonl hold it."""
-    found = {"rec": rec, "kl": kl, "elbo": -(rec + kl), "ppl_token": 28.0, "ppl_word": 38.2, "bits_per_byte": 1.131}
-    found |= {"mi": 3.5, "mi_cap": 4.605, "marginal_kl": kl - 3.5, "au": 7, "kl_per_dim": [kl / 2, kl / 2]}
+    found = {
+        "rec": rec,
+        "kl": kl,
+        "elbo": -(rec + kl),
+        "ppl_token": 28.0,
+        "ppl_word": 38.2,
+        "bits_per_byte": 1.131,
+    }
+    found |= {
+        "mi": 3.5,
+        "mi_cap": 4.605,
+        "marginal_kl": kl - 3.5,
+        "au": 7,
+        "kl_per_dim": [kl / 2, kl / 2],
+    }
     return found | {"rec_shuffled": rec + 12.5, "se": {"rec": 0.25, "kl": 0.125}} | TEXT | more
 
 
 def row(step, phase, split="train", **more):
-    return {"step": step, "phase": phase, "split": split, **(evaluation() if split != "train" else {"rec": 1.0}), **more}
+    return {
+        "step": step,
+        "phase": phase,
+        "split": split,
+        **(evaluation() if split != "train" else {"rec": 1.0}),
+        **more,
+    }
 
 
 def merged(base, more):
-    return base | {k: merged(base.get(k, {}), v) if isinstance(v, dict) else v for k, v in more.items()}
+    return base | {
+        k: merged(base.get(k, {}), v) if isinstance(v, dict) else v for k, v in more.items()
+    }
 
 
-def make(directory, metrics=None, *, config=None, rows=(), saved=(), tokenizer="one", ds_config=None):
-    """An output directory after the contract: `metrics` is the final evaluation, `saved` are (phase, step) of checkpoints."""
+def make(
+    directory, metrics=None, *, config=None, rows=(), saved=(), tokenizer="one", ds_config=None
+):
+    """An output directory after the contract: `metrics` is the final evaluation,
+    `saved` are (phase, step) of checkpoints."""
     directory.mkdir(parents=True)
     tree = merged(CONFIG, {"output_dir": str(directory), **(config or {})})
     (directory / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -71,13 +100,18 @@ def make(directory, metrics=None, *, config=None, rows=(), saved=(), tokenizer="
 
 @pytest.fixture
 def compare(capsys, tmp_path):
-    """Runs the command: rows of the printed table as heading -> cell, all that was printed, the written CSV and JSON."""
+    """Runs the command: rows of the printed table as heading -> cell, all that was
+    printed, the written CSV and JSON."""
 
     def call(*words, out=None):
         out = out or tmp_path / "out"
         assert main(["compare", *map(str, words), "--output", str(out)]) == 0
         text = capsys.readouterr().out
-        lines = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+        lines = [
+            [c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in text.splitlines()
+            if line.startswith("| ")
+        ]
         headings = [re.sub(r" [↓↑]$", "", heading) for heading in lines[0]]
         table = {cells[0]: dict(zip(headings, cells, strict=True)) for cells in lines[2:]}
         with (out / "comparison.csv").open(newline="") as file:
@@ -106,7 +140,11 @@ def fail(capsys):
 
 def test_table_and_files_hold_the_final_metrics(compare, tmp_path):
     make(tmp_path / "a", evaluation(30.0, 10.0), rows=[row(250, 2, "valid", rec=99.0)])
-    make(tmp_path / "b", evaluation(25.0, 16.5, au=3, nll_iw=40.25), config={"phase2": {"free_bits": 0.5}})
+    make(
+        tmp_path / "b",
+        evaluation(25.0, 16.5, au=3, nll_iw=40.25),
+        config={"phase2": {"free_bits": 0.5}},
+    )
     table, text, rows, tree = compare(tmp_path / "a", tmp_path / "b")
     assert list(table) == ["a", "b"]
     assert [table[run]["rec"] for run in "ab"] == ["30.000", "25.000"]
@@ -118,7 +156,12 @@ def test_table_and_files_hold_the_final_metrics(compare, tmp_path):
     assert "99" not in text
     assert "warning" not in text
     assert "*" not in text
-    assert (rows["b"]["kl"], rows["b"]["se.rec"], rows["a"]["nll_iw"], rows["b"]["ppl_word"]) == ("16.5", "0.25", "", "38.2")
+    assert (rows["b"]["kl"], rows["b"]["se.rec"], rows["a"]["nll_iw"], rows["b"]["ppl_word"]) == (
+        "16.5",
+        "0.25",
+        "",
+        "38.2",
+    )
     assert rows["a"]["values_of"] == "test"
     assert [run["metrics"]["rec"] for run in tree["runs"]] == [30.0, 25.0]
     assert tree["runs"][1]["settings"] == {"phase2.free_bits": 0.5}
@@ -136,20 +179,40 @@ def test_direction_and_unit_stand_beside_every_metric(compare, tmp_path):
     ):
         assert tree["better"][name] == better
         assert f" {name} {arrow} " in heading
-        assert re.search(rf"^- `{name}` \((\S+, )?{better} is better\): \w|^- `{name}` \(.*{better} is better\): -", text, re.M)
+        assert re.search(
+            rf"^- `{name}` \((\S+, )?{better} is better\): \w|^- `{name}` \(.*{better} is "
+            rf"better\): -",
+            text,
+            re.M,
+        )
     assert "kl" not in tree["better"]
     assert re.search(r"^- `rec` \(nats/sentence, ", text, re.M)
     assert re.search(r"^- `kl` \(nats/sentence\): ", text, re.M)
 
 
 def test_only_settings_that_differ_are_columns(compare, tmp_path):
-    own = {"log_every": 3, "keep_checkpoints": 9, "eval_every": 5, "data": {"cache_dir": "elsewhere"}}
-    zero2, zero3 = ({"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}} for stage in (2, 3))
+    own = {
+        "log_every": 3,
+        "keep_checkpoints": 9,
+        "eval_every": 5,
+        "data": {"cache_dir": "elsewhere"},
+    }
+    zero2, zero3 = (
+        {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}} for stage in (2, 3)
+    )
     make(tmp_path / "a", evaluation(), ds_config=zero2)
-    more = {"model": {"pooling": "attention", "t5": {"d_model": 64}}, "phase1": {"sample_latent": False}}
+    more = {
+        "model": {"pooling": "attention", "t5": {"d_model": 64}},
+        "phase1": {"sample_latent": False},
+    }
     make(tmp_path / "b", evaluation(), config=merged(own, more), ds_config=zero3)
     table, _, _, tree = compare(tmp_path / "a", tmp_path / "b")
-    settings = {"model.pooling", "model.t5.d_model", "phase1.sample_latent", "ds_config.zero_optimization.stage"}
+    settings = {
+        "model.pooling",
+        "model.t5.d_model",
+        "phase1.sample_latent",
+        "ds_config.zero_optimization.stage",
+    }
     assert {name for name in table["a"] if "." in name} == settings
     assert tree["runs"][0]["settings"]["model.t5.d_model"] is None
     assert [table[run]["model.pooling"] for run in "ab"] == ["mean", "attention"]
@@ -161,8 +224,16 @@ def test_only_settings_that_differ_are_columns(compare, tmp_path):
 def test_fields_that_a_run_does_not_read_are_no_difference(compare, tmp_path):
     make(tmp_path / "a", evaluation(), config={"phase1": {"lr": 0.002}})
     make(tmp_path / "b", evaluation(), config={"phase1": {"lr": 0.003}, "phase": "2"})
-    make(tmp_path / "c", evaluation(), config={"phase1": {"lr": 0.002}, "data": {"builtin_seed": 4}, "seed": 5})
-    lm = {"model": {"injection": "none", "latent_dim": 5, "pooling": "max"}, "phase1": {"lr": 0.002}, "phase2": {"free_bits": 3}}
+    make(
+        tmp_path / "c",
+        evaluation(),
+        config={"phase1": {"lr": 0.002}, "data": {"builtin_seed": 4}, "seed": 5},
+    )
+    lm = {
+        "model": {"injection": "none", "latent_dim": 5, "pooling": "max"},
+        "phase1": {"lr": 0.002},
+        "phase2": {"free_bits": 3},
+    }
     make(tmp_path / "d", evaluation(40.0, **NO_LATENT), config=lm)
     table, *_ = compare(*(tmp_path / name for name in "abcd"))
     found = {name for name in table["a"] if "." in name or name in ("phase", "seed")}
@@ -173,15 +244,25 @@ def test_a_model_without_a_latent_has_no_kl(compare, tmp_path):
     make(tmp_path / "vae", evaluation())
     make(tmp_path / "lm", evaluation(40.0, **NO_LATENT), config={"model": {"injection": "none"}})
     table, text, rows, _ = compare(tmp_path / "vae", tmp_path / "lm")
-    assert [table["lm"][name] for name in ("rec", "elbo", "kl", "mi", "au", "rec_shuffled-rec")] == ["40.000", "-40.000", *"----"]
+    assert [
+        table["lm"][name] for name in ("rec", "elbo", "kl", "mi", "au", "rec_shuffled-rec")
+    ] == ["40.000", "-40.000", *"----"]
     assert (rows["lm"]["kl"], rows["lm"]["se.kl"], rows["lm"]["se.rec"]) == ("", "", "0.25")
     assert "Without a latent: lm." in text
     assert table["vae"]["kl"] == "10.000"
 
 
 def test_files_are_told_by_name_where_that_is_enough(compare, tmp_path):
-    make(tmp_path / "a", evaluation(), config={"data": {"train_file": "/x/one.txt", "valid_file": "/x/v.txt"}})
-    make(tmp_path / "b", evaluation(), config={"data": {"train_file": "/x/two.txt", "valid_file": "/y/v.txt"}})
+    make(
+        tmp_path / "a",
+        evaluation(),
+        config={"data": {"train_file": "/x/one.txt", "valid_file": "/x/v.txt"}},
+    )
+    make(
+        tmp_path / "b",
+        evaluation(),
+        config={"data": {"train_file": "/x/two.txt", "valid_file": "/y/v.txt"}},
+    )
     table, _, rows, _ = compare(tmp_path / "a", tmp_path / "b")
     assert [table[run]["data.train_file"] for run in "ab"] == ["one.txt", "two.txt"]
     assert [table[run]["data.valid_file"] for run in "ab"] == ["/x/v.txt", "/y/v.txt"]
@@ -201,10 +282,23 @@ BOTH = [row(s, 1) for s in (10, 50)] + [row(50, 1, "valid", rec=8.0), row(60, 2)
         ("phase 1 at step 50 of 50", "valid, step 50 (phase 1)", {"rows": BOTH[:3]}),
         ("phase 1 at step 30 of 50", "-", {"rows": [row(10, 1)], "saved": [(1, 20), (1, 30)]}),
         ("phase 2 at step 10 of 200", "valid, step 50 (phase 1)", {"rows": BOTH}),
-        ("phase 2 at step 15 of 200", "valid, step 50 (phase 1)", {"rows": BOTH, "saved": [(1, 50), (2, 15)]}),
-        ("phase 2 at step 120 of 200", "valid, step 170 (phase 2)", {"rows": [*BOTH, row(170, 2, "valid")]}),
-        # The final evaluation is logged before the export: without metrics.json the run is not finished.
-        ("phase 2 at step 200 of 200", "valid, step 250 (phase 2)", {"rows": [row(250, 2, "valid"), row(250, 2, "test")]}),
+        (
+            "phase 2 at step 15 of 200",
+            "valid, step 50 (phase 1)",
+            {"rows": BOTH, "saved": [(1, 50), (2, 15)]},
+        ),
+        (
+            "phase 2 at step 120 of 200",
+            "valid, step 170 (phase 2)",
+            {"rows": [*BOTH, row(170, 2, "valid")]},
+        ),
+        # The final evaluation is logged before the export: without metrics.json the run
+        # is not finished.
+        (
+            "phase 2 at step 200 of 200",
+            "valid, step 250 (phase 2)",
+            {"rows": [row(250, 2, "valid"), row(250, 2, "test")]},
+        ),
         ("phase 2 at step 60 of 200", "-", {"rows": [row(60, 2)], "config": {"phase": "2"}}),
         ("phase 1 at step 50 of 50", "-", {"rows": [row(50, 1)], "config": {"phase": "1"}}),
     ],
@@ -224,31 +318,54 @@ def test_weights_between_the_phases_tell_where_a_run_stands(compare, tmp_path):
         ("second", {"phase": "2"}, [row(60, 2)]),
     ):
         (make(tmp_path / name, config=config, rows=rows) / "phase1" / "model").mkdir(parents=True)
-    make(tmp_path / "after", config={"phase": "2", "resume": str(tmp_path / "only")}, rows=[row(70, 2)])
+    make(
+        tmp_path / "after",
+        config={"phase": "2", "resume": str(tmp_path / "only")},
+        rows=[row(70, 2)],
+    )
     names = ("between", "only", "second", "after")
     table, *_ = compare(*(tmp_path / name for name in names))
-    states = ["phase 2 at step 0 of 200", "finished (phase 1 only)", "phase 2 at step 10 of 200", "phase 2 at step 20 of 200"]
+    states = [
+        "phase 2 at step 0 of 200",
+        "finished (phase 1 only)",
+        "phase 2 at step 10 of 200",
+        "phase 2 at step 20 of 200",
+    ]
     assert [table[name]["state"] for name in names] == states
     assert table["only"]["rec"] == "8.000*"
 
 
 def test_validation_values_are_starred_and_never_mixed_with_final_ones(compare, tmp_path):
     make(tmp_path / "b", evaluation(30.0))
-    make(tmp_path / "a", rows=[row(100, 2, "valid", rec=21.0), row(150, 2, "valid", rec=20.0), row(160, 2)])
+    make(
+        tmp_path / "a",
+        rows=[row(100, 2, "valid", rec=21.0), row(150, 2, "valid", rec=20.0), row(160, 2)],
+    )
     make(tmp_path / "c", evaluation(29.0))
-    table, text, rows, tree = compare(tmp_path / "a", tmp_path / "b", tmp_path / "c", "--sort_by", "rec")
-    assert list(table) == ["c", "b", "a"]  # the lower value of a stands behind: it is on other sentences
+    table, text, rows, tree = compare(
+        tmp_path / "a", tmp_path / "b", tmp_path / "c", "--sort_by", "rec"
+    )
+    # the lower value of a stands behind: it is on other sentences
+    assert list(table) == ["c", "b", "a"]
     assert [table[run]["rec"] for run in "abc"] == ["20.000*", "30.000", "29.000"]
-    assert [table[run]["values of"] for run in "abc"] == ["valid, step 150 (phase 2)", "test", "test"]
+    assert [table[run]["values of"] for run in "abc"] == [
+        "valid, step 150 (phase 2)",
+        "test",
+        "test",
+    ]
     assert r"\* not final: the newest values on validation sentences" in text
     assert (rows["a"]["rec"], rows["a"]["values_of"], rows["a"]["step"]) == ("20.0", "valid", "150")
     assert [run["values_of"] for run in tree["runs"]] == ["test", "test", "valid"]
 
 
-@pytest.mark.parametrize("content", ['{"test": {"rec": 3', '{"test": 3}', "[1]", '{"test": {"kl": 1.0}}', "", "\xff"])
+@pytest.mark.parametrize(
+    "content", ['{"test": {"rec": 3', '{"test": 3}', "[1]", '{"test": {"kl": 1.0}}', "", "\xff"]
+)
 def test_a_damaged_metrics_json_is_named(compare, tmp_path, content):
     make(tmp_path / "good", evaluation())
-    broken = make(tmp_path / "broken", rows=[row(250, 2, "valid", rec=33.0), row(250, 2, "test", rec=34.0)])
+    broken = make(
+        tmp_path / "broken", rows=[row(250, 2, "valid", rec=33.0), row(250, 2, "test", rec=34.0)]
+    )
     (broken / "metrics.json").write_bytes(content.encode("latin-1"))
     table, text, _, tree = compare(tmp_path / "good", broken)
     assert table["broken"]["state"] == "failed to read"
@@ -282,7 +399,8 @@ def test_what_else_cannot_be_read_is_named(compare, tmp_path):
     }
     assert re.search(r"^no_yaml: .*config.yaml: not valid YAML", text, re.M)
     assert re.search(r"^unknown: .*config.yaml: unknown field frobnicate$", text, re.M)
-    assert "lines: metrics.jsonl: 1 line(s) cannot be read, the first is line 5" in text  # not the one a live run is writing
+    # not the one a live run is writing
+    assert "lines: metrics.jsonl: 1 line(s) cannot be read, the first is line 5" in text
     assert "bare: no config.yaml in it" in text
 
 
@@ -317,11 +435,15 @@ def test_other_test_sentences_are_a_warning(compare, tmp_path):
         ({"data": {"train_file": None}}, {"data": {"train_file": None, "builtin_seed": 1}}, True),
         ({"data": {"train_file": None}}, {"data": {"train_file": None}}, False),
         ({"data": {"dataset": "x/y"}}, {"data": {"dataset": "x/z"}}, True),
-        ({"data": {"test_file": "here/t.txt"}}, {"data": {"test_file": "there/t.txt"}}, False),  # a copy: equal counts
+        # a copy: equal counts
+        ({"data": {"test_file": "here/t.txt"}}, {"data": {"test_file": "there/t.txt"}}, False),
     ],
 )
 def test_settings_tell_texts_apart_that_have_equal_counts(compare, tmp_path, one, two, warned):
-    table, *_, tree = compare(make(tmp_path / "a", evaluation(), config=one), make(tmp_path / "b", evaluation(), config=two))
+    table, *_, tree = compare(
+        make(tmp_path / "a", evaluation(), config=one),
+        make(tmp_path / "b", evaluation(), config=two),
+    )
     assert bool(tree["warnings"]) == warned
     assert ("text" in table["a"]) == warned
 
@@ -342,11 +464,19 @@ def test_other_tokenizers_are_a_warning(compare, tmp_path):
     make(tmp_path / "b", evaluation(tokens=900), tokenizer="two")
     rules = make(tmp_path / "c", evaluation(), tokenizer="one") / "tokenizer" / "tokenizer.json"
     # Written down otherwise, and with what the last call left: the same tokenizer.
-    rules.write_text(json.dumps(json.loads(rules.read_text()) | {"version": "2", "truncation": {"max_length": 9}}, indent=3))
+    rules.write_text(
+        json.dumps(
+            json.loads(rules.read_text()) | {"version": "2", "truncation": {"max_length": 9}},
+            indent=3,
+        )
+    )
     table, *_, tree = compare(*(tmp_path / name for name in "abc"))
     assert [table[run]["tokenizer"] for run in "abc"] == ["A", "B", "A"]
     assert len(tree["warnings"]) == 1
-    assert "not the same tokenizer (A: a, c; B: b): ppl_token compares only within" in tree["warnings"][0]
+    assert (
+        "not the same tokenizer (A: a, c; B: b): ppl_token compares only within"
+        in tree["warnings"][0]
+    )
     assert "text" not in table["a"]  # the words are the same: nats per sentence compare
     make(tmp_path / "d", evaluation(), tokenizer=None)
     *_, tree = compare(tmp_path / "a", tmp_path / "d")
@@ -368,8 +498,11 @@ def test_directories_of_runs_globs_and_names(compare, tmp_path, capsys):
     (tmp_path / "sweep" / "logs").rmdir()
     sweep = tmp_path / "sweep"
     assert main(["compare", *map(str, sorted(sweep.iterdir()))]) == 0
-    assert "passed over, being no directories: " + str(sweep / "notes.txt") in capsys.readouterr().err
-    # The comparison that now lies among them is none of them, and is not replaced in silence.
+    assert (
+        "passed over, being no directories: " + str(sweep / "notes.txt") in capsys.readouterr().err
+    )
+    # The comparison that now lies among them is none of them, and is not replaced in
+    # silence.
     assert sorted(path.name for path in (sweep / "comparison").iterdir()) == [
         f"comparison.{kind}" for kind in ("csv", "json", "md", "svg")
     ]
@@ -390,7 +523,11 @@ def test_runs_of_different_places_go_into_the_current_directory(tmp_path, monkey
 
 
 def test_sort_by_metrics_settings_and_names(compare, fail, tmp_path):
-    for name, bits, rec, mi in (("a", 0.5, 30.0, 1.0), ("b", 0.25, 20.0, 3.0), ("c", 0.125, 25.0, 2.0)):
+    for name, bits, rec, mi in (
+        ("a", 0.5, 30.0, 1.0),
+        ("b", 0.25, 20.0, 3.0),
+        ("c", 0.125, 25.0, 2.0),
+    ):
         make(tmp_path / name, evaluation(rec, mi=mi), config={"phase2": {"free_bits": bits}})
     make(tmp_path / "d", config={"phase2": {"free_bits": 0.3}})
     runs = [tmp_path / name for name in "dcba"]
@@ -416,8 +553,12 @@ def test_mistakes_are_one_line(fail, tmp_path):
     assert f"nothing in {tmp_path / 'empty'} is a run" in fail(tmp_path / "run", tmp_path / "empty")
     assert "no directories of runs" in fail(tmp_path / "file.txt")
     assert "RUNS is missing: dsvae compare RUNS..." in fail()
-    assert "unknown flag --sortby; did you mean --sort_by?" in fail(tmp_path / "run", "--sortby", "rec")
-    assert f"cannot write to {tmp_path / 'file.txt'}" in fail(tmp_path / "run", "--output", tmp_path / "file.txt")
+    assert "unknown flag --sortby; did you mean --sort_by?" in fail(
+        tmp_path / "run", "--sortby", "rec"
+    )
+    assert f"cannot write to {tmp_path / 'file.txt'}" in fail(
+        tmp_path / "run", "--output", tmp_path / "file.txt"
+    )
 
 
 def test_runs_may_be_given_as_a_flag_and_with_odd_names(compare, tmp_path, capsys):
@@ -433,14 +574,19 @@ def test_runs_may_be_given_as_a_flag_and_with_odd_names(compare, tmp_path, capsy
 
 
 def drawn(monkeypatch, directories):
-    """(kl, rec) -> (marker, filled, label) of what the plot shows, and its annotations."""
+    """(kl, rec) -> (marker, filled, label) of what the plot shows, and its
+    annotations."""
     kept = []
     monkeypatch.setattr(plot_module, "svg", kept.append)
     plot_module.plot(compare_runs(directories))
     axes = kept[0].axes[0]
     points = [line for line in axes.lines if line.get_linestyle() == "None"]
     found = {
-        (line.get_xdata()[0], line.get_ydata()[0]): (line.get_marker(), line.get_markerfacecolor() != "none", line.get_label())
+        (line.get_xdata()[0], line.get_ydata()[0]): (
+            line.get_marker(),
+            line.get_markerfacecolor() != "none",
+            line.get_label(),
+        )
         for line in points
     }
     return found, [each.get_text() for each in axes.texts]
@@ -473,7 +619,8 @@ def test_without_values_there_is_no_plot(compare, tmp_path):
     assert "](comparison.svg)" in (tmp_path / "out" / "comparison.md").read_text()
     table, *_ = compare(tmp_path / "b")
     assert table["b"]["state"] == "not started"
-    assert not (tmp_path / "out" / "comparison.svg").exists()  # the earlier one would belong to another table
+    # the earlier one would belong to another table
+    assert not (tmp_path / "out" / "comparison.svg").exists()
     assert "](comparison.svg)" not in (tmp_path / "out" / "comparison.md").read_text()
 
 

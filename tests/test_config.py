@@ -1,4 +1,5 @@
-"""The configuration: what a command line, a recipe and a file give, and what is refused."""
+"""The configuration: what a command line, a recipe and a file give, and what is
+refused."""
 
 import ast
 import dataclasses
@@ -52,8 +53,12 @@ def file_with(tmp_path, text):
 
 
 def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
-    path = file_with(tmp_path, "data: {batch_size: 7, max_tokens: 9}\nphase2: {beta: {max: 0.25}}\n")
-    config = read([*DS, "--config", path, "--data.max_tokens", "11", "--phase2.beta.kind", "cyclic"])
+    path = file_with(
+        tmp_path, "data: {batch_size: 7, max_tokens: 9}\nphase2: {beta: {max: 0.25}}\n"
+    )
+    config = read(
+        [*DS, "--config", path, "--data.max_tokens", "11", "--phase2.beta.kind", "cyclic"]
+    )
     assert (config.data.batch_size, config.data.max_tokens) == (7, 11)
     assert config.phase2.beta == BetaConfig(kind="cyclic", max=0.25)
     assert config.phase1 == RunConfig().phase1  # of the quickstart recipe nothing remains
@@ -97,7 +102,11 @@ def test_an_alias_sets_its_field(alias):
         (["--model.dropout", "none"], "model.dropout", None),
         (["--model.dropout", "0.2"], "model.dropout", 0.2),
         (["--phase1.adam_betas", "[0.8, 1e-1]"], "phase1.adam_betas", [0.8, 0.1]),
-        (["--model.t5", "{d_model: 8, feed_forward_proj: relu}"], "model.t5", {"d_model": 8, "feed_forward_proj": "relu"}),
+        (
+            ["--model.t5", "{d_model: 8, feed_forward_proj: relu}"],
+            "model.t5",
+            {"d_model": 8, "feed_forward_proj": "relu"},
+        ),
         (["--phase", "1"], "phase", "1"),
         (["--local_rank=3", "--seed", "2"], "seed", 2),
     ],
@@ -109,7 +118,10 @@ def test_flags(argv, name, value):
 
 
 def test_a_negative_number_is_a_value_and_no_flag():
-    assert parse_flags(["--phase1.lr", "-1e-3", "--seed", "-1"]) == {"phase1.lr": "-1e-3", "seed": "-1"}
+    assert parse_flags(["--phase1.lr", "-1e-3", "--seed", "-1"]) == {
+        "phase1.lr": "-1e-3",
+        "seed": "-1",
+    }
     with pytest.raises(UserError, match=r"phase1\.lr must be positive"):
         read([*DS, "--phase1.lr", "-1e-3"])
 
@@ -134,11 +146,17 @@ def test_a_negative_number_is_a_value_and_no_flag():
         (["--phase2.lr", "nan"], r"phase2\.lr must be a number"),
         (["--phase2.lr", "inf"], r"phase2\.lr must be a number"),
         (["--phase1.freeze_decoder", "maybe"], r"phase1\.freeze_decoder must be true or false"),
-        (["--pooling", "median"], r"model\.pooling is 'median', not one of mean, max, first, attention"),
+        (
+            ["--pooling", "median"],
+            r"model\.pooling is 'median', not one of mean, max, first, attention",
+        ),
         (["--phase1.adam_betas", "0.9"], r"phase1\.adam_betas must be a list"),
         (["--phase1.adam_betas", "[a, b]"], r"phase1\.adam_betas must be a number"),
         (["--model.t5", "{d_model"], r"model\.t5 is not valid YAML"),
-        (["--config", "quickstrat"], "quickstrat: no such file, and not one of the recipes .*quickstart"),
+        (
+            ["--config", "quickstrat"],
+            "quickstrat: no such file, and not one of the recipes .*quickstart",
+        ),
     ],
 )
 def test_bad_flags_are_named(argv, message):
@@ -181,17 +199,44 @@ def test_a_file_that_is_not_utf8(tmp_path):
 def test_numbers_as_people_write_them_in_yaml(tmp_path):
     """YAML 1.1 takes 1e-4 for a string."""
     assert yaml.safe_load("1e-4") == "1e-4"
-    config = read([*DS, "--config", file_with(tmp_path, "phase1: {lr: 1e-4, steps: 20.0, adam_eps: 1E-6}\nphase2: {lr: 1}\n")])
-    assert (config.phase1.lr, config.phase1.steps, config.phase1.adam_eps, config.phase2.lr) == (1e-4, 20, 1e-6, 1.0)
+    config = read(
+        [
+            *DS,
+            "--config",
+            file_with(
+                tmp_path, "phase1: {lr: 1e-4, steps: 20.0, adam_eps: 1E-6}\nphase2: {lr: 1}\n"
+            ),
+        ]
+    )
+    assert (config.phase1.lr, config.phase1.steps, config.phase1.adam_eps, config.phase2.lr) == (
+        1e-4,
+        20,
+        1e-6,
+        1.0,
+    )
     assert isinstance(config.phase1.steps, int)
     assert isinstance(config.phase2.lr, float)
 
 
 def test_config_yaml_gives_the_same_run_again(tmp_path):
     argv = [
-        *DS, "--output_dir", "out: x", "--phase", "2", "--train_file", "a 'b' \"ü\".txt", "--phase2.lr", "1e-05",
-        "--phase1.adam_betas", "[0.5, 0.6]", "--phase1.freeze_decoder", "--model.dropout", "0.1", "--text_column", "no",
-    ]  # fmt: skip
+        *DS,
+        "--output_dir",
+        "out: x",
+        "--phase",
+        "2",
+        "--train_file",
+        "a 'b' \"ü\".txt",
+        "--phase2.lr",
+        "1e-05",
+        "--phase1.adam_betas",
+        "[0.5, 0.6]",
+        "--phase1.freeze_decoder",
+        "--model.dropout",
+        "0.1",
+        "--text_column",
+        "no",
+    ]
     config = read(argv)
     again = read(["--config", file_with(tmp_path, to_yaml(config))])
     assert again == config
@@ -223,11 +268,17 @@ def test_recipes_are_shipped():
         ({"keep_checkpoints": 0}, "keep_checkpoints"),
         ({"data": {"batch_size": 0}}, r"data\.batch_size"),
         ({"data": {"max_tokens": 1}}, r"data\.max_tokens"),
-        ({"data": {"max_tokens": 100, "micro_batch_tokens": 99}}, r"data\.micro_batch_tokens \(99\)"),
+        (
+            {"data": {"max_tokens": 100, "micro_batch_tokens": 99}},
+            r"data\.micro_batch_tokens \(99\)",
+        ),
         ({"model": {"latent_dim": 0}}, r"model\.latent_dim"),
         ({"model": {"memory_slots": 0}}, r"model\.memory_slots"),
         ({"model": {"dropout": 1.0}}, r"model\.dropout"),
-        ({"model": {"name": "t5-small", "t5": {"d_model": 3}}}, r"model\.name \(t5-small\) and model\.t5"),
+        (
+            {"model": {"name": "t5-small", "t5": {"d_model": 3}}},
+            r"model\.name \(t5-small\) and model\.t5",
+        ),
         ({"eval": {"samples": 0}}, r"eval\.samples"),
         ({"eval": {"shown": -1}}, r"eval\.shown"),
         ({"phase1": {"steps": 0}}, r"phase1\.steps"),
@@ -258,15 +309,26 @@ def test_shares_that_sum_to_1_in_decimals_are_allowed(zero):
 def test_a_resumed_run_may_change_what_says_nothing_about_learning():
     old = RunConfig(ds_config="a.json")
     new = RunConfig(
-        ds_config="b.json", output_dir="x", resume="y", phase="1", log_every=1, eval_every=1, checkpoint_every=1,
-        keep_checkpoints=1, precision="fp32", data=DataConfig(cache_dir="z"),
-    )  # fmt: skip
+        ds_config="b.json",
+        output_dir="x",
+        resume="y",
+        phase="1",
+        log_every=1,
+        eval_every=1,
+        checkpoint_every=1,
+        keep_checkpoints=1,
+        precision="fp32",
+        data=DataConfig(cache_dir="z"),
+    )
     assert difference(old, new) == []
 
 
 def test_difference_names_what_may_not_change():
     old = build({"model": {"t5": {"d_model": 8}}}, where="old")
-    new = build({"seed": 1, "phase2": {"beta": {"max": 0.5}}, "model": {"t5": {"d_model": 16, "d_ff": 4}}}, where="new")
+    new = build(
+        {"seed": 1, "phase2": {"beta": {"max": 0.5}}, "model": {"t5": {"d_model": 16, "d_ff": 4}}},
+        where="new",
+    )
     assert sorted(difference(old, new)) == [
         "model.t5.d_ff: None -> 4",
         "model.t5.d_model: 8 -> 16",
@@ -278,7 +340,13 @@ def test_difference_names_what_may_not_change():
 def test_every_field_has_a_docstring():
     tree = ast.parse(inspect.getsource(configuration))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    assert {node.name for node in classes} >= {"RunConfig", "DataConfig", "ModelConfig", "PhaseConfig", "BetaConfig"}
+    assert {node.name for node in classes} >= {
+        "RunConfig",
+        "DataConfig",
+        "ModelConfig",
+        "PhaseConfig",
+        "BetaConfig",
+    }
     for node in classes:
         assert ast.get_docstring(node), node.name
         for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
@@ -289,7 +357,8 @@ def test_every_field_has_a_docstring():
 
 
 def test_every_field_is_read_somewhere():
-    """No option without an effect: each name is an attribute (or in a list of names) outside of config.py."""
+    """No option without an effect: each name is an attribute (or in a list of names)
+    outside of config.py."""
     used = set()
     for path in Path(dsvae.__file__).parent.rglob("*.py"):
         if path.name != "config.py":
@@ -307,7 +376,10 @@ def test_defaults_are_not_shared_between_configurations():
     first.phase1.adam_betas.append(1.0)
     first.model.t5["d_model"] = 3
     assert second == RunConfig()
-    assert all(dataclasses.is_dataclass(getattr(second, part)) for part in ("data", "model", "phase1", "phase2", "eval"))
+    assert all(
+        dataclasses.is_dataclass(getattr(second, part))
+        for part in ("data", "model", "phase1", "phase2", "eval")
+    )
 
 
 def test_loading_a_recipe_twice_gives_trees_of_their_own():
@@ -319,11 +391,15 @@ def test_a_pretrained_model_takes_the_place_of_a_recipes_new_t5():
     config = read(["--ds_config", "x.json", "--model", "google-t5/t5-small"])
     assert (config.model.name, config.model.t5) == ("google-t5/t5-small", {})
     with pytest.raises(UserError, match=r"model\.name .* and model\.t5 are both given"):
-        read(["--ds_config", "x.json", "--model", "google-t5/t5-small", "--model.t5", "{d_model: 8}"])
+        read(
+            ["--ds_config", "x.json", "--model", "google-t5/t5-small", "--model.t5", "{d_model: 8}"]
+        )
 
 
 def test_a_warm_up_longer_than_the_phase_is_told_with_both_numbers():
-    with pytest.raises(UserError, match=r"phase1\.warmup_steps \(20\) must lie between 0 and phase1\.steps \(10\)"):
+    with pytest.raises(
+        UserError, match=r"phase1\.warmup_steps \(20\) must lie between 0 and phase1\.steps \(10\)"
+    ):
         read(["--ds_config", "x.json", "--phase1.steps", "10"])
 
 
@@ -333,7 +409,10 @@ def test_a_warm_up_longer_than_the_phase_is_told_with_both_numbers():
         (["--output_dir", ""], "output_dir is empty"),
         (["--hang_timeout", "0"], "hang_timeout must be positive, not 0"),
         (["--phase1.adam_eps", "-1"], r"phase1\.adam_eps"),
-        (["--config", "park2021", "--injection", "none"], r"phase1\.freeze_decoder leaves nothing to train.*--phase 2"),
+        (
+            ["--config", "park2021", "--injection", "none"],
+            r"phase1\.freeze_decoder leaves nothing to train.*--phase 2",
+        ),
     ],
 )
 def test_values_that_leave_nothing_to_run(flags, message):

@@ -1,4 +1,5 @@
-"""Sentences to latents and back: against the model and the tokenizer used directly, and against arithmetic by hand."""
+"""Sentences to latents and back: against the model and the tokenizer used directly, and
+against arithmetic by hand."""
 
 import itertools
 import math
@@ -71,11 +72,16 @@ def test_batches_encode_and_reconstruct_as_single_sentences_do_in_the_order_give
     posterior = vae.encode(TEXTS)
     singles = [posterior_of(vae, text) for text in TEXTS]
     assert posterior.mean.shape == (len(TEXTS), 6)
-    torch.testing.assert_close(posterior.mean, torch.cat([q.mean for q in singles]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(posterior.logvar, torch.cat([q.logvar for q in singles]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        posterior.mean, torch.cat([q.mean for q in singles]), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        posterior.logvar, torch.cat([q.logvar for q in singles]), rtol=1e-4, atol=1e-5
+    )
     expected = [decoded(vae, q.mean[0]) for q in singles]
     assert vae.reconstruct(TEXTS, **FEW) == expected
-    assert len(set(expected)) > len(TEXTS) // 2  # the decoder listens, so an order gone wrong would show
+    # the decoder listens, so an order gone wrong would show
+    assert len(set(expected)) > len(TEXTS) // 2
     assert vae.decode(posterior.mean, **FEW) == expected
 
 
@@ -97,10 +103,16 @@ def test_streams_skip_blank_sentences_truncate_long_ones_and_count_both(vae):
     lines, posteriors = zip(*short.encode_stream(texts), strict=True)
     lines = [line for window in lines for line in window]
     assert lines == [Line(1, TEXTS[0])] + [Line(i + 2, text) for i, text in enumerate(TEXTS) if i]
-    assert (short.counts.sentences, short.counts.blank, short.counts.truncated) == (len(TEXTS), 2, sum(long))
+    assert (short.counts.sentences, short.counts.blank, short.counts.truncated) == (
+        len(TEXTS),
+        2,
+        sum(long),
+    )
     means = torch.cat([q.mean for q in posteriors])
     untruncated = [i for i, cut in enumerate(long) if not cut]
-    torch.testing.assert_close(means[untruncated], vae.encode(TEXTS).mean[untruncated], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        means[untruncated], vae.encode(TEXTS).mean[untruncated], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_stream_is_read_as_it_is_needed(vae):
@@ -139,9 +151,13 @@ def test_cut_sentences_are_counted_and_finished_ones_are_not(vae, tokenizer):
 def test_generate_options_reach_the_model(vae):
     latent = vae.encode(TEXTS[:3]).mean
     beams = vae.model.generate(latent=latent, num_beams=3, **FEW)
-    assert vae.decode(latent, num_beams=3, **FEW) == vae.tokenizer.batch_decode(beams, skip_special_tokens=True)
+    assert vae.decode(latent, num_beams=3, **FEW) == vae.tokenizer.batch_decode(
+        beams, skip_special_tokens=True
+    )
     torch.manual_seed(4)
-    drawn = vae.tokenizer.batch_decode(vae.model.generate(latent=latent, do_sample=True, **FEW), skip_special_tokens=True)
+    drawn = vae.tokenizer.batch_decode(
+        vae.model.generate(latent=latent, do_sample=True, **FEW), skip_special_tokens=True
+    )
     torch.manual_seed(4)
     assert vae.decode(latent, do_sample=True, **FEW) == drawn
 
@@ -167,17 +183,26 @@ def test_without_a_seed_samples_follow_torch(vae):
 
 
 def test_aggregate_samples_are_draws_of_the_posteriors_of_the_sentences(vae):
-    # With no deviation a draw is the mean: the sample is the reconstruction of the sentence that it says it is from.
+    # With no deviation a draw is the mean: the sample is the reconstruction of the
+    # sentence that it says it is from.
     sharp = with_deviation(vae, -60.0)
     lines = [Line(i + 1, TEXTS[i]) for i in (4, 0, 4, 2, 6, 1, 1)]
     drawn = list(sharp.posterior_stream(lines, seed=0, **FEW))
     assert [line for line, _ in drawn] == lines
     assert [text for _, text in drawn] == sharp.reconstruct([line.text for line in lines], **FEW)
-    assert set(sharp.sample(40, texts=TEXTS[:3], seed=0, **FEW)) == set(sharp.reconstruct(TEXTS[:3], **FEW))
+    assert set(sharp.sample(40, texts=TEXTS[:3], seed=0, **FEW)) == set(
+        sharp.reconstruct(TEXTS[:3], **FEW)
+    )
     # With a deviation of one the noise is added to the mean.
     wide = with_deviation(vae, 0.0)
-    noise = [torch.from_numpy(generator(5, LATENT, 0, i).standard_normal(6, dtype=np.float32)) for i in range(len(lines))]
-    expected = [decoded(wide, posterior_of(wide, line.text).mean[0] + e) for line, e in zip(lines, noise, strict=True)]
+    noise = [
+        torch.from_numpy(generator(5, LATENT, 0, i).standard_normal(6, dtype=np.float32))
+        for i in range(len(lines))
+    ]
+    expected = [
+        decoded(wide, posterior_of(wide, line.text).mean[0] + e)
+        for line, e in zip(lines, noise, strict=True)
+    ]
     assert [text for _, text in wide.posterior_stream(lines, seed=5, **FEW)] == expected
 
 
@@ -188,7 +213,8 @@ def test_sentences_are_drawn_uniformly_with_replacement_from_those_that_are_not_
     assert len(drawn) == 5000
     assert set(drawn) == {Line(1, "a"), Line(3, "b"), Line(4, "c"), Line(6, "d"), Line(7, "e")}
     counts = np.unique([line.line for line in drawn], return_counts=True)[1]
-    assert ((counts - 1000) ** 2 / 1000).sum() < 18.5  # chi-square with 4 degrees of freedom: once in a thousand
+    # chi-square with 4 degrees of freedom: once in a thousand
+    assert ((counts - 1000) ** 2 / 1000).sum() < 18.5
     assert drawn == list(draw_sentences(str(path), "text", 5000, seed=1))
     assert drawn != list(draw_sentences(str(path), "text", 5000, seed=2))
 
@@ -217,12 +243,15 @@ def test_slerp_turns_at_constant_speed_and_its_norm_goes_linearly():
     torch.testing.assert_close(found[0].float(), a)
     torch.testing.assert_close(found[-1].float(), b)
     norms = found.norm(dim=1)
-    torch.testing.assert_close(norms, torch.linspace(float(norms[0]), float(norms[-1]), 9).double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        norms, torch.linspace(float(norms[0]), float(norms[-1]), 9).double(), rtol=1e-5, atol=1e-5
+    )
     units = found / norms[:, None]
     angles = torch.arccos((units[:-1] * units[1:]).sum(1))
     whole = math.acos(float(units[0] @ units[-1]))
     torch.testing.assert_close(angles, torch.full((8,), whole / 8).double(), rtol=1e-4, atol=1e-5)
-    # In the plane of both, and between them: a rotation of the first by a part of the angle.
+    # In the plane of both, and between them: a rotation of the first by a part of the
+    # angle.
     side = units[-1] - (units[-1] @ units[0]) * units[0]
     side /= side.norm()
     quarter = math.cos(whole / 4) * units[0] + math.sin(whole / 4) * side
@@ -232,7 +261,9 @@ def test_slerp_turns_at_constant_speed_and_its_norm_goes_linearly():
 @pytest.mark.parametrize("b", [[2.0, 0.0], [-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
 def test_slerp_is_a_straight_line_where_there_is_no_great_circle(b):
     a, b = torch.tensor([1.0, 0.0]), torch.tensor(b)
-    torch.testing.assert_close(geometry.interpolate(a, b, 3, "slerp"), geometry.interpolate(a, b, 3, "linear"))
+    torch.testing.assert_close(
+        geometry.interpolate(a, b, 3, "slerp"), geometry.interpolate(a, b, 3, "linear")
+    )
 
 
 def test_an_analogy_and_an_edit_are_the_arithmetic_of_the_means(vae):
@@ -249,8 +280,12 @@ def test_an_attribute_vector_is_the_difference_of_two_means(vae):
     texts = [TEXTS[0], "", *TEXTS[1:], " "]
     labels = ["good", "bad", *("bad", "good", "other", "bad", "good", "bad"), "good"]
     means = {text: posterior_of(vae, text).mean[0].double() for text in TEXTS}
-    good = torch.stack([means[t] for t, label in zip(texts, labels, strict=True) if t.strip() and label == "good"])
-    rest = torch.stack([means[t] for t, label in zip(texts, labels, strict=True) if t.strip() and label != "good"])
+    good = torch.stack(
+        [means[t] for t, label in zip(texts, labels, strict=True) if t.strip() and label == "good"]
+    )
+    rest = torch.stack(
+        [means[t] for t, label in zip(texts, labels, strict=True) if t.strip() and label != "good"]
+    )
     found = vae.attribute_vector(iter(texts), iter(labels), "good")
     torch.testing.assert_close(found.double(), good.mean(0) - rest.mean(0), rtol=1e-4, atol=1e-5)
     for bad in (labels[:-1], [*labels, "x"]):
@@ -265,7 +300,9 @@ def test_a_traversal_moves_one_dimension(vae):
     offsets, latent = vae.traversal(TEXTS[1], 4, steps=5, width=2.0)
     assert offsets == [-2.0, -1.0, 0.0, 1.0, 2.0]
     others = [0, 1, 2, 3, 5]
-    torch.testing.assert_close(latent[:, others], posterior.mean[:, others].expand(5, -1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        latent[:, others], posterior.mean[:, others].expand(5, -1), rtol=1e-4, atol=1e-5
+    )
     assert latent[:, 4].tolist() == offsets  # the prior has mean 0 and deviation 1
     _, around = vae.traversal(TEXTS[1], 4, steps=5, width=2.0, scale="posterior")
     torch.testing.assert_close(around[:, others], latent[:, others])
@@ -315,7 +352,9 @@ def test_one_string_is_no_list_of_sentences_and_a_latent_has_two_axes(vae):
 def test_options_are_those_of_transformers():
     known = vars(GenerationConfig())
     assert not set(options.OPTIONS) - set(known)
-    options.check({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "num_beams": 2, "length_penalty": 0.5})
+    options.check(
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "num_beams": 2, "length_penalty": 0.5}
+    )
 
 
 @pytest.mark.parametrize(
@@ -349,7 +388,8 @@ def test_a_latents_file_holds_the_posteriors(vae, tmp_path):
     assert found["mean"].dtype == torch.float32
     torch.testing.assert_close(found["mean"], whole.mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["logvar"], whole.logvar, rtol=1e-4, atol=1e-5)
-    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # the format asks for tensors that are aligned
+    # the format asks for tensors that are aligned
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
     with safe_open(path, "np") as file:
         assert file.metadata() == {"dsvae": "1"}
         assert file.get_slice("mean").get_shape() == [7, 6]

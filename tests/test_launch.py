@@ -1,4 +1,5 @@
-"""Forked ranks against processes of their own: the same to a script, and to who watches it from outside."""
+"""Forked ranks against processes of their own: the same to a script, and to who watches
+it from outside."""
 
 import json
 import signal
@@ -27,13 +28,24 @@ sys.exit(int(sys.argv[1]))
 
 def outcome(launcher, end, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    run = start(end, "a b", "é", ranks=2, launcher=launcher, cwd=tmp_path, script=tmp_path / "script.py", MORE="of it")
+    run = start(
+        end,
+        "a b",
+        "é",
+        ranks=2,
+        launcher=launcher,
+        cwd=tmp_path,
+        script=tmp_path / "script.py",
+        MORE="of it",
+    )
     run.wait(60)
     return run, [json.loads(line) for line in run.stdout.splitlines()]
 
 
 @pytest.mark.skipif(not FORKS, reason="nothing is forked here")
-@pytest.mark.parametrize(("end", "code"), [("0", 0), ("3", 3), ("raise", 1), ("killed", -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("end", "code"), [("0", 0), ("3", 3), ("raise", 1), ("killed", -signal.SIGKILL)]
+)
 def test_a_forked_rank_is_like_a_process_of_its_own(end, code, tmp_path):
     forked, apart = (outcome(launcher, end, tmp_path) for launcher in ("forked", "ranks"))
     assert forked[0].codes == apart[0].codes == [code, code]

@@ -70,7 +70,10 @@ def test_one_run_at_a_time(tmp_path):
 
 
 def test_a_killed_run_no_longer_holds_its_directory(tmp_path):
-    code = "import fcntl, os, signal, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); os.kill(os.getpid(), 9)"
+    code = (
+        "import fcntl, os, signal, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, "
+        "fcntl.LOCK_EX); os.kill(os.getpid(), 9)"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / ".lock")]).returncode == -9
     output.claim(tmp_path).close()
 
@@ -78,7 +81,9 @@ def test_a_killed_run_no_longer_holds_its_directory(tmp_path):
 @pytest.mark.parametrize("resume", ["auto", "never"])
 @pytest.mark.parametrize(("phase", "phases"), [("all", [1, 2]), ("1", [1]), ("2", [2])])
 def test_afresh(tmp_path, resume, phase, phases):
-    assert output.find_start(config_of(tmp_path, resume=resume, phase=phase), pytest.fail) == Start(phases)
+    assert output.find_start(config_of(tmp_path, resume=resume, phase=phase), pytest.fail) == Start(
+        phases
+    )
 
 
 def test_never_where_a_run_lies(tmp_path):
@@ -99,7 +104,8 @@ def test_in_phase_1(tmp_path):
 
 
 def test_between_the_phases(tmp_path):
-    """Phase 1's weights are there: nothing of phase 1 is done again, whatever checkpoints of it remain."""
+    """Phase 1's weights are there: nothing of phase 1 is done again, whatever
+    checkpoints of it remain."""
     leave_checkpoint(leave_run(tmp_path), 1, 100)
     between = leave_phase1(tmp_path)
     assert find(config_of(tmp_path)) == ([2], None, between)
@@ -138,12 +144,16 @@ def test_finished_once_all_is_there(tmp_path, missing):
         (tmp_path / missing).rmdir()
     elif missing:
         (tmp_path / missing).unlink()
-    assert find(config_of(tmp_path)) == (([], None, None) if missing is None else ([2], (2, 10), between))
+    assert find(config_of(tmp_path)) == (
+        ([], None, None) if missing is None else ([2], (2, 10), between)
+    )
 
 
 def test_other_values_are_named(tmp_path):
     leave_checkpoint(leave_run(tmp_path, seed=1), 1, 10)
-    with pytest.raises(UserError, match=r"seed: 1 -> 2; phase2\.beta\.max: 1\.0 -> 0\.5: give another --output_dir"):
+    with pytest.raises(
+        UserError, match=r"seed: 1 -> 2; phase2\.beta\.max: 1\.0 -> 0\.5: give another --output_dir"
+    ):
         find(config_of(tmp_path, seed=2, phase2={"beta": {"max": 0.5}}))
     many = {"seed": 2, "phase1": {"steps": 1, "lr": 2.0, "adam_eps": 1.0}, "phase2": {"steps": 1}}
     with pytest.raises(UserError, match=r"\(and 2 more\)"):
@@ -152,7 +162,9 @@ def test_other_values_are_named(tmp_path):
 
 def test_what_a_resumed_run_may_change(tmp_path):
     leave_checkpoint(leave_run(tmp_path), 1, 10)
-    changed = config_of(tmp_path, log_every=1, checkpoint_every=3, keep_checkpoints=9, data={"cache_dir": "z"})
+    changed = config_of(
+        tmp_path, log_every=1, checkpoint_every=3, keep_checkpoints=9, data={"cache_dir": "z"}
+    )
     assert find(changed) == ([1, 2], (1, 10), None)
 
 
@@ -202,7 +214,8 @@ def test_what_a_killed_conversion_left_is_removed_at_the_next_start(tmp_path):
 
 
 def test_another_directory_counts_until_this_one_has_something_to_go_on_from(tmp_path):
-    """A requeued job repeats its whole command: also one that was killed before its own first checkpoint."""
+    """A requeued job repeats its whole command: also one that was killed before its own
+    first checkpoint."""
     source, own = leave_run(tmp_path / "source"), tmp_path / "own"
     leave_checkpoint(source, 1, 10)
     leave_run(own)
@@ -218,7 +231,10 @@ def test_another_directory_counts_until_this_one_has_something_to_go_on_from(tmp
 @pytest.mark.parametrize(("there", "asked"), [(1, "2"), (2, "1")])
 def test_an_unfinished_phase_is_not_given_up_for_another(tmp_path, there, asked):
     leave_checkpoint(leave_run(tmp_path, phase=str(there)), there, 10)
-    with pytest.raises(UserError, match=rf"holds a run in phase {there} \(step 10\): finish it \(--phase {there} or all\)"):
+    with pytest.raises(
+        UserError,
+        match=rf"holds a run in phase {there} \(step 10\): finish it \(--phase {there} or all\)",
+    ):
         find(config_of(tmp_path, phase=asked))
 
 
@@ -230,6 +246,8 @@ def test_other_sentences_than_the_run_began_with_are_refused(tmp_path):
     (tmp_path / "run" / output.DATA).write_text(json.dumps(output.data_of(config)))
     assert find(config) == ([1, 2], (1, 10), None)
     text.write_text("a sentencE\n" * 50)
-    with pytest.raises(UserError, match=r"holds a run on other sentences: train\.txt: put them back") as caught:
+    with pytest.raises(
+        UserError, match=r"holds a run on other sentences: train\.txt: put them back"
+    ) as caught:
         find(config)
     assert "\n" not in str(caught.value)

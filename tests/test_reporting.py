@@ -26,7 +26,10 @@ def log(reporter, steps, loss=3.0):
 
 
 def rows(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_bytes().decode().split("\n")[:-1]]
+    return [
+        json.loads(line)
+        for line in (directory / "metrics.jsonl").read_bytes().decode().split("\n")[:-1]
+    ]
 
 
 def run(directory, first, steps, **kwargs):
@@ -38,7 +41,9 @@ def run(directory, first, steps, **kwargs):
 
 
 def events(directory):
-    found = EventAccumulator(str(directory / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    found = EventAccumulator(
+        str(directory / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}
+    )
     found.Reload()
     return found
 
@@ -49,7 +54,14 @@ def test_a_row_has_what_was_logged(tmp_path, reporter):
     reporter.evaluation(8, 2, "valid", {"rec": 1.5, "kl_per_dim": [0.5], "precision": "bf16"})
     train, valid = rows(tmp_path)
     assert train == {"step": 7, "phase": 1, "split": "train", **VALUES, "kl_per_dim": [0.25, 0.75]}
-    assert valid == {"step": 8, "phase": 2, "split": "valid", "rec": 1.5, "kl_per_dim": [0.5], "precision": "bf16"}
+    assert valid == {
+        "step": 8,
+        "phase": 2,
+        "split": "valid",
+        "rec": 1.5,
+        "kl_per_dim": [0.5],
+        "precision": "bf16",
+    }
 
 
 def test_a_row_can_be_read_as_soon_as_it_is_logged(tmp_path, reporter):
@@ -61,9 +73,23 @@ def test_a_row_can_be_read_as_soon_as_it_is_logged(tmp_path, reporter):
 def test_no_step_twice_after_a_resume(tmp_path):
     run(tmp_path, 1, [1, 2, 3, 4, 5], loss=1.0)
     run(tmp_path, 4, [4, 5, 6], loss=2.0)
-    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 2),
+        (5, 2),
+        (6, 2),
+    ]
     scalars = events(tmp_path).Scalars("train/loss")
-    assert [(event.step, event.value) for event in scalars] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    assert [(event.step, event.value) for event in scalars] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 2),
+        (5, 2),
+        (6, 2),
+    ]
 
 
 def test_the_final_evaluation_goes_when_a_run_goes_on(tmp_path):
@@ -123,12 +149,20 @@ def test_tensorboard_has_the_scalars_at_their_steps(tmp_path, reporter):
     reporter.start_phase(1, 4, 0)
     log(reporter, [2, 4])
     reporter.end_phase()
-    reporter.evaluation(4, 1, "valid", {"rec": 1.5, "au": 2, "kl_per_dim": [0.5], "precision": "bf16"})
+    reporter.evaluation(
+        4, 1, "valid", {"rec": 1.5, "au": 2, "kl_per_dim": [0.5], "precision": "bf16"}
+    )
     reporter.close(RunConfig(), None)
     found = events(tmp_path)
     for name, value in VALUES.items():
-        assert [(e.step, e.value) for e in found.Scalars(f"train/{name}")] == [(2, value), (4, value)]
-    assert [(e.step, e.value) for e in found.Scalars("kl_per_dim_train/001")] == [(2, 0.75), (4, 0.75)]
+        assert [(e.step, e.value) for e in found.Scalars(f"train/{name}")] == [
+            (2, value),
+            (4, value),
+        ]
+    assert [(e.step, e.value) for e in found.Scalars("kl_per_dim_train/001")] == [
+        (2, 0.75),
+        (4, 0.75),
+    ]
     assert [(e.step, e.value) for e in found.Scalars("valid/rec")] == [(4, 1.5)]
     assert [(e.step, e.value) for e in found.Scalars("valid/au")] == [(4, 2)]
     assert [(e.step, e.value) for e in found.Scalars("kl_per_dim_valid/000")] == [(4, 0.5)]
@@ -149,10 +183,15 @@ def test_tensorboard_has_hparams_and_final_metrics_in_the_one_run(tmp_path, repo
     assert given["phase2.beta.max"].number_value == 0.25
     assert given["phase2.beta.kind"].string_value == "linear"
     assert given["phase1.freeze_decoder"].bool_value is False
-    experiment = HParamsPluginData.FromString(found.summary_metadata["_hparams_/experiment"].plugin_data.content).experiment
+    experiment = HParamsPluginData.FromString(
+        found.summary_metadata["_hparams_/experiment"].plugin_data.content
+    ).experiment
     metrics = {info.name.tag for info in experiment.metric_infos}
     assert metrics == {"test/rec", "test/sentences"}
-    assert [[(e.step, e.value) for e in found.Scalars(tag)] for tag in sorted(metrics)] == [[(9, 4.5)], [(9, 7)]]
+    assert [[(e.step, e.value) for e in found.Scalars(tag)] for tag in sorted(metrics)] == [
+        [(9, 4.5)],
+        [(9, 7)],
+    ]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
@@ -164,7 +203,8 @@ def test_tensorboard_has_the_text(tmp_path, reporter):
     (event,) = found.Tensors("reconstruction/text_summary")
     text = event.tensor_proto.string_val[0].decode()
     assert event.step == 3
-    assert text.splitlines()[2:] == ["| a \\| b | c |", "| ü | d |"]  # a bar in a sentence ends no cell
+    # a bar in a sentence ends no cell
+    assert text.splitlines()[2:] == ["| a \\| b | c |", "| ü | d |"]
     assert b"from the prior" in found.Tensors("prior/text_summary")[0].tensor_proto.string_val[0]
 
 
@@ -172,7 +212,9 @@ def test_the_sentence_of_a_language_model_stands_alone(tmp_path, reporter):
     reporter.open(1)
     reporter.text(3, [], ["the likeliest"])
     reporter.close(RunConfig(), None)
-    assert rows(tmp_path) == [{"step": 3, "split": "text", "reconstruction": [], "prior": ["the likeliest"]}]
+    assert rows(tmp_path) == [
+        {"step": 3, "split": "text", "reconstruction": [], "prior": ["the likeliest"]}
+    ]
     assert events(tmp_path).Tags()["tensors"] == ["prior/text_summary"]
 
 
@@ -196,8 +238,23 @@ def test_the_console_gets_the_lines(tmp_path, capsys, reporter):
     assert capsys.readouterr().out == "a line\n"
 
 
-NAMES = ("rec", "kl", "elbo", "ppl_token", "ppl_word", "bits_per_byte", "mi", "mi_cap", "rec_shuffled", "rec_prior")
-MEASURED = {name: 10.125 + i for i, name in enumerate(NAMES)} | {"au": 9, "sentences": 12345, "kl_per_dim": [1.0]}
+NAMES = (
+    "rec",
+    "kl",
+    "elbo",
+    "ppl_token",
+    "ppl_word",
+    "bits_per_byte",
+    "mi",
+    "mi_cap",
+    "rec_shuffled",
+    "rec_prior",
+)
+MEASURED = {name: 10.125 + i for i, name in enumerate(NAMES)} | {
+    "au": 9,
+    "sentences": 12345,
+    "kl_per_dim": [1.0],
+}
 
 
 def lines_of(metrics):

@@ -25,7 +25,12 @@ def test_help_names_every_flag_with_its_default_and_says_what_it_is():
 
 def test_the_command_prints_it_and_does_nothing(tmp_path):
     done = subprocess.run(
-        [sys.executable, TRAIN, "--help"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+        [sys.executable, TRAIN, "--help"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
     assert help_text() in done.stdout

@@ -1,8 +1,11 @@
-"""Ranks without the wait: processes that have imported everything, of which each rank is forked and runs its script from the top.
+"""Ranks without the wait: processes that have imported everything, of which each rank
+is forked and runs its script from the top.
 
-The imports are nine tenths of the time that a small run takes on a rank. What a rank does after them, how it is signalled and how
-it ends is as in a process of its own. There are two of these processes, for even and for odd ranks: strings then hash
-differently on neighbouring ranks, as they do in processes that are started apart, and an order that hangs on it shows.
+The imports are nine tenths of the time that a small run takes on a rank. What a rank
+does after them, how it is signalled and how it ends is as in a process of its own.
+There are two of these processes, for even and for odd ranks: strings then hash
+differently on neighbouring ranks, as they do in processes that are started apart, and
+an order that hangs on it shows.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ READY = b"ready"
 
 
 class Zygote:
-    """The test's end of a process that ranks are forked of. It leaves when this end is closed."""
+    """The test's end of a process that ranks are forked of. It leaves when this end is
+    closed."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.socket, other = socket.socketpair()
@@ -41,12 +45,15 @@ class Zygote:
             )
 
     def wait(self) -> None:
-        """Until it has imported everything: a rank that is forked sooner than the next one's process would wait for that one."""
+        """Until it has imported everything: a rank that is forked sooner than the next
+        one's process would wait for that one."""
         self._imported = self._imported or bool(self.socket.recv(len(READY)))
 
     def fork(self, command: list[str], environment: dict[str, str], cwd: Path) -> Forked:
         """`python SCRIPT ARGUMENTS...`, without the python."""
-        request = json.dumps({"command": command, "environment": environment, "cwd": str(cwd)}).encode()
+        request = json.dumps(
+            {"command": command, "environment": environment, "cwd": str(cwd)}
+        ).encode()
         with contextlib.ExitStack() as files:
             ours, theirs = [], []
             for _ in range(3):  # stdout, stderr, and what becomes of the process
@@ -61,13 +68,17 @@ class Zygote:
 
 
 class Forked:
-    """A rank: what `subprocess.Popen` with pipes and a session of its own offers, as far as the tests need it."""
+    """A rank: what `subprocess.Popen` with pipes and a session of its own offers, as
+    far as the tests need it."""
 
     def __init__(self, stdout, stderr, status) -> None:
         self.returncode: int | None = None
         self._status = status
         self._texts: dict[object, str] = {}
-        self._readers = [threading.Thread(target=self._read, args=(pipe,), daemon=True) for pipe in (stdout, stderr)]
+        self._readers = [
+            threading.Thread(target=self._read, args=(pipe,), daemon=True)
+            for pipe in (stdout, stderr)
+        ]
         self._pipes = (stdout, stderr)
         for reader in self._readers:
             reader.start()
@@ -99,7 +110,8 @@ class Forked:
 
 
 def serve(requests: socket.socket) -> dict:
-    """Forks at every request. Returns in the forked processes alone, with what each has to run."""
+    """Forks at every request. Returns in the forked processes alone, with what each has
+    to run."""
     running: dict[int, int] = {}  # by process: where its end is reported
     while True:
         if select.select([requests], [], [], 0.01 if running else None)[0]:
@@ -131,13 +143,16 @@ def serve(requests: socket.socket) -> dict:
 
 if __name__ == "__main__":
     del sys.path[0]  # tests/: no rank has it
-    # What a run imports, at its start and with its first optimizer (torch's compiler): the order is for what train.py sets first.
+    # What a run imports, at its start and with its first optimizer (torch's compiler):
+    # the order is for what train.py sets first.
     for name in ("dsvae.train", "deepspeed.runtime.zero.muon.muon_optimizer"):
         importlib.import_module(name)
     assert threading.active_count() == 1, "a thread is not forked with the process"
     sys.stdout.flush()
     sys.stderr.flush()
-    gc.freeze()  # what is imported stays: looking through it for garbage would copy its memory in every fork
+    # what is imported stays: looking through it for garbage would copy its memory in
+    # every fork
+    gc.freeze()
     requests = socket.socket(fileno=int(sys.argv[1]))
     requests.send(READY)
     asked = serve(requests)
@@ -146,7 +161,8 @@ if __name__ == "__main__":
     os.environ.update(asked["environment"])
     # As Python makes them at its start: those that are here were made for other files.
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    errors = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = errors
     sys.argv = asked["command"]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -17,11 +17,17 @@ _NEAR = 0.025
 
 
 def plot(found: Comparison) -> str | None:
-    """The plot as SVG, None where no run has both values. A model without a latent stands at kl 0.
+    """The plot as SVG, None where no run has both values. A model without a latent
+    stands at kl 0.
 
-    KL is not trained in phase 1 and is many times that of phase 2 there: its runs are drawn only if there are no others.
+    KL is not trained in phase 1 and is many times that of phase 2 there: its runs are
+    drawn only if there are no others.
     """
-    runs = [run for run in found.runs if "rec" in run.metrics and ("kl" in run.metrics or not run.latent)]
+    runs = [
+        run
+        for run in found.runs
+        if "rec" in run.metrics and ("kl" in run.metrics or not run.latent)
+    ]
     runs = [run for run in runs if run.phase == 2] or runs
     if not runs:
         return None
@@ -31,12 +37,28 @@ def plot(found: Comparison) -> str | None:
         for index, (run, (kl, rec)) in enumerate(zip(runs, points, strict=True), 1):
             marker, face = "o" if run.latent else "D", COLOR if run.split == "test" else "none"
             label = f"{index}  {short(run.name, 28)}: {_about(run)}"
-            axes.plot(kl, rec, marker=marker, markersize=6, color=COLOR, markerfacecolor=face, linestyle="none", label=label)
+            axes.plot(
+                kl,
+                rec,
+                marker=marker,
+                markersize=6,
+                color=COLOR,
+                markerfacecolor=face,
+                linestyle="none",
+                label=label,
+            )
         axes.margins(0.12)
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
         totals = np.linspace(left + low, right + high, _LINES + 2)[1:-1]
         for total in totals:
-            axes.plot([left, right], [total - left, total - right], color="black", alpha=0.12, linewidth=0.8, zorder=0)
+            axes.plot(
+                [left, right],
+                [total - left, total - right],
+                color="black",
+                alpha=0.12,
+                linewidth=0.8,
+                zorder=0,
+            )
         axes.set_xlim(left, right)
         axes.set_ylim(low, high)
         for members in _together(points, right - left, high - low):
@@ -46,16 +68,33 @@ def plot(found: Comparison) -> str | None:
         axes.set_xlabel("kl (nats/sentence)")
         axes.set_ylabel("rec (nats/sentence)")
         about = "down and left is better; along a line rec + kl is the same"
-        axes.set_title(about + ("; hollow: not final, on validation" if any(r.split != "test" for r in runs) else ""), fontsize=8)
-        axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, handletextpad=0.2)
+        axes.set_title(
+            about
+            + (
+                "; hollow: not final, on validation" if any(r.split != "test" for r in runs) else ""
+            ),
+            fontsize=8,
+        )
+        axes.legend(
+            fontsize=7.5,
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.0),
+            frameon=False,
+            handletextpad=0.2,
+        )
         return svg(figure)
 
 
 def _together(points: list[tuple[float, float]], width: float, height: float) -> list[list[int]]:
-    """Indices of points so close together that one label serves them: each with the first that is near."""
+    """Indices of points so close together that one label serves them: each with the
+    first that is near."""
     groups: list[list[int]] = []
     for index, (x, y) in enumerate(points):
-        near = (g for g in groups if max(abs(points[g[0]][0] - x) / width, abs(points[g[0]][1] - y) / height) < _NEAR)
+        near = (
+            g
+            for g in groups
+            if max(abs(points[g[0]][0] - x) / width, abs(points[g[0]][1] - y) / height) < _NEAR
+        )
         group = next(near, None)
         if group is None:
             groups.append([index])

@@ -1,4 +1,5 @@
-"""A comparison as a table for people and as files: comparison.md, .csv, .json and .svg."""
+"""A comparison as a table for people and as files: comparison.md, .csv, .json and
+.svg."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from dsvae.metrics.meanings import number
 
 
 def place(directories: Sequence[Path], output: str | None) -> Path:
-    """Where a comparison of runs goes: `output`, or `comparison` beside them, or in the current directory."""
+    """Where a comparison of runs goes: `output`, or `comparison` beside them, or in the
+    current directory."""
     if output is not None:
         return Path(output).expanduser()
     parents = {directory.absolute().parent.resolve() for directory in directories}
@@ -23,7 +25,8 @@ def place(directories: Sequence[Path], output: str | None) -> Path:
 
 
 def write(directory: Path, found: Comparison) -> dict[str, Path]:
-    """Writes every file of a comparison, each whole or not at all; what each is -> its path."""
+    """Writes every file of a comparison, each whole or not at all; what each is -> its
+    path."""
     from dsvae.comparison.plot import plot
 
     image = plot(found)
@@ -42,7 +45,8 @@ def write(directory: Path, found: Comparison) -> dict[str, Path]:
 
 
 def text(found: Comparison) -> str:
-    """Table, meanings, notes and warnings as Markdown that reads well on a terminal too."""
+    """Table, meanings, notes and warnings as Markdown that reads well on a terminal
+    too."""
     shown = [name for name in SHOWN if name in found.metrics]
     arrows = {"lower": " ↓", "higher": " ↑"}
     columns = {"run": [run.name for run in found.runs], "state": [run.state for run in found.runs]}
@@ -53,11 +57,16 @@ def text(found: Comparison) -> str:
     for name, letters in (("text", found.text), ("tokenizer", found.tokenizer)):
         if letters:
             columns[name] = [letters.get(run.name, "-") for run in found.runs]
-    numbers = {f"{name}{arrows.get(BETTER.get(name, ''), '')}": [_metric(run, name) for run in found.runs] for name in shown}
+    numbers = {
+        f"{name}{arrows.get(BETTER.get(name, ''), '')}": [_metric(run, name) for run in found.runs]
+        for name in shown
+    }
     lines = [_markdown(columns, numbers), ""]
     for name in shown:
         unit, meaning = MEANING[name]
-        about = ", ".join(part for part in (unit, f"{BETTER[name]} is better" if name in BETTER else "") if part)
+        about = ", ".join(
+            part for part in (unit, f"{BETTER[name]} is better" if name in BETTER else "") if part
+        )
         lines.append(f"- `{name}`{f' ({about})' if about else ''}: {meaning}")
     lines += [f"\n{note}" for note in _notes(found)]
     lines += [f"\nwarning: {warning}" for warning in found.warnings]
@@ -68,11 +77,16 @@ def _notes(found: Comparison) -> list[str]:
     notes = []
     if any(run.split == "valid" for run in found.runs):
         notes.append(
-            "\\* not final: the newest values on validation sentences, at the step under `values of`; they do not compare with "
-            "values on test sentences. In phase 1 no KL is trained: its kl, elbo and perplexities say little."
+            "\\* not final: the newest values on validation sentences, at the step under `values "
+            "of`; they do not compare with "
+            "values on test sentences. In phase 1 no KL is trained: its kl, elbo and "
+            "perplexities say little."
         )
     if without := [run.name for run in found.runs if not run.latent]:
-        notes.append(f"Without a latent: {', '.join(without)}. There rec and elbo are log p(x) itself and no bound.")
+        notes.append(
+            f"Without a latent: {', '.join(without)}. There rec and elbo are log p(x) itself and "
+            f"no bound."
+        )
     return notes + [f"{run.name}: {problem}" for run in found.runs for problem in run.problems]
 
 
@@ -98,7 +112,10 @@ def _csv(found: Comparison) -> str:
     for run in found.runs:
         row: list[Any] = [run.name, run.directory, run.state, run.split, run.step]
         row += [found.text.get(run.name), found.tokenizer.get(run.name)]
-        row += [None if run.settings.get(name) is None else _value(run.settings[name]) for name in found.settings]
+        row += [
+            None if run.settings.get(name) is None else _value(run.settings[name])
+            for name in found.settings
+        ]
         writer.writerow([*row, *(run.metrics.get(name) for name in found.metrics)])
     return buffer.getvalue()
 
@@ -119,7 +136,11 @@ def _tree(found: Comparison) -> dict[str, Any]:
         }
         for run in found.runs
     ]
-    return {"runs": runs, "better": {n: BETTER[n] for n in found.metrics if n in BETTER}, "warnings": found.warnings}
+    return {
+        "runs": runs,
+        "better": {n: BETTER[n] for n in found.metrics if n in BETTER},
+        "warnings": found.warnings,
+    }
 
 
 def _metric(run: Run, name: str) -> str:
@@ -129,7 +150,11 @@ def _metric(run: Run, name: str) -> str:
 
 
 def _values_of(run: Run) -> str:
-    return f"valid, step {run.step:,} (phase {run.phase})" if run.split == "valid" else run.split or "-"
+    return (
+        f"valid, step {run.step:,} (phase {run.phase})"
+        if run.split == "valid"
+        else run.split or "-"
+    )
 
 
 def _values(name: str, values: list[Any]) -> list[str]:

@@ -1,4 +1,5 @@
-"""What a run has left in its output directory: settings, how far it has come, its newest numbers.
+"""What a run has left in its output directory: settings, how far it has come, its
+newest numbers.
 
 Only reads, and takes no lock: a run may be alive while it is looked at.
 """
@@ -21,9 +22,11 @@ from dsvae.engine import checkpoint
 from dsvae.errors import UserError
 
 USE = "rec_shuffled-rec"
-"""What another sentence's z costs: the one metric here that metrics.json does not name."""
+"""What another sentence's z costs: the one metric here that metrics.json does not
+name."""
 _OF_THE_LATENT = ("kl", "mi", "mi_cap", "marginal_kl", "au", "rec_shuffled", "rec_prior", USE)
-# Settings of a run that say nothing about what it learns; ds_config is a path, whose content is compared.
+# Settings of a run that say nothing about what it learns; ds_config is a path, whose
+# content is compared.
 _NO_SETTINGS = {*RESUMABLE, "ds_config"} - {"phase"}
 
 
@@ -35,13 +38,16 @@ class Run:
     name: str
     """The directory's name, with as much of its path as tells it from the others."""
     state: str = "failed to read"
-    """finished, finished (phase 1 only), phase P at step I of N (I from 1 within the phase), not started, or failed to read."""
+    """finished, finished (phase 1 only), phase P at step I of N (I from 1 within the
+    phase), not started, or failed to read."""
     config: RunConfig | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    """Dotted name -> value of what decides the outcome, with the content of ds_config.json under `ds_config.`. Fields that the
-    run does not read (those of a phase that it leaves out) are not in it."""
+    """Dotted name -> value of what decides the outcome, with the content of
+    ds_config.json under `ds_config.`. Fields that the run does not read (those of a
+    phase that it leaves out) are not in it."""
     split: Literal["test", "valid"] | None = None
-    """What the metrics were measured on: test is final; valid is the newest validation so far; None: there are none."""
+    """What the metrics were measured on: test is final; valid is the newest validation
+    so far; None: there are none."""
     step: int | None = None
     """The step of the validation, on the run's one axis of optimizer steps."""
     phase: int | None = None
@@ -49,29 +55,36 @@ class Run:
     latent: bool = True
     """Whether the model has a latent."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Every finite number of the evaluation, standard errors as `se.NAME`; without a latent none that speak of one."""
+    """Every finite number of the evaluation, standard errors as `se.NAME`; without a
+    latent none that speak of one."""
     tokenizer: str | None = None
     """A hash of the run's tokenizer; None: there is none to read."""
     problems: list[str] = field(default_factory=list)
     """What could not be read, a line each."""
 
     def source(self) -> str | None:
-        """What decides the sentences of `split` besides the text files, None where nothing does."""
+        """What decides the sentences of `split` besides the text files, None where
+        nothing does."""
         if self.config is None:
             return None
         data, seed = self.config.data, self.config.seed
         if data.dataset is not None:
             return f"data set {data.dataset}"
         if data.train_file is None:
-            return f"built-in corpus of {data.builtin_size:,}, seed {data.builtin_seed}, held out with seed {seed}"
+            return (
+                f"built-in corpus of {data.builtin_size:,}, seed {data.builtin_seed}, held out "
+                f"with seed {seed}"
+            )
         given = data.test_file if self.split == "test" else data.valid_file
         return None if given is not None else f"held out with seed {seed}"
 
 
 def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The output directories that the words of a command line name, each once, and the words that name files instead.
+    """The output directories that the words of a command line name, each once, and the
+    words that name files instead.
 
-    A directory that is no run stands for the runs one level down. An earlier comparison, which `runs/*` names too, is left out.
+    A directory that is no run stands for the runs one level down. An earlier
+    comparison, which `runs/*` names too, is left out.
 
     Raises:
         UserError: no such directory, or nothing in it is a run.
@@ -90,12 +103,20 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
             try:
                 inside = [child for child in path.iterdir() if child.is_dir() and is_run(child)]
             except OSError as error:
-                raise UserError(f"{word}: {error.strerror}; give directories that can be read") from None
+                raise UserError(
+                    f"{word}: {error.strerror}; give directories that can be read"
+                ) from None
             if not inside:
-                raise UserError(f"nothing in {word} is a run (no config.yaml in it or one level down): give output directories")
+                raise UserError(
+                    f"nothing in {word} is a run (no config.yaml in it or one level down): give "
+                    f"output directories"
+                )
             found += sorted(inside, key=lambda child: _natural(child.name))
     if not found:
-        raise UserError(f"{', '.join(words[:3]) or 'nothing'}: no directories of runs; give the output directories themselves")
+        raise UserError(
+            f"{', '.join(words[:3]) or 'nothing'}: no directories of runs; give the output "
+            f"directories themselves"
+        )
     once: dict[Path, Path] = {}
     for path in found:
         once.setdefault(path.resolve(), path)
@@ -103,15 +124,20 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a run has claimed a directory; one that ended before it wrote anything has left its lock."""
+    """Whether a run has claimed a directory; one that ended before it wrote anything
+    has left its lock."""
     return any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl", ".lock"))
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """What lies in each of the directories; what cannot be read is told in the runs and raises nothing."""
+    """What lies in each of the directories; what cannot be read is told in the runs and
+    raises nothing."""
     whole = [Path(os.path.abspath(directory)) for directory in directories]
     common = os.path.commonpath([path.parent for path in whole])
-    return [_read(directory, os.path.relpath(path, common)) for directory, path in zip(directories, whole, strict=True)]
+    return [
+        _read(directory, os.path.relpath(path, common))
+        for directory, path in zip(directories, whole, strict=True)
+    ]
 
 
 def _read(directory: Path, name: str) -> Run:
@@ -152,7 +178,9 @@ def _read_settings(run: Run) -> None:
     found = flatten(to_tree(run.config))
     unread = _unread(run.config)
     run.settings = {
-        name: value for name, value in found.items() if name not in _NO_SETTINGS and value != {} and not name.startswith(unread)
+        name: value
+        for name, value in found.items()
+        if name not in _NO_SETTINGS and value != {} and not name.startswith(unread)
     }
     path = run.directory / "ds_config.json"
     if path.exists():
@@ -163,7 +191,8 @@ def _read_settings(run: Run) -> None:
 
 
 def _unread(config: RunConfig) -> tuple[str, ...]:
-    """Beginnings of the names of the fields that a run does not read, whatever they hold."""
+    """Beginnings of the names of the fields that a run does not read, whatever they
+    hold."""
     names = {"1": ["phase2."], "2": ["phase1."], "all": []}[config.phase]
     if config.data.train_file is not None or config.data.dataset is not None:
         names.append("data.builtin_")
@@ -175,7 +204,8 @@ def _unread(config: RunConfig) -> tuple[str, ...]:
 
 
 class _Rows:
-    """metrics.jsonl, read once: its last row of training or validation, the newest validation, the last step of each phase."""
+    """metrics.jsonl, read once: its last row of training or validation, the newest
+    validation, the last step of each phase."""
 
     def __init__(self, path: Path, problems: list[str]) -> None:
         self.last: dict[str, Any] | None = None
@@ -195,7 +225,10 @@ class _Rows:
         if damaged and not damaged[-1][1].endswith(b"\n"):
             damaged.pop()  # the line that a live run is writing, or was when it was cut
         if damaged:
-            problems.append(f"{path.name}: {len(damaged)} line(s) cannot be read, the first is line {damaged[0][0]}")
+            problems.append(
+                f"{path.name}: {len(damaged)} line(s) cannot be read, the first is line "
+                f"{damaged[0][0]}"
+            )
 
     def _add(self, line: bytes) -> bool:
         try:
@@ -217,7 +250,11 @@ def _final(run: Run) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_bytes())
-        if not isinstance(found, dict) or not isinstance(found.get("test"), dict) or "rec" not in found["test"]:
+        if (
+            not isinstance(found, dict)
+            or not isinstance(found.get("test"), dict)
+            or "rec" not in found["test"]
+        ):
             raise ValueError("no final evaluation in it")
         return found["test"]
     except (OSError, ValueError) as error:
@@ -228,16 +265,25 @@ def _final(run: Run) -> dict[str, Any] | None:
 def _take(run: Run, evaluation: dict[str, Any]) -> None:
     """Puts the numbers of an evaluation into the run."""
     run.latent = evaluation.get("kl_per_dim") != [] and evaluation.get("latent_dim") != 0
-    found = {name: value for name, value in flatten(evaluation).items() if _is_number(value) and name not in ("step", "phase")}
+    found = {
+        name: value
+        for name, value in flatten(evaluation).items()
+        if _is_number(value) and name not in ("step", "phase")
+    }
     if "rec_shuffled" in found and "rec" in found:
         found[USE] = found["rec_shuffled"] - found["rec"]
     if not run.latent:
-        found = {name: value for name, value in found.items() if name.removeprefix("se.") not in _OF_THE_LATENT}
+        found = {
+            name: value
+            for name, value in found.items()
+            if name.removeprefix("se.") not in _OF_THE_LATENT
+        }
     run.metrics = found
 
 
 def _done(run: Run, rows: _Rows) -> dict[int, int]:
-    """Phase -> the last step within it that the logged rows or the complete checkpoints know of."""
+    """Phase -> the last step within it that the logged rows or the complete checkpoints
+    know of."""
     done = dict(rows.steps)
     if 2 in done:
         done[2] -= _before_phase2(run, rows)
@@ -251,7 +297,8 @@ def _before_phase2(run: Run, rows: _Rows) -> int:
     if run.config is None:
         return rows.steps.get(1, 0)
     steps = run.config.phase1.steps
-    # A phase 1 that came before leaves rows or weights, here or in the run that this one went on from.
+    # A phase 1 that came before leaves rows or weights, here or in the run that this
+    # one went on from.
     places = (run.directory, Path(run.config.resume))
     before = 1 in rows.steps or any((place / "phase1" / "model").is_dir() for place in places)
     return steps if before or rows.steps[2] > run.config.phase2.steps else 0
@@ -268,12 +315,14 @@ def _state(config: RunConfig, directory: Path, done: dict[int, int]) -> str:
 
 
 def _tokenizer(directory: Path) -> str | None:
-    """A hash of what a tokenizer does: of its pieces and rules, not of how they were written down."""
+    """A hash of what a tokenizer does: of its pieces and rules, not of how they were
+    written down."""
     digest = hashlib.sha256()
     try:
         if (directory / "tokenizer.json").is_file():
             rules = json.loads((directory / "tokenizer.json").read_bytes())
-            for name in ("version", "truncation", "padding"):  # the file's, and those of the last call
+            # the file's, and those of the last call
+            for name in ("version", "truncation", "padding"):
                 rules.pop(name, None)
             digest.update(json.dumps(rules, sort_keys=True).encode())
         else:  # ByT5 has no vocabulary
@@ -297,4 +346,6 @@ def _told(error: Exception, path: Path) -> str:
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """A key by which run2 comes before run10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
+    ]

@@ -1,4 +1,5 @@
-"""Where sentences come from: files, hub data sets and the built-in corpus, as train, valid and test splits."""
+"""Where sentences come from: files, hub data sets and the built-in corpus, as train,
+valid and test splits."""
 
 from __future__ import annotations
 
@@ -25,36 +26,46 @@ from dsvae.errors import UserError
 SPLITS = ("train", "valid", "test")
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 5_000
 
-_HUB_NAMES = {"train": ("train",), "valid": ("validation", "valid", "dev", "val"), "test": ("test",)}
+_HUB_NAMES = {
+    "train": ("train",),
+    "valid": ("validation", "valid", "dev", "val"),
+    "test": ("test",),
+}
 _TEXT_SUFFIXES = ("", ".txt", ".text")
 _FEATURES = datasets.Features({"text": datasets.Value("string")})
 _WRITE_ROWS = 10_000
-# Characters of a csv field, where the csv module takes 131,072: documents are longer. A quote that is never closed still ends
-# here, and not in memory.
+# Characters of a csv field, where the csv module takes 131,072: documents are longer. A
+# quote that is never closed still ends here, and not in memory.
 _LONGEST_FIELD = 1 << 24
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sentences, stripped and not blank, memory-mapped: "train", "valid" and "test", each with one column, `text`."""
+    """Sentences, stripped and not blank, memory-mapped: "train", "valid" and "test",
+    each with one column, `text`."""
 
     splits: dict[str, datasets.Dataset]
     skipped_blank: dict[str, int]
-    """Blank sentences left out, by the split that they were read for; a held-out split has 0."""
+    """Blank sentences left out, by the split that they were read for; a held-out split
+    has 0."""
     held_out: tuple[str, ...]
-    """The splits that had no source of their own and were cut from the training sentences."""
+    """The splits that had no source of their own and were cut from the training
+    sentences."""
     source: str
     """What it was read from, in words."""
     workspace: tempfile.TemporaryDirectory | None = field(default=None, repr=False, compare=False)
-    """Owns the files under the splits where the caller named no `work_dir`: they last as long as the corpus."""
+    """Owns the files under the splits where the caller named no `work_dir`: they last
+    as long as the corpus."""
 
 
 def load_corpus(data: DataConfig, seed: int, work_dir: Path | None = None) -> Corpus:
-    """Read the sentences that `data` names; splits that it does not name are held out from the training sentences.
+    """Read the sentences that `data` names; splits that it does not name are held out
+    from the training sentences.
 
-    `seed` decides which sentences are held out. The sentences are written to `work_dir`, or to a temporary directory
-    that goes with the corpus. Raises UserError for every fault of the source; memory is bounded whatever its size
-    (but for a .json file that is one array).
+    `seed` decides which sentences are held out. The sentences are written to
+    `work_dir`, or to a temporary directory that goes with the corpus. Raises UserError
+    for every fault of the source; memory is bounded whatever its size (but for a .json
+    file that is one array).
     """
     check_source(data)
     workspace = None
@@ -67,19 +78,32 @@ def load_corpus(data: DataConfig, seed: int, work_dir: Path | None = None) -> Co
         splits[split], skipped_blank[split] = _store(sentences, work_dir / f"{split}.arrow", where)
     held_out = tuple(split for split in SPLITS if split not in splits)
     _hold_out(splits, held_out, seed, _where(data))
-    return Corpus({split: splits[split] for split in SPLITS}, skipped_blank, held_out, describe(data), workspace)
+    return Corpus(
+        {split: splits[split] for split in SPLITS},
+        skipped_blank,
+        held_out,
+        describe(data),
+        workspace,
+    )
 
 
 def fingerprint(data: DataConfig, seed: int) -> dict[str, Any]:
-    """What decides the sentences of `load_corpus(data, seed)`, as a json object: equal for equal content.
+    """What decides the sentences of `load_corpus(data, seed)`, as a json object: equal
+    for equal content.
 
-    Files are told apart by their bytes and their names (not their folders). The seed is in it only where it matters.
+    Files are told apart by their bytes and their names (not their folders). The seed is
+    in it only where it matters.
     """
     check_source(data)
     if data.dataset is not None:
-        # `datasets` derives this from the builder, its configuration and the revision of the repository.
+        # `datasets` derives this from the builder, its configuration and the revision
+        # of the repository.
         content = {name: part._fingerprint for name, part in _load_hub(data.dataset).items()}
-        identity: dict[str, Any] = {"dataset": data.dataset, "splits": content, "column": data.text_column}
+        identity: dict[str, Any] = {
+            "dataset": data.dataset,
+            "splits": content,
+            "column": data.text_column,
+        }
         cut = _held_out_names(content)
     elif data.train_file is not None:
         files = {split: file for split, file in _files(data).items() if file is not None}
@@ -101,55 +125,73 @@ def fingerprint(data: DataConfig, seed: int) -> dict[str, Any]:
 
 
 def describe(data: DataConfig) -> str:
-    """The source in words, e.g. "train.txt, valid.txt" or "the built-in corpus (20000 sentences, seed 0)"."""
+    """The source in words, e.g. "train.txt, valid.txt" or "the built-in corpus (20000
+    sentences, seed 0)"."""
     if data.dataset is not None:
         return f"data set {data.dataset}"
     if data.train_file is not None:
-        return ", ".join(dict.fromkeys(file.name for file in _files(data).values() if file is not None))
+        return ", ".join(
+            dict.fromkeys(file.name for file in _files(data).values() if file is not None)
+        )
     return f"the built-in corpus ({data.builtin_size} sentences, seed {data.builtin_seed})"
 
 
 def check_source(data: DataConfig) -> None:
-    """Raise UserError for a source that is contradictory, missing, of an unknown kind, or empty; reads no content."""
+    """Raise UserError for a source that is contradictory, missing, of an unknown kind,
+    or empty; reads no content."""
     if data.dataset is not None:
-        given = [name for name in ("train_file", "valid_file", "test_file") if getattr(data, name) is not None]
+        given = [
+            name
+            for name in ("train_file", "valid_file", "test_file")
+            if getattr(data, name) is not None
+        ]
         if given:
-            raise UserError(f"both --dataset and --{given[0]} are given: choose files or a data set")
+            raise UserError(
+                f"both --dataset and --{given[0]} are given: choose files or a data set"
+            )
         return
     for split, file in _files(data).items():
         if file is None:
             continue
         if data.train_file is None:
-            raise UserError(f"--{split}_file is given without --train_file: name the training sentences too")
+            raise UserError(
+                f"--{split}_file is given without --train_file: name the training sentences too"
+            )
         _check_file(file, f"--{split}_file")
 
 
 def read_file(file: Path, option: str, column: str) -> Iterator[str]:
-    """The sentences of one file as they stand in it, blank ones included; of any kind of file that training reads.
+    """The sentences of one file as they stand in it, blank ones included; of any kind
+    of file that training reads.
 
-    `option` is the flag that named the file, for errors. Raises UserError: at once where the file cannot be used, on the way
-    where a line cannot.
+    `option` is the flag that named the file, for errors. Raises UserError: at once
+    where the file cannot be used, on the way where a line cannot.
     """
     _check_file(file, option)
     return _READERS.get(file.suffix.lower(), _read_text)(file, column)
 
 
 def read_labels(file: Path, option: str) -> list[str]:
-    """The lines of a text file of labels, stripped; the file's suffix says nothing. Raises UserError as `read_file` does."""
+    """The lines of a text file of labels, stripped; the file's suffix says nothing.
+    Raises UserError as `read_file` does."""
     _check_readable(file, option)
     return [line.strip() for line in _lines(file)]
 
 
 def _files(data: DataConfig) -> dict[str, Path | None]:
     named = {"train": data.train_file, "valid": data.valid_file, "test": data.test_file}
-    return {split: None if name is None else Path(name).expanduser() for split, name in named.items()}
+    return {
+        split: None if name is None else Path(name).expanduser() for split, name in named.items()
+    }
 
 
 def _check_file(file: Path, option: str) -> None:
     _check_readable(file, option)
     if file.suffix.lower() not in (*_TEXT_SUFFIXES, *_READERS):
         supported = ", ".join((*_TEXT_SUFFIXES[1:], *_READERS))
-        raise UserError(f"{file} ({option}): unknown kind of file {file.suffix}; supported are {supported}")
+        raise UserError(
+            f"{file} ({option}): unknown kind of file {file.suffix}; supported are {supported}"
+        )
 
 
 def _check_readable(file: Path, option: str) -> None:
@@ -159,11 +201,15 @@ def _check_readable(file: Path, option: str) -> None:
         if file.is_dir():
             raise UserError(f"{file} ({option}) is a directory: name one file of sentences")
         if not file.is_file():
-            raise UserError(f"{file} ({option}) is not a regular file: save its content to one first")
+            raise UserError(
+                f"{file} ({option}) is not a regular file: save its content to one first"
+            )
         if file.stat().st_size == 0:
             raise UserError(f"{file} ({option}) is empty: give a file with at least one line")
     except OSError as error:
-        raise UserError(f"{file} ({option}) cannot be read: {error.strerror}; check its permissions") from error
+        raise UserError(
+            f"{file} ({option}) cannot be read: {error.strerror}; check its permissions"
+        ) from error
 
 
 def _similar_file(file: Path) -> str:
@@ -177,17 +223,33 @@ def _where(data: DataConfig) -> str:
 
 
 def _readers(data: DataConfig) -> dict[str, tuple[Iterator[str], str]]:
-    """Split -> its sentences as they stand in the source, and what to call the source in an error."""
+    """Split -> its sentences as they stand in the source, and what to call the source
+    in an error."""
     if data.dataset is not None:
         parts = _load_hub(data.dataset)
-        found = {split: next((name for name in names if name in parts), None) for split, names in _HUB_NAMES.items()}
+        found = {
+            split: next((name for name in names if name in parts), None)
+            for split, names in _HUB_NAMES.items()
+        }
         if found["train"] is None:
-            raise UserError(f"data set {data.dataset} has no split train, only {', '.join(parts)}: choose another one")
-        named = {split: (parts[name], f"data set {data.dataset}, split {name}") for split, name in found.items() if name}
-        return {split: (_read_dataset(part, data.text_column, at), at) for split, (part, at) in named.items()}
+            raise UserError(
+                f"data set {data.dataset} has no split train, only {', '.join(parts)}: choose "
+                f"another one"
+            )
+        named = {
+            split: (parts[name], f"data set {data.dataset}, split {name}")
+            for split, name in found.items()
+            if name
+        }
+        return {
+            split: (_read_dataset(part, data.text_column, at), at)
+            for split, (part, at) in named.items()
+        }
     if data.train_file is None:
         drawn = grammar.draw(data.builtin_size, data.builtin_seed)
-        return {"train": ((item.text for item in drawn), "the built-in corpus (--data.builtin_size)")}
+        return {
+            "train": ((item.text for item in drawn), "the built-in corpus (--data.builtin_size)")
+        }
     readers = {}
     for split, file in _files(data).items():
         if file is not None:
@@ -197,7 +259,8 @@ def _readers(data: DataConfig) -> dict[str, tuple[Iterator[str], str]]:
 
 
 def _store(sentences: Iterator[str], path: Path, where: str) -> tuple[datasets.Dataset, int]:
-    """Write the stripped sentences to an Arrow file; that file, memory-mapped, and how many blank ones were skipped."""
+    """Write the stripped sentences to an Arrow file; that file, memory-mapped, and how
+    many blank ones were skipped."""
     blank = kept = 0
     batch: list[str] = []
     with ArrowWriter(path=str(path), features=_FEATURES) as writer:
@@ -214,20 +277,26 @@ def _store(sentences: Iterator[str], path: Path, where: str) -> tuple[datasets.D
         if batch:
             writer.write_batch({"text": batch})
         if not kept:
-            raise UserError(f"{where} has no sentences, only {blank} blank ones: give at least one sentence")
+            raise UserError(
+                f"{where} has no sentences, only {blank} blank ones: give at least one sentence"
+            )
         writer.finalize()
     return datasets.Dataset.from_file(str(path)), blank
 
 
-def _hold_out(splits: dict[str, datasets.Dataset], names: tuple[str, ...], seed: int, where: str) -> None:
-    """Cut the splits `names` from splits["train"], in place: disjoint, of equal size, in the order of the source."""
+def _hold_out(
+    splits: dict[str, datasets.Dataset], names: tuple[str, ...], seed: int, where: str
+) -> None:
+    """Cut the splits `names` from splits["train"], in place: disjoint, of equal size,
+    in the order of the source."""
     if not names:
         return
     total = len(splits["train"])
     size = min(HELD_OUT_MOST, max(1, int(total * HELD_OUT_SHARE)))
     if total <= size * len(names):
         raise UserError(
-            f"{where} has {total} sentences, too few to hold out {' and '.join(names)}: give at least {len(names) + 1}"
+            f"{where} has {total} sentences, too few to hold out {' and '.join(names)}: give at "
+            f"least {len(names) + 1}"
         )
     permuted = np.random.default_rng(seed % 2**64).permutation(total)
     train = splits["train"]
@@ -237,9 +306,10 @@ def _hold_out(splits: dict[str, datasets.Dataset], names: tuple[str, ...], seed:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, each with its end. Only "\\n" ends a line; a byte order mark is dropped."""
-    # Not `datasets`' text builder: it also ends a line at a lone "\r", keeps the byte order mark, and names no line
-    # in its errors.
+    """The lines of a UTF-8 file, each with its end. Only "\\n" ends a line; a byte
+    order mark is dropped."""
+    # Not `datasets`' text builder: it also ends a line at a lone "\r", keeps the byte
+    # order mark, and names no line in its errors.
     try:
         with file.open("rb") as stream:
             for number, line in enumerate(stream, 1):
@@ -247,12 +317,15 @@ def _lines(file: Path) -> Iterator[str]:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise UserError(
-                        f"{file}:{number}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}); "
+                        f"{file}:{number}: not UTF-8 (byte 0x{line[error.start]:02x} at column "
+                        f"{error.start + 1}); "
                         "convert the file, e.g. with iconv -t UTF-8"
                     ) from error
                 yield text.removeprefix("\ufeff") if number == 1 else text
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; check its permissions") from error
+        raise UserError(
+            f"{file} cannot be read: {error.strerror}; check its permissions"
+        ) from error
 
 
 def _read_text(file: Path, column: str) -> Iterator[str]:
@@ -261,8 +334,8 @@ def _read_text(file: Path, column: str) -> Iterator[str]:
 
 def _read_json(file: Path, column: str) -> Iterator[str]:
     """One object a line, or one array of objects (which is read whole)."""
-    # Not `datasets`' json builder: it turns a column of dates into timestamps, re-encodes a column of mixed types as
-    # json, and knows no line numbers.
+    # Not `datasets`' json builder: it turns a column of dates into timestamps,
+    # re-encodes a column of mixed types as json, and knows no line numbers.
     first = next((line for line in _lines(file) if line.strip()), "")
     if first.lstrip().startswith("["):
         records = _parse("".join(_lines(file)), str(file))
@@ -271,32 +344,42 @@ def _read_json(file: Path, column: str) -> Iterator[str]:
     else:
         for number, line in enumerate(_lines(file), 1):
             where = f"{file}:{number}"
-            yield _field(_parse(line, where), column, where) if line.strip() else ""  # blank: counted like any other
+            # blank: counted like any other
+            yield _field(_parse(line, where), column, where) if line.strip() else ""
 
 
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid json ({_reason(error)}); mend it (.jsonl: one object a line)") from error
+        raise UserError(
+            f"{where}: not valid json ({_reason(error)}); mend it (.jsonl: one object a line)"
+        ) from error
 
 
 def _field(record: Any, column: str, where: str) -> str:
     if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a json object, not {_kind(record)}; write {{{json.dumps(column)}: ...}}")
+        raise UserError(
+            f"{where}: expected a json object, not {_kind(record)}; write "
+            f"{{{json.dumps(column)}: ...}}"
+        )
     if column not in record:
         raise _unknown_column(column, list(record), where)
     text = _string(record[column], column, where)
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # json can escape half a surrogate pair, which is no character
-        raise UserError(f"{where}: column {column} has half a surrogate pair (\\ud800 to \\udfff); mend it") from error
+    # json can escape half a surrogate pair, which is no character
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: column {column} has half a surrogate pair (\\ud800 to \\udfff); mend it"
+        ) from error
     return text
 
 
 def _read_csv(file: Path, column: str) -> Iterator[str]:
-    # Not `datasets`' csv builder: it reads "NA" and "None" as missing, drops or shifts the fields that an unquoted
-    # comma makes, and takes a row that is too short for a blank one.
+    # Not `datasets`' csv builder: it reads "NA" and "None" as missing, drops or shifts
+    # the fields that an unquoted comma makes, and takes a row that is too short for a
+    # blank one.
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     csv.field_size_limit(_LONGEST_FIELD)
     rows = csv.reader(_lines(file), delimiter=delimiter, strict=True)
@@ -310,12 +393,15 @@ def _read_csv(file: Path, column: str) -> Iterator[str]:
                 row = [""] * len(header)
             if len(row) != len(header):
                 raise UserError(
-                    f"{file}:{rows.line_num}: {len(row)} fields where the header has {len(header)}; "
+                    f"{file}:{rows.line_num}: {len(row)} fields where the header has "
+                    f"{len(header)}; "
                     "quote the fields that contain the delimiter"
                 )
             yield row[position]
     except csv.Error as error:
-        raise UserError(f"{file}:{rows.line_num}: not valid csv ({error}); mend its quotes") from error
+        raise UserError(
+            f"{file}:{rows.line_num}: not valid csv ({error}); mend its quotes"
+        ) from error
 
 
 def _read_parquet(file: Path, column: str) -> Iterator[str]:
@@ -330,7 +416,9 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
                     row += 1
                     yield _string(value, column, f"{file}, row {row}")
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read as parquet ({_reason(error)}); write it anew") from error
+        raise UserError(
+            f"{file} cannot be read as parquet ({_reason(error)}); write it anew"
+        ) from error
 
 
 _READERS = {
@@ -362,7 +450,10 @@ def _load_hub(dataset: str) -> datasets.DatasetDict:
             "check its name (ID or ID:CONFIG), the network and HF_HUB_OFFLINE"
         ) from error
     if not isinstance(loaded, datasets.DatasetDict):
-        raise UserError(f"data set {dataset} is one split saved by save_to_disk: name a data set with a split train")
+        raise UserError(
+            f"data set {dataset} is one split saved by save_to_disk: name a data set with a "
+            f"split train"
+        )
     return loaded
 
 
@@ -378,17 +469,23 @@ def _hash_file(file: Path) -> str:
                 digest.update(chunk)
             return digest.hexdigest()
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; check its permissions") from error
+        raise UserError(
+            f"{file} cannot be read: {error.strerror}; check its permissions"
+        ) from error
 
 
 def _string(value: Any, column: str, where: str) -> str:
     if isinstance(value, str):
         return value
-    raise UserError(f"{where}: column {column} holds {_kind(value)}, not a sentence; mend it or choose --text_column")
+    raise UserError(
+        f"{where}: column {column} holds {_kind(value)}, not a sentence; mend it or choose "
+        f"--text_column"
+    )
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong first: libraries wrap it, and write paragraphs."""
+    """The first line of what went wrong first: libraries wrap it, and write
+    paragraphs."""
     error = error.__cause__ or error
     return next(iter(str(error).splitlines()), type(error).__name__)
 
@@ -400,4 +497,6 @@ def _kind(value: Any) -> str:
 def _unknown_column(column: str, present: list[str], where: str) -> UserError:
     close = difflib.get_close_matches(column, present, n=1)
     hint = f"did you mean --text_column {close[0]}?" if close else "choose one with --text_column"
-    return UserError(f"{where}: no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; {hint}")
+    return UserError(
+        f"{where}: no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; {hint}"
+    )

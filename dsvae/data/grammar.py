@@ -1,7 +1,8 @@
 """The built-in corpus: English sentences of independent, known factors of variation.
 
-A sentence is one choice a factor (`FACTORS`), drawn independently and uniformly, so that what a latent dimension
-learned can be compared with what the sentence was made of. The map from choices to sentences is one to one.
+A sentence is one choice a factor (`FACTORS`), drawn independently and uniformly, so
+that what a latent dimension learned can be compared with what the sentence was made of.
+The map from choices to sentences is one to one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import IO, NamedTuple
 
 from dsvae.errors import UserError
 
-# Singular and plural differ in every noun, else the number of the subject would not show in the past and the future.
+# Singular and plural differ in every noun, else the number of the subject would not
+# show in the past and the future.
 _SUBJECTS = {
     "artist": "artists",
     "child": "children",
@@ -35,8 +37,8 @@ _SUBJECTS = {
     "witch": "witches",
     "woman": "women",
 }
-# Base form: (third person singular, past). The past differs from the base (no "put", "cut"), else "the kings put" would
-# be present and past at once.
+# Base form: (third person singular, past). The past differs from the base (no "put",
+# "cut"), else "the kings put" would be present and past at once.
 _VERBS = {
     "admire": ("admires", "admired"),
     "break": ("breaks", "broke"),
@@ -55,7 +57,8 @@ _VERBS = {
     "throw": ("throws", "threw"),
     "wash": ("washes", "washed"),
 }
-# Adjective: its indefinite article. Listed, not guessed from the first letter: "an ugly" but "a useful".
+# Adjective: its indefinite article. Listed, not guessed from the first letter: "an
+# ugly" but "a useful".
 _ADJECTIVES = {
     "blue": "a",
     "cheap": "a",
@@ -107,19 +110,24 @@ _TOTAL = prod(_SIZES)
 
 
 class Sentence(NamedTuple):
-    """A sentence and what it was made of: `factors[i]` indexes the values of the i-th factor of `FACTORS`."""
+    """A sentence and what it was made of: `factors[i]` indexes the values of the i-th
+    factor of `FACTORS`."""
 
     text: str
     factors: tuple[int, ...]
 
 
 def sentence(factors: Mapping[str, str | int]) -> str:
-    """The English sentence of one choice a factor; a choice is a value of `FACTORS` or its index.
+    """The English sentence of one choice a factor; a choice is a value of `FACTORS` or
+    its index.
 
-    Raises ValueError for a factor that is missing or unknown, or a value that the factor does not have.
+    Raises ValueError for a factor that is missing or unknown, or a value that the
+    factor does not have.
     """
     if factors.keys() != FACTORS.keys():
-        raise ValueError(f"expected exactly the factors {', '.join(FACTORS)}, got {', '.join(factors) or 'none'}")
+        raise ValueError(
+            f"expected exactly the factors {', '.join(FACTORS)}, got {', '.join(factors) or 'none'}"
+        )
     value = {name: _value(name, choice) for name, choice in factors.items()}
     plural = value["subject_number"] == "plural"
     negation = ["not"] if value["polarity"] == "negative" else []
@@ -132,7 +140,11 @@ def sentence(factors: Mapping[str, str | int]) -> str:
     base, tense = value["verb"], value["tense"]
     singular_present, past = _VERBS[base]
     auxiliary = {"past": "did", "present": "do" if plural else "does", "future": "will"}[tense]
-    finite = {"past": past, "present": base if plural else singular_present, "future": f"will {base}"}[tense]
+    finite = {
+        "past": past,
+        "present": base if plural else singular_present,
+        "future": f"will {base}",
+    }[tense]
     if value["sentence_type"] == "question":
         words = [auxiliary, *subject, *negation, base, *noun_phrase]
     elif negation:
@@ -145,8 +157,10 @@ def sentence(factors: Mapping[str, str | int]) -> str:
 
 
 def draw(size: int, seed: int) -> Iterator[Sentence]:
-    """`size` sentences drawn with replacement, one at a time; what comes first does not depend on `size`."""
-    # One hash a sentence, not a random generator: it needs no earlier draw and cannot change with a library's version.
+    """`size` sentences drawn with replacement, one at a time; what comes first does not
+    depend on `size`."""
+    # One hash a sentence, not a random generator: it needs no earlier draw and cannot
+    # change with a library's version.
     names = tuple(FACTORS)
     for position in range(size):
         digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=16).digest()
@@ -159,14 +173,22 @@ def draw(size: int, seed: int) -> Iterator[Sentence]:
 
 
 def generate(size: int, seed: int) -> list[Sentence]:
-    """`size` sentences drawn with replacement; the first k of them are `generate(k, seed)`, on every machine."""
+    """`size` sentences drawn with replacement; the first k of them are `generate(k,
+    seed)`, on every machine."""
     return list(draw(size, seed))
 
 
-def write_corpus(path: str | os.PathLike[str], size: int, seed: int, factors_path: str | os.PathLike[str] | None = None) -> None:
-    """Write `size` sentences, one a line, and optionally their factors: value indices under the factors' names (csv).
+def write_corpus(
+    path: str | os.PathLike[str],
+    size: int,
+    seed: int,
+    factors_path: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write `size` sentences, one a line, and optionally their factors: value indices
+    under the factors' names (csv).
 
-    Row i of the csv belongs to line i. Each file is written whole or not at all. Raises UserError where it cannot be.
+    Row i of the csv belongs to line i. Each file is written whole or not at all. Raises
+    UserError where it cannot be.
     """
     if factors_path is not None and Path(path).resolve() == Path(factors_path).resolve():
         raise UserError(f"{path} is to hold both the sentences and their factors: name two files")
@@ -190,7 +212,10 @@ def _value(name: str, choice: str | int) -> str:
         return str(choice)
     if isinstance(choice, int) and 0 <= choice < len(values):
         return values[choice]
-    raise ValueError(f"factor {name} has no value {choice!r}; it has {', '.join(values)}, or 0..{len(values) - 1}")
+    raise ValueError(
+        f"factor {name} has no value {choice!r}; it has {', '.join(values)}, or "
+        f"0..{len(values) - 1}"
+    )
 
 
 def _write_atomically(path: Path, write: Callable[[IO[str]], None]) -> None:
@@ -204,4 +229,6 @@ def _write_atomically(path: Path, write: Callable[[IO[str]], None]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a place that can be written") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; choose a place that can be written"
+        ) from error

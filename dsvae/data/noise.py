@@ -1,7 +1,8 @@
 """Random numbers of single sentences, and the deletion noise made of them.
 
-Every sentence of every optimizer step has its own stream, keyed by (seed, purpose, step, sentence): what it draws depends
-neither on the rank nor on the micro-batch that it falls into, and a resumed run draws what the uncut run would have drawn.
+Every sentence of every optimizer step has its own stream, keyed by (seed, purpose,
+step, sentence): what it draws depends neither on the rank nor on the micro-batch that
+it falls into, and a resumed run draws what the uncut run would have drawn.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ def generator(seed: int, purpose: int, step: int, sentence: int) -> np.random.Ge
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def delete_tokens(ids: NDArray[np.int64], rate: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Deletes every token with probability `rate`, independently; the last one, EOS, always stays.
+def delete_tokens(
+    ids: NDArray[np.int64], rate: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Deletes every token with probability `rate`, independently; the last one, EOS,
+    always stays.
 
     Args:
         ids: (T,), one sentence without padding, EOS last.

@@ -1,4 +1,5 @@
-"""Tokenizers, and tokenized splits that are cached by content and read memory-mapped."""
+"""Tokenizers, and tokenized splits that are cached by content and read
+memory-mapped."""
 
 from __future__ import annotations
 
@@ -22,7 +23,16 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dsvae.config import DataConfig
@@ -37,14 +47,19 @@ _STALE_SECONDS = 24 * 3600
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 _SPACE = "▁"
-# A word with the space before it and an apostrophe ("▁the", "'s"), a run of other characters ("▁."), or a space alone:
-# like T5's own pieces, none mixes letters and punctuation.
+# A word with the space before it and an apostrophe ("▁the", "'s"), a run of other
+# characters ("▁."), or a space alone: like T5's own pieces, none mixes letters and
+# punctuation.
 _APOSTROPHE = "['\u2019]"
-_WORD = rf"{_SPACE}?{_APOSTROPHE}?[\p{{L}}\p{{M}}\p{{N}}]+|{_SPACE}?[^\p{{L}}\p{{M}}\p{{N}}{_SPACE}]+|{_SPACE}"
+_WORD = (
+    rf"{_SPACE}?{_APOSTROPHE}?[\p{{L}}\p{{M}}\p{{N}}]+"
+    rf"|{_SPACE}?[^\p{{L}}\p{{M}}\p{{N}}{_SPACE}]+|{_SPACE}"
+)
 _COVERAGE = 0.9995
 _PROPOSALS = 2
 _LONGEST_PIECE = 16
-# Of the special pieces in a trained model: so low that the text "</s>" is always spelled out with other pieces.
+# Of the special pieces in a trained model: so low that the text "</s>" is always
+# spelled out with other pieces.
 _NEVER = -100.0
 
 _FEATURES = datasets.Features(
@@ -61,14 +76,16 @@ _FEATURES = datasets.Features(
 class TokenizedSplit:
     """Sentences as token ids, memory-mapped; N sentences in the order of the source.
 
-    Columns of `dataset`: `input_ids` (EOS last and nowhere else, at most max_tokens), `words` (whitespace words) and
-    `bytes` (UTF-8) of the text that the ids stand for, `truncated`, `hash` (of the ids).
+    Columns of `dataset`: `input_ids` (EOS last and nowhere else, at most max_tokens),
+    `words` (whitespace words) and `bytes` (UTF-8) of the text that the ids stand for,
+    `truncated`, `hash` (of the ids).
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
-        # Arrow keeps the rows in chunks. Their buffers are read as they lie in the file: nothing is copied at the
-        # start, and a row costs two offsets and one slice.
+        # Arrow keeps the rows in chunks. Their buffers are read as they lie in the
+        # file: nothing is copied at the start, and a row costs two offsets and one
+        # slice.
         chunks = [chunk for chunk in dataset.data.column("input_ids").chunks if len(chunk)]
         self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
         self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
@@ -82,13 +99,16 @@ class TokenizedSplit:
         return self.rows([index])[0]
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """The token ids of the sentences `indices`, (T_i,) int64 each; IndexError outside 0..N-1."""
+        """The token ids of the sentences `indices`, (T_i,) int64 each; IndexError
+        outside 0..N-1."""
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"rows {wanted.min()}..{wanted.max()} of a split of {len(self)}")
         chunks = np.searchsorted(self._starts, wanted, side="right") - 1
         rows = []
-        for chunk, row in zip(chunks.tolist(), (wanted - self._starts[chunks]).tolist(), strict=True):
+        for chunk, row in zip(
+            chunks.tolist(), (wanted - self._starts[chunks]).tolist(), strict=True
+        ):
             offsets = self._offsets[chunk]
             rows.append(self._values[chunk][offsets[row] : offsets[row + 1]].astype(np.int64))
         return rows
@@ -101,7 +121,9 @@ class TokenizedSplit:
     @cached_property
     def lengths(self) -> np.ndarray:
         """(N,) int32: tokens of each sentence, EOS included."""
-        return np.concatenate([np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)])
+        return np.concatenate(
+            [np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)]
+        )
 
     @cached_property
     def words(self) -> np.ndarray:
@@ -120,24 +142,30 @@ class TokenizedSplit:
 
     @cached_property
     def hashes(self) -> np.ndarray:
-        """(N,) uint64: a hash of each sentence's token ids, the same for equal sentences."""
+        """(N,) uint64: a hash of each sentence's token ids, the same for equal
+        sentences."""
         return self._column("hash")
 
     @cached_property
     def text_keys(self) -> np.ndarray:
-        """(N,) uint64: a key of each sentence made of its token ids alone: the content key of the first sentence equal to it."""
+        """(N,) uint64: a key of each sentence made of its token ids alone: the content
+        key of the first sentence equal to it."""
         return _mix(self.hashes)
 
     @cached_property
     def content_keys(self) -> np.ndarray:
-        """(N,) uint64: a key of each sentence made of its token ids, and of how many equal ones stand before it.
+        """(N,) uint64: a key of each sentence made of its token ids, and of how many
+        equal ones stand before it.
 
-        Repeated sentences have different keys; as a set, the keys do not depend on the order of the sentences.
+        Repeated sentences have different keys; as a set, the keys do not depend on the
+        order of the sentences.
         """
         hashes = self.hashes
         order = np.argsort(hashes, kind="stable")
         ordered = hashes[order]
-        first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])
+        first = np.flatnonzero(
+            np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]
+        )
         runs = np.diff(np.append(first, len(ordered)))
         occurrence = np.empty(len(hashes), np.uint64)
         occurrence[order] = np.arange(len(ordered)) - np.repeat(first, runs)
@@ -149,7 +177,8 @@ class TokenizedSplit:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` left: the tokenizer, the tokenized "train", "valid" and "test", and the report on them."""
+    """What `prepare` left: the tokenizer, the tokenized "train", "valid" and "test",
+    and the report on them."""
 
     tokenizer: PreTrainedTokenizerBase
     splits: dict[str, TokenizedSplit]
@@ -157,40 +186,54 @@ class Prepared:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a T5, mT5, umT5 or ByT5: a directory or a hub id. Raises UserError where none can be used."""
+    """The tokenizer of a T5, mT5, umT5 or ByT5: a directory or a hub id. Raises
+    UserError where none can be used."""
     local = Path(name_or_path).expanduser()
-    if not local.is_dir() and (local.exists() or local.is_absolute() or name_or_path.startswith((".", "~"))):
-        raise UserError(f"{name_or_path}: no such directory; name a directory with a tokenizer, or a hub model")
+    if not local.is_dir() and (
+        local.exists() or local.is_absolute() or name_or_path.startswith((".", "~"))
+    ):
+        raise UserError(
+            f"{name_or_path}: no such directory; name a directory with a tokenizer, or a hub model"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(local) if local.is_dir() else name_or_path)
     except Exception as error:  # transformers, tokenizers and the network each raise their own
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if local.is_dir():
             raise UserError(
-                f"{name_or_path}: its tokenizer cannot be loaded ({reason}); save the tokenizer next to the model"
+                f"{name_or_path}: its tokenizer cannot be loaded ({reason}); save the tokenizer "
+                f"next to the model"
             ) from error
         raise UserError(
-            f"tokenizer {name_or_path}: neither a directory nor a hub model that can be reached ({reason}); "
+            f"tokenizer {name_or_path}: neither a directory nor a hub model that can be reached "
+            f"({reason}); "
             "check the name, the network and HF_HUB_OFFLINE"
         ) from error
-    # Where a directory has no vocabulary, transformers makes an empty one from the kind of the model in config.json.
+    # Where a directory has no vocabulary, transformers makes an empty one from the kind
+    # of the model in config.json.
     if len(tokenizer) - len(tokenizer.all_special_ids) < 2:
         raise UserError(f"{name_or_path}: no tokenizer there; save the tokenizer next to the model")
     for kind in ("eos", "pad", "unk"):
         if getattr(tokenizer, f"{kind}_token_id") is None:
-            raise UserError(f"{name_or_path}: its tokenizer has no {kind} token; use one of a T5, mT5 or ByT5")
+            raise UserError(
+                f"{name_or_path}: its tokenizer has no {kind} token; use one of a T5, mT5 or ByT5"
+            )
     return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A Unigram tokenizer in T5's manner of at most `vocab_size` pieces: <pad> 0, </s> 1 (appended), <unk> 2.
+    """A Unigram tokenizer in T5's manner of at most `vocab_size` pieces: <pad> 0, </s>
+    1 (appended), <unk> 2.
 
-    Deterministic: the same sentences give the same tokenizer, byte for byte. Holds the sentences in memory. Raises
+    Deterministic: the same sentences give the same tokenizer, byte for byte. Holds the
+        sentences in memory. Raises
     UserError where `vocab_size` is too small for the characters of the text.
     """
-    # `tokenizers`' own Unigram trainer walks hash maps of random order: its scores differ from run to run, and so would
-    # the cached corpus and the losses. Its byte-pair trainer breaks ties by rule. So byte-pair merges propose pieces,
-    # the pieces that its segmentation uses most are kept, and their frequencies are the Unigram's probabilities.
+    # `tokenizers`' own Unigram trainer walks hash maps of random order: its scores
+    # differ from run to run, and so would the cached corpus and the losses. Its
+    # byte-pair trainer breaks ties by rule. So byte-pair merges propose pieces, the
+    # pieces that its segmentation uses most are kept, and their frequencies are the
+    # Unigram's probabilities.
     sentences = list(texts)
     alphabet = _alphabet(sentences, vocab_size)
     proposal = _pipeline(models.BPE(unk_token=_SPECIAL[2]))
@@ -206,9 +249,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         ),
     )
     counts = _piece_counts(proposal, sentences)
-    merged = sorted(counts.keys() - {*alphabet, *_SPECIAL}, key=lambda piece: (-counts[piece], piece))
+    merged = sorted(
+        counts.keys() - {*alphabet, *_SPECIAL}, key=lambda piece: (-counts[piece], piece)
+    )
     pieces = [*alphabet, *merged[: vocab_size - len(_SPECIAL) - len(alphabet)]]
-    # Count anew with the kept pieces alone: what the dropped ones stood for is now spelled with others.
+    # Count anew with the kept pieces alone: what the dropped ones stood for is now
+    # spelled with others.
     counts = _piece_counts(_unigram(pieces, counts), sentences)
     tokenizer = _unigram(sorted(pieces, key=lambda piece: (-counts[piece], piece)), counts)
     eos = _SPECIAL[1]
@@ -225,11 +271,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def prepare(data: DataConfig, *, tokenizer: str | None, vocab_size: int | None, seed: int) -> Path:
-    """The directory with the tokenizer, the tokenized splits and the report, made unless it is there; for one process.
+    """The directory with the tokenizer, the tokenized splits and the report, made
+    unless it is there; for one process.
 
-    `tokenizer` names one to load; where it is None, one of `vocab_size` pieces is trained on the training sentences.
-    The directory's name is a hash of all that decides its content. It appears complete, by a rename, or not at all.
-    Raises UserError for a fault of the source, the tokenizer or the cache directory.
+    `tokenizer` names one to load; where it is None, one of `vocab_size` pieces is
+    trained on the training sentences. The directory's name is a hash of all that
+    decides its content. It appears complete, by a rename, or not at all. Raises
+    UserError for a fault of the source, the tokenizer or the cache directory.
     """
     if (tokenizer is None) == (vocab_size is None):
         raise ValueError("give either a tokenizer or the vocab_size of one to train")
@@ -241,7 +289,9 @@ def prepare(data: DataConfig, *, tokenizer: str | None, vocab_size: int | None, 
         "max_tokens": data.max_tokens,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    root = Path(data.cache_dir or os.path.join(datasets.config.HF_DATASETS_CACHE, "dsvae")).expanduser()
+    root = Path(
+        data.cache_dir or os.path.join(datasets.config.HF_DATASETS_CACHE, "dsvae")
+    ).expanduser()
     final = root / key
     if final.is_dir():
         return final
@@ -268,15 +318,23 @@ def load_prepared(path: str | os.PathLike[str]) -> Prepared:
     """Open what `prepare` returned, memory-mapped: every rank may."""
     path = Path(path)
     try:
-        splits = {name: TokenizedSplit(datasets.load_from_disk(str(path / name))) for name in SPLITS}
+        splits = {
+            name: TokenizedSplit(datasets.load_from_disk(str(path / name))) for name in SPLITS
+        }
         report = json.loads((path / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: the cached corpus is damaged ({type(error).__name__}); delete this directory") from error
+        raise UserError(
+            f"{path}: the cached corpus is damaged ({type(error).__name__}); delete this directory"
+        ) from error
     return Prepared(load_tokenizer(str(path / "tokenizer")), splits, report)
 
 
 def _fill(
-    directory: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int | None, seed: int
+    directory: Path,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int | None,
+    seed: int,
 ) -> None:
     """Write everything of one cache entry into `directory`."""
     work_dir = directory / "work"
@@ -286,16 +344,29 @@ def _fill(
         assert vocab_size is not None  # `prepare` checked that one of the two is given
         tokenizer = train_tokenizer(_sample(corpus.splits["train"]), vocab_size)
     tokenizer.save_pretrained(directory / "tokenizer")
-    report: dict[str, Any] = {"source": corpus.source, "vocab_size": len(tokenizer), "max_tokens": data.max_tokens}
-    report["splits"] = {name: _tokenize(corpus, name, tokenizer, data.max_tokens, work_dir, directory / name) for name in SPLITS}
+    report: dict[str, Any] = {
+        "source": corpus.source,
+        "vocab_size": len(tokenizer),
+        "max_tokens": data.max_tokens,
+    }
+    report["splits"] = {
+        name: _tokenize(corpus, name, tokenizer, data.max_tokens, work_dir, directory / name)
+        for name in SPLITS
+    }
     (directory / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(work_dir)
 
 
 def _tokenize(
-    corpus: Corpus, name: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int, work_dir: Path, target: Path
+    corpus: Corpus,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    work_dir: Path,
+    target: Path,
 ) -> dict[str, Any]:
-    """Write one tokenized split to `target` (as `datasets` saves to disk); what the report says about it."""
+    """Write one tokenized split to `target` (as `datasets` saves to disk); what the
+    report says about it."""
     figures: Counter[str] = Counter()
     draft = work_dir / f"{name}.tokenized.arrow"
     with ArrowWriter(path=str(draft), features=_FEATURES) as writer:
@@ -304,7 +375,10 @@ def _tokenize(
             if columns["hash"]:
                 writer.write_table(pa.Table.from_pydict(columns, schema=_FEATURES.arrow_schema))
         if not figures["sentences"]:
-            raise UserError(f"{corpus.source}: the tokenizer leaves nothing of the {name} sentences; use another")
+            raise UserError(
+                f"{corpus.source}: the tokenizer leaves nothing of the {name} sentences; use "
+                f"another"
+            )
         writer.finalize()
     with _no_progress_bars():
         datasets.Dataset.from_file(str(draft)).save_to_disk(str(target), num_shards=1)
@@ -324,14 +398,17 @@ def _tokenize(
 def tokenize(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int, where: str
 ) -> tuple[TokenizedSplit, np.ndarray, dict[str, int]]:
-    """Sentences as a split held in memory, outside the cache: text to evaluate a finished model on.
+    """Sentences as a split held in memory, outside the cache: text to evaluate a
+    finished model on.
 
     Args:
-        texts: as they stand in the source; blank ones, and those of which the tokenizer leaves nothing, are skipped.
+        texts: as they stand in the source; blank ones, and those of which the tokenizer
+            leaves nothing, are skipped.
         where: what to call the source in an error.
 
-    Returns: the split; (N,) int64, which of the texts each of its sentences is; and the counts `unk`, `truncated` and
-        `skipped_blank`. Raises UserError where no sentence is left.
+    Returns: the split; (N,) int64, which of the texts each of its sentences is; and the
+        counts `unk`, `truncated` and `skipped_blank`. Raises UserError where no
+        sentence is left.
     """
     figures: Counter[str] = Counter()
     columns: dict[str, list] = {name: [] for name in _FEATURES}
@@ -340,32 +417,61 @@ def tokenize(
     with _parallel_tokenizers():
         while batch := list(islice(stripped, _BATCH_ROWS)):
             figures["blank"] += sum(not text for _, text in batch)
-            positions, sentences = [i for i, text in batch if text], [text for _, text in batch if text]
+            positions, sentences = (
+                [i for i, text in batch if text],
+                [text for _, text in batch if text],
+            )
             left: list[int] = []
             if sentences:
-                for name, values in _encode(sentences, tokenizer, max_tokens, figures, left).items():
+                for name, values in _encode(
+                    sentences, tokenizer, max_tokens, figures, left
+                ).items():
                     columns[name] += values
             kept += [positions[i] for i in left]
     if not kept:
-        raise UserError(f"{where} has no sentences, only {figures['blank']} blank ones: give at least one sentence")
-    split = TokenizedSplit(datasets.Dataset(pa.Table.from_pydict(columns, schema=_FEATURES.arrow_schema)))
-    counts = {"unk": figures["unk"], "truncated": figures["truncated"], "skipped_blank": figures["blank"]}
+        raise UserError(
+            f"{where} has no sentences, only {figures['blank']} blank ones: give at least one "
+            f"sentence"
+        )
+    split = TokenizedSplit(
+        datasets.Dataset(pa.Table.from_pydict(columns, schema=_FEATURES.arrow_schema))
+    )
+    counts = {
+        "unk": figures["unk"],
+        "truncated": figures["truncated"],
+        "skipped_blank": figures["blank"],
+    }
     return split, np.array(kept, dtype=np.int64), counts
 
 
-def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[tuple[list[int], bool]]:
-    """(ids with EOS last and nowhere else, whether they were truncated to `max_tokens`) of each text.
+def token_ids(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[tuple[list[int], bool]]:
+    """(ids with EOS last and nowhere else, whether they were truncated to `max_tokens`)
+    of each text.
 
     The ids of a text of which the tokenizer leaves nothing are EOS alone.
     """
-    # EOS is added here, after the cut, and `split_special_tokens` reads a "</s>" in the text as text.
+    # EOS is added here, after the cut, and `split_special_tokens` reads a "</s>" in the
+    # text as text.
     encoded = tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
     )["input_ids"]
-    # T5's own vocabulary holds "</s>" as an ordinary piece too: the end of a sentence in its middle.
-    inner = {tokenizer.eos_token_id: tokenizer.unk_token_id, tokenizer.pad_token_id: tokenizer.unk_token_id}
+    # T5's own vocabulary holds "</s>" as an ordinary piece too: the end of a sentence
+    # in its middle.
+    inner = {
+        tokenizer.eos_token_id: tokenizer.unk_token_id,
+        tokenizer.pad_token_id: tokenizer.unk_token_id,
+    }
     most = max_tokens - 1
-    return [([*(inner.get(i, i) for i in ids[:most]), tokenizer.eos_token_id], len(ids) > most) for ids in encoded]
+    return [
+        ([*(inner.get(i, i) for i in ids[:most]), tokenizer.eos_token_id], len(ids) > most)
+        for ids in encoded
+    ]
 
 
 def _encode(
@@ -375,12 +481,15 @@ def _encode(
     figures: Counter[str],
     kept: list[int] | None = None,
 ) -> dict[str, list]:
-    """The columns of one batch; adds to `figures`, and to `kept` which texts have a row.
+    """The columns of one batch; adds to `figures`, and to `kept` which texts have a
+    row.
 
     A text of which the tokenizer leaves nothing counts as blank.
     """
     columns: dict[str, list] = {name: [] for name in _FEATURES}
-    for position, (text, (ids, truncated)) in enumerate(zip(texts, token_ids(texts, tokenizer, max_tokens), strict=True)):
+    for position, (text, (ids, truncated)) in enumerate(
+        zip(texts, token_ids(texts, tokenizer, max_tokens), strict=True)
+    ):
         if len(ids) == 1:
             figures["blank"] += 1
             continue
@@ -388,7 +497,11 @@ def _encode(
             kept.append(position)
         if truncated:
             # Figures per word and per byte must count what the model saw.
-            text = str(tokenizer.decode(ids[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            text = str(
+                tokenizer.decode(
+                    ids[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+            )
         figures["unk"] += ids.count(tokenizer.unk_token_id)
         columns["input_ids"].append(ids)
         columns["words"].append(len(text.split()))
@@ -404,18 +517,24 @@ def _encode(
 
 
 def _alphabet(sentences: list[str], vocab_size: int) -> list[str]:
-    """The characters that get a piece each, most frequent first: all, or as many as half the vocabulary holds."""
+    """The characters that get a piece each, most frequent first: all, or as many as
+    half the vocabulary holds."""
     normalizer = _normalizer()
     counts: Counter[str] = Counter()
     for sentence in sentences:
         counts.update(normalizer.normalize_str(sentence).replace(" ", _SPACE))
-    counts[_SPACE] += 1  # a word at the start of a sentence has it too, even where no sentence has a second word
+    # a word at the start of a sentence has it too, even where no sentence has a second
+    # word
+    counts[_SPACE] += 1
     ranked = sorted(counts, key=lambda character: (-counts[character], character))
     covered = np.cumsum([counts[character] for character in ranked])
     needed = int(np.searchsorted(covered, _COVERAGE * covered[-1])) + 1
     least = needed + len(_SPECIAL)
     if vocab_size < least:
-        raise UserError(f"a vocabulary of {vocab_size} pieces cannot spell the training sentences: give {least} or more")
+        raise UserError(
+            f"a vocabulary of {vocab_size} pieces cannot spell the training sentences: give "
+            f"{least} or more"
+        )
     return ranked[: max(needed, min(len(ranked), vocab_size // 2))]
 
 
@@ -428,7 +547,8 @@ def _piece_counts(tokenizer: Tokenizer, sentences: list[str]) -> Counter[str]:
 
 
 def _unigram(pieces: list[str], counts: Counter[str]) -> Tokenizer:
-    """A Unigram tokenizer of the special pieces and `pieces`; one that never occurs counts as half an occurrence."""
+    """A Unigram tokenizer of the special pieces and `pieces`; one that never occurs
+    counts as half an occurrence."""
     total = math.log(sum(max(counts[piece], 0.5) for piece in pieces))
     scored = [(piece, math.log(max(counts[piece], 0.5)) - total) for piece in pieces]
     return _pipeline(models.Unigram([(piece, _NEVER) for piece in _SPECIAL] + scored, unk_id=2))
@@ -438,18 +558,24 @@ def _pipeline(model: models.Model) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = _normalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(replacement=_SPACE), pre_tokenizers.Split(Regex(_WORD), "isolated")]
+        [
+            pre_tokenizers.Metaspace(replacement=_SPACE),
+            pre_tokenizers.Split(Regex(_WORD), "isolated"),
+        ]
     )
     tokenizer.decoder = decoders.Metaspace(replacement=_SPACE)
     return tokenizer
 
 
 def _normalizer() -> normalizers.Normalizer:
-    return normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
+    return normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    )
 
 
 def _sample(split: datasets.Dataset) -> Iterator[str]:
-    """The sentences to train a tokenizer on: all, or evenly spaced ones where there are more than it takes."""
+    """The sentences to train a tokenizer on: all, or evenly spaced ones where there are
+    more than it takes."""
     step = -(-len(split) // _TOKENIZER_SENTENCES)
     for batch in split.select(range(0, len(split), step)).iter(_BATCH_ROWS):
         yield from batch["text"]
@@ -473,7 +599,8 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _sweep(root: Path, key: str) -> None:
-    """Remove what killed runs left of this entry; a day old, so that no run still writes it."""
+    """Remove what killed runs left of this entry; a day old, so that no run still
+    writes it."""
     for leftover in root.glob(f".{key}.*.tmp"):
         with suppress(FileNotFoundError):  # its run may be ending at this moment
             if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
@@ -482,7 +609,8 @@ def _sweep(root: Path, key: str) -> None:
 
 @contextmanager
 def _parallel_tokenizers() -> Iterator[None]:
-    """Let `tokenizers` use its threads inside, and none afterwards: it warns about every later fork otherwise."""
+    """Let `tokenizers` use its threads inside, and none afterwards: it warns about
+    every later fork otherwise."""
     if "TOKENIZERS_PARALLELISM" in os.environ:
         yield
         return
@@ -505,7 +633,8 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _mix(keys: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer, a bijection of uint64: keys that differ stay different and look random."""
+    """splitmix64's finalizer, a bijection of uint64: keys that differ stay different
+    and look random."""
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return keys ^ (keys >> np.uint64(31))

@@ -1,7 +1,8 @@
 """Checkpoints that are either complete or never used.
 
-All ranks write, all ranks check what was written, rank 0 records sizes and checksums in a file called COMPLETE, which appears
-at once; only then `latest` moves. (DeepSpeed alone moves `latest` before the other ranks have finished.)
+All ranks write, all ranks check what was written, rank 0 records sizes and checksums in
+a file called COMPLETE, which appears at once; only then `latest` moves. (DeepSpeed
+alone moves `latest` before the other ranks have finished.)
 """
 
 from __future__ import annotations
@@ -37,27 +38,38 @@ class Checkpoint:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What was recorded beside the files: their shape (`universal.shape_of`), a digest of the weights that were frozen, and
-        valid where it was measured then."""
+        """What was recorded beside the files: their shape (`universal.shape_of`), a
+        digest of the weights that were frozen, and valid where it was measured then."""
         return json.loads((self.directory / COMPLETE).read_text())["meta"]
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written; what there was of it is removed, and those before are as they were."""
+    """A checkpoint could not be written; what there was of it is removed, and those
+    before are as they were."""
 
 
 def save(
-    engine: Any, world: World, root: Path, *, phase: int, step: int, meta: dict[str, Any], keep: int, keep_best: bool
+    engine: Any,
+    world: World,
+    root: Path,
+    *,
+    phase: int,
+    step: int,
+    meta: dict[str, Any],
+    keep: int,
+    keep_best: bool,
 ) -> Checkpoint:
     """Saves the state of a DeepSpeed engine after optimizer step `step`. Collective.
 
     Args:
-        meta: is recorded; `valid` in it is the value on validation text by which the best is known, the smaller the better.
+        meta: is recorded; `valid` in it is the value on validation text by which the
+            best is known, the smaller the better.
         keep: the newest that stay.
         keep_best: whether the best of this phase stays too.
 
     Raises:
-        SaveFailed: on every rank: the disk is full, or takes no more for another reason.
+        SaveFailed: on every rank: the disk is full, or takes no more for another
+            reason.
     """
     tag = f"phase{phase}-step{step:08d}"
     directory = root / tag
@@ -76,14 +88,19 @@ def save(
     try:
         world.on_main(begin)
         with _failures_of(engine) as failures:
-            engine.save_checkpoint(str(root), tag=tag, client_state={"phase": phase, "step": step}, save_latest=False)
+            engine.save_checkpoint(
+                str(root), tag=tag, client_state={"phase": phase, "step": step}, save_latest=False
+            )
         world.beat(f"checkpoint {tag}")
         problem = next((f for f in world.gather(failures[0] if failures else None) if f), None)
         if problem is None:
             # Every rank reads back a part of the files.
             files = sorted(path for path in directory.rglob("*") if path.is_file())
             own = {
-                str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": _sha256(path, sync=True)}
+                str(path.relative_to(directory)): {
+                    "bytes": path.stat().st_size,
+                    "sha256": _sha256(path, sync=True),
+                }
                 for path in files[world.rank :: world.size]
             }
             listing = {name: entry for part in world.gather(own) for name, entry in part.items()}
@@ -92,30 +109,41 @@ def save(
         problem = str(error)
     if problem is not None:
         world.on_main(lambda: _remove_incomplete(directory))
-        raise SaveFailed(f"checkpoint {directory} cannot be written ({problem}); those before it are as they were")
+        raise SaveFailed(
+            f"checkpoint {directory} cannot be written ({problem}); those before it are as they "
+            f"were"
+        )
     return Checkpoint(phase, step, directory)
 
 
 def _remove_incomplete(directory: Path) -> None:
-    if not (directory / COMPLETE).exists():  # else it was `latest` that could not be moved: what is complete stays
+    # else it was `latest` that could not be moved: what is complete stays
+    if not (directory / COMPLETE).exists():
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def prune(root: Path, keep: int, keep_best: bool) -> None:
-    """Removes all but the newest `keep` complete checkpoints and, with `keep_best`, the best of the newest one's phase."""
+    """Removes all but the newest `keep` complete checkpoints and, with `keep_best`, the
+    best of the newest one's phase."""
     complete = find(root)
     spared = set(complete[-keep:])
     if keep_best and (best := best_of(complete)):
         spared.add(best)
     for old in complete:
         if old not in spared:
-            (old.directory / COMPLETE).unlink()  # incomplete from here on, whatever happens to the rest
+            # incomplete from here on, whatever happens to the rest
+            (old.directory / COMPLETE).unlink()
             shutil.rmtree(old.directory)
 
 
 def best_of(complete: list[Checkpoint]) -> Checkpoint | None:
-    """That with the smallest value on validation text among those of the last phase; None if none was measured."""
-    measured = [(c.meta["valid"], c) for c in complete if c.phase == complete[-1].phase and c.meta.get("valid") is not None]
+    """That with the smallest value on validation text among those of the last phase;
+    None if none was measured."""
+    measured = [
+        (c.meta["valid"], c)
+        for c in complete
+        if c.phase == complete[-1].phase and c.meta.get("valid") is not None
+    ]
     return min(measured, default=(None, None), key=lambda pair: pair[0])[1]
 
 
@@ -123,7 +151,8 @@ def best_of(complete: list[Checkpoint]) -> Checkpoint | None:
 def _failures_of(engine: Any) -> Iterator[list[str]]:
     """Collects what goes wrong while DeepSpeed writes on this rank.
 
-    Raised in the midst of `save_checkpoint`, it would leave the other ranks waiting in its barriers.
+    Raised in the midst of `save_checkpoint`, it would leave the other ranks waiting in
+    its barriers.
     """
     failures: list[str] = []
     writer = engine.checkpoint_engine
@@ -135,9 +164,12 @@ def _failures_of(engine: Any) -> Iterator[list[str]]:
         def save(self, state_dict: Any, path: str) -> None:
             try:
                 writer.save(state_dict, path)
-            except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
+            # torch's own writer raises RuntimeError on a full disk
+            except (OSError, RuntimeError) as error:
                 free = shutil.disk_usage(Path(path).parent).free
-                failures.append(f"{str(error).strip().splitlines()[0]}: {path}, {free / 2**20:.0f} MiB free")
+                failures.append(
+                    f"{str(error).strip().splitlines()[0]}: {path}, {free / 2**20:.0f} MiB free"
+                )
 
     engine.checkpoint_engine = Guarded()
     try:
@@ -156,7 +188,8 @@ def find(root: Path) -> list[Checkpoint]:
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with the files of a checkpoint, None if nothing: every size and checksum is compared."""
+    """What is wrong with the files of a checkpoint, None if nothing: every size and
+    checksum is compared."""
     try:
         files = json.loads((checkpoint.directory / COMPLETE).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -173,7 +206,8 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
 
 def newest_sound(root: Path, report: Any) -> Checkpoint | None:
-    """The newest complete and undamaged checkpoint; damaged ones are named through `report(line)` and passed over."""
+    """The newest complete and undamaged checkpoint; damaged ones are named through
+    `report(line)` and passed over."""
     for checkpoint in reversed(find(root)):
         problem = damage(checkpoint)
         if problem is None:
@@ -182,31 +216,42 @@ def newest_sound(root: Path, report: Any) -> Checkpoint | None:
     return None
 
 
-def load(engine: Any, checkpoint: Checkpoint, world: World, root: Path, frozen: str | None = None) -> str | None:
+def load(
+    engine: Any, checkpoint: Checkpoint, world: World, root: Path, frozen: str | None = None
+) -> str | None:
     """Puts an engine into the state of a checkpoint. Collective.
 
     Args:
-        frozen: the digest of the weights that the engine holds frozen: those of the checkpoint must be the same.
-        root: where a checkpoint of another shape (ranks, ZeRO stage, precision) may be converted for the time being.
+        frozen: the digest of the weights that the engine holds frozen: those of the
+            checkpoint must be the same.
+        root: where a checkpoint of another shape (ranks, ZeRO stage, precision) may be
+            converted for the time being.
 
     Returns:
-        One line of what was converted; None where the checkpoint was loaded as it is, bit by bit.
+        One line of what was converted; None where the checkpoint was loaded as it is,
+        bit by bit.
 
     Raises:
-        UserError: its frozen weights are others, its shape cannot be converted, or nothing was loaded.
+        UserError: its frozen weights are others, its shape cannot be converted, or
+            nothing was loaded.
     """
-    from dsvae.engine import universal  # here, because looking at checkpoints must not take the time of loading DeepSpeed
+    # here, because looking at checkpoints must not take the time of loading DeepSpeed
+    from dsvae.engine import universal
 
     meta = world.on_main(lambda: checkpoint.meta)
-    # A checkpoint of the same shape holds them too, another one takes them from the model, and the export always does.
+    # A checkpoint of the same shape holds them too, another one takes them from the
+    # model, and the export always does.
     if meta.get("frozen", frozen) != frozen:
         raise UserError(
-            f"{checkpoint.directory}: the frozen weights of its phase are not those that the model has now: that model has "
+            f"{checkpoint.directory}: the frozen weights of its phase are not those that the "
+            f"model has now: that model has "
             "changed since the run began; put it back, and the same command goes on"
         )
     line = None
     if universal.fits(meta, universal.shape_of(engine, world)):
-        path, state = engine.load_checkpoint(str(checkpoint.directory.parent), tag=checkpoint.directory.name)
+        path, state = engine.load_checkpoint(
+            str(checkpoint.directory.parent), tag=checkpoint.directory.name
+        )
         loaded = path is not None
     else:
         line, state = universal.load(engine, checkpoint.directory, meta, world, root)
@@ -217,7 +262,8 @@ def load(engine: Any, checkpoint: Checkpoint, world: World, root: Path, frozen: 
 
 
 def _sha256(path: Path, sync: bool = False) -> str:
-    """The checksum; with `sync` of what is on the disk by then, not only on its way there."""
+    """The checksum; with `sync` of what is on the disk by then, not only on its way
+    there."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         if sync:

@@ -1,4 +1,5 @@
-"""The processes of a run: start, rank, and the few collective operations that the run needs."""
+"""The processes of a run: start, rank, and the few collective operations that the run
+needs."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ from dsvae.errors import EXIT_RANK_LOST, RunStopped, UserError
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=24)
-"""Longest that a collective operation waits for the other ranks: rank 0 tokenizes large corpora meanwhile. Hangs are the
-watchdog's matter, which knows the one from the other."""
+"""Longest that a collective operation waits for the other ranks: rank 0 tokenizes large
+corpora meanwhile. Hangs are the watchdog's matter, which knows the one from the
+other."""
 HANG_TIMEOUT = 600.0
 """Seconds, where nothing else is configured."""
 
@@ -74,7 +76,8 @@ class World:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Around an operation with the other ranks, which has ended behind it: on GPUs it would only be queued."""
+        """Around an operation with the other ranks, which has ended behind it: on GPUs
+        it would only be queued."""
         with self.watchdog.waiting() if self.watchdog is not None else nullcontext():
             yield
             if self.device.type != "cpu":
@@ -92,8 +95,8 @@ class World:
     def on_main(self, function: Callable[[], T]) -> T:
         """Runs `function` on rank 0 and gives its (picklable) result to all ranks.
 
-        A `UserError`, `RunStopped` or `OSError` is raised on every rank: all leave together, and none waits for a rank that has
-        gone.
+        A `UserError`, `RunStopped` or `OSError` is raised on every rank: all leave
+        together, and none waits for a rank that has gone.
         """
         box: list = [None, None]
         if self.is_main:
@@ -110,9 +113,11 @@ class World:
         return box[0]
 
     def on_all(self, function: Callable[[], T]) -> T:
-        """Runs `function`, which must not be collective, on every rank; its result stays where it was made.
+        """Runs `function`, which must not be collective, on every rank; its result
+        stays where it was made.
 
-        A `UserError` of any rank is raised on every rank, with the number of a rank that had it where not all had.
+        A `UserError` of any rank is raised on every rank, with the number of a rank
+        that had it where not all had.
         """
         result: list[T] = []
         problem: str | None = None
@@ -132,35 +137,45 @@ class World:
 
 
 def start(hang_timeout: float = HANG_TIMEOUT) -> World:
-    """Joins the processes that the launcher started: deepspeed, torchrun or srun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
-    MASTER_PORT in the environment), or a run of one process where none of these is set.
+    """Joins the processes that the launcher started: deepspeed, torchrun or srun (RANK,
+    LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment), or a run of
+    one process where none of these is set.
 
     Args:
-        hang_timeout: seconds after which a rank that gets nowhere is given up, and the others leave with its number.
+        hang_timeout: seconds after which a rank that gets nowhere is given up, and the
+            others leave with its number.
     """
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     try:
-        rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        rank, local_rank, size = (
+            int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        )
     except (KeyError, ValueError) as error:
-        raise UserError(f"RANK, LOCAL_RANK and WORLD_SIZE must all be set, as whole numbers: {error}") from None
+        raise UserError(
+            f"RANK, LOCAL_RANK and WORLD_SIZE must all be set, as whole numbers: {error}"
+        ) from None
     accelerator = get_accelerator()
     synchronize = None
     if accelerator.device_name() == "cpu":
-        # A kernel for tensor-parallel inference that training never calls; loading it would need a compiler and a minute.
+        # A kernel for tensor-parallel inference that training never calls; loading it
+        # would need a compiler and a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         device = torch.device("cpu")
     else:
         if local_rank >= accelerator.device_count():
             raise UserError(
-                f"rank {rank} has LOCAL_RANK {local_rank}, but this node has {accelerator.device_count()} GPUs: "
+                f"rank {rank} has LOCAL_RANK {local_rank}, but this node has "
+                f"{accelerator.device_count()} GPUs: "
                 "start one process a GPU"
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
         synchronize = partial(accelerator.synchronize, local_rank)
-    watchdog = Watchdog(_meet(hang_timeout), rank, size, hang_timeout, synchronize) if size > 1 else None
+    watchdog = (
+        Watchdog(_meet(hang_timeout), rank, size, hang_timeout, synchronize) if size > 1 else None
+    )
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     return World(rank, local_rank, size, device, watchdog)
 
@@ -181,7 +196,8 @@ def shared(error: Any) -> Any:
 def _meet(hang_timeout: float) -> dist.Store:
     """Waits until every rank has come; a connection to the store over which they met.
 
-    With a time limit of its own: a rank that died on its way here leaves nothing behind that the others could notice.
+    With a time limit of its own: a rank that died on its way here leaves nothing behind
+    that the others could notice.
     """
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=hang_timeout)))
@@ -190,7 +206,8 @@ def _meet(hang_timeout: float) -> dist.Store:
         reason = str(error).strip().splitlines()[0]
         raise RunStopped(
             EXIT_RANK_LOST,
-            f"error: rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} ranks did not meet at {where} "
+            f"error: rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} ranks did not "
+            f"meet at {where} "
             f"within {hang_timeout:g} s ({reason})",
         ) from None
     return dist.PrefixStore("dsvae", store)

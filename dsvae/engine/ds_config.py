@@ -1,7 +1,8 @@
 """The DeepSpeed configuration of a phase: read, checked, `auto` resolved.
 
-DeepSpeed ignores unknown top-level keys, drops `"enabled": "auto"` silently and fails on other `auto`s with a TypeError, so all
-of that is settled here before it sees the file.
+DeepSpeed ignores unknown top-level keys, drops `"enabled": "auto"` silently and fails
+on other `auto`s with a TypeError, so all of that is settled here before it sees the
+file.
 """
 
 from __future__ import annotations
@@ -24,11 +25,31 @@ from dsvae.config import PhaseConfig
 from dsvae.errors import UserError
 
 KEYS = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer",
-    "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "aio", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "disable_allgather", "log_level",
-}  # fmt: skip
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "aio",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+    "disable_allgather",
+    "log_level",
+}
 """Top-level keys that are passed on to DeepSpeed."""
 
 ELSEWHERE = {
@@ -53,9 +74,15 @@ NESTED = {
 """Where the known keys of a section stand."""
 
 AUTOCAST_DTYPES = {
-    "bfloat16": "bf16", "bf16": "bf16", "torch.bfloat16": "bf16",
-    "float16": "fp16", "fp16": "fp16", "half": "fp16", "torch.float16": "fp16", "torch.half": "fp16",
-}  # fmt: skip
+    "bfloat16": "bf16",
+    "bf16": "bf16",
+    "torch.bfloat16": "bf16",
+    "float16": "fp16",
+    "fp16": "fp16",
+    "half": "fp16",
+    "torch.float16": "fp16",
+    "torch.half": "fp16",
+}
 """DeepSpeed's names of the precision of `torch_autocast`."""
 
 OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay"}
@@ -65,13 +92,16 @@ def load(path: str | Path) -> dict[str, Any]:
     """Reads a ds_config file as it is.
 
     Raises:
-        UserError: no such file, not JSON, an unknown key, or an optimizer other than AdamW.
+        UserError: no such file, not JSON, an unknown key, or an optimizer other than
+            AdamW.
     """
     path = Path(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"--ds_config {path}: {error.strerror}; the shipped ones are in ds_configs/") from None
+        raise UserError(
+            f"--ds_config {path}: {error.strerror}; the shipped ones are in ds_configs/"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--ds_config {path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -81,10 +111,23 @@ def load(path: str | Path) -> dict[str, Any]:
             raise UserError(f"--ds_config {path}: {key} is not taken from here: {ELSEWHERE[key]}")
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1)
-            raise UserError(f"--ds_config {path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
-    for section in ("optimizer", "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "aio"):
+            raise UserError(
+                f"--ds_config {path}: unknown key {key}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+    for section in (
+        "optimizer",
+        "zero_optimization",
+        "bf16",
+        "fp16",
+        "torch_autocast",
+        "data_types",
+        "aio",
+    ):
         if not isinstance(raw.get(section, {}), dict):
-            raise UserError(f"--ds_config {path}: {section} must be an object, not {raw[section]!r}")
+            raise UserError(
+                f"--ds_config {path}: {section} must be an object, not {raw[section]!r}"
+            )
     for section, model in NESTED.items():
         for key in raw.get(section, {}):
             if key not in (names := _names(model)):
@@ -94,17 +137,24 @@ def load(path: str | Path) -> dict[str, Any]:
     optimizer = raw.get("optimizer", {})
     if not isinstance(optimizer.get("params", {}), dict):
         raise UserError(f"--ds_config {path}: optimizer.params must be an object")
-    if optimizer.get("type", "AdamW") not in ("AdamW", "Adam") or set(optimizer) - {"type", "params"}:
-        raise UserError(f"--ds_config {path}: optimizer must be AdamW with params, not {json.dumps(optimizer)}")
+    if optimizer.get("type", "AdamW") not in ("AdamW", "Adam") or set(optimizer) - {
+        "type",
+        "params",
+    }:
+        raise UserError(
+            f"--ds_config {path}: optimizer must be AdamW with params, not {json.dumps(optimizer)}"
+        )
     if unknown := set(optimizer.get("params", {})) - OPTIMIZER_PARAMS:
         raise UserError(
-            f"--ds_config {path}: unknown optimizer parameter {sorted(unknown)[0]}; known: {', '.join(sorted(OPTIMIZER_PARAMS))}"
+            f"--ds_config {path}: unknown optimizer parameter {sorted(unknown)[0]}; known: "
+            f"{', '.join(sorted(OPTIMIZER_PARAMS))}"
         )
     return raw
 
 
 def check_with_deepspeed(resolved: dict[str, Any]) -> None:
-    """Lets DeepSpeed itself read a resolved configuration, in a started process group; its complaint becomes one line.
+    """Lets DeepSpeed itself read a resolved configuration, in a started process group;
+    its complaint becomes one line.
 
     Raises:
         UserError: a value of the wrong type or out of range.
@@ -116,7 +166,9 @@ def check_with_deepspeed(resolved: dict[str, Any]) -> None:
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"ds_config: {where}: {first['msg']} (got {first['input']!r})") from None
     except (AssertionError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"ds_config: DeepSpeed refuses it: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"ds_config: DeepSpeed refuses it: {' '.join(str(error).split())}"
+        ) from None
 
 
 def resolve(
@@ -134,70 +186,99 @@ def resolve(
 
     Args:
         raw: from `load`.
-        precision: auto, bf16, fp16 or fp32; fills `enabled: auto` of bf16, fp16 and torch_autocast.
+        precision: auto, bf16, fp16 or fp32; fills `enabled: auto` of bf16, fp16 and
+            torch_autocast.
         batch_size: sentences of an optimizer step over all ranks.
-        micro_batches: most micro-batches of a step. Batches are cut by tokens, so the batch sizes are upper bounds to DeepSpeed;
-            gradients are scaled by the true number of sentences.
+        micro_batches: most micro-batches of a step. Batches are cut by tokens, so the
+            batch sizes are upper bounds to DeepSpeed; gradients are scaled by the true
+            number of sentences.
 
     Raises:
-        UserError: an `auto` that nothing resolves, precisions that exclude each other or that the machine cannot do.
+        UserError: an `auto` that nothing resolves, precisions that exclude each other
+            or that the machine cannot do.
     """
     config = copy.deepcopy(raw)
     params = config.setdefault("optimizer", {}).setdefault("params", {})
     config["optimizer"].setdefault("type", "AdamW")
     for name, value in {
-        "lr": phase.lr, "betas": phase.adam_betas, "eps": phase.adam_eps, "weight_decay": phase.weight_decay
-    }.items():  # fmt: skip
+        "lr": phase.lr,
+        "betas": phase.adam_betas,
+        "eps": phase.adam_eps,
+        "weight_decay": phase.weight_decay,
+    }.items():
         if params.setdefault(name, "auto") == "auto":
             params[name] = value
     _check_optimizer(params)
     if config.setdefault("gradient_clipping", "auto") == "auto":
         config["gradient_clipping"] = phase.max_grad_norm
     if not _is_number(config["gradient_clipping"]) or config["gradient_clipping"] < 0:
-        raise UserError(f"ds_config: gradient_clipping must be a number, 0 for none, not {config['gradient_clipping']!r}")
-    # The batch is data.batch_size; what DeepSpeed is told follows from it and only has to be consistent.
+        raise UserError(
+            f"ds_config: gradient_clipping must be a number, 0 for none, not "
+            f"{config['gradient_clipping']!r}"
+        )
+    # The batch is data.batch_size; what DeepSpeed is told follows from it and only has
+    # to be consistent.
     if config.setdefault("gradient_accumulation_steps", "auto") == "auto":
         config["gradient_accumulation_steps"] = micro_batches
     accumulation = config["gradient_accumulation_steps"]
     if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
-        raise UserError(f"ds_config: gradient_accumulation_steps must be a positive whole number, not {accumulation!r}")
+        raise UserError(
+            f"ds_config: gradient_accumulation_steps must be a positive whole number, not "
+            f"{accumulation!r}"
+        )
     fitting = -(-batch_size // (accumulation * world_size))
     if config.setdefault("train_micro_batch_size_per_gpu", "auto") == "auto":
         config["train_micro_batch_size_per_gpu"] = fitting
     micro = config["train_micro_batch_size_per_gpu"]
     if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1:
-        raise UserError(f"ds_config: train_micro_batch_size_per_gpu must be a positive whole number, not {micro!r}")
+        raise UserError(
+            f"ds_config: train_micro_batch_size_per_gpu must be a positive whole number, not "
+            f"{micro!r}"
+        )
     if micro != fitting:
         raise UserError(
-            f"ds_config: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x {world_size} "
-            f"rank(s) is not data.batch_size {batch_size}: leave them auto, and set --data.batch_size"
+            f"ds_config: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
+            f"{accumulation} x {world_size} "
+            f"rank(s) is not data.batch_size {batch_size}: leave them auto, and set "
+            f"--data.batch_size"
         )
     total = config["train_micro_batch_size_per_gpu"] * accumulation * world_size
     if config.setdefault("train_batch_size", "auto") == "auto":
         config["train_batch_size"] = total
     if config["train_batch_size"] != total:
         raise UserError(
-            f"ds_config: train_batch_size {config['train_batch_size']} is not train_micro_batch_size_per_gpu x "
-            f"gradient_accumulation_steps x ranks = {total}; leave them auto and set --data.batch_size"
+            f"ds_config: train_batch_size {config['train_batch_size']} is not "
+            f"train_micro_batch_size_per_gpu x "
+            f"gradient_accumulation_steps x ranks = {total}; leave them auto and set "
+            f"--data.batch_size"
         )
 
     _resolve_precision(config, precision, bf16_supported, fp16_supported)
     dtype = config.get("data_types", {}).get("grad_accum_dtype", "fp32")
     if dtype not in ("fp32", "bf16", "fp16"):
-        raise UserError(f"ds_config: data_types.grad_accum_dtype must be fp32, bf16 or fp16, not {dtype!r}")
+        raise UserError(
+            f"ds_config: data_types.grad_accum_dtype must be fp32, bf16 or fp16, not {dtype!r}"
+        )
     for section in ("flops_profiler", "comms_logger"):
         if not isinstance(config.get(section, {}), dict):
             raise UserError(f"ds_config: {section} must be an object, not {config[section]!r}")
     # No lines of DeepSpeed's own between the progress bar's.
     every = config.setdefault("steps_per_print", None)
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-        raise UserError(f"ds_config: steps_per_print must be a positive whole number or null, not {every!r}")
-    # The optimizer is torch's own AdamW, which needs no compiler; DeepSpeed's check is for its CPU Adam.
+        raise UserError(
+            f"ds_config: steps_per_print must be a positive whole number or null, not {every!r}"
+        )
+    # The optimizer is torch's own AdamW, which needs no compiler; DeepSpeed's check is
+    # for its CPU Adam.
     if config.setdefault("zero_force_ds_cpu_optimizer", False) is not False:
-        raise UserError("ds_config: zero_force_ds_cpu_optimizer must be false: the optimizer is torch's AdamW")
+        raise UserError(
+            "ds_config: zero_force_ds_cpu_optimizer must be false: the optimizer is torch's AdamW"
+        )
     for path, value in _leaves(config):
         if value == "auto":
-            raise UserError(f"ds_config: {path} is auto, and nothing says what it should be: write a value")
+            raise UserError(
+                f"ds_config: {path} is auto, and nothing says what it should be: write a value"
+            )
     return config
 
 
@@ -206,16 +287,29 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_optimizer(params: dict[str, Any]) -> None:
-    """Raises UserError for what torch's AdamW would refuse, or take for something else."""
+    """Raises UserError for what torch's AdamW would refuse, or take for something
+    else."""
     for name in ("lr", "eps", "weight_decay"):
         if not _is_number(params[name]) or params[name] < 0:
-            raise UserError(f"ds_config: optimizer.params.{name} must be a number of at least 0, or auto, not {params[name]!r}")
+            raise UserError(
+                f"ds_config: optimizer.params.{name} must be a number of at least 0, or auto, "
+                f"not {params[name]!r}"
+            )
     betas = params["betas"]
-    if not isinstance(betas, (list, tuple)) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
-        raise UserError(f"ds_config: optimizer.params.betas must be two numbers in [0, 1), or auto, not {betas!r}")
+    if (
+        not isinstance(betas, (list, tuple))
+        or len(betas) != 2
+        or not all(_is_number(b) and 0 <= b < 1 for b in betas)
+    ):
+        raise UserError(
+            f"ds_config: optimizer.params.betas must be two numbers in [0, 1), or auto, not "
+            f"{betas!r}"
+        )
 
 
-def _resolve_precision(config: dict[str, Any], precision: str, bf16_supported: bool, fp16_supported: bool) -> None:
+def _resolve_precision(
+    config: dict[str, Any], precision: str, bf16_supported: bool, fp16_supported: bool
+) -> None:
     wanted = "bf16" if precision == "auto" else precision
     sections = [name for name in ("bf16", "fp16", "torch_autocast") if name in config]
     for name in sections:
@@ -223,22 +317,32 @@ def _resolve_precision(config: dict[str, Any], precision: str, bf16_supported: b
         if enabled == "auto":
             config[name]["enabled"] = _kind(config, name) == wanted
         elif not isinstance(enabled, bool):
-            raise UserError(f'ds_config: {name}.enabled must be true, false or "auto", not {enabled!r}')
+            raise UserError(
+                f'ds_config: {name}.enabled must be true, false or "auto", not {enabled!r}'
+            )
     on = [name for name in sections if config[name].get("enabled", False)]
     if len(on) > 1:
         raise UserError(f"ds_config: {' and '.join(on)} are both enabled: keep one")
     got = _kind(config, on[0]) if on else "fp32"
     if precision not in ("auto", got):
-        raise UserError(f'--precision {precision}, but the ds_config gives {got}: set its "enabled" to "auto"')
+        raise UserError(
+            f'--precision {precision}, but the ds_config gives {got}: set its "enabled" to "auto"'
+        )
     if got == "fp16" and on == ["torch_autocast"] and zero_stage(config) == 0:
-        # Its loss scale is inside of what this engine looks at before the step, and would never come down.
-        raise UserError("ds_config: torch_autocast in float16 needs stage 1, 2 or 3: use ds_configs/fp16.json")
+        # Its loss scale is inside of what this engine looks at before the step, and
+        # would never come down.
+        raise UserError(
+            "ds_config: torch_autocast in float16 needs stage 1, 2 or 3: use ds_configs/fp16.json"
+        )
     if got == "fp16" and not fp16_supported:
-        raise UserError("fp16 needs a GPU: on CPU use bf16 (ds_configs/zero2.json) or --precision fp32")
+        raise UserError(
+            "fp16 needs a GPU: on CPU use bf16 (ds_configs/zero2.json) or --precision fp32"
+        )
     if got == "bf16" and not bf16_supported:
         raise UserError("this GPU has no bf16: use ds_configs/fp16.json or --precision fp32")
     if got == "fp32":
-        # Float32 gradients are what bf16 needs; beside float32 weights DeepSpeed takes no word on it.
+        # Float32 gradients are what bf16 needs; beside float32 weights DeepSpeed takes
+        # no word on it.
         config.pop("data_types", None)
 
 
@@ -261,7 +365,8 @@ def precision_of(resolved: dict[str, Any]) -> str:
 
 
 def parameter_dtype(resolved: dict[str, Any]) -> torch.dtype:
-    """What the engine holds its parameters in: float32 where `torch_autocast` casts what they are used for."""
+    """What the engine holds its parameters in: float32 where `torch_autocast` casts
+    what they are used for."""
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if resolved.get(name, {}).get("enabled", False):
             return dtype
@@ -274,7 +379,8 @@ def zero_stage(resolved: dict[str, Any]) -> int:
 
 
 def _names(section: Any) -> set[str]:
-    """The keys that a section may have: those of a tuple, or the fields of a pydantic model with their aliases."""
+    """The keys that a section may have: those of a tuple, or the fields of a pydantic
+    model with their aliases."""
     if isinstance(section, tuple):
         return set(section)
     fields = section.model_fields
@@ -282,7 +388,13 @@ def _names(section: Any) -> set[str]:
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for key, value in items:
         path = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, (dict, list)):

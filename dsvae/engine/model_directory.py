@@ -16,14 +16,17 @@ from torch import Tensor
 from dsvae.modeling.t5_vae import T5VAE
 
 MAX_SHARD_BYTES = 10**9
-"""Largest safetensors file of an exported model, unless one tensor alone is larger: one is held in memory while it is written."""
+"""Largest safetensors file of an exported model, unless one tensor alone is larger: one
+is held in memory while it is written."""
 
 
 class ModelDirectory:
-    """A directory under way: `begin`, `add` every weight once, `finish`. It appears whole or not at all.
+    """A directory under way: `begin`, `add` every weight once, `finish`. It appears
+    whole or not at all.
 
     Args:
-        max_shard_bytes: of one file, unless one tensor alone is larger; what is held in memory.
+        max_shard_bytes: of one file, unless one tensor alone is larger; what is held in
+            memory.
     """
 
     def __init__(self, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -36,12 +39,14 @@ class ModelDirectory:
         self._total = 0
 
     def begin(self) -> None:
-        """Makes room for it beside its place, in place of what a cut export left there."""
+        """Makes room for it beside its place, in place of what a cut export left
+        there."""
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a weight, on CPU; it is kept until its shard is full. What goes wrong is raised in `finish`."""
+        """Takes a weight, on CPU; it is kept until its shard is full. What goes wrong
+        is raised in `finish`."""
         size = tensor.numel() * tensor.element_size()
         held = sum(t.numel() * t.element_size() for t in self._pending.values())
         if self._pending and held + size > self._max_shard_bytes:
@@ -50,18 +55,26 @@ class ModelDirectory:
         self._total += size
 
     def _flush(self) -> None:
-        if self._failure is None:  # in `add` other ranks would wait for this one in the next gathering
+        # in `add` other ranks would wait for this one in the next gathering
+        if self._failure is None:
             try:
-                save_file(self._pending, self._temporary / f"{len(self._shards)}.safetensors", metadata={"format": "pt"})
+                save_file(
+                    self._pending,
+                    self._temporary / f"{len(self._shards)}.safetensors",
+                    metadata={"format": "pt"},
+                )
             except SafetensorError as error:
                 free = shutil.disk_usage(self._temporary).free
                 number = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
-                self._failure = OSError(number, f"{error}, {free / 2**20:.0f} MiB free", str(self._temporary))
+                self._failure = OSError(
+                    number, f"{error}, {free / 2**20:.0f} MiB free", str(self._temporary)
+                )
         self._shards.append(list(self._pending))
         self._pending.clear()
 
     def finish(self, model: T5VAE, extras: Callable[[Path], None]) -> None:
-        """Adds the configurations of `model` and what `extras` puts there, and moves the directory to its place.
+        """Adds the configurations of `model` and what `extras` puts there, and moves
+        the directory to its place.
 
         Raises:
             OSError: the disk is full; nothing stays.
@@ -72,15 +85,29 @@ class ModelDirectory:
             raise self._failure
         names = ["model.safetensors"]
         if len(self._shards) > 1:
-            names = [f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors" for i in range(len(self._shards))]
-            index = {name: file for file, shard in zip(names, self._shards, strict=True) for name in shard}
-            text = json.dumps({"metadata": {"total_size": self._total}, "weight_map": index}, indent=2)
+            names = [
+                f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
+                for i in range(len(self._shards))
+            ]
+            index = {
+                name: file
+                for file, shard in zip(names, self._shards, strict=True)
+                for name in shard
+            }
+            text = json.dumps(
+                {"metadata": {"total_size": self._total}, "weight_map": index}, indent=2
+            )
             (self._temporary / "model.safetensors.index.json").write_text(text + "\n")
         for i, name in enumerate(names):
             (self._temporary / f"{i}.safetensors").rename(self._temporary / name)
-        # Attributes of the running model that belong to the file: what it is, and in which dtype it lies there.
+        # Attributes of the running model that belong to the file: what it is, and in
+        # which dtype it lies there.
         config = type(model.config).from_dict(model.config.to_dict())
-        config.architectures, config.dtype, config.t5.dtype = [type(model).__name__], torch.float32, torch.float32
+        config.architectures, config.dtype, config.t5.dtype = (
+            [type(model).__name__],
+            torch.float32,
+            torch.float32,
+        )
         config.save_pretrained(self._temporary)
         model.generation_config.save_pretrained(self._temporary)
         extras(self._temporary)

@@ -1,4 +1,5 @@
-"""Steps that were skipped because the loss or a gradient was not finite: a few pass, many in a row end the run."""
+"""Steps that were skipped because the loss or a gradient was not finite: a few pass,
+many in a row end the run."""
 
 from __future__ import annotations
 
@@ -25,12 +26,25 @@ class SkippedSteps:
     """
 
     def __init__(
-        self, limit: int, directory: Path, phase: int, decode: Callable[[list[int]], str], say: Callable[[str], None]
+        self,
+        limit: int,
+        directory: Path,
+        phase: int,
+        decode: Callable[[list[int]], str],
+        say: Callable[[str], None],
     ) -> None:
-        self._limit, self._directory, self._phase, self._decode, self._say = limit, directory, phase, decode, say
+        self._limit, self._directory, self._phase, self._decode, self._say = (
+            limit,
+            directory,
+            phase,
+            decode,
+            say,
+        )
         self._in_a_row = 0
 
-    def count(self, engine: PhaseEngine, world: World, index: int, step: Step, sums: StepSums) -> None:
+    def count(
+        self, engine: PhaseEngine, world: World, index: int, step: Step, sums: StepSums
+    ) -> None:
         """After optimizer step `index`. Collective.
 
         Raises:
@@ -44,19 +58,26 @@ class SkippedSteps:
             return  # the gradients overflowed under a loss scale that is still too high
         self._in_a_row += 1
         where = f"phase {self._phase}, step {index + 1}"
-        self._say(f"warning: {where} is skipped on all ranks: its loss or gradients are not finite (rec {rec:.4g})")
+        self._say(
+            f"warning: {where} is skipped on all ranks: its loss or gradients are not finite "
+            f"(rec {rec:.4g})"
+        )
         if self._in_a_row < self._limit:
             return
         path = self._directory / f"non_finite.phase{self._phase}-step{index + 1:08d}.jsonl"
         rows = [row for part in world.gather(engine.inspect(index, step)) for row in part]
 
         def write() -> None:
-            lines = [json.dumps(finite(row | {"text": self._decode(row["labels"])}), ensure_ascii=False) for row in rows]
+            lines = [
+                json.dumps(finite(row | {"text": self._decode(row["labels"])}), ensure_ascii=False)
+                for row in rows
+            ]
             write_text(path, "".join(line + "\n" for line in lines))
 
         world.on_main(write)
         raise RunStopped(
             EXIT_NON_FINITE,
-            f"error: {where}: loss or gradients of {self._in_a_row} steps in a row were not finite; the last batch is in {path}; "
+            f"error: {where}: loss or gradients of {self._in_a_row} steps in a row were not "
+            f"finite; the last batch is in {path}; "
             "lower the learning rate or clip gradients, in a new output_dir",
         )

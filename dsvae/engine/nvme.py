@@ -1,15 +1,19 @@
-"""States on a disk (`"device": "nvme"`, ZeRO-Infinity): what DeepSpeed 0.19 does silently wrong, and what guards against it.
+"""States on a disk (`"device": "nvme"`, ZeRO-Infinity): what DeepSpeed 0.19 does
+silently wrong, and what guards against it.
 
-Its files are read and written past the page cache (O_DIRECT), which takes aligned addresses and lengths alone, and nothing looks
-at whether the kernel did as it was told. So
+Its files are read and written past the page cache (O_DIRECT), which takes aligned
+addresses and lengths alone, and nothing looks at whether the kernel did as it was told.
+So
 
-- gradients, which it reads to wherever they lie in a flat buffer, are cut at aligned addresses: else AdamW steps on what was in
-  the buffer before;
-- weights are neither fetched ahead nor kept between their uses: DeepSpeed steps past those that are in memory just then;
+- gradients, which it reads to wherever they lie in a flat buffer, are cut at aligned
+  addresses: else AdamW steps on what was in the buffer before;
+- weights are neither fetched ahead nor kept between their uses: DeepSpeed steps past
+  those that are in memory just then;
 - the disk is tried before anything depends on it, and its room is counted;
-- checkpoints have the states themselves, as though they were in memory. DeepSpeed copies its files instead, and forgets AdamW's
-  moments and steps when it loads them;
-- every run has a directory of its own: with the same `nvme_path`, two runs would write into each other's files.
+- checkpoints have the states themselves, as though they were in memory. DeepSpeed
+  copies its files instead, and forgets AdamW's moments and steps when it loads them;
+- every run has a directory of its own: with the same `nvme_path`, two runs would write
+  into each other's files.
 """
 
 from __future__ import annotations
@@ -44,39 +48,59 @@ STATES = 16
 
 @contextmanager
 def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[None]:
-    """A directory of the run's own under each `nvme_path`, empty, tried, written into `resolved`, and removed at the end.
+    """A directory of the run's own under each `nvme_path`, empty, tried, written into
+    `resolved`, and removed at the end.
 
-    Nothing happens where no state goes to a disk. Collective, but for the end: whatever it is, no rank waits for the others.
+    Nothing happens where no state goes to a disk. Collective, but for the end: whatever
+    it is, no rank waits for the others.
 
     Raises:
-        UserError: on every rank: no such directory, one that cannot be written to, no compiler or libaio, a disk that does not
-            give back what direct I/O wrote, a ZeRO stage below 3, or an option that DeepSpeed gets wrong.
+        UserError: on every rank: no such directory, one that cannot be written to, no
+            compiler or libaio, a disk that does not give back what direct I/O wrote, a
+            ZeRO stage below 3, or an option that DeepSpeed gets wrong.
     """
     sections = _sections(resolved)
     for name, section in sections.items():
         where = f"ds_config: zero_optimization.{name}"
         if zero_stage(resolved) != 3:
-            raise UserError(f'{where}.device "nvme" needs stage 3: use ds_configs/zero3_nvme.json, or "cpu"')
+            raise UserError(
+                f'{where}.device "nvme" needs stage 3: use ds_configs/zero3_nvme.json, or "cpu"'
+            )
         if not section.get("nvme_path"):
             raise UserError(f"{where}.nvme_path must name a directory on a local disk")
         if section.get("fast_init"):
-            raise UserError(f"{where}.fast_init reads weights to addresses that direct I/O refuses: leave it out")
+            raise UserError(
+                f"{where}.fast_init reads weights to addresses that direct I/O refuses: leave it "
+                f"out"
+            )
     if "offload_param" in sections:
-        # A weight that is in memory when the optimizer steps keeps its old value on the disk, or its buffer for ever.
+        # A weight that is in memory when the optimizer steps keeps its old value on the
+        # disk, or its buffer for ever.
         zero = DeepSpeedZeroConfig(**resolved["zero_optimization"])
-        for name, value in (("prefetch_bucket_size", zero.prefetch_bucket_size), ("max_reuse_distance", zero.max_reuse_distance)):
+        for name, value in (
+            ("prefetch_bucket_size", zero.prefetch_bucket_size),
+            ("max_reuse_distance", zero.max_reuse_distance),
+        ):
             if value != 0:
-                raise UserError(f"ds_config: zero_optimization.stage3_{name} must be 0 with weights on a disk, not {value:g}")
+                raise UserError(
+                    f"ds_config: zero_optimization.stage3_{name} must be 0 with weights on a "
+                    f"disk, not {value:g}"
+                )
     own = "dsvae-" + hashlib.sha256(str(Path(output_dir).resolve()).encode()).hexdigest()[:12]
     for section in sections.values():
         section["nvme_path"] = str(Path(section["nvme_path"]) / own)
     places = sorted({Path(section["nvme_path"]) for section in sections.values()})
     try:
         if places:
-            # One rank a node makes the directories, and compiles what is not compiled yet; then each tries them.
+            # One rank a node makes the directories, and compiles what is not compiled
+            # yet; then each tries them.
             with world.patient():
-                _agree((_compile() or _first(_make, places)) if world.local_rank == 0 else None, world)
-                _agree(_first(lambda directory: _try(directory, resolved, world.rank), places), world)
+                _agree(
+                    (_compile() or _first(_make, places)) if world.local_rank == 0 else None, world
+                )
+                _agree(
+                    _first(lambda directory: _try(directory, resolved, world.rank), places), world
+                )
         yield
     finally:
         if world.local_rank == 0:
@@ -85,7 +109,8 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
 
 
 def make_room(resolved: dict[str, Any], model: nn.Module, world: World) -> None:
-    """Sizes the buffers that weights pass through, unless the ds_config does, and makes sure that the disk takes it all.
+    """Sizes the buffers that weights pass through, unless the ds_config does, and makes
+    sure that the disk takes it all.
 
     Args:
         model: may be on the meta device.
@@ -103,32 +128,44 @@ def make_room(resolved: dict[str, Any], model: nn.Module, world: World) -> None:
     if not needed:
         return
     host = socket.gethostname()
-    disks = [(host, os.stat(place).st_dev, place, size, shutil.disk_usage(place).free) for place, size in needed.items()]
+    disks = [
+        (host, os.stat(place).st_dev, place, size, shutil.disk_usage(place).free)
+        for place, size in needed.items()
+    ]
     everywhere = [disk for rank in world.gather(disks) for disk in rank]
     for host, device, place, _, free in everywhere:
-        total = sum(size for other, number, _, size, _ in everywhere if (other, number) == (host, device))
+        total = sum(
+            size for other, number, _, size, _ in everywhere if (other, number) == (host, device)
+        )
         if total > free:
             raise RunStopped(
                 EXIT_DISK,
-                f"error: {Path(place).parent} on {host}: weights and optimizer states take up to {total / 1e9:.1f} GB there, and "
-                f"{free / 1e9:.1f} GB are free: make room, set another nvme_path, or take more ranks",
+                f"error: {Path(place).parent} on {host}: weights and optimizer states take up to "
+                f"{total / 1e9:.1f} GB there, and "
+                f"{free / 1e9:.1f} GB are free: make room, set another nvme_path, or take more "
+                f"ranks",
             )
 
 
 def mend(engine: Any) -> None:
-    """Makes a DeepSpeed engine cut gradients where direct I/O needs it, and save and load its states as they are."""
+    """Makes a DeepSpeed engine cut gradients where direct I/O needs it, and save and
+    load its states as they are."""
     if not _sections(engine.config):
         return
     optimizer = engine.optimizer
     optimizer._rigid_load_state_dict = partial(_load, optimizer)
-    # States are loaded from a mapped file: the memory of a node may be too small for them.
+    # States are loaded from a mapped file: the memory of a node may be too small for
+    # them.
     engine.checkpoint_engine.load = lambda path, map_location=None: torch.load(
         path, map_location=map_location, weights_only=False, mmap=True
     )
     if optimizer.optimizer_swapper is not None:
-        optimizer.optimizer_swapper._adjust_for_misaligned_lengths = partial(_aligned_parts, optimizer.optimizer_swapper)
+        optimizer.optimizer_swapper._adjust_for_misaligned_lengths = partial(
+            _aligned_parts, optimizer.optimizer_swapper
+        )
         optimizer.state_dict = partial(_states, optimizer)
-        engine.zero_nvme_offload_optimizer = lambda: False  # asked where it saves and loads, about copies of its files
+        # asked where it saves and loads, about copies of its files
+        engine.zero_nvme_offload_optimizer = lambda: False
 
 
 def _sections(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -150,14 +187,21 @@ def _agree(problem: str | None, world: World) -> None:
 
 
 def _compile() -> str | None:
-    """Has DeepSpeed's disk I/O compiled, which takes minutes, once a machine; what is wrong, if anything."""
+    """Has DeepSpeed's disk I/O compiled, which takes minutes, once a machine; what is
+    wrong, if anything."""
     builder = AsyncIOBuilder()
     if not builder.is_compatible(verbose=False):
-        return "offload to a disk needs a C++ compiler and libaio's headers (apt-get install g++ libaio-dev)"
+        return (
+            "offload to a disk needs a C++ compiler and libaio's headers (apt-get install g++ "
+            "libaio-dev)"
+        )
     try:
         builder.load(verbose=False)
     except (RuntimeError, OSError) as error:
-        return f"offload to a disk: DeepSpeed's I/O does not compile: {str(error).strip().splitlines()[0]}"
+        return (
+            f"offload to a disk: DeepSpeed's I/O does not compile: "
+            f"{str(error).strip().splitlines()[0]}"
+        )
     return None
 
 
@@ -165,7 +209,10 @@ def _make(directory: Path) -> str | None:
     parent, host = directory.parent, socket.gethostname()
     # Not made if it is missing: a misspelt path would fill the disk of the system.
     if not parent.is_dir():
-        return f"ds_config: nvme_path {parent} is no directory on {host}: make it on a local disk, or set another"
+        return (
+            f"ds_config: nvme_path {parent} is no directory on {host}: make it on a local disk, "
+            f"or set another"
+        )
     try:
         shutil.rmtree(directory, ignore_errors=True)  # what a killed run left
         directory.mkdir()
@@ -175,7 +222,8 @@ def _make(directory: Path) -> str | None:
 
 
 def _try(directory: Path, resolved: dict[str, Any], rank: int) -> str | None:
-    """Writes and reads back as DeepSpeed will, with an address and a length that are just aligned."""
+    """Writes and reads back as DeepSpeed will, with an address and a length that are
+    just aligned."""
     aio = get_aio_config(resolved)
     io = AsyncIOBuilder().load(verbose=False)
     handle = io.aio_handle(
@@ -187,13 +235,19 @@ def _try(directory: Path, resolved: dict[str, Any], rank: int) -> str | None:
     )
     unit = AIO_ALIGNED_BYTES * aio["intra_op_parallelism"]
     length = max(1 << 20, aio["block_size"]) // unit * unit + unit
-    buffers = [handle.new_cpu_locked_tensor(unit + length, torch.empty(0, dtype=torch.uint8)) for _ in range(2)]
+    buffers = [
+        handle.new_cpu_locked_tensor(unit + length, torch.empty(0, dtype=torch.uint8))
+        for _ in range(2)
+    ]
     written, read = (buffer[unit:] for buffer in buffers)
     written.random_(generator=torch.Generator().manual_seed(rank))
     read.zero_()
     path = directory / f"try{rank}"
     try:
-        done = handle.sync_pwrite(written, str(path), 0), path.exists() and handle.sync_pread(read, str(path), 0)
+        done = (
+            handle.sync_pwrite(written, str(path), 0),
+            path.exists() and handle.sync_pread(read, str(path), 0),
+        )
         if done == (1, 1) and torch.equal(read, written):
             return None
     finally:
@@ -201,13 +255,17 @@ def _try(directory: Path, resolved: dict[str, Any], rank: int) -> str | None:
         for buffer in buffers:
             handle.free_cpu_locked_tensor(buffer)
     return (
-        f"ds_config: nvme_path {directory.parent} on {socket.gethostname()} does not give back what direct I/O wrote in pieces "
+        f"ds_config: nvme_path {directory.parent} on {socket.gethostname()} does not give back "
+        f"what direct I/O wrote in pieces "
         f"of {unit} bytes: take a directory on a local disk (ext4 or xfs, sectors of 512 bytes)"
     )
 
 
-def _aligned_parts(swapper: Any, tensors: list[Tensor], offsets: list[int]) -> tuple[list[Tensor], list[int]]:
-    """Cuts gradients so that each large part begins and ends at an aligned element of the flat buffer; small ones stay in memory.
+def _aligned_parts(
+    swapper: Any, tensors: list[Tensor], offsets: list[int]
+) -> tuple[list[Tensor], list[int]]:
+    """Cuts gradients so that each large part begins and ends at an aligned element of
+    the flat buffer; small ones stay in memory.
 
     Args:
         offsets: where each gradient begins in the flat buffer, in elements.
@@ -217,17 +275,23 @@ def _aligned_parts(swapper: Any, tensors: list[Tensor], offsets: list[int]) -> t
     for tensor, offset in zip(tensors, offsets, strict=True):
         begin = -offset % unit
         end = begin + (tensor.numel() - begin) // unit * unit
-        cuts = (0, begin, end, tensor.numel()) if swapper.is_swappable_tensor(numel=end - begin) else (0, tensor.numel())
+        cuts = (
+            (0, begin, end, tensor.numel())
+            if swapper.is_swappable_tensor(numel=end - begin)
+            else (0, tensor.numel())
+        )
         for start, stop in pairwise(cuts):
             if stop > start:
                 part = tensor[start:stop]
-                parts.append(part.clone() if stop - start < unit else part)  # a view would keep the whole gradient in memory
+                # a view would keep the whole gradient in memory
+                parts.append(part.clone() if stop - start < unit else part)
                 places.append(offset + start)
     return parts, places
 
 
 def _states(optimizer: Any) -> dict[str, Any]:
-    """A rank's states as DeepSpeed saves those in memory; what is on the disk is mapped, and takes no memory until it is read."""
+    """A rank's states as DeepSpeed saves those in memory; what is on the disk is
+    mapped, and takes no memory until it is read."""
     found: dict[str, Any] = optimizer._rigid_state_dict()
     flat = list(found[FP32_FLAT_GROUPS])
     states = dict(found[OPTIMIZER_STATE_DICT]["state"])
@@ -236,36 +300,58 @@ def _states(optimizer: Any) -> dict[str, Any]:
             continue
         info = optimizer.optimizer_swapper.swap_params_info[weights.ds_id]
         on_disk = {
-            id(each.compute_tensor): torch.from_file(each.swap_path, shared=False, size=info.numel(), dtype=info.dtype())
+            id(each.compute_tensor): torch.from_file(
+                each.swap_path, shared=False, size=info.numel(), dtype=info.dtype()
+            )
             for each in info.tensors
         }
         flat[number] = on_disk[id(weights)]
         if index in states:
-            states[index] = {name: on_disk.get(id(value), value) for name, value in states[index].items()}
-    return {**found, FP32_FLAT_GROUPS: flat, OPTIMIZER_STATE_DICT: {**found[OPTIMIZER_STATE_DICT], "state": states}}
+            states[index] = {
+                name: on_disk.get(id(value), value) for name, value in states[index].items()
+            }
+    return {
+        **found,
+        FP32_FLAT_GROUPS: flat,
+        OPTIMIZER_STATE_DICT: {**found[OPTIMIZER_STATE_DICT], "state": states},
+    }
 
 
 def _in_order(optimizer: Any) -> list[tuple[int, Any]]:
-    """(sub-group, float32 weights), in the order in which torch's optimizer numbers them in its state."""
+    """(sub-group, float32 weights), in the order in which torch's optimizer numbers
+    them in its state."""
     optimizer._set_fp32_optimizer_param_groups()
     order = [weights for group in optimizer.optimizer.param_groups for weights in group["params"]]
     optimizer._clear_fp32_optimizer_param_groups()
-    numbers = {id(weights): number for number, weights in enumerate(optimizer.fp32_partitioned_groups_flat)}
+    numbers = {
+        id(weights): number for number, weights in enumerate(optimizer.fp32_partitioned_groups_flat)
+    }
     return [(numbers[id(weights)], weights) for weights in order]
 
 
 def _load(optimizer: Any, saved: dict[str, Any], load_optimizer_states: bool = True) -> None:
-    """In place of DeepSpeed's ZeRO-3 loader: a rank's states from a checkpoint, wherever they were and are to be."""
+    """In place of DeepSpeed's ZeRO-3 loader: a rank's states from a checkpoint,
+    wherever they were and are to be."""
     assert load_optimizer_states  # nothing here asks for less
     optimizer.loss_scaler = saved[LOSS_SCALER]
-    optimizer.dynamic_loss_scale, optimizer.overflow = saved["dynamic_loss_scale"], saved["overflow"]
+    optimizer.dynamic_loss_scale, optimizer.overflow = (
+        saved["dynamic_loss_scale"],
+        saved["overflow"],
+    )
     optimizer._set_fp32_optimizer_param_groups()
     optimizer.optimizer.load_state_dict(saved[OPTIMIZER_STATE_DICT])
     optimizer._clear_fp32_optimizer_param_groups()
-    for number, (weights, value) in enumerate(zip(optimizer.fp32_partitioned_groups_flat, saved[FP32_FLAT_GROUPS], strict=True)):
+    for number, (weights, value) in enumerate(
+        zip(optimizer.fp32_partitioned_groups_flat, saved[FP32_FLAT_GROUPS], strict=True)
+    ):
         swapped = optimizer._swappable_optimizer_subgroup(number)
         if swapped:
-            _put(optimizer.optimizer_swapper, optimizer.optimizer.state.get(weights, {}), weights, value)
+            _put(
+                optimizer.optimizer_swapper,
+                optimizer.optimizer.state.get(weights, {}),
+                weights,
+                value,
+            )
             optimizer._prepare_sub_group(number, set())
         else:
             weights.data.copy_(value.data)
@@ -275,9 +361,14 @@ def _load(optimizer: Any, saved: dict[str, Any], load_optimizer_states: bool = T
 
 
 def _put(swapper: Any, state: dict[str, Any], weights: Any, value: Tensor) -> None:
-    """Writes the float32 weights and the moments of a sub-group to the swapper's files, which hold them from then on."""
+    """Writes the float32 weights and the moments of a sub-group to the swapper's files,
+    which hold them from then on."""
     info = swapper.swap_params_info[weights.ds_id]
-    moments = {name: each for name, each in state.items() if torch.is_tensor(each) and each.numel() == info.numel()}
+    moments = {
+        name: each
+        for name, each in state.items()
+        if torch.is_tensor(each) and each.numel() == info.numel()
+    }
     info.tensors, info.has_state_tensors = info.tensors[:1], False
     for name, each in moments.items():
         state[name] = torch.empty(0, dtype=each.dtype)

@@ -1,4 +1,5 @@
-"""Signals: a run that is told to stop leaves between two optimizer steps, on all ranks together, with everything saved."""
+"""Signals: a run that is told to stop leaves between two optimizer steps, on all ranks
+together, with everything saved."""
 
 from __future__ import annotations
 
@@ -12,15 +13,17 @@ import torch
 from dsvae.engine.distributed import World
 from dsvae.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, RunStopped
 
-# Ordered: where ranks got different ones, the last of them counts for all (launchers answer Ctrl-C with a SIGTERM of their own).
+# Ordered: where ranks got different ones, the last of them counts for all (launchers
+# answer Ctrl-C with a SIGTERM of their own).
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 class Stopping:
     """Listens for SIGTERM, SIGUSR1 and SIGINT (Ctrl-C).
 
-    Inside `between_steps` a signal is only noted, and the loop asks `agreed` after every step. Anywhere else there is nothing to
-    save that is not saved already, and `RunStopped` is raised at once. A second Ctrl-C never waits.
+    Inside `between_steps` a signal is only noted, and the loop asks `agreed` after
+    every step. Anywhere else there is nothing to save that is not saved already, and
+    `RunStopped` is raised at once. A second Ctrl-C never waits.
     """
 
     def __init__(self) -> None:
@@ -42,7 +45,8 @@ class Stopping:
             self._deferred = False
 
     def agreed(self, world: World) -> RunStopped | None:
-        """What all ranks raise once they have saved, if any of them was told to stop. Collective."""
+        """What all ranks raise once they have saved, if any of them was told to stop.
+        Collective."""
         place = int(world.max(torch.tensor(self._place, device=world.device)))
         return _stopped(SIGNALS[place - 1], "saved") if place else None
 

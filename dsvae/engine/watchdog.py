@@ -1,9 +1,12 @@
-"""Which rank no longer answers: the others would wait for it until the time-out of the process group, without its name.
+"""Which rank no longer answers: the others would wait for it until the time-out of the
+process group, without its name.
 
-Every rank tells the others through a store of their own, from a thread, that it lives and how long ago its main thread last
-got anywhere. A rank that has waited for `timeout` looks who is to blame: a process that tells nothing any more (killed, stopped,
-its node gone), or one that lives but whose main thread neither gets anywhere nor waits for others. One that leaves before the
-others says so, and those that wait for it need no time limit: patience is for ranks that are slow, not for those that have gone.
+Every rank tells the others through a store of their own, from a thread, that it lives
+and how long ago its main thread last got anywhere. A rank that has waited for `timeout`
+looks who is to blame: a process that tells nothing any more (killed, stopped, its node
+gone), or one that lives but whose main thread neither gets anywhere nor waits for
+others. One that leaves before the others says so, and those that wait for it need no
+time limit: patience is for ranks that are slow, not for those that have gone.
 """
 
 from __future__ import annotations
@@ -44,12 +47,19 @@ class Watchdog:
 
     Args:
         store: its own connection, used by nothing else.
-        timeout: seconds that the main thread may go without `beat` while it neither waits for others nor is `patient`.
-        synchronize: returns once the device of this rank has nothing left to do; None where operations block the host itself.
+        timeout: seconds that the main thread may go without `beat` while it neither
+            waits for others nor is `patient`.
+        synchronize: returns once the device of this rank has nothing left to do; None
+            where operations block the host itself.
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, timeout: float, synchronize: Callable[[], None] | None = None
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        timeout: float,
+        synchronize: Callable[[], None] | None = None,
     ) -> None:
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
         self._interval = min(2.0, timeout / 5)
@@ -78,7 +88,8 @@ class Watchdog:
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """Whatever takes long in here is no hang: work that one rank does while the others wait."""
+        """Whatever takes long in here is no hang: work that one rank does while the
+        others wait."""
         self._patient += 1
         try:
             yield
@@ -88,7 +99,8 @@ class Watchdog:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """In here the main thread waits for the other ranks, wherever the host stands meanwhile."""
+        """In here the main thread waits for the other ranks, wherever the host stands
+        meanwhile."""
         self._waiting += 1
         try:
             yield
@@ -96,7 +108,8 @@ class Watchdog:
             self._waiting -= 1
 
     def close(self, code: int | None = None) -> None:
-        """Ends the thread. With an exit code: this rank leaves before the others, which are told why."""
+        """Ends the thread. With an exit code: this rank leaves before the others, which
+        are told why."""
         self._closed.set()
         self._thread.join()
         if code is not None:
@@ -107,7 +120,8 @@ class Watchdog:
                 self._linger()
 
     def _linger(self) -> None:
-        """Until the others are leaving too, or have had the time to see why: the store goes with this process."""
+        """Until the others are leaving too, or have had the time to see why: the store
+        goes with this process."""
         first: list[dict[str, Any]] | None = None
         for attempt in range(16):
             said = self._others()
@@ -116,7 +130,9 @@ class Watchdog:
             first = first or said
             late = attempt >= 6  # who has told nothing since is not on its way
             if all(
-                state["leaving"] or rank in self._lost or (late and state["count"] == first[rank]["count"])
+                state["leaving"]
+                or rank in self._lost
+                or (late and state["count"] == first[rank]["count"])
                 for rank, state in enumerate(said)
             ):
                 return
@@ -140,7 +156,8 @@ class Watchdog:
         return False
 
     def lost(self) -> tuple[str, int] | None:
-        """Who is gone, after an operation with the others has failed: a line, and the exit code that fits; None if nobody.
+        """Who is gone, after an operation with the others has failed: a line, and the
+        exit code that fits; None if nobody.
 
         Takes a few seconds: whoever says nothing during them is gone.
         """
@@ -153,14 +170,16 @@ class Watchdog:
     # The thread.
 
     def _watch(self) -> None:
-        doomed: tuple[float, str] | None = None  # where the main thread was when it waited for a rank that has left
+        # where the main thread was when it waited for a rank that has left
+        doomed: tuple[float, str] | None = None
         while not self._closed.wait(self._interval):
             self._tell()
             found: tuple[str, int] | None
             seen, waits = self._seen, self._waits()
             age = time.monotonic() - seen[0]
             if waits and age >= 2 * self._interval and (found := self._left()):
-                # Not at once: an operation with a rank that has left just behind it still ends.
+                # Not at once: an operation with a rank that has left just behind it
+                # still ends.
                 if doomed is seen and not self._closed.is_set() and self._waits():
                     self._leave(*found)
                 doomed = seen
@@ -173,24 +192,32 @@ class Watchdog:
             self._heard.clear()
             if self._patient or age < self._timeout:
                 continue
-            if not waits:  # it is this rank itself, whatever becomes of the others, which first shall see it hang
+            # it is this rank itself, whatever becomes of the others, which first shall
+            # see it hang
+            if not waits:
                 for _ in range(8):
                     self._closed.wait(self._interval)
                     self._tell()
                 age = time.monotonic() - self._seen[0]
                 found = (
-                    f"rank {self._rank} (on {socket.gethostname()}) has hung for {age:.0f} s ({self._seen[1]})",
+                    f"rank {self._rank} (on {socket.gethostname()}) has hung for {age:.0f} s "
+                    f"({self._seen[1]})",
                     EXIT_RANK_LOST,
                 )
             else:
                 before, now = self._two_readings()
                 found = self._gone(before, now) or (None if now is None else self._stuck(now))
             # A rank that got on meanwhile, or is leaving, says nothing.
-            if found and not self._closed.is_set() and time.monotonic() - self._seen[0] >= self._timeout:
+            if (
+                found
+                and not self._closed.is_set()
+                and time.monotonic() - self._seen[0] >= self._timeout
+            ):
                 self._leave(*found)
 
     def _two_readings(self) -> tuple[list[dict[str, Any]] | None, list[dict[str, Any]] | None]:
-        """What the ranks said last, twice; whoever lives says something in between, this rank too."""
+        """What the ranks said last, twice; whoever lives says something in between,
+        this rank too."""
         before = self._others()
         for _ in range(4 if before is not None else 0):
             self._closed.wait(self._interval)
@@ -214,14 +241,16 @@ class Watchdog:
         self._ask(lambda: self._store.set(str(self._rank), json.dumps(state)))
 
     def _others(self) -> list[dict[str, Any]] | None:
-        """What every rank said last; None if rank 0, where the store lives, gives no answer."""
+        """What every rank said last; None if rank 0, where the store lives, gives no
+        answer."""
         said = self._ask(lambda: self._store.multi_get([str(rank) for rank in range(self._size)]))
         return None if said is None else [json.loads(text) for text in said]
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         """The store's answer; None if it gives none in time.
 
-        In a thread of its own: while the process of rank 0 stands still, the store's client waits without any time-out.
+        In a thread of its own: while the process of rank 0 stands still, the store's
+        client waits without any time-out.
         """
         answer: list[Any] = []
 
@@ -231,31 +260,39 @@ class Watchdog:
 
         with self._lock:
             if self._asking is None or not self._asking.is_alive():
-                self._asking = threading.Thread(target=ask, name="dsvae-watchdog-store", daemon=True)
+                self._asking = threading.Thread(
+                    target=ask, name="dsvae-watchdog-store", daemon=True
+                )
                 self._asking.start()
                 self._asking.join(_STORE_ANSWERS)
         return answer[0] if answer else None
 
     def _waits(self) -> bool:
-        """Whether a thread of this process is inside an operation with the other ranks."""
+        """Whether a thread of this process is inside an operation with the other
+        ranks."""
         if self._waiting:
             return True
         for number, frame in sys._current_frames().items():
-            if number != threading.get_ident() and any(part in frame.f_code.co_filename for part in _COLLECTIVE):
+            if number != threading.get_ident() and any(
+                part in frame.f_code.co_filename for part in _COLLECTIVE
+            ):
                 return True
         return self._device_waits()
 
     def _device_waits(self) -> bool:
         """Whether the device has been busy for as long as this rank got nowhere.
 
-        Operations on a GPU are only queued: the host goes on, and stands still in whatever line needs a result first. No kernel
-        of a model computes for `timeout` seconds; what is under way that long waits for other ranks, and a rank that hangs by
-        itself leaves its device idle.
+        Operations on a GPU are only queued: the host goes on, and stands still in
+        whatever line needs a result first. No kernel of a model computes for `timeout`
+        seconds; what is under way that long waits for other ranks, and a rank that
+        hangs by itself leaves its device idle.
         """
         if self._synchronize is None or time.monotonic() - self._seen[0] < self._timeout:
             return False
         if self._probe is None or not self._probe.is_alive():
-            self._probe = threading.Thread(target=self._ask_device, name="dsvae-watchdog-device", daemon=True)
+            self._probe = threading.Thread(
+                target=self._ask_device, name="dsvae-watchdog-device", daemon=True
+            )
             self._probe.start()
         self._probe.join(_DEVICE_ANSWERS)
         return self._probe.is_alive()
@@ -265,23 +302,33 @@ class Watchdog:
             if self._synchronize is not None:
                 self._synchronize()
 
-    def _gone(self, before: list[dict[str, Any]] | None, now: list[dict[str, Any]] | None) -> tuple[str, int] | None:
+    def _gone(
+        self, before: list[dict[str, Any]] | None, now: list[dict[str, Any]] | None
+    ) -> tuple[str, int] | None:
         """Ranks that have left, or said nothing between two readings."""
         if before is None or now is None:
             return _silence("rank 0")
         if found := self._with_code(now):
             return found
-        silent = [rank for rank in range(self._size) if rank != self._rank and now[rank]["count"] == before[rank]["count"]]
+        silent = [
+            rank
+            for rank in range(self._size)
+            if rank != self._rank and now[rank]["count"] == before[rank]["count"]
+        ]
         self._lost = silent
         if not silent:
             return None
         return _silence(_name(silent, now), now[silent[0]]["where"])
 
     def _with_code(self, now: list[dict[str, Any]]) -> tuple[str, int] | None:
-        """Ranks that have left and said so. What ended the first of them ends the job: its code goes on."""
+        """Ranks that have left and said so. What ended the first of them ends the job:
+        its code goes on."""
         for rank, state in enumerate(now):
             if state["code"] is not None and rank != self._rank:
-                return f"rank {rank} (on {state['host']}) left with exit code {state['code']}", state["code"]
+                return (
+                    f"rank {rank} (on {state['host']}) left with exit code {state['code']}",
+                    state["code"],
+                )
         return None
 
     def _left(self) -> tuple[str, int] | None:
@@ -292,9 +339,11 @@ class Watchdog:
         return None if now is None else self._with_code(now)
 
     def _silent(self) -> tuple[str, int] | None:
-        """Ranks that have said nothing since `timeout`; asked while this rank waits in patience, where time alone is no sign.
+        """Ranks that have said nothing since `timeout`; asked while this rank waits in
+        patience, where time alone is no sign.
 
-        Longer than between two readings: what takes long may keep the other process's threads from running for a while.
+        Longer than between two readings: what takes long may keep the other process's
+        threads from running for a while.
         """
         now, moment = self._others(), time.monotonic()
         if now is None:
@@ -303,7 +352,11 @@ class Watchdog:
         for rank, state in enumerate(now):
             if self._heard.get(rank, (-1, 0.0))[0] != state["count"]:
                 self._heard[rank] = (state["count"], moment)
-        silent = [rank for rank, (_, since) in self._heard.items() if moment - since >= self._timeout and rank != self._rank]
+        silent = [
+            rank
+            for rank, (_, since) in self._heard.items()
+            if moment - since >= self._timeout and rank != self._rank
+        ]
         return _silence(_name(sorted(silent), now), now[min(silent)]["where"]) if silent else None
 
     def _stuck(self, now: list[dict[str, Any]]) -> tuple[str, int] | None:
@@ -319,13 +372,18 @@ class Watchdog:
         return f"{_name(working, now)} has hung for {age:.0f} s ({where})", EXIT_RANK_LOST
 
     def _leave(self, line: str, code: int) -> None:
-        """Ends the process: the main thread is inside an operation that nothing can interrupt."""
+        """Ends the process: the main thread is inside an operation that nothing can
+        interrupt."""
         self._leaving = True
         self._tell()
         with suppress(OSError, ValueError):
             if not self._waits():
                 faulthandler.dump_traceback(sys.stderr)
-            print(f"dsvae: error: rank {self._rank}: {line}; {advice(code)}", file=sys.stderr, flush=True)
+            print(
+                f"dsvae: error: rank {self._rank}: {line}; {advice(code)}",
+                file=sys.stderr,
+                flush=True,
+            )
         if self._rank == 0:
             time.sleep(4 * self._interval)  # the store lives here, and the others are reading
         os._exit(code)
@@ -343,4 +401,6 @@ def _silence(who: str, where: str | None = None) -> tuple[str, int]:
 def _name(ranks: list[int], states: list[dict[str, Any]]) -> str:
     """`rank 3 (on node7)`, `ranks 2, 3 (on node7)`."""
     hosts = sorted({states[rank]["host"] for rank in ranks})
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} (on {', '.join(hosts)})"
+    return (
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} (on {', '.join(hosts)})"
+    )

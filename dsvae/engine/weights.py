@@ -1,4 +1,5 @@
-"""Weights on their way in and out of an engine: what trains, and plain safetensors of the whole model."""
+"""Weights on their way in and out of an engine: what trains, and plain safetensors of
+the whole model."""
 
 from __future__ import annotations
 
@@ -23,16 +24,19 @@ if TYPE_CHECKING:
 
 
 def freeze_decoder(model: T5VAE) -> None:
-    """Leaves the encoder and the latent path to train: the posterior, and the injection with its random projection.
+    """Leaves the encoder and the latent path to train: the posterior, and the injection
+    with its random projection.
 
-    The embedding is shared by encoder and decoder and stays as it is: it is the decoder's input, and in T5 v1.0 its output too.
+    The embedding is shared by encoder and decoder and stays as it is: it is the
+    decoder's input, and in T5 v1.0 its output too.
     """
     for part in (model.shared, model.decoder, model.lm_head):
         part.requires_grad_(False)
 
 
 def parameter_names(model: nn.Module) -> list[list[str]]:
-    """The names of the parameters that train, by AdamW's groups: matrices; norms, biases, embeddings and position biases.
+    """The names of the parameters that train, by AdamW's groups: matrices; norms,
+    biases, embeddings and position biases.
 
     The same before and after an engine has sharded the model.
     """
@@ -41,14 +45,16 @@ def parameter_names(model: nn.Module) -> list[list[str]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves parameters without their elements
+        # ZeRO 3 leaves parameters without their elements
+        shape = getattr(parameter, "ds_shape", parameter.shape)
         matrix = len(shape) >= 2 and "shared" not in name and "relative_attention_bias" not in name
         (matrices if matrix else others).append(name)
     return [matrices, others]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's groups of the parameters that train: matrices with decay, the others without."""
+    """AdamW's groups of the parameters that train: matrices with decay, the others
+    without."""
     parameters = dict(model.named_parameters())
     decays = (weight_decay, 0.0)
     return [
@@ -58,15 +64,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def full_weights(model: nn.Module, origin: Origin | None, world: World) -> Iterator[tuple[str, Tensor | None]]:
-    """Every parameter whole and in float32, one at a time: on rank 0 a CPU tensor, elsewhere None.
+def full_weights(
+    model: nn.Module, origin: Origin | None, world: World
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Every parameter whole and in float32, one at a time: on rank 0 a CPU tensor,
+    elsewhere None.
 
-    Collective: every rank must go through to the end. Trained weights come from the optimizer's float32 copies, frozen ones
-    from where they came from, each compared with what the engine has: the engine may have cast them, and a copy would cost as
-    much memory as the model.
+    Collective: every rank must go through to the end. Trained weights come from the
+        optimizer's float32 copies, frozen ones
+    from where they came from, each compared with what the engine has: the engine may
+    have cast them, and a copy would cost as much memory as the model.
 
     Raises:
-        UserError: on every rank: the files of the frozen weights are gone or have changed.
+        UserError: on every rank: the files of the frozen weights are gone or have
+            changed.
     """
     world.on_main(lambda: _check_frozen(model, origin))
     for name, parameter in model.named_parameters():
@@ -74,14 +85,16 @@ def full_weights(model: nn.Module, origin: Origin | None, world: World) -> Itera
         if not parameter.requires_grad:
             yield name, _frozen(name, parameter, origin, world)
             continue
-        # None where there is no float32 copy beside the parameter: ZeRO 0, whose parameters are float32 themselves.
+        # None where there is no float32 copy beside the parameter: ZeRO 0, whose
+        # parameters are float32 themselves.
         value = safe_get_full_fp32_param(parameter)
         value = parameter.detach() if value is None else value
         yield name, value.to("cpu", torch.float32, copy=True) if world.is_main else None
 
 
 def frozen_digest(model: nn.Module, origin: Origin | None, world: World) -> str | None:
-    """What identifies the frozen weights as the phase begins with them, whatever the engine casts them to; None if all train.
+    """What identifies the frozen weights as the phase begins with them, whatever the
+    engine casts them to; None if all train.
 
     Collective. Rank 0 reads them once, one tensor at a time.
 
@@ -102,10 +115,13 @@ def frozen_digest(model: nn.Module, origin: Origin | None, world: World) -> str 
     return world.on_main(digest)
 
 
-def _frozen(name: str, parameter: nn.Parameter, origin: Origin | None, world: World) -> Tensor | None:
+def _frozen(
+    name: str, parameter: nn.Parameter, origin: Origin | None, world: World
+) -> Tensor | None:
     """A frozen weight from where it came from, on rank 0. Collective.
 
-    Files are stamped from the start of this process on; the engine's weights may be older, from a checkpoint.
+    Files are stamped from the start of this process on; the engine's weights may be
+    older, from a checkpoint.
     """
     found: list[Tensor] = []
 
@@ -113,7 +129,8 @@ def _frozen(name: str, parameter: nn.Parameter, origin: Origin | None, world: Wo
         value = _read(cast(Origin, origin), name)
         if not torch.equal(value.to(parameter.dtype), parameter.detach().cpu()):
             raise UserError(
-                f"{name} is frozen, and not what the model that it came from has now: that model has changed since the run "
+                f"{name} is frozen, and not what the model that it came from has now: that model "
+                f"has changed since the run "
                 "began; put it back, and the same command goes on from its checkpoint"
             )
         found.append(value)
@@ -129,7 +146,8 @@ def _read(origin: Origin, name: str) -> Tensor:
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{name} is frozen, and the model that it came from can no longer be read ({reason}): put it back, and the same "
+            f"{name} is frozen, and the model that it came from can no longer be read "
+            f"({reason}): put it back, and the same "
             "command goes on from its checkpoint"
         ) from error
 
@@ -141,7 +159,8 @@ def _check_frozen(model: nn.Module, origin: Origin | None) -> None:
         cast(Origin, origin).check_unchanged()
     except OSError as error:
         raise UserError(
-            f"{error}: the frozen weights are exported from it; put it back, and the same command goes on from its checkpoint"
+            f"{error}: the frozen weights are exported from it; put it back, and the same "
+            f"command goes on from its checkpoint"
         ) from error
 
 
@@ -153,11 +172,13 @@ def export(
     extras: Callable[[Path], None],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the model as a transformers directory, shard by shard, so that rank 0 never holds more than one shard.
+    """Writes the model as a transformers directory, shard by shard, so that rank 0
+    never holds more than one shard.
 
     Args:
         origin: what the model started from; on rank 0, where weights are frozen.
-        extras: called on rank 0 with the directory, to add the tokenizer and the model card.
+        extras: called on rank 0 with the directory, to add the tokenizer and the model
+            card.
 
     Collective. The directory appears whole or not at all.
 

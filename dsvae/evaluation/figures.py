@@ -40,8 +40,8 @@ def svg(figure: Figure) -> str:
 def legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str], **style: Any) -> None:
     """A legend of what was drawn (`handles`), each with its label, whatever that is.
 
-    matplotlib leaves out what has a label that begins with an underscore; so it sees others, which are replaced in the finished
-    legend.
+    matplotlib leaves out what has a label that begins with an underscore; so it sees
+    others, which are replaced in the finished legend.
     """
     entries = axes.legend(handles, [f"entry {i}" for i in range(len(labels))], **style).get_texts()
     for entry, label in zip(entries, labels, strict=True):
@@ -49,6 +49,7 @@ def legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str], **style: A
 
 
 def short(label: str, most: int = 18) -> str:
-    """A label of the user's, cut to `most` characters, that matplotlib shows as it stands."""
+    """A label of the user's, cut to `most` characters, that matplotlib shows as it
+    stands."""
     label = label.replace("$", r"\$")  # matplotlib reads mathematics between two
     return label if len(label) <= most else f"{label[: most - 1]}…"

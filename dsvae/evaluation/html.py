@@ -102,7 +102,10 @@ def write_report(
     Args:
         metrics, measured, pairs, prior: of `dsvae.evaluation.job.Evaluation`.
     """
-    images = {title: base64.b64encode(svg.encode()).decode() for title, svg in plots(metrics, measured, text).items()}
+    images = {
+        title: base64.b64encode(svg.encode()).decode()
+        for title, svg in plots(metrics, measured, text).items()
+    }
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE)
     html = template.render(
         m={"disentanglement": None, "bleu_signature": None, **metrics},

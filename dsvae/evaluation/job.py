@@ -1,6 +1,8 @@
-"""From a model directory and a file of sentences to everything that is known about the model.
+"""From a model directory and a file of sentences to everything that is known about the
+model.
 
-Every rank loads the model and takes its share of every pass; what follows from the passes (scores, plots, files) rank 0 does.
+Every rank loads the model and takes its share of every pass; what follows from the
+passes (scores, plots, files) rank 0 does.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ SHOWN = 20
 """Reconstructions and prior samples in the report."""
 
 NO_USE = 0.01
-"""Share of rec below which, three standard errors included, what another text's z costs is nothing: z is not used."""
+"""Share of rec below which, three standard errors included, what another text's z costs
+is nothing: z is not used."""
 
 T = TypeVar("T")
 
@@ -74,29 +77,34 @@ def evaluate_model(
     max_tokens: int | None = None,
     seed: int = passes.EVALUATION_SEED,
 ) -> dict[str, Any]:
-    """Measures a finished model on sentences, prints a table, and writes metrics.json, report.html and the projector's files.
+    """Measures a finished model on sentences, prints a table, and writes metrics.json,
+    report.html and the projector's files.
 
-        from dsvae.evaluation import evaluate_model
-        metrics = evaluate_model("runs/yelp/model", "test.txt", "test.labels", iw_samples=100)
+        from dsvae.evaluation import evaluate_model metrics =
+        evaluate_model("runs/yelp/model", "test.txt", "test.labels", iw_samples=100)
         print(metrics["elbo"], "+-", metrics["se"]["elbo"])
 
-    Under deepspeed, torchrun or srun every process calls it: the work is shared out, rank 0 prints and writes.
+    Under deepspeed, torchrun or srun every process calls it: the work is shared out,
+    rank 0 prints and writes.
 
     Args:
         model_dir: as a run exported it (`output_dir/model`), or a hub id.
-        test_file: sentences, one a line (or .jsonl, .csv, .parquet with `text_column`). None: 5,000 sentences of the built-in
-            corpus, whose factors are known.
-        labels_file: one label a line for the lines of test_file; any strings. Adds probes.
-        output: directory to write into. None: `evaluation` in model_dir, in the current directory for a hub id.
+        test_file: sentences, one a line (or .jsonl, .csv, .parquet with `text_column`).
+            None: 5,000 sentences of the built-in corpus, whose factors are known.
+        labels_file: one label a line for the lines of test_file; any strings. Adds
+            probes.
+        output: directory to write into. None: `evaluation` in model_dir, in the current
+            directory for a hub id.
         samples: z drawn a sentence for the ELBO.
         iw_samples: k of the importance-weighted bound, at least 1. None: not computed.
-        batch_tokens: most padded tokens of one forward pass on one rank; changes the speed only.
-        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated and counted. None: as in its training; 64
-            for a model that does not say.
+        batch_tokens: most padded tokens of one forward pass on one rank; changes the
+            speed only.
+        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated
+            and counted. None: as in its training; 64 for a model that does not say.
         seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
 
-    Returns: the metrics, on every rank: names and units as in the table; a standard error over sentences in `se` for every
-        mean.
+    Returns: the metrics, on every rank: names and units as in the table; a standard
+        error over sentences in `se` for every mean.
 
     Raises:
         UserError: on every rank, before anything is written.
@@ -109,16 +117,25 @@ def evaluate_model(
     try:
         model, tokenizer = _main_first(world, lambda: pretrained.load(model_dir))
         limit = max_tokens or model.config.max_tokens or DataConfig.max_tokens
-        text = _main_first(world, lambda: sentences.read(test_file, labels_file, text_column, tokenizer, limit))
+        text = _main_first(
+            world, lambda: sentences.read(test_file, labels_file, text_column, tokenizer, limit)
+        )
         if model.config.latent_dim:
             world.on_main(lambda: sentences.check_factors(text))
         directory = _default_output(model_dir) if output is None else Path(output).expanduser()
         world.on_main(lambda: make_writable(directory, "--output"))
         nn.Module.to(model, world.device)  # transformers' own `to` has lost its annotation
         found = evaluate_sentences(
-            model, tokenizer, text, world,
-            samples=samples, iw_samples=iw_samples, token_budget=batch_tokens, max_tokens=limit, seed=seed,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            text,
+            world,
+            samples=samples,
+            iw_samples=iw_samples,
+            token_budget=batch_tokens,
+            max_tokens=limit,
+            seed=seed,
+        )
         found.metrics["model"] = str(model_dir)
         world.on_main(lambda: _write(directory, found, text, tokenizer))
         return found.metrics
@@ -139,7 +156,8 @@ def evaluate_sentences(
     max_tokens: int,
     seed: int,
 ) -> Evaluation:
-    """All measurements of a model on sentences; writes nothing. Collective. Arguments as in `evaluate_model`."""
+    """All measurements of a model on sentences; writes nothing. Collective. Arguments
+    as in `evaluate_model`."""
     split = text.split
     measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
     metrics = summarize(measured, split)
@@ -150,7 +168,14 @@ def evaluate_sentences(
     prior: list[str] = []
     if model.config.latent_dim:
         metrics["au_curve"] = active_unit_curve(measured.posterior)
-        decoded = reconstruct(model, split, measured.posterior.mean, world, token_budget=token_budget, max_tokens=max_tokens)
+        decoded = reconstruct(
+            model,
+            split,
+            measured.posterior.mean,
+            world,
+            token_budget=token_budget,
+            max_tokens=max_tokens,
+        )
         add(metrics, world.on_main(lambda: compare(split, decoded, tokenizer)))
         shown = split.select(np.argsort(split.content_keys)[:SHOWN])
         pairs, prior = text_samples(model, shown, tokenizer, world, len(shown), max_tokens)
@@ -175,22 +200,38 @@ def _use_of_latents(measured: Measured, text: Sentences, seed: int) -> dict[str,
     found: dict[str, Any] = {}
     if text.labels:
         hashes = text.split.hashes
-        found["probes"] = {name: probe(means, values, hashes, seed) for name, values in text.labels.items()}
+        found["probes"] = {
+            name: probe(means, values, hashes, seed) for name, values in text.labels.items()
+        }
     if text.factors is not None:
-        order = np.argsort(text.split.content_keys)  # the splits and pairs that are drawn follow the order of the rows
-        found["disentanglement"] = disentanglement(means[order], text.factors[order], list(grammar.FACTORS), seed)
+        # the splits and pairs that are drawn follow the order of the rows
+        order = np.argsort(text.split.content_keys)
+        found["disentanglement"] = disentanglement(
+            means[order], text.factors[order], list(grammar.FACTORS), seed
+        )
     return found
 
 
 def _estimators(samples: int, iw_samples: int | None, latent_dim: int) -> dict[str, str]:
     """Which estimator each likelihood is of."""
     if latent_dim == 0:
-        return {"rec, ppl_token, ppl_word, bits_per_byte": "log p(x) itself: a language model has no latent to bound it over"}
-    drawn = f"ELBO with closed-form KL and {samples} sample(s) of z a sentence (Kingma & Welling 2014)"
-    found = {"elbo, ppl_token, ppl_word, bits_per_byte": f"{drawn}: log p(x) from below, perplexities from above"}
+        return {
+            "rec, ppl_token, ppl_word, bits_per_byte": (
+                "log p(x) itself: a language model has no latent to bound it over"
+            )
+        }
+    drawn = (
+        f"ELBO with closed-form KL and {samples} sample(s) of z a sentence (Kingma & Welling 2014)"
+    )
+    found = {
+        "elbo, ppl_token, ppl_word, bits_per_byte": (
+            f"{drawn}: log p(x) from below, perplexities from above"
+        )
+    }
     if iw_samples:
         found["nll_iw, ppl_token_iw, ppl_word_iw, bits_per_byte_iw"] = (
-            f"importance-weighted bound with k = {iw_samples} (Burda et al. 2016): tighter, of the same direction"
+            f"importance-weighted bound with k = {iw_samples} (Burda et al. 2016): tighter, of "
+            f"the same direction"
         )
     return found
 
@@ -198,14 +239,24 @@ def _estimators(samples: int, iw_samples: int | None, latent_dim: int) -> dict[s
 def _policies(max_tokens: int) -> dict[str, str]:
     """What was counted, in words."""
     return {
-        "end of sentence": "EOS is predicted: it is in every likelihood, is one of the tokens, and counts as one more word and "
-        "one more byte in ppl_word and bits_per_byte",
-        "truncation": f"sentences over {max_tokens} tokens (EOS included) are cut to {max_tokens}, EOS last, and counted in "
-        "truncated; words and bytes are those of the text that is left",
-        "unknown": "tokens outside the vocabulary are predicted as one unknown piece and counted in unk: with many of them "
-        "likelihoods are too good, and compare only between models with the same tokenizer",
+        "end of sentence": (
+            "EOS is predicted: it is in every likelihood, is one of the tokens, and counts as "
+            "one more word and one more byte in ppl_word and bits_per_byte"
+        ),
+        "truncation": (
+            f"sentences over {max_tokens} tokens (EOS included) are cut to {max_tokens}, EOS "
+            "last, and counted in truncated; words and bytes are those of the text that is left"
+        ),
+        "unknown": (
+            "tokens outside the vocabulary are predicted as one unknown piece and counted in "
+            "unk: with many of them likelihoods are too good, and compare only between models "
+            "with the same tokenizer"
+        ),
         "blank": "blank lines are skipped and counted in skipped_blank",
-        "standard errors": "over sentences: deviation / sqrt(N); for ratios and perplexities by linearization (delta method)",
+        "standard errors": (
+            "over sentences: deviation / sqrt(N); for ratios and perplexities by linearization "
+            "(delta method)"
+        ),
     }
 
 
@@ -220,9 +271,15 @@ def _warnings(metrics: dict[str, Any], measured: Measured) -> list[str]:
         if gain + 3 * error < NO_USE * metrics["rec"]:
             found.append(f"{told}another text's z does as well, the decoder does not use z")
         else:
-            found.append(f"{told}not distinguishable from 0 on {metrics['sentences']:,} sentences; evaluate on more")
+            found.append(
+                f"{told}not distinguishable from 0 on {metrics['sentences']:,} sentences; "
+                f"evaluate on more"
+            )
     if metrics["unk"] > 0.01 * metrics["tokens"]:
-        found.append(f"{metrics['unk'] / metrics['tokens']:.1%} of the tokens are unknown pieces: likelihoods are too good")
+        found.append(
+            f"{metrics['unk'] / metrics['tokens']:.1%} of the tokens are unknown pieces: "
+            f"likelihoods are too good"
+        )
     if metrics["truncated"] > 0.01 * metrics["sentences"]:
         share = metrics["truncated"] / metrics["sentences"]
         found.append(f"{share:.1%} of the sentences are truncated: give a larger --max_tokens")
@@ -230,19 +287,23 @@ def _warnings(metrics: dict[str, Any], measured: Measured) -> list[str]:
 
 
 def _default_output(model_dir: str) -> Path:
-    """`evaluation` in the model's directory. A hub model has none: one of its name, made here, would hide it from then on."""
+    """`evaluation` in the model's directory. A hub model has none: one of its name,
+    made here, would hide it from then on."""
     directory = Path(model_dir).expanduser()
     return directory / "evaluation" if directory.is_dir() else Path("evaluation")
 
 
 def _main_first(world: World, load: Callable[[], T]) -> T:
-    """`load()` on every rank, on rank 0 first: its UserError is everyone's. The result stays where it was made."""
+    """`load()` on every rank, on rank 0 first: its UserError is everyone's. The result
+    stays where it was made."""
     box: list[T] = []
     world.on_main(lambda: box.append(load()))
     return box[0] if world.is_main else load()
 
 
-def _check(samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: int | None, seed: int) -> None:
+def _check(
+    samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: int | None, seed: int
+) -> None:
     numbers = {"samples": (samples, 1), "batch_tokens": (batch_tokens, 1), "seed": (seed, 0)}
     if iw_samples is not None:
         numbers["iw_samples"] = (iw_samples, 1)
@@ -254,10 +315,15 @@ def _check(samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: 
     check_seed(seed)
 
 
-def _write(directory: Path, found: Evaluation, text: Sentences, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Everything that is left behind; metrics.json last, so that it says that all is there."""
+def _write(
+    directory: Path, found: Evaluation, text: Sentences, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Everything that is left behind; metrics.json last, so that it says that all is
+    there."""
     write_projector(directory / "projector", found.measured.posterior, text, tokenizer)
-    write_report(directory / "report.html", found.metrics, found.measured, text, found.pairs, found.prior)
+    write_report(
+        directory / "report.html", found.metrics, found.measured, text, found.pairs, found.prior
+    )
     write_json(directory / "metrics.json", {"test": found.metrics})
     print(table(found.metrics))
     print(f"\nreport       {directory / 'report.html'}\nmetrics      {directory / 'metrics.json'}")

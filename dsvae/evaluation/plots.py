@@ -28,12 +28,18 @@ def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[
     """Title -> SVG. A model without a latent has the plot of the lengths alone."""
     chosen = np.argsort(text.split.content_keys)[:POINTS]
     with matplotlib.rc_context(STYLE):
-        found = {"Length against rec": _lengths(text.split.lengths[chosen], measured.rec.numpy()[chosen])}
+        found = {
+            "Length against rec": _lengths(text.split.lengths[chosen], measured.rec.numpy()[chosen])
+        }
         if metrics["latent_dim"]:
             found = {
                 "KL per dimension": _kl(metrics["kl_per_dim"]),
-                "Active units over thresholds": _active_units(metrics["au_curve"], metrics["latent_dim"]),
-                "Latents": _latents(measured.posterior.mean.numpy()[chosen], *_colours(metrics, text, chosen)),
+                "Active units over thresholds": _active_units(
+                    metrics["au_curve"], metrics["latent_dim"]
+                ),
+                "Latents": _latents(
+                    measured.posterior.mean.numpy()[chosen], *_colours(metrics, text, chosen)
+                ),
             } | found
         if scores := metrics.get("disentanglement"):
             names = list(scores["per_factor"])
@@ -46,7 +52,9 @@ def _kl(kl: list[float]) -> str:
     ordered = sorted(range(len(kl)), key=lambda d: -kl[d])
     axes.bar(range(len(kl)), [kl[d] for d in ordered], color=COLOR)
     step = max(1, len(kl) // 32)
-    axes.set_xticks(range(0, len(kl), step), [str(ordered[i]) for i in range(0, len(kl), step)], fontsize=7)
+    axes.set_xticks(
+        range(0, len(kl), step), [str(ordered[i]) for i in range(0, len(kl), step)], fontsize=7
+    )
     axes.set_xlabel("dimension of z, by its KL")
     axes.set_ylabel("KL (nats)")
     axes.grid(axis="x", visible=False)
@@ -58,7 +66,11 @@ def _active_units(curve: dict[str, list], dims: int) -> str:
     axes.step(curve["threshold"], curve["units"], where="post", color=COLOR)
     axes.axvline(ACTIVE_UNIT_VARIANCE, color="black", linestyle=":", linewidth=1)
     axes.annotate(
-        f"au, at {ACTIVE_UNIT_VARIANCE}", (ACTIVE_UNIT_VARIANCE, 0), xytext=(4, 6), textcoords="offset points", fontsize=8
+        f"au, at {ACTIVE_UNIT_VARIANCE}",
+        (ACTIVE_UNIT_VARIANCE, 0),
+        xytext=(4, 6),
+        textcoords="offset points",
+        fontsize=8,
     )
     axes.set_xscale("log")
     axes.set_ylim(0, dims * 1.05)
@@ -74,7 +86,13 @@ def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> str:
     common = values[counts >= ENOUGH]
     if len(common):
         label = f"mean, where {ENOUGH} sentences or more"
-        axes.plot(common, [rec[lengths == length].mean() for length in common], color="black", linewidth=1, label=label)
+        axes.plot(
+            common,
+            [rec[lengths == length].mean() for length in common],
+            color="black",
+            linewidth=1,
+            label=label,
+        )
         axes.legend(frameon=False)
     axes.set_xlabel("tokens, EOS included")
     axes.set_ylabel("rec (nats)")
@@ -84,7 +102,8 @@ def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> str:
 
 
 def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
-    """The first two principal components of the posterior means, coloured by a label or, where numbers, by a number."""
+    """The first two principal components of the posterior means, coloured by a label
+    or, where numbers, by a number."""
     figure, axes = new_figure()
     components = min(2, *means.shape)
     pca = PCA(components).fit(means)
@@ -98,17 +117,39 @@ def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
         figure.colorbar(ScalarMappable(points.norm, points.cmap), ax=axes, label=name)
     else:
         labels = np.unique(values).tolist()
-        drawn = [axes.scatter(*xy[values == label].T, color=f"C{index}", **style) for index, label in enumerate(labels)]
-        look: dict[str, Any] = {"markerscale": 2.5, "fontsize": 8, "loc": "upper left", "frameon": False}
-        legend(axes, drawn, [short(label) for label in labels], title=name, bbox_to_anchor=(1.0, 1.0), **look)
+        drawn = [
+            axes.scatter(*xy[values == label].T, color=f"C{index}", **style)
+            for index, label in enumerate(labels)
+        ]
+        look: dict[str, Any] = {
+            "markerscale": 2.5,
+            "fontsize": 8,
+            "loc": "upper left",
+            "frameon": False,
+        }
+        legend(
+            axes,
+            drawn,
+            [short(label) for label in labels],
+            title=name,
+            bbox_to_anchor=(1.0, 1.0),
+            **look,
+        )
     axes.set_xlabel(f"PC 1 ({pca.explained_variance_ratio_[0]:.1%} of the variance)")
     axes.set_ylabel(f"PC 2 ({pca.explained_variance_ratio_[1]:.1%})" if components == 2 else "")
     return svg(figure)
 
 
-def _colours(metrics: dict[str, Any], text: Sentences, chosen: NDArray[np.intp]) -> tuple[str, NDArray]:
-    """The label that the linear probe reads best, of those with few enough classes; else the length."""
-    probes = {name: found for name, found in metrics.get("probes", {}).items() if len(np.unique(text.labels[name])) <= CLASSES}
+def _colours(
+    metrics: dict[str, Any], text: Sentences, chosen: NDArray[np.intp]
+) -> tuple[str, NDArray]:
+    """The label that the linear probe reads best, of those with few enough classes;
+    else the length."""
+    probes = {
+        name: found
+        for name, found in metrics.get("probes", {}).items()
+        if len(np.unique(text.labels[name])) <= CLASSES
+    }
     if not probes:
         return "tokens", text.split.lengths[chosen]
     best = max(probes, key=lambda name: probes[name]["linear"] - probes[name]["majority"])

@@ -1,4 +1,5 @@
-"""The latents for TensorBoard's projector, with the sentences and their labels as metadata."""
+"""The latents for TensorBoard's projector, with the sentences and their labels as
+metadata."""
 
 from __future__ import annotations
 
@@ -17,8 +18,11 @@ POINTS = 10_000
 """What the projector shows without stuttering."""
 
 
-def write_projector(directory: Path, posterior: Gaussian, text: Sentences, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes the posterior means of at most `POINTS` sentences as a TensorBoard log directory, whole or not at all.
+def write_projector(
+    directory: Path, posterior: Gaussian, text: Sentences, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Writes the posterior means of at most `POINTS` sentences as a TensorBoard log
+    directory, whole or not at all.
 
     A model without a latent has nothing to show: an older directory goes.
     """
@@ -33,7 +37,12 @@ def write_projector(directory: Path, posterior: Gaussian, text: Sentences, token
         }
         rows = [[_cell(value) for value in row] for row in zip(*columns.values(), strict=True)]
         with SummaryWriter(str(temporary)) as writer:
-            writer.add_embedding(posterior.mean[chosen], metadata=rows, metadata_header=list(columns), tag="posterior_mean")
+            writer.add_embedding(
+                posterior.mean[chosen],
+                metadata=rows,
+                metadata_header=list(columns),
+                tag="posterior_mean",
+            )
     shutil.rmtree(directory, ignore_errors=True)
     if temporary.is_dir():
         temporary.rename(directory)

@@ -1,4 +1,5 @@
-"""The sentences that a finished model is measured on, with what is known about them: labels, or the factors they are made of."""
+"""The sentences that a finished model is measured on, with what is known about them:
+labels, or the factors they are made of."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Sentences:
     counts: dict[str, int]
     """`unk`, `truncated`, `skipped_blank`."""
     labels: dict[str, NDArray[np.str_]] = field(default_factory=dict)
-    """Name -> (N,): the one of `labels_file`, or every factor of the built-in corpus."""
+    """Name -> (N,): the one of `labels_file`, or every factor of the built-in
+    corpus."""
     factors: NDArray[np.int64] | None = None
     """(N, K), indices of the values of `grammar.FACTORS`, for the built-in corpus."""
 
@@ -42,10 +44,12 @@ def read(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
 ) -> Sentences:
-    """The sentences of a file, with their labels if there are any; without a file those of the built-in corpus.
+    """The sentences of a file, with their labels if there are any; without a file those
+    of the built-in corpus.
 
     Raises:
-        UserError: files that are missing, empty or not what they should be; labels that do not fit the sentences.
+        UserError: files that are missing, empty or not what they should be; labels that
+            do not fit the sentences.
     """
     if test_file is None:
         if labels_file is not None:
@@ -63,7 +67,8 @@ def read(
 
 
 def check_factors(text: Sentences) -> None:
-    """Raises UserError where sentences of the built-in corpus are cut so short that too few different ones are left for a probe.
+    """Raises UserError where sentences of the built-in corpus are cut so short that too
+    few different ones are left for a probe.
 
     Before hours of work; equal sentences are those of equal tokens.
     """
@@ -94,5 +99,8 @@ def _builtin(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Sentences:
     source = f"the built-in corpus ({BUILTIN_SENTENCES} sentences, seed {BUILTIN_SEED})"
     split, kept, counts = tokenize((item.text for item in drawn), tokenizer, max_tokens, source)
     factors = np.array([item.factors for item in drawn], dtype=np.int64)[kept]
-    labels = {name: np.array(values)[factors[:, k]] for k, (name, values) in enumerate(grammar.FACTORS.items())}
+    labels = {
+        name: np.array(values)[factors[:, k]]
+        for k, (name, values) in enumerate(grammar.FACTORS.items())
+    }
     return Sentences(split, source, counts, labels, factors)

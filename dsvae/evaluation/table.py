@@ -40,7 +40,8 @@ def table(metrics: dict[str, Any]) -> str:
         width = max(19, *(len(row.name) for row in rows))
         for row in rows:
             margin = f"± {row.error}" if row.error else ""
-            lines.append(f"  {row.name:<{width}} {row.value:>10} {margin:<9} {row.unit:<13} {row.meaning}".rstrip())
+            cells = f"{row.name:<{width}} {row.value:>10} {margin:<9} {row.unit:<13} {row.meaning}"
+            lines.append(f"  {cells}".rstrip())
     lines += [f"\nwarning: {warning}" for warning in metrics["warnings"]]
     return "\n".join(lines)
 
@@ -51,10 +52,19 @@ def _use_of_latents(metrics: dict[str, Any]) -> Iterator[tuple[str, list[Row]]]:
         for label, found in probes.items():
             value, se = found["linear"], found["se"]["linear"]
             knn = f"{number(found['knn'])} ± {error(found['knn'], found['se']['knn'])}"
-            about = f"majority {number(found['majority'])}, nearest neighbours {knn}; {found['classes']} classes"
-            about += f", {found['left_out']:,} sentences of rare labels left out" if found["left_out"] else ""
+            about = (
+                f"majority {number(found['majority'])}, nearest neighbours {knn}; "
+                f"{found['classes']} classes"
+            )
+            about += (
+                f", {found['left_out']:,} sentences of rare labels left out"
+                if found["left_out"]
+                else ""
+            )
             rows.append(Row(label, number(value), error(value, se), "accuracy", about))
         yield "Linear probe of the posterior means, held out", rows
     if scores := metrics.get("disentanglement"):
-        rows = [Row(name, number(scores[name]), "", "0-1", meaning) for name, meaning in DISENTANGLEMENT]
+        rows = [
+            Row(name, number(scores[name]), "", "0-1", meaning) for name, meaning in DISENTANGLEMENT
+        ]
         yield "Disentanglement against the factors", rows

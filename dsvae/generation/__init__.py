@@ -15,7 +15,8 @@ __all__ = ["SentenceVAE"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and transformers only for who asks for the class, and not for the command line's help."""
+    """Imports torch and transformers only for who asks for the class, and not for the
+    command line's help."""
     if name == "SentenceVAE":
         from dsvae.generation.sentence_vae import SentenceVAE
 

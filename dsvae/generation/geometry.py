@@ -1,4 +1,5 @@
-"""Paths and directions in the latent space: geometry of vectors, whatever family they come from."""
+"""Paths and directions in the latent space: geometry of vectors, whatever family they
+come from."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ _PARALLEL = 1e-6  # sine of an angle below which two directions give no great ci
 
 
 def interpolate(a: Tensor, b: Tensor, steps: int, path: str = "linear") -> Tensor:
-    """`steps` points from `a` to `b` (Z,), both included and equally spaced, (steps, Z).
+    """`steps` points from `a` to `b` (Z,), both included and equally spaced, (steps,
+    Z).
 
     Args:
         steps: at least 2.
@@ -29,17 +31,21 @@ def interpolate(a: Tensor, b: Tensor, steps: int, path: str = "linear") -> Tenso
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """The point at `t` in [0, 1] on the great circle from `a` to `b` (Z,) (Shoemake 1985; White 2016).
+    """The point at `t` in [0, 1] on the great circle from `a` to `b` (Z,) (Shoemake
+    1985; White 2016).
 
-    The direction turns at constant speed while the norm goes linearly from |a| to |b|: points between typical draws of a
-    high-dimensional prior stay at typical distances from its centre, where a straight line cuts through it. Where the two
-    directions define no great circle (parallel, opposite, or a zero vector) the path is the straight line.
+    The direction turns at constant speed while the norm goes linearly from |a| to |b|:
+    points between typical draws of a high-dimensional prior stay at typical distances
+    from its centre, where a straight line cuts through it. Where the two directions
+    define no great circle (parallel, opposite, or a zero vector) the path is the
+    straight line.
     """
     norm_a, norm_b = a.norm(), b.norm()
     if norm_a == 0 or norm_b == 0:
         return torch.lerp(a, b, t)
     unit_a, unit_b = a / norm_a, b / norm_b
-    # Half-angle form: the arc cosine of the inner product loses half of its digits for close directions.
+    # Half-angle form: the arc cosine of the inner product loses half of its digits for
+    # close directions.
     angle = 2 * torch.atan2((unit_a - unit_b).norm(), (unit_a + unit_b).norm())
     sine = torch.sin(angle)
     if sine < _PARALLEL:

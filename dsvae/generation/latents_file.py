@@ -1,8 +1,10 @@
 """Posteriors of any number of sentences in one safetensors file, in constant memory.
 
-safetensors begins with the shapes of all tensors and then holds one tensor behind the other, but posteriors come batch by
-batch, from a stream whose length nobody knows. So each tensor is collected in an unnamed temporary file beside the output,
-and the output is put together from them at the end: twice the space on disk for a moment, and no more memory than a batch.
+safetensors begins with the shapes of all tensors and then holds one tensor behind the
+other, but posteriors come batch by batch, from a stream whose length nobody knows. So
+each tensor is collected in an unnamed temporary file beside the output, and the output
+is put together from them at the end: twice the space on disk for a moment, and no more
+memory than a batch.
 """
 
 from __future__ import annotations
@@ -27,17 +29,21 @@ _DTYPES = {"<i8": "I64", "<f4": "F32"}
 
 
 class LatentsFile:
-    """Writes a safetensors file with N rows: `line` (N,) int64, and the posterior's fields, for the Gaussian `mean` and
-    `logvar` (N, Z) float32. A context manager: the file appears whole when its block ends, and not at all if that raises.
+    """Writes a safetensors file with N rows: `line` (N,) int64, and the posterior's
+    fields, for the Gaussian `mean` and `logvar` (N, Z) float32. A context manager: the
+    file appears whole when its block ends, and not at all if that raises.
 
     Raises:
         UserError: the place cannot be written, or is full.
     """
 
-    def __init__(self, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+    ) -> None:
         self.path, self.metadata = Path(path).expanduser(), metadata or {}
         self.rows = 0
-        self._parts: dict[str, tuple[IO[bytes], str, tuple[int, ...]]] = {}  # name -> file, dtype, shape of a row
+        # name -> file, dtype, shape of a row
+        self._parts: dict[str, tuple[IO[bytes], str, tuple[int, ...]]] = {}
         self._files = ExitStack()
         if self.path.is_dir():
             raise UserError(f"cannot write {self.path}: it is a directory; name a file in it")
@@ -49,11 +55,15 @@ class LatentsFile:
             raise self._failure(error) from error
 
     def add(self, lines: Sequence[int], posterior: Gaussian) -> None:
-        """Appends the posteriors of a batch, and the numbers of their sentences in the source."""
+        """Appends the posteriors of a batch, and the numbers of their sentences in the
+        source."""
         try:
             self._append("line", np.asarray(lines, dtype="<i8"))
             for field in dataclasses.fields(posterior):
-                self._append(field.name, getattr(posterior, field.name).cpu().numpy().astype("<f4", copy=False))
+                self._append(
+                    field.name,
+                    getattr(posterior, field.name).cpu().numpy().astype("<f4", copy=False),
+                )
         except OSError as error:
             raise self._failure(error) from error
         self.rows += len(lines)
@@ -61,7 +71,12 @@ class LatentsFile:
     def __enter__(self) -> LatentsFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         with self._files:
             if kind is None:
                 try:
@@ -78,9 +93,14 @@ class LatentsFile:
     def _publish(self) -> None:
         header: dict[str, object] = {"__metadata__": self.metadata}
         end = 0
-        for name, (file, dtype, shape) in self._parts.items():  # `line` is first: 8 bytes a number, aligned like the header
+        # `line` is first: 8 bytes a number, aligned like the header
+        for name, (file, dtype, shape) in self._parts.items():
             start, end = end, end + file.tell()
-            header[name] = {"dtype": _DTYPES[dtype], "shape": [self.rows, *shape], "data_offsets": [start, end]}
+            header[name] = {
+                "dtype": _DTYPES[dtype],
+                "shape": [self.rows, *shape],
+                "data_offsets": [start, end],
+            }
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
@@ -97,4 +117,6 @@ class LatentsFile:
             temporary.unlink(missing_ok=True)
 
     def _failure(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self.path}: {error.strerror}; choose a place that can be written")
+        return UserError(
+            f"cannot write {self.path}: {error.strerror}; choose a place that can be written"
+        )

@@ -1,4 +1,5 @@
-"""The options of transformers' `generate` that a command line can give: names, types, and combinations without effect."""
+"""The options of transformers' `generate` that a command line can give: names, types,
+and combinations without effect."""
 
 from __future__ import annotations
 
@@ -38,18 +39,25 @@ OPTIONS: dict[str, type] = {
     "begin_suppress_tokens": list,
     "use_cache": bool,
 }
-"""Name -> type. What would change the form of the output (num_return_sequences, output_scores, ...) is not among them."""
+"""Name -> type. What would change the form of the output (num_return_sequences,
+output_scores, ...) is not among them."""
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Raises UserError for options that transformers would refuse, or ignore with no more than a warning."""
-    from transformers import GenerationConfig  # not above: help and usage errors of the command line need only the names
+    """Raises UserError for options that transformers would refuse, or ignore with no
+    more than a warning."""
+    # not above: help and usage errors of the command line need only the names
+    from transformers import GenerationConfig
 
     for name in options:
         if name in SAMPLING and not options.get("do_sample"):
-            raise UserError(f"--{name} has no effect without --do_sample: add it, or leave --{name} out")
+            raise UserError(
+                f"--{name} has no effect without --do_sample: add it, or leave --{name} out"
+            )
         if name in BEAMS and options.get("num_beams", 1) < 2:
-            raise UserError(f"--{name} has no effect without beams: add --num_beams 4, or leave --{name} out")
+            raise UserError(
+                f"--{name} has no effect without beams: add --num_beams 4, or leave --{name} out"
+            )
     if options.get("num_beams", 1) < 1:
         raise UserError(f"--num_beams is {options['num_beams']}: give at least 1")
     try:
@@ -62,4 +70,7 @@ def refusal(options: Mapping[str, Any], error: Exception) -> UserError:
     """The error for options that transformers refused."""
     given = " ".join(f"--{name} {value}" for name, value in options.items())
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return UserError(f"transformers' generate refuses {given or 'its options'}: {reason.rstrip('.')}; change the option")
+    return UserError(
+        f"transformers' generate refuses {given or 'its options'}: {reason.rstrip('.')}; change "
+        f"the option"
+    )

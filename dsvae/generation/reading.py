@@ -1,4 +1,5 @@
-"""Sentences and labels from files and stdin, one at a time: nothing here holds a whole file."""
+"""Sentences and labels from files and stdin, one at a time: nothing here holds a whole
+file."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Line(NamedTuple):
 
 
 def read_sentences(file: str | None, text_column: str, option: str = "FILE") -> Iterator[str]:
-    """The sentences of a file as they stand there, blank ones included; of stdin (one a line) for None or "-".
+    """The sentences of a file as they stand there, blank ones included; of stdin (one a
+    line) for None or "-".
 
     Args:
         file: .txt (one a line), .jsonl, .csv, .tsv or .parquet.
@@ -39,8 +41,9 @@ def read_sentences(file: str | None, text_column: str, option: str = "FILE") -> 
         option: the flag that named the file, for errors.
 
     Raises:
-        UserError: now for a file that is missing, empty or of an unknown kind; while reading for content that is not UTF-8, or
-            not what the kind of file says, with the line.
+        UserError: now for a file that is missing, empty or of an unknown kind; while
+            reading for content that is not UTF-8, or not what the kind of file says,
+            with the line.
     """
     if file is None or file == "-":
         if sys.stdin is None:
@@ -49,8 +52,11 @@ def read_sentences(file: str | None, text_column: str, option: str = "FILE") -> 
     return corpora.read_file(Path(file).expanduser(), option, text_column)
 
 
-def not_blank(sentences: Iterable[str], skipped: Callable[[], None] = lambda: None) -> Iterator[Line]:
-    """The sentences that are not blank, stripped; `skipped` is called for each of the others."""
+def not_blank(
+    sentences: Iterable[str], skipped: Callable[[], None] = lambda: None
+) -> Iterator[Line]:
+    """The sentences that are not blank, stripped; `skipped` is called for each of the
+    others."""
     for number, sentence in enumerate(sentences, 1):
         if text := sentence.strip():
             yield Line(number, text)
@@ -59,7 +65,8 @@ def not_blank(sentences: Iterable[str], skipped: Callable[[], None] = lambda: No
 
 
 def draw_sentences(file: str, text_column: str, count: int, seed: int) -> Iterator[Line]:
-    """`count` sentences of a file, drawn uniformly with replacement, in the order of the file.
+    """`count` sentences of a file, drawn uniformly with replacement, in the order of
+    the file.
 
     Two passes over the file; in memory are `count` numbers, and not the sentences.
     """
@@ -83,14 +90,18 @@ def read_labels(file: str) -> Iterable[str]:
 
 
 def check_labels(labels_file: str, text_file: str, text_column: str, toward: str) -> None:
-    """Raises UserError unless every sentence has a label, and both `toward` and another label are among them.
+    """Raises UserError unless every sentence has a label, and both `toward` and another
+    label are among them.
 
-    One pass over both files before any model runs. A blank sentence may have a blank label.
+    One pass over both files before any model runs. A blank sentence may have a blank
+    label.
     """
     counts: Counter[str] = Counter()
     labels = sentences = 0
     missing = None
-    pairs = zip_longest(read_labels(labels_file), read_sentences(text_file, text_column, "--text_file"))
+    pairs = zip_longest(
+        read_labels(labels_file), read_sentences(text_file, text_column, "--text_file")
+    )
     for number, (label, text) in enumerate(pairs, 1):
         labels += label is not None
         sentences += text is not None
@@ -104,12 +115,19 @@ def check_labels(labels_file: str, text_file: str, text_column: str, toward: str
             "give one label a line, in the order of the sentences"
         )
     if missing is not None:
-        raise UserError(f"{labels_file}:{missing}: no label for a sentence; give every sentence one")
+        raise UserError(
+            f"{labels_file}:{missing}: no label for a sentence; give every sentence one"
+        )
     if toward not in counts:
         shown = [label for label, _ in counts.most_common(8)] + ["..."] * (len(counts) > 8)
-        raise UserError(f"--toward {toward}: no such label in {labels_file}, only {', '.join(shown)}; give one of them")
+        raise UserError(
+            f"--toward {toward}: no such label in {labels_file}, only {', '.join(shown)}; give "
+            f"one of them"
+        )
     if len(counts) == 1:
-        raise UserError(f"{labels_file} has no label but {toward}: a direction needs sentences with another one")
+        raise UserError(
+            f"{labels_file} has no label but {toward}: a direction needs sentences with another one"
+        )
 
 
 def no_sentences(source: str) -> UserError:
@@ -118,8 +136,8 @@ def no_sentences(source: str) -> UserError:
 
 
 def windows(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:
-    """Lists of consecutive items to sort by length: one batch at first, so that output starts at once, then twice as many each
-    time up to `WINDOW` batches.
+    """Lists of consecutive items to sort by length: one batch at first, so that output
+    starts at once, then twice as many each time up to `WINDOW` batches.
     """
     iterator, size = iter(items), batch_size
     while window := list(islice(iterator, size)):
@@ -129,9 +147,13 @@ def windows(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:
 
 def _stdin_lines(stream: BinaryIO) -> Iterator[str]:
     if stream.isatty():
-        print("dsvae: reading sentences from the terminal, one a line; Ctrl-D ends", file=sys.stderr)
+        print(
+            "dsvae: reading sentences from the terminal, one a line; Ctrl-D ends", file=sys.stderr
+        )
     for number, line in enumerate(stream, 1):
         try:
             yield line.decode("utf-8").removeprefix("\ufeff" if number == 1 else "")
         except UnicodeDecodeError:
-            raise UserError(f"stdin:{number}: not UTF-8; convert it, e.g. with iconv -t UTF-8") from None
+            raise UserError(
+                f"stdin:{number}: not UTF-8; convert it, e.g. with iconv -t UTF-8"
+            ) from None

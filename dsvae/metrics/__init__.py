@@ -1,1 +1,2 @@
-"""What a model is worth: likelihood, information in the latent, and what the decoder does with it."""
+"""What a model is worth: likelihood, information in the latent, and what the decoder
+does with it."""

@@ -1,7 +1,9 @@
-"""Does each dimension of z stand for one factor of variation? Scores against the true factors of a corpus that has them.
+"""Does each dimension of z stand for one factor of variation? Scores against the true
+factors of a corpus that has them.
 
-Codes are posterior means (N, Z) and factors are indices of values (N, K). All scores lie between 0 (nothing) and 1, up to noise.
-The estimators are those of Locatello et al. 2019 (Challenging Common Assumptions) where nothing else is said.
+Codes are posterior means (N, Z) and factors are indices of values (N, K). All scores
+lie between 0 (nothing) and 1, up to noise. The estimators are those of Locatello et al.
+2019 (Challenging Common Assumptions) where nothing else is said.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ Factors = NDArray[np.integer]
 
 
 def disentanglement(codes: Codes, factors: Factors, names: list[str], seed: int) -> dict[str, Any]:
-    """All scores: mig, dci_disentanglement, dci_completeness, dci_informativeness, z_diff (with z_diff_chance), sap.
+    """All scores: mig, dci_disentanglement, dci_completeness, dci_informativeness,
+    z_diff (with z_diff_chance), sap.
 
     Args:
         codes: (N, Z), Z >= 1.
@@ -40,7 +43,8 @@ def disentanglement(codes: Codes, factors: Factors, names: list[str], seed: int)
         names: of the K factors.
         seed: of held-out splits, forests and pairs, not negative.
 
-    Returns: the scores, and `per_factor`: for every factor its MIG gap, SAP gap, completeness, informativeness.
+    Returns: the scores, and `per_factor`: for every factor its MIG gap, SAP gap,
+        completeness, informativeness.
     """
     information = mutual_information_matrix(codes, factors)
     gaps = mig_gaps(information, factors)
@@ -77,7 +81,8 @@ def mutual_information_matrix(codes: Codes, factors: Factors) -> NDArray[np.floa
 
 
 def mig_gaps(information: NDArray[np.float64], factors: Factors) -> NDArray[np.float64]:
-    """(I(z_1st; v_k) - I(z_2nd; v_k)) / H(v_k) of every factor, (K,); the mean is the mutual information gap (Chen et al. 2018).
+    """(I(z_1st; v_k) - I(z_2nd; v_k)) / H(v_k) of every factor, (K,); the mean is the
+    mutual information gap (Chen et al. 2018).
 
     A single code has no second one: its gap is the whole.
     """
@@ -86,9 +91,11 @@ def mig_gaps(information: NDArray[np.float64], factors: Factors) -> NDArray[np.f
 
 
 def dci_disentanglement(importance: NDArray[np.float64]) -> float:
-    """sum_i rho_i (1 - H_K(P_i)) of the importance (Z, K) of code i for factor k (Eastwood & Williams 2018).
+    """sum_i rho_i (1 - H_K(P_i)) of the importance (Z, K) of code i for factor k
+    (Eastwood & Williams 2018).
 
-    P_i is the importance of code i as a distribution over the K factors, H_K its entropy to the base K, rho_i its share of all.
+    P_i is the importance of code i as a distribution over the K factors, H_K its
+    entropy to the base K, rho_i its share of all.
     """
     if importance.sum() == 0:
         return 0.0
@@ -96,36 +103,50 @@ def dci_disentanglement(importance: NDArray[np.float64]) -> float:
 
 
 def dci_completeness_per_factor(importance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 - H_Z(P_k) of every factor, (K,): P_k is the importance of the Z codes for factor k (Eastwood & Williams 2018)."""
+    """1 - H_Z(P_k) of every factor, (K,): P_k is the importance of the Z codes for
+    factor k (Eastwood & Williams 2018)."""
     return 1 - _entropy(importance.T)
 
 
 def z_diff(codes: Codes, factors: Factors, seed: int) -> float:
-    """The beta-VAE metric (Higgins et al. 2017): held-out accuracy of a linear classifier that tells which factor two sentences
-    share, from the mean |z - z'| of 64 pairs that share it and are random otherwise. Chance is 1/K.
+    """The beta-VAE metric (Higgins et al. 2017): held-out accuracy of a linear
+    classifier that tells which factor two sentences share, from the mean |z - z'| of 64
+    pairs that share it and are random otherwise. Chance is 1/K.
     """
     rng = np.random.default_rng(seed)
     factor_of_point = rng.integers(factors.shape[1], size=POINTS)
-    members = [[np.flatnonzero(column == value) for value in np.unique(column)] for column in factors.T]
+    members = [
+        [np.flatnonzero(column == value) for value in np.unique(column)] for column in factors.T
+    ]
     points = np.empty((POINTS, codes.shape[1]))
     for row, k in enumerate(factor_of_point):
         # A value a pair, as often as the corpus has it.
-        groups = [members[k][i] for i in np.searchsorted(np.unique(factors[:, k]), rng.choice(factors[:, k], PAIRS))]
+        groups = [
+            members[k][i]
+            for i in np.searchsorted(np.unique(factors[:, k]), rng.choice(factors[:, k], PAIRS))
+        ]
         pairs = np.array([rng.choice(group, 2) for group in groups])  # (64, 2)
         points[row] = np.abs(codes[pairs[:, 0]] - codes[pairs[:, 1]]).mean(0)
     train, test = _split(POINTS, seed)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return float(model.fit(points[train], factor_of_point[train]).score(points[test], factor_of_point[test]))
+    return float(
+        model.fit(points[train], factor_of_point[train]).score(points[test], factor_of_point[test])
+    )
 
 
-def sap_scores(codes: Codes, factors: Factors, train: NDArray[np.intp], test: NDArray[np.intp]) -> NDArray[np.float64]:
-    """How well one code alone tells the value of one factor, (Z, K): held-out balanced accuracy of thresholds on that code (Kumar
-    et al. 2018, for categorical factors), rescaled so that chance is 0 and perfection 1.
+def sap_scores(
+    codes: Codes, factors: Factors, train: NDArray[np.intp], test: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    """How well one code alone tells the value of one factor, (Z, K): held-out balanced
+    accuracy of thresholds on that code (Kumar et al. 2018, for categorical factors),
+    rescaled so that chance is 0 and perfection 1.
     """
     scores = np.zeros((codes.shape[1], factors.shape[1]))
     for k, values in enumerate(factors.T):
         count = len(np.unique(values))
-        tree = DecisionTreeClassifier(max_leaf_nodes=4 * count, min_samples_leaf=LEAF, class_weight="balanced", random_state=0)
+        tree = DecisionTreeClassifier(
+            max_leaf_nodes=4 * count, min_samples_leaf=LEAF, class_weight="balanced", random_state=0
+        )
         for i, code in enumerate(codes.T):
             tree.fit(code[train, None], values[train])
             accuracy = balanced_accuracy_score(values[test], tree.predict(code[test, None]))
@@ -134,20 +155,23 @@ def sap_scores(codes: Codes, factors: Factors, train: NDArray[np.intp], test: ND
 
 
 def sap_gaps(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Best minus second-best score of every factor, (K,); their mean is the separated attribute predictability."""
+    """Best minus second-best score of every factor, (K,); their mean is the separated
+    attribute predictability."""
     return _gap(scores)
 
 
 def _importance(
     codes: Codes, factors: Factors, train: NDArray[np.intp], test: NDArray[np.intp], seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of random forests that predict each factor from all codes (a choice of the DCI paper): importances (Z, K), and held-out
-    accuracies (K,)."""
+    """Of random forests that predict each factor from all codes (a choice of the DCI
+    paper): importances (Z, K), and held-out accuracies (K,)."""
     importance = np.zeros((codes.shape[1], factors.shape[1]))
     accuracy = np.zeros(factors.shape[1])
     for k, values in enumerate(factors.T):
         state = seed % 2**32  # scikit-learn takes no more
-        forest = RandomForestClassifier(TREES, min_samples_leaf=LEAF, max_features=None, max_samples=0.5, random_state=state)
+        forest = RandomForestClassifier(
+            TREES, min_samples_leaf=LEAF, max_features=None, max_samples=0.5, random_state=state
+        )
         forest.fit(codes[train], values[train])
         importance[:, k] = forest.feature_importances_
         accuracy[k] = forest.score(codes[test], values[test])
@@ -167,7 +191,8 @@ def _gap(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _entropy(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The entropy of every row as a distribution, to the base of its length: 0..1; 1 for a row of zeros, which says nothing."""
+    """The entropy of every row as a distribution, to the base of its length: 0..1; 1
+    for a row of zeros, which says nothing."""
     if rows.shape[1] == 1:
         return np.zeros(len(rows))
     total = rows.sum(1, keepdims=True)

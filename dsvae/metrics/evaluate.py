@@ -1,9 +1,11 @@
 """The evaluation of a model on a split: every number with its unit and its denominator.
 
-rec and kl are means per sentence in nats; `elbo` = -(rec + kl) with one or more samples of z. Perplexities and bits come from
-the ELBO, so they are upper bounds: `ppl_token` per predicted token (EOS in numerator and denominator), `ppl_word` per
-whitespace word with one more for the end of the sentence, `bits_per_byte` per UTF-8 byte with one more for the line's end.
-`se` holds the standard error over sentences of every one of them, under the same name.
+rec and kl are means per sentence in nats; `elbo` = -(rec + kl) with one or more samples
+of z. Perplexities and bits come from the ELBO, so they are upper bounds: `ppl_token`
+per predicted token (EOS in numerator and denominator), `ppl_word` per whitespace word
+with one more for the end of the sentence, `bits_per_byte` per UTF-8 byte with one more
+for the line's end. `se` holds the standard error over sentences of every one of them,
+under the same name.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from dsvae.modeling.t5_vae import T5VAE
 
 @dataclass(frozen=True)
 class Measured:
-    """What the passes over N sentences found, a row a sentence, in nats; the same on every rank."""
+    """What the passes over N sentences found, a row a sentence, in nats; the same on
+    every rank."""
 
     posterior: Gaussian
     """q(z|x), (N, Z), on CPU."""
@@ -39,7 +42,8 @@ class Measured:
     mi_terms: Tensor
     """(N,) float64, whose mean is the mutual information."""
     rec_shuffled: Tensor
-    """(N,) float64: -log p(x|z) under the z of a sentence of another text; NaN where there is none."""
+    """(N,) float64: -log p(x|z) under the z of a sentence of another text; NaN where
+    there is none."""
     rec_prior: Tensor
     """(N,) float64: -log p(x|z) under a z from the prior."""
 
@@ -59,12 +63,15 @@ def evaluate(
     iw_samples: int = 0,
     seed: int = passes.EVALUATION_SEED,
 ) -> dict[str, Any]:
-    """The metrics of `model` on `split` that take a few passes; the same on every rank. Collective.
+    """The metrics of `model` on `split` that take a few passes; the same on every rank.
+    Collective.
 
     Args:
         samples: z drawn a sentence for `rec`.
-        token_budget: most padded tokens of one forward pass on one rank; changes the speed only.
-        iw_samples: z drawn a sentence for the importance-weighted bound; 0: not measured.
+        token_budget: most padded tokens of one forward pass on one rank; changes the
+            speed only.
+        iw_samples: z drawn a sentence for the importance-weighted bound; 0: not
+            measured.
         seed: of the draws of z.
     """
     measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
@@ -75,7 +82,9 @@ def evaluate(
     return metrics
 
 
-def measure(model: T5VAE, split: TokenizedSplit, world: World, *, samples: int, token_budget: int, seed: int) -> Measured:
+def measure(
+    model: T5VAE, split: TokenizedSplit, world: World, *, samples: int, token_budget: int, seed: int
+) -> Measured:
     """The passes of `evaluate`; its arguments. Collective."""
     training = model.training
     model.eval()
@@ -96,7 +105,9 @@ def measure(model: T5VAE, split: TokenizedSplit, world: World, *, samples: int, 
         log_px_z=log_px_z,
         kl=posterior.kl().double(),
         mi_terms=mutual_information(posterior, first, world),
-        rec_shuffled=torch.full((len(split),), math.nan).double() if other is None else rec_of(first[other]),
+        rec_shuffled=torch.full((len(split),), math.nan).double()
+        if other is None
+        else rec_of(first[other]),
         rec_prior=rec_of(Gaussian.from_prior(passes.noise_of(keys, PRIOR, 0, dim, seed))),
     )
     model.train(training)
@@ -144,12 +155,22 @@ def summarize(found: Measured, split: TokenizedSplit) -> dict[str, Any]:
 
 
 def importance_weighted(
-    model: T5VAE, split: TokenizedSplit, posterior: Gaussian, world: World, *, count: int, token_budget: int, seed: int
+    model: T5VAE,
+    split: TokenizedSplit,
+    posterior: Gaussian,
+    world: World,
+    *,
+    count: int,
+    token_budget: int,
+    seed: int,
 ) -> dict[str, Any]:
-    """The metrics of the importance-weighted bound with `count` samples, for `add`. Collective."""
+    """The metrics of the importance-weighted bound with `count` samples, for `add`.
+    Collective."""
     training = model.training
     model.eval()
-    weights = likelihood.draw_log_weights(model, split, posterior, world, count=count, token_budget=token_budget, seed=seed)
+    weights = likelihood.draw_log_weights(
+        model, split, posterior, world, count=count, token_budget=token_budget, seed=seed
+    )
     model.train(training)
     nll = -likelihood.importance_weighted_bound(weights)
     size = likelihood.effective_sample_size(weights)
@@ -172,11 +193,14 @@ def add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
     metrics |= more
 
 
-def another_sentence(text_keys: NDArray[np.uint64], content_keys: NDArray[np.uint64]) -> Tensor | None:
-    """For each of N sentences the index of one with another text, (N,), whatever their order; None where all texts are equal.
+def another_sentence(
+    text_keys: NDArray[np.uint64], content_keys: NDArray[np.uint64]
+) -> Tensor | None:
+    """For each of N sentences the index of one with another text, (N,), whatever their
+    order; None where all texts are equal.
 
-    A permutation, so that every sentence's z is used once, unless one text has more than half of the sentences: then the others'
-    z serve several of them.
+    A permutation, so that every sentence's z is used once, unless one text has more
+    than half of the sentences: then the others' z serve several of them.
 
     Args:
         text_keys: (N,), equal for equal texts. content_keys: (N,), all different.
@@ -186,10 +210,13 @@ def another_sentence(text_keys: NDArray[np.uint64], content_keys: NDArray[np.uin
     starts = np.flatnonzero(np.concatenate([[True], texts[1:] != texts[:-1]]))
     if len(starts) < 2:
         return None
-    # Equal texts stand side by side: a shift by as many as the commonest has leaves no sentence within its own text.
+    # Equal texts stand side by side: a shift by as many as the commonest has leaves no
+    # sentence within its own text.
     shifted = np.roll(order, -int(np.diff(np.append(starts, len(order))).max()))
     same = np.flatnonzero(text_keys[shifted] == texts)
-    if len(same):  # of the one text that has more than half, the shift went around to its own beginning
+    # of the one text that has more than half, the shift went around to its own
+    # beginning
+    if len(same):
         shifted[same] = np.resize(order[texts != texts[same[0]]], len(same))
     other = np.empty(len(order), dtype=np.int64)
     other[order] = shifted

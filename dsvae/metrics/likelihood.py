@@ -1,12 +1,16 @@
-"""Likelihood of sentences under the model: bounds of log p(x) from samples of z, and what one pays a token, a word, a byte.
+"""Likelihood of sentences under the model: bounds of log p(x) from samples of z, and
+what one pays a token, a word, a byte.
 
 Two estimators, both lower bounds of log p(x):
 
-- ELBO (Kingma & Welling 2014): E_q[log p(x|z)] - KL(q(z|x) || p(z)), the KL in closed form;
-- importance-weighted bound with k samples (Burda et al. 2016): E[log (1/k) sum_s p(x|z_s) p(z_s) / q(z_s|x)], z_s ~ q(z|x). It
-  rises with k and reaches log p(x) in the limit.
+- ELBO (Kingma & Welling 2014): E_q[log p(x|z)] - KL(q(z|x) || p(z)), the KL in closed
+  form;
+- importance-weighted bound with k samples (Burda et al. 2016): E[log (1/k) sum_s
+  p(x|z_s) p(z_s) / q(z_s|x)], z_s ~ q(z|x). It rises with k and reaches log p(x) in the
+  limit.
 
-The formulas are functions of plain arrays, so that they can be held against models whose log p(x) is known.
+The formulas are functions of plain arrays, so that they can be held against models
+whose log p(x) is known.
 """
 
 from __future__ import annotations
@@ -37,28 +41,41 @@ def elbo(log_px_z: Tensor, kl: Tensor) -> Tensor:
 
 
 def log_importance_weights(log_px_z: Tensor, log_pz: Tensor, log_qz: Tensor) -> Tensor:
-    """log w = log p(x|z) + log p(z) - log q(z|x) in nats, float64; all of one shape, z ~ q(z|x)."""
+    """log w = log p(x|z) + log p(z) - log q(z|x) in nats, float64; all of one shape, z
+    ~ q(z|x)."""
     return log_px_z.double() + log_pz.double() - log_qz.double()
 
 
 def importance_weighted_bound(log_weights: Tensor) -> Tensor:
-    """log (1/k) sum_s w_s of every sentence in nats, (N,) float64, for log-weights (k, N) (Burda et al. 2016)."""
+    """log (1/k) sum_s w_s of every sentence in nats, (N,) float64, for log-weights (k,
+    N) (Burda et al. 2016)."""
     return torch.logsumexp(log_weights.double(), dim=0) - math.log(len(log_weights))
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """(sum_s w_s)^2 / sum_s w_s^2 of every sentence, (N,) float64, between 1 and k, for log-weights (k, N) (Kong 1992).
+    """(sum_s w_s)^2 / sum_s w_s^2 of every sentence, (N,) float64, between 1 and k, for
+    log-weights (k, N) (Kong 1992).
 
     Near 1, a single sample decides the bound: it is loose there.
     """
     log_weights = log_weights.double()
-    return torch.exp(2 * torch.logsumexp(log_weights, dim=0) - torch.logsumexp(2 * log_weights, dim=0))
+    return torch.exp(
+        2 * torch.logsumexp(log_weights, dim=0) - torch.logsumexp(2 * log_weights, dim=0)
+    )
 
 
 def draw_log_weights(
-    model: T5VAE, split: TokenizedSplit, posterior: Gaussian, world: World, *, count: int, token_budget: int, seed: int
+    model: T5VAE,
+    split: TokenizedSplit,
+    posterior: Gaussian,
+    world: World,
+    *,
+    count: int,
+    token_budget: int,
+    seed: int,
 ) -> Tensor:
-    """The log importance weights of `count` samples a sentence, (count, N) float64, on every rank. Collective.
+    """The log importance weights of `count` samples a sentence, (count, N) float64, on
+    every rank. Collective.
 
     Nothing is encoded again: every sample is one decoding pass over the split.
 
@@ -70,17 +87,24 @@ def draw_log_weights(
         noise = passes.noise_of(split.content_keys, LATENT, sample, model.config.latent_dim, seed)
         latent = posterior.sample(noise)
         log_px_z = -passes.decode(model, split, latent, world, token_budget)
-        # In float64: the terms are large, of opposite signs, and a sentence's weight is the exponential of their sum.
+        # In float64: the terms are large, of opposite signs, and a sentence's weight is
+        # the exponential of their sum.
         exact = latent.double()
-        rows.append(log_importance_weights(log_px_z, posterior.log_prior(exact), posterior.log_prob(exact)))
+        rows.append(
+            log_importance_weights(log_px_z, posterior.log_prior(exact), posterior.log_prob(exact))
+        )
     return torch.stack(rows)
 
 
-def per_unit(nats: Tensor, split: TokenizedSplit, suffix: str = "") -> tuple[dict[str, float], dict[str, float]]:
-    """Perplexities and bits of a bound of -log p(x), and their standard errors, under the same names.
+def per_unit(
+    nats: Tensor, split: TokenizedSplit, suffix: str = ""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Perplexities and bits of a bound of -log p(x), and their standard errors, under
+    the same names.
 
-    ppl_token = exp(nats / tokens), tokens with EOS; ppl_word = exp(nats / (words + sentences)), the end of a sentence being one
-    more word; bits_per_byte = nats / ln 2 / (bytes + sentences), the end of a sentence being one more byte.
+    ppl_token = exp(nats / tokens), tokens with EOS; ppl_word = exp(nats / (words +
+    sentences)), the end of a sentence being one more word; bits_per_byte = nats / ln 2
+    / (bytes + sentences), the end of a sentence being one more byte.
 
     Args:
         nats: (N,), of every sentence, its EOS included.
@@ -93,12 +117,16 @@ def per_unit(nats: Tensor, split: TokenizedSplit, suffix: str = "") -> tuple[dic
         values[name + suffix] = perplexity = _exp(rate)
         errors[name + suffix] = perplexity * error
     rate, error = ratio(nats, split.bytes + 1)
-    values["bits_per_byte" + suffix], errors["bits_per_byte" + suffix] = rate / math.log(2), error / math.log(2)
+    values["bits_per_byte" + suffix], errors["bits_per_byte" + suffix] = (
+        rate / math.log(2),
+        error / math.log(2),
+    )
     return values, errors
 
 
 def mean(values: Tensor) -> tuple[float, float]:
-    """The mean over N sentences and its standard error (sample deviation / sqrt N; NaN for one sentence)."""
+    """The mean over N sentences and its standard error (sample deviation / sqrt N; NaN
+    for one sentence)."""
     values = values.double()
     count = len(values)
     error = float(values.std()) / math.sqrt(count) if count > 1 else math.nan
@@ -106,9 +134,11 @@ def mean(values: Tensor) -> tuple[float, float]:
 
 
 def ratio(values: Tensor, units: NDArray[np.integer]) -> tuple[float, float]:
-    """sum(values) / sum(units) over N sentences, and its standard error by linearization (the delta method).
+    """sum(values) / sum(units) over N sentences, and its standard error by
+    linearization (the delta method).
 
-    Sentences are the independent units, not their tokens: long sentences bring more of both.
+    Sentences are the independent units, not their tokens: long sentences bring more of
+    both.
     """
     values, weight = values.double(), torch.from_numpy(units.astype(np.float64))
     total, count = float(weight.sum()), len(values)

@@ -1,4 +1,5 @@
-"""What each metric means and how its value is written: one list for the console, model cards, reports and comparisons."""
+"""What each metric means and how its value is written: one list for the console, model
+cards, reports and comparisons."""
 
 from __future__ import annotations
 
@@ -39,13 +40,21 @@ SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "Information in z": (
         ("mi", "nats", "I(x; z) under the aggregate posterior; at most mi_cap"),
         ("mi_cap", "nats", "ln of the number of sentences"),
-        ("marginal_kl", "nats", "KL(q(z) || p(z)) = kl - mi: how far the latents lie off the prior"),
+        (
+            "marginal_kl",
+            "nats",
+            "KL(q(z) || p(z)) = kl - mi: how far the latents lie off the prior",
+        ),
         ("au", "units", "active: Var[E q(z|x)] > 0.01"),
         ("latent_dim", "units", "dimensions of z"),
     ),
     "Does the decoder use z?": (
         ("rec", NATS, "with its own z"),
-        ("rec_shuffled", NATS, "rec with the z of another text: far above rec if the decoder uses z"),
+        (
+            "rec_shuffled",
+            NATS,
+            "rec with the z of another text: far above rec if the decoder uses z",
+        ),
         ("rec_prior", NATS, "rec with a z from the prior"),
     ),
     "Reconstruction (greedy, from the posterior mean)": (
@@ -84,8 +93,8 @@ def described(lines: Iterable[tuple[str, str, str]], metrics: dict[str, Any]) ->
     """The rows (name, unit, meaning) of the metrics that are there, with their values.
 
     Args:
-        metrics: name -> value in the unit of its row; None, as JSON has it, where it is not finite. `se`, if there: standard
-            errors by name.
+        metrics: name -> value in the unit of its row; None, as JSON has it, where it is
+            not finite. `se`, if there: standard errors by name.
     """
     se = metrics.get("se", {})
     return [
@@ -96,7 +105,8 @@ def described(lines: Iterable[tuple[str, str, str]], metrics: dict[str, Any]) ->
 
 
 def number(value: float | None) -> str:
-    """A number at the precision that people read; "-" for what is not finite, which JSON has as null."""
+    """A number at the precision that people read; "-" for what is not finite, which
+    JSON has as null."""
     if isinstance(value, int):
         return f"{value:,}"
     if value is None or not math.isfinite(value):
@@ -105,10 +115,15 @@ def number(value: float | None) -> str:
 
 
 def error(value: float | None, se: float | None) -> str:
-    """A standard error, with as many decimals as its value; "-" where one of them is not finite, empty where there is none."""
+    """A standard error, with as many decimals as its value; "-" where one of them is
+    not finite, empty where there is none."""
     if se is None:
         return ""
-    return "-" if value is None or not math.isfinite(value) or not math.isfinite(se) else f"{se:,.{_decimals(value)}f}"
+    return (
+        "-"
+        if value is None or not math.isfinite(value) or not math.isfinite(se)
+        else f"{se:,.{_decimals(value)}f}"
+    )
 
 
 def _decimals(value: float) -> int:

@@ -1,4 +1,5 @@
-"""What can be read off the latents: probes that predict a label of the sentence from its posterior mean."""
+"""What can be read off the latents: probes that predict a label of the sentence from
+its posterior mean."""
 
 from __future__ import annotations
 
@@ -25,21 +26,28 @@ NEIGHBORS = 10
 ITERATIONS = 1000
 
 
-def probe(features: NDArray[np.floating], labels: NDArray[np.str_], groups: NDArray[np.uint64], seed: int) -> dict[str, Any]:
-    """Accuracy of a linear and of a nearest-neighbour probe on held-out sentences, beside the majority baseline.
+def probe(
+    features: NDArray[np.floating], labels: NDArray[np.str_], groups: NDArray[np.uint64], seed: int
+) -> dict[str, Any]:
+    """Accuracy of a linear and of a nearest-neighbour probe on held-out sentences,
+    beside the majority baseline.
 
-    Every sentence is held out once: five stratified folds, equal sentences in the same one, so that no probe has seen what it is
-    asked. Features are standardized by the training folds. The linear probe is a logistic regression (L2, C = 1); the other takes
-    the 10 nearest training sentences by Euclidean distance; the baseline answers the commonest label of the training folds.
+    Every sentence is held out once: five stratified folds, equal sentences in the same
+    one, so that no probe has seen what it is asked. Features are standardized by the
+    training folds. The linear probe is a logistic regression (L2, C = 1); the other
+    takes the 10 nearest training sentences by Euclidean distance; the baseline answers
+    the commonest label of the training folds.
 
     Args:
         features: (N, Z), posterior means.
-        labels: (N,), any strings; sentences of a label that fewer than five different sentences have are left out.
+        labels: (N,), any strings; sentences of a label that fewer than five different
+            sentences have are left out.
         groups: (N,), equal for equal sentences.
         seed: of the folds, not negative.
 
-    Returns: `linear`, `knn` and `majority` as accuracies in [0, 1], their standard errors sqrt(p (1 - p) / n) in `se`, and the
-        `classes`, `sentences` and `left_out` that they are about.
+    Returns: `linear`, `knn` and `majority` as accuracies in [0, 1], their standard
+        errors sqrt(p (1 - p) / n) in `se`, and the `classes`, `sentences` and
+        `left_out` that they are about.
 
     Raises:
         UserError: fewer than two labels that five different sentences have.
@@ -50,7 +58,8 @@ def probe(features: NDArray[np.floating], labels: NDArray[np.str_], groups: NDAr
     common = usable_labels(zip(labels.tolist(), groups.tolist(), strict=True), "the labels")
     keep = np.isin(labels, common)
     features, labels, groups = features[keep], labels[keep], groups[keep]
-    folds = StratifiedGroupKFold(n_splits=FOLDS, shuffle=True, random_state=seed % 2**32)  # scikit-learn takes no more
+    # scikit-learn takes no more
+    folds = StratifiedGroupKFold(n_splits=FOLDS, shuffle=True, random_state=seed % 2**32)
     splits = list(folds.split(features, labels, groups))
     neighbors = min(NEIGHBORS, min(len(train) for train, _ in splits))
     models = {
@@ -63,14 +72,24 @@ def probe(features: NDArray[np.floating], labels: NDArray[np.str_], groups: NDAr
     se = {}
     for name, model in models.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # an accuracy that a longer fit would not change
-            accuracy = float((cross_val_predict(model, features, labels, cv=splits) == labels).mean())
+            # an accuracy that a longer fit would not change
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            accuracy = float(
+                (cross_val_predict(model, features, labels, cv=splits) == labels).mean()
+            )
         found[name], se[name] = accuracy, math.sqrt(accuracy * (1 - accuracy) / count)
-    return {**found, "classes": len(common), "sentences": count, "left_out": len(keep) - count, "se": se}
+    return {
+        **found,
+        "classes": len(common),
+        "sentences": count,
+        "left_out": len(keep) - count,
+        "se": se,
+    }
 
 
 def usable_labels(pairs: Iterable[tuple[str, Hashable]], where: str) -> list[str]:
-    """The labels of `pairs` (label, sentence) that five different sentences have: every fold can hold out one.
+    """The labels of `pairs` (label, sentence) that five different sentences have: every
+    fold can hold out one.
 
     Raises UserError where there are fewer than two; `where` names the labels.
     """
@@ -78,7 +97,8 @@ def usable_labels(pairs: Iterable[tuple[str, Hashable]], where: str) -> list[str
     common = [label for label, count in counts.items() if count >= FOLDS]
     if len(common) < 2:
         raise UserError(
-            f"{where}: of {len(counts)} different labels {len(common)} stand at {FOLDS} different sentences or more: "
+            f"{where}: of {len(counts)} different labels {len(common)} stand at {FOLDS} "
+            f"different sentences or more: "
             "a probe needs two such labels"
         )
     return common

@@ -1,4 +1,5 @@
-"""Reconstruction: what comes back when the posterior mean of a sentence is decoded greedily."""
+"""Reconstruction: what comes back when the posterior mean of a sentence is decoded
+greedily."""
 
 from __future__ import annotations
 
@@ -20,19 +21,33 @@ from dsvae.modeling.t5_vae import T5VAE
 
 @torch.no_grad()
 def reconstruct(
-    model: T5VAE, split: TokenizedSplit, latent: Tensor, world: World, *, token_budget: int, max_tokens: int
+    model: T5VAE,
+    split: TokenizedSplit,
+    latent: Tensor,
+    world: World,
+    *,
+    token_budget: int,
+    max_tokens: int,
 ) -> list[NDArray[np.int64]]:
-    """The greedy decoding of z (N, Z): N times token ids (T_i,), EOS last where it came within `max_tokens`. Collective."""
+    """The greedy decoding of z (N, Z): N times token ids (T_i,), EOS last where it came
+    within `max_tokens`. Collective."""
     training = model.training
     model.eval()
     eos = model.config.eos_token_id
-    # One row a sentence, 0 where no token stands, so that the sum over the ranks puts all rows together.
+    # One row a sentence, 0 where no token stands, so that the sum over the ranks puts
+    # all rows together.
     ids = torch.zeros(len(split), max_tokens, dtype=torch.int32, device=world.device)
-    # Of sentences of similar length, so that few rows wait for the longest; a reconstruction may be as long as `max_tokens`.
+    # Of sentences of similar length, so that few rows wait for the longest; a
+    # reconstruction may be as long as `max_tokens`.
     lengths = np.maximum(split.lengths, max_tokens // 4)
-    for indices, weight in evaluation_batches(lengths, token_budget=token_budget, rank=world.rank, world_size=world.size):
+    for indices, weight in evaluation_batches(
+        lengths, token_budget=token_budget, rank=world.rank, world_size=world.size
+    ):
         decoded = model.generate(
-            latent=latent[indices].to(world.device), max_new_tokens=max_tokens, do_sample=False, num_beams=1
+            latent=latent[indices].to(world.device),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            num_beams=1,
         )[:, 1:]  # the start token first
         rows = torch.from_numpy(indices[weight > 0]).to(world.device)
         ids[rows, : decoded.shape[1]] = decoded[: len(rows)].to(torch.int32) + 1
@@ -41,14 +56,19 @@ def reconstruct(
     return [_until(row[row > 0] - 1, eos) for row in found]
 
 
-def compare(split: TokenizedSplit, decoded: list[NDArray[np.int64]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def compare(
+    split: TokenizedSplit, decoded: list[NDArray[np.int64]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """How alike sentences and their reconstructions are.
 
     Returns:
-        exact_match: share of the sentences whose reconstruction has the same tokens, EOS included.
-        token_accuracy: share of all tokens of the sentences (EOS included) that stand at the same position of the
-            reconstruction. Nothing is teacher-forced and nothing aligned: one inserted word makes all behind it wrong.
-        bleu, chrf: corpus scores from 0 to 100 of the texts (sacrebleu, Post 2018), with their signatures.
+        exact_match: share of the sentences whose reconstruction has the same tokens,
+            EOS included.
+        token_accuracy: share of all tokens of the sentences (EOS included) that stand
+            at the same position of the reconstruction. Nothing is teacher-forced and
+            nothing aligned: one inserted word makes all behind it wrong.
+        bleu, chrf: corpus scores from 0 to 100 of the texts (sacrebleu, Post 2018),
+            with their signatures.
         se: standard errors over sentences of the first two.
     """
     originals = split.rows(np.arange(len(split)))

@@ -1,4 +1,5 @@
-"""Text samples: sentences beside their reconstructions, and sentences from the prior."""
+"""Text samples: sentences beside their reconstructions, and sentences from the
+prior."""
 
 from __future__ import annotations
 
@@ -15,12 +16,19 @@ from dsvae.modeling.t5_vae import T5VAE
 
 @torch.no_grad()
 def samples(
-    model: T5VAE, split: TokenizedSplit, tokenizer: PreTrainedTokenizerBase, world: World, count: int, max_tokens: int
+    model: T5VAE,
+    split: TokenizedSplit,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    count: int,
+    max_tokens: int,
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """(sentence, reconstruction) of the first `count` sentences, decoded greedily from the posterior mean, and as many greedy
-    sentences of z drawn from the prior. Every rank decodes the same, so that sharded weights stay in step.
+    """(sentence, reconstruction) of the first `count` sentences, decoded greedily from
+    the posterior mean, and as many greedy sentences of z drawn from the prior. Every
+    rank decodes the same, so that sharded weights stay in step.
 
-    A language model has no z to tell its sentences apart: no pairs, and the one sentence that it decodes greedily.
+    A language model has no z to tell its sentences apart: no pairs, and the one
+    sentence that it decodes greedily.
     """
     count = min(count, len(split))
     latent_dim = model.config.latent_dim

@@ -1,11 +1,15 @@
 """Decoder self-attention that can also look at latent memory slots.
 
-transformers dispatches the attention of T5, mT5 and umT5 through `ALL_ATTENTION_FUNCTIONS`, so memory slots need no copy of
-the model code: the function registered here prepends the slots of its layer to the keys and values and calls the stock SDPA.
+transformers dispatches the attention of T5, mT5 and umT5 through
+`ALL_ATTENTION_FUNCTIONS`, so memory slots need no copy of the model code: the function
+registered here prepends the slots of its layer to the keys and values and calls the
+stock SDPA.
 
-The slots travel as a keyword argument through the decoder stack and not in the key/value cache: gradient checkpointing sets
-the cache to None (the latent would vanish), and the stock SDPA crops keys that are longer than the queries when it is given
-no mask (a prefilled slot would shift causality). Outside the cache, relative positions also stay those of the tokens.
+The slots travel as a keyword argument through the decoder stack and not in the
+key/value cache: gradient checkpointing sets the cache to None (the latent would
+vanish), and the stock SDPA crops keys that are longer than the queries when it is given
+no mask (a prefilled slot would shift causality). Outside the cache, relative positions
+also stay those of the tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 LATENT_ATTENTION = "dsvae_latent_sdpa"
-"""Name under which transformers finds `latent_attention_forward`: the decoder's `_attn_implementation`."""
+"""Name under which transformers finds `latent_attention_forward`: the decoder's
+`_attn_implementation`."""
 
 
 def latent_attention_forward(
@@ -42,12 +47,14 @@ def latent_attention_forward(
         key, value: (B, H, K, D), the tokens seen so far.
         attention_mask: (B or 1, 1, Q, K) boolean, True = may be attended to.
         position_bias: (1, H, Q, K), T5's relative position bias.
-        latent_memory: (B, L, 2, M, H, D): for each decoder layer, keys and values of M slots. None: plain attention.
+        latent_memory: (B, L, 2, M, H, D): for each decoder layer, keys and values of M
+            slots. None: plain attention.
 
     Every query sees every slot; slots have no position, so their bias is zero.
     """
     if latent_memory is not None:
-        slots = latent_memory[:, cast(int, module.layer_idx)].to(key.dtype).transpose(2, 3)  # (B, 2, H, M, D)
+        # (B, 2, H, M, D)
+        slots = latent_memory[:, cast(int, module.layer_idx)].to(key.dtype).transpose(2, 3)
         count = slots.shape[3]
         key = torch.cat([slots[:, 0], key], dim=2)
         value = torch.cat([slots[:, 1], value], dim=2)
@@ -55,7 +62,14 @@ def latent_attention_forward(
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (count, 0), value=True)
     return sdpa_attention_forward(
-        module, query, key, value, attention_mask, position_bias=position_bias, is_causal=False, **kwargs
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        position_bias=position_bias,
+        is_causal=False,
+        **kwargs,
     )
 
 
@@ -71,16 +85,26 @@ def explicit_causal_mask(
 ) -> Tensor:
     """The decoder's mask, (1 or B, 1, Q, K) boolean, always written out.
 
-    The stock mask function may return None and leave causality to a flag, which memory slots would shift (and which umT5
-    sets wrongly in some releases of transformers). Without padding the mask is shared by the batch, so that SDPA's merged
-    bias-and-mask stays (1, H, Q, K).
+    The stock mask function may return None and leave causality to a flag, which memory
+    slots would shift (and which umT5 sets wrongly in some releases of transformers).
+    Without padding the mask is shared by the batch, so that SDPA's merged bias-and-mask
+    stays (1, H, Q, K).
     """
     if attention_mask is None:
         queries = torch.arange(q_length, device=device)[:, None] + q_offset
         keys = torch.arange(kv_length, device=device)[None, :] + kv_offset
         return (keys <= queries)[None, None]
     kwargs["allow_is_causal_skip"] = False
-    mask = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, device=device, **kwargs)
+    mask = sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        attention_mask=attention_mask,
+        device=device,
+        **kwargs,
+    )
     assert mask is not None  # skipping is off
     return mask
 

@@ -1,7 +1,9 @@
-"""Where a model's weights come from at its start: safetensors files, or drawn afresh. One tensor at a time.
+"""Where a model's weights come from at its start: safetensors files, or drawn afresh.
+One tensor at a time.
 
-A model that fits no process whole is filled from here tensor by tensor; every other one in the same way, so that all ZeRO
-stages and any number of ranks start from the same values.
+A model that fits no process whole is filled from here tensor by tensor; every other one
+in the same way, so that all ZeRO stages and any number of ranks start from the same
+values.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ COMPARED_ROWS = 4096
 
 
 class SafetensorsFiles:
-    """The weights of a model directory or a hub model, read tensor by tensor; no other format is read.
+    """The weights of a model directory or a hub model, read tensor by tensor; no other
+    format is read.
 
     Raises:
         OSError: no such model, or no safetensors in it.
@@ -55,7 +58,8 @@ class SafetensorsFiles:
     def copy(self, key: str, out: Tensor) -> None:
         """Copies a tensor into `out`, of whatever dtype, straight from the mapped file.
 
-        The file is opened for each: what its mapping held of the pages read goes with it, and counts for no process.
+        The file is opened for each: what its mapping held of the pages read goes with
+        it, and counts for no process.
         """
         with safe_open(self._files[key], framework="pt") as reader:
             out.copy_(reader.get_tensor(key))
@@ -64,13 +68,19 @@ class SafetensorsFiles:
         """Whether two tensors are the same; a few rows are in memory at a time."""
         if self.shape(one) != self.shape(other):
             return False
-        with safe_open(self._files[one], framework="pt") as first, safe_open(self._files[other], framework="pt") as second:
+        with (
+            safe_open(self._files[one], framework="pt") as first,
+            safe_open(self._files[other], framework="pt") as second,
+        ):
             a, b = first.get_slice(one), second.get_slice(other)
             starts = range(0, self.shape(one)[0], COMPARED_ROWS)
-            return all(torch.equal(a[i : i + COMPARED_ROWS], b[i : i + COMPARED_ROWS]) for i in starts)
+            return all(
+                torch.equal(a[i : i + COMPARED_ROWS], b[i : i + COMPARED_ROWS]) for i in starts
+            )
 
     def check_unchanged(self) -> None:
-        """Raises OSError where a file is gone or is no longer the one that was opened first."""
+        """Raises OSError where a file is gone or is no longer the one that was opened
+        first."""
         for file, stamp in self._stamps.items():
             if not file.is_file():
                 raise OSError(f"{file} is gone")
@@ -82,10 +92,12 @@ class Origin:
     """The values that the parameters of a model start from.
 
     Args:
-        make: makes the model; called on the meta device, where a model of any size takes no memory.
-        seed: of the parameters that are drawn, by transformers' own rules: each module from its own state, so that the values
-            depend on nothing but seed and name.
-        files, key_of: those that are read: the name in `files` of a parameter, None for one that is drawn.
+        make: makes the model; called on the meta device, where a model of any size
+            takes no memory.
+        seed: of the parameters that are drawn, by transformers' own rules: each module
+            from its own state, so that the values depend on nothing but seed and name.
+        files, key_of: those that are read: the name in `files` of a parameter, None for
+            one that is drawn.
 
     Raises:
         ValueError: a key that the files lack, or a tensor of another shape.
@@ -108,10 +120,16 @@ class Origin:
             return
         self._keys = {name: key for name in self._shapes if (key := key_of(name)) is not None}
         if missing := [key for key in self._keys.values() if key not in files]:
-            raise ValueError(f"{files.name} lacks weights: {', '.join(sorted(missing)[:3])} ({len(missing)} in all)")
+            raise ValueError(
+                f"{files.name} lacks weights: {', '.join(sorted(missing)[:3])} ({len(missing)} "
+                f"in all)"
+            )
         for name, key in self._keys.items():
             if (found := files.shape(key)) != self._shapes[name]:
-                raise ValueError(f"{files.name}: {key} has the shape {found}, by its config.json {self._shapes[name]}")
+                raise ValueError(
+                    f"{files.name}: {key} has the shape {found}, by its config.json "
+                    f"{self._shapes[name]}"
+                )
 
     @property
     def config(self) -> Any:
@@ -138,7 +156,8 @@ class Origin:
         return self.copy(name, torch.empty(self._shapes[name], dtype=torch.float32))
 
     def check_unchanged(self) -> None:
-        """Raises OSError where the files are no longer those that the model was loaded from."""
+        """Raises OSError where the files are no longer those that the model was loaded
+        from."""
         if self._files is not None:
             self._files.check_unchanged()
 
@@ -153,15 +172,18 @@ class Origin:
     def _draw(self, name: str) -> dict[str, Tensor]:
         """The values of all parameters of the module that initializes this one.
 
-        T5 initializes the matrices of an attention or a feed-forward from the module around them, which therefore is drawn as a
-        whole; stacks and models leave their children to themselves.
+        T5 initializes the matrices of an attention or a feed-forward from the module
+        around them, which therefore is drawn as a whole; stacks and models leave their
+        children to themselves.
         """
         owner = name.rpartition(".")[0]
         around = owner.rpartition(".")[0]
         inside = isinstance(self._skeleton.get_submodule(around), PreTrainedModel)
         root = owner if inside else around
         module = self._skeleton.get_submodule(root)
-        modules = {root: module} | ({} if inside else {f"{root}.{n}": child for n, child in module.named_children()})
+        modules = {root: module} | (
+            {} if inside else {f"{root}.{n}": child for n, child in module.named_children()}
+        )
         empty = {prefix: dict(m.named_parameters(recurse=False)) for prefix, m in modules.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_derived(self._seed, root))
@@ -179,7 +201,8 @@ class Origin:
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[nn.Parameter], None]]]:
-    """Every parameter of a model with its name and a function that puts another in its place, wherever it is tied to."""
+    """Every parameter of a model with its name and a function that puts another in its
+    place, wherever it is tied to."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -199,7 +222,8 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[nn.Pa
 def no_safetensors(name: str) -> OSError:
     """What is said where a model has no weights that are read."""
     return OSError(
-        f"no file named {SAFE_WEIGHTS_NAME} in {name}, and pickles (pytorch_model.bin) are not read, they can run code: load and "
+        f"no file named {SAFE_WEIGHTS_NAME} in {name}, and pickles (pytorch_model.bin) are not "
+        f"read, they can run code: load and "
         "save it with transformers on a machine you trust, or name a model that has safetensors"
     )
 
@@ -207,18 +231,28 @@ def no_safetensors(name: str) -> OSError:
 def refuse_pickles(directory: Path) -> None:
     """Raises OSError for a directory whose only weights are pickles."""
     files = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    if not any(name.endswith(".safetensors") for name in files) and any(name.endswith(PICKLES) for name in files):
+    if not any(name.endswith(".safetensors") for name in files) and any(
+        name.endswith(PICKLES) for name in files
+    ):
         raise no_safetensors(str(directory))
 
 
 def _weight_files(name_or_path: str) -> list[str]:
     """The safetensors files of a model, downloaded where they must be."""
-    if single := cached_file(name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
+    if single := cached_file(
+        name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False
+    ):
         return [single]
-    index, revision = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False), "main"
+    index, revision = (
+        cached_file(
+            name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False
+        ),
+        "main",
+    )
     online = not constants.HF_HUB_OFFLINE and not os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
     if index is None and online and not Path(name_or_path).is_dir():
-        # Many older hub models have their safetensors in a pull request of the hub's own converter, which transformers finds.
+        # Many older hub models have their safetensors in a pull request of the hub's
+        # own converter, which transformers finds.
         found, revision, sharded = _converted(name_or_path)
         if found and not sharded:
             return [found]
@@ -230,7 +264,8 @@ def _weight_files(name_or_path: str) -> list[str]:
 
 
 def _converted(name: str) -> tuple[str | None, str, bool]:
-    """The converter's file (or index) for a hub model, its revision, and whether it is an index."""
+    """The converter's file (or index) for a hub model, its revision, and whether it is
+    an index."""
     try:
         return auto_conversion(name)
     except Exception as error:  # the hub, the network and the converter each raise their own
@@ -238,7 +273,8 @@ def _converted(name: str) -> tuple[str | None, str, bool]:
 
 
 def _model_of(model: PreTrainedModel, path: str) -> PreTrainedModel:
-    """The innermost transformers model around a submodule: whose rules of initialization hold there."""
+    """The innermost transformers model around a submodule: whose rules of
+    initialization hold there."""
     found = model
     parts = path.split(".")
     for i in range(1, len(parts)):

@@ -1,7 +1,9 @@
-"""From encoder states to a distribution over the latent: pooling, and the Gaussian family.
+"""From encoder states to a distribution over the latent: pooling, and the Gaussian
+family.
 
-A latent family owns its posterior, its prior, its sample and its KL. Everything outside this module sees only the methods of
-`Gaussian`, so that another family can stand in its place.
+A latent family owns its posterior, its prior, its sample and its KL. Everything outside
+this module sees only the methods of `Gaussian`, so that another family can stand in its
+place.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ POOLINGS = ("mean", "max", "first", "attention")
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A batch of diagonal Gaussians q(z|x) = N(mean, diag(exp(logvar))) with the prior N(0, I). All in float32."""
+    """A batch of diagonal Gaussians q(z|x) = N(mean, diag(exp(logvar))) with the prior
+    N(0, I). All in float32."""
 
     mean: Tensor
     """(B, Z)"""
@@ -42,11 +45,13 @@ class Gaussian:
         return torch.cat([self.mean, self.logvar], dim=-1)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """z = mean + std * noise, (B, Z), for standard normal `noise` (B, Z) (Kingma & Welling 2014)."""
+        """z = mean + std * noise, (B, Z), for standard normal `noise` (B, Z) (Kingma &
+        Welling 2014)."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
 
     def kl(self) -> Tensor:
-        """KL(q(z|x) || p(z)) of every dimension, (B, Z), in nats; closed form, never negative."""
+        """KL(q(z|x) || p(z)) of every dimension, (B, Z), in nats; closed form, never
+        negative."""
         # Near the prior exp(logvar) - 1 would cancel, and round the KL below 0.
         return 0.5 * (self.mean.square() + torch.expm1(self.logvar) - self.logvar)
 
@@ -58,11 +63,15 @@ class Gaussian:
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
         """log q(z_j|x_i) in nats for every pair, (J, B), for z (J, Z).
 
-        The square is expanded into matrix products, in float64 because its terms cancel.
+        The square is expanded into matrix products, in float64 because its terms
+        cancel.
         """
         mean, logvar, z = self.mean.double(), self.logvar.double(), z.double()
         precision = torch.exp(-logvar)  # (B, Z)
-        constant = (mean.square() * precision + logvar).sum(-1) + mean.shape[-1] * math.log(2 * math.pi)  # (B,)
+        # (B,)
+        constant = (mean.square() * precision + logvar).sum(-1) + mean.shape[-1] * math.log(
+            2 * math.pi
+        )
         squared = z.square() @ precision.T - 2 * (z @ (mean * precision).T)  # (J, B)
         return -0.5 * (squared + constant)
 
@@ -73,7 +82,8 @@ class Gaussian:
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever the dtype of its weights, its input or the autocast around it."""
+    """A linear layer that computes in float32 whatever the dtype of its weights, its
+    input or the autocast around it."""
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
@@ -82,10 +92,11 @@ class Float32Linear(nn.Linear):
 
 
 class Pooling(nn.Module):
-    """Encoder states (B, S, d) to one vector a sentence (B, d), float32; padding never takes part.
+    """Encoder states (B, S, d) to one vector a sentence (B, d), float32; padding never
+    takes part.
 
-    `mean` and `max` go over the sentence's own tokens, `first` takes the first token, `attention` is a learned softmax over
-    the tokens.
+    `mean` and `max` go over the sentence's own tokens, `first` takes the first token,
+    `attention` is a learned softmax over the tokens.
     """
 
     def __init__(self, kind: str, d_model: int) -> None:
@@ -111,10 +122,12 @@ class Pooling(nn.Module):
 
 
 class GaussianPosterior(nn.Module):
-    """Pools the encoder's states and maps them to the parameters of q(z|x), (B, 2Z) float32.
+    """Pools the encoder's states and maps them to the parameters of q(z|x), (B, 2Z)
+    float32.
 
-    The output is a plain tensor, and not yet a `Gaussian`, because ZeRO-3 finds the tensors whose backward needs these
-    weights by walking through tuples, lists and dicts only.
+    The output is a plain tensor, and not yet a `Gaussian`, because ZeRO-3 finds the
+    tensors whose backward needs these weights by walking through tuples, lists and
+    dicts only.
     """
 
     def __init__(self, d_model: int, latent_dim: int, pooling: str) -> None:

@@ -32,10 +32,17 @@ from dsvae.modeling.origin import Origin, SafetensorsFiles, refuse_pickles
 from dsvae.modeling.posterior import Gaussian, GaussianPosterior
 
 STACKS: dict[str, type[PreTrainedModel]] = {"t5": T5Stack, "mt5": MT5Stack, "umt5": UMT5Stack}
-"""The encoder/decoder stack of every supported `model_type` (ByT5 is a t5 or mt5 with a byte vocabulary)."""
+"""The encoder/decoder stack of every supported `model_type` (ByT5 is a t5 or mt5 with a
+byte vocabulary)."""
 
-T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
-"""Names under which a T5's file may hold its input embedding: of tied weights a file has only one."""
+T5_EMBEDDINGS = (
+    "shared.weight",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "lm_head.weight",
+)
+"""Names under which a T5's file may hold its input embedding: of tied weights a file
+has only one."""
 
 LATENT_PATH = ("posterior.", "injection.")
 """How the parameters begin that no T5 has."""
@@ -45,15 +52,18 @@ class T5VAEConfig(PreTrainedConfig):
     """Configuration of a T5VAE: that of its T5, and that of the latent path.
 
     Args:
-        t5: the configuration of the T5 (`model_type` t5, mt5 or umt5), as an object or a dict.
+        t5: the configuration of the T5 (`model_type` t5, mt5 or umt5), as an object or
+            a dict.
         latent_dim: Z, the dimensions of z.
         pooling: mean, max, first or attention.
-        injection: memory, embedding or both; none: a language model without a latent (Z = 0, and no encoder).
+        injection: memory, embedding or both; none: a language model without a latent (Z
+            = 0, and no encoder).
         memory_slots: key/value slots a decoder layer, for injection by memory.
-        tie_word_embeddings: whether the output projection is the input embedding (T5 v1.0) or its own matrix (v1.1, flan,
-            mT5, umT5). None: what the T5's configuration implies. `T5VAE.from_t5` reads it off the weights.
-        max_tokens: longest sentence of its training, EOS included, and so the default of its evaluation; the model computes with
-            any. None: not known.
+        tie_word_embeddings: whether the output projection is the input embedding (T5
+            v1.0) or its own matrix (v1.1, flan, mT5, umT5). None: what the T5's
+            configuration implies. `T5VAE.from_t5` reads it off the weights.
+        max_tokens: longest sentence of its training, EOS included, and so the default
+            of its evaluation; the model computes with any. None: not known.
     """
 
     model_type = "t5_vae"
@@ -66,7 +76,8 @@ class T5VAEConfig(PreTrainedConfig):
     memory_slots: int = 1
     tie_word_embeddings: bool | None = None
     max_tokens: int | None = None
-    is_encoder_decoder: bool = False  # towards `generate`: a decoder conditioned on z, with no encoder states to carry
+    # towards `generate`: a decoder conditioned on z, with no encoder states to carry
+    is_encoder_decoder: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.t5 is None:
@@ -77,15 +88,18 @@ class T5VAEConfig(PreTrainedConfig):
         if self.t5.model_type not in STACKS:
             raise ValueError(f"model_type {self.t5.model_type!r} is not one of {', '.join(STACKS)}")
         if self.tie_word_embeddings is None:
-            # transformers sets `tie_word_embeddings` to True in every T5 configuration, whatever it was; for t5 what the
-            # file said survives in `scale_decoder_outputs`, and the released mT5 and umT5 are all untied.
+            # transformers sets `tie_word_embeddings` to True in every T5 configuration,
+            # whatever it was; for t5 what the file said survives in
+            # `scale_decoder_outputs`, and the released mT5 and umT5 are all untied.
             self.tie_word_embeddings = self.t5.model_type == "t5" and self.t5.scale_decoder_outputs
         if self.injection == "none":
             self.latent_dim = 0
         kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
         kwargs.setdefault("eos_token_id", self.t5.eos_token_id)
         start = getattr(self.t5, "decoder_start_token_id", None)
-        kwargs.setdefault("decoder_start_token_id", self.t5.pad_token_id if start is None else start)
+        kwargs.setdefault(
+            "decoder_start_token_id", self.t5.pad_token_id if start is None else start
+        )
         super().__post_init__(**kwargs)
 
     # What `generate` asks of a decoder's configuration to size its cache.
@@ -115,8 +129,9 @@ class T5VAEConfig(PreTrainedConfig):
 class T5VAEOutput(ModelOutput):
     """What `T5VAE.forward` returns.
 
-    logits (B, T, V); latent (B, Z), the z that was decoded; posterior_parameters (B, 2Z) of q(z|x), None when `latent` was
-    given; past_key_values, the decoder's cache when `use_cache`.
+    logits (B, T, V); latent (B, Z), the z that was decoded; posterior_parameters (B,
+    2Z) of q(z|x), None when `latent` was given; past_key_values, the decoder's cache
+    when `use_cache`.
     """
 
     logits: Tensor | None = None
@@ -135,8 +150,9 @@ class T5VAEOutput(ModelOutput):
 class T5VAE(PreTrainedModel, GenerationMixin):
     """A T5 as a variational autoencoder of sentences.
 
-    encoder -> masked pooling -> q(z|x) -> z -> injection -> decoder. The decoder has no cross-attention: z is the only way
-    from the sentence to it, and modules that nothing would read are not kept.
+    encoder -> masked pooling -> q(z|x) -> z -> injection -> decoder. The decoder has no
+    cross-attention: z is the only way from the sentence to it, and modules that nothing
+    would read are not kept.
     """
 
     config_class = T5VAEConfig
@@ -159,42 +175,58 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             self.encoder = stack(_stack_config(t5, is_decoder=False))
             self.posterior = GaussianPosterior(t5.d_model, config.latent_dim, config.pooling)
             del self.encoder.embed_tokens  # both stacks are fed embeddings from `shared`
-        self.injection = make_injection(config.injection, t5, config.latent_dim, config.memory_slots)
+        self.injection = make_injection(
+            config.injection, t5, config.latent_dim, config.memory_slots
+        )
         self.decoder = stack(_stack_config(t5, is_decoder=True))
         for block in cast(nn.ModuleList, self.decoder.block):
-            del cast(nn.ModuleList, block.layer)[
-                1
-            ]  # cross-attention; the feed-forward stays `layer[-1]`, which is how the block calls it
+            # Cross-attention goes. The feed-forward stays `layer[-1]`, which is how the
+            # block calls it.
+            del cast(nn.ModuleList, block.layer)[1]
         del self.decoder.embed_tokens
         self.lm_head = nn.Linear(t5.d_model, t5.vocab_size, bias=False)
         self.output_scale = _output_scale(t5)
         self.post_init()
 
     @classmethod
-    def from_t5(cls, name_or_path: str, *, dropout_rate: float | None = None, **latent: Any) -> T5VAE:
+    def from_t5(
+        cls, name_or_path: str, *, dropout_rate: float | None = None, **latent: Any
+    ) -> T5VAE:
         """A pretrained T5 with a fresh latent path, weights in float32.
 
         Args:
             name_or_path: a hub id or a directory in transformers' format.
             dropout_rate: in place of the checkpoint's own.
-            latent: fields of `T5VAEConfig`: latent_dim, pooling, injection, memory_slots.
+            latent: fields of `T5VAEConfig`: latent_dim, pooling, injection,
+                memory_slots.
 
         Raises:
             OSError: no such model, or no safetensors in it.
-            ValueError: not a T5, mT5 or umT5; weights are missing or have another shape.
+            ValueError: not a T5, mT5 or umT5; weights are missing or have another
+                shape.
         """
-        seed = int(torch.randint(1 << 62, ()))  # of the latent path: from torch's own state, like every other fresh module
-        return cast(T5VAE, cls.origin_in_t5(name_or_path, seed=seed, dropout_rate=dropout_rate, **latent).build())
+        # of the latent path: from torch's own state, like every other fresh module
+        seed = int(torch.randint(1 << 62, ()))
+        return cast(
+            T5VAE,
+            cls.origin_in_t5(name_or_path, seed=seed, dropout_rate=dropout_rate, **latent).build(),
+        )
 
     @classmethod
-    def origin_in_t5(cls, name_or_path: str, *, seed: int, dropout_rate: float | None = None, **latent: Any) -> Origin:
-        """What `from_t5` is built from, tensor by tensor; the latent path is drawn from `seed`. Raises what it raises."""
+    def origin_in_t5(
+        cls, name_or_path: str, *, seed: int, dropout_rate: float | None = None, **latent: Any
+    ) -> Origin:
+        """What `from_t5` is built from, tensor by tensor; the latent path is drawn from
+        `seed`. Raises what it raises."""
         t5_config = AutoConfig.from_pretrained(name_or_path)
         if t5_config.model_type not in STACKS:
-            raise ValueError(f"{name_or_path} is a {t5_config.model_type} model, not one of {', '.join(STACKS)}")
+            raise ValueError(
+                f"{name_or_path} is a {t5_config.model_type} model, not one of {', '.join(STACKS)}"
+            )
         files = SafetensorsFiles(name_or_path)
-        # The weights say whether lm_head is the checkpoint's own. The configuration does not: transformers reads "tied" for
-        # every T5, and building from it and loading a state dict ties v1.1 silently.
+        # The weights say whether lm_head is the checkpoint's own. The configuration
+        # does not: transformers reads "tied" for every T5, and building from it and
+        # loading a state dict ties v1.1 silently.
         embedding = next((key for key in T5_EMBEDDINGS if key in files), T5_EMBEDDINGS[0])
         tied = "lm_head.weight" not in files or files.equal(embedding, "lm_head.weight")
         if dropout_rate is not None:
@@ -219,7 +251,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             OSError: no such model, or no weights in it.
             ValueError: some are missing, or have another shape.
         """
-        own: T5VAEConfig = cls.config_class.from_pretrained(name_or_path) if config is None else config
+        own: T5VAEConfig = (
+            cls.config_class.from_pretrained(name_or_path) if config is None else config
+        )
 
         def make() -> T5VAE:
             model = cls(copy.deepcopy(own))
@@ -231,7 +265,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As in transformers, from safetensors alone. Raises OSError where there are none."""
+        """As in transformers, from safetensors alone. Raises OSError where there are
+        none."""
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("weights are read from safetensors only: pickles can run code")
         refuse_pickles(Path(str(name_or_path)))
@@ -245,12 +280,14 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Called by transformers for what a checkpoint does not hold; the stacks initialize themselves."""
+        """Called by transformers for what a checkpoint does not hold; the stacks
+        initialize themselves."""
         factor = self.config.t5.initializer_factor
         if module is self.shared:
             module.weight.normal_(0.0, factor)
         elif module is self.lm_head:
-            # Logits of unit scale. (transformers draws every untied head with deviation 1: v1.1 logits start at sqrt(d).)
+            # Logits of unit scale. (transformers draws every untied head with deviation
+            # 1: v1.1 logits start at sqrt(d).)
             module.weight.normal_(0.0, factor * module.in_features**-0.5 / self.output_scale)
         elif isinstance(module, nn.Linear):
             # Unit scale for unit-scale input, as T5 draws its own keys and values.
@@ -274,7 +311,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             return torch.zeros(len(input_ids), 0, device=input_ids.device)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        states = self.encoder(inputs_embeds=self.shared(input_ids), attention_mask=attention_mask).last_hidden_state
+        states = self.encoder(
+            inputs_embeds=self.shared(input_ids), attention_mask=attention_mask
+        ).last_hidden_state
         return self.posterior(states, attention_mask)
 
     def forward(
@@ -295,10 +334,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask: (B, S), the sentence as the encoder sees it.
-            labels: (B, T), the sentence to reconstruct, -100 where there is none; shifted right it is the decoder's input.
+            labels: (B, T), the sentence to reconstruct, -100 where there is none;
+                shifted right it is the decoder's input.
             latent: (B, Z), decoded as it is; the encoder is skipped.
-            noise: (B, Z), what the family's reparametrized sample is made of (standard normal for the Gaussian). None: drawn
-                here while training, zeros (the posterior mean) in evaluation.
+            noise: (B, Z), what the family's reparametrized sample is made of (standard
+                normal for the Gaussian). None: drawn here while training, zeros (the
+                posterior mean) in evaluation.
             decoder_input_ids: (B, T), instead of labels.
             past_key_values, use_cache: the decoder's cache, as in transformers.
             encode_only: stop at the posterior; `logits` and `latent` stay None.
@@ -314,7 +355,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 return T5VAEOutput(posterior_parameters=parameters)
             posterior = Gaussian.from_parameters(parameters)
             if noise is None:
-                noise = torch.randn_like(posterior.mean) if self.training else torch.zeros_like(posterior.mean)
+                noise = (
+                    torch.randn_like(posterior.mean)
+                    if self.training
+                    else torch.zeros_like(posterior.mean)
+                )
             latent = posterior.sample(noise)
         if decoder_input_ids is None:
             if labels is None:
@@ -322,7 +367,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             decoder_input_ids = self.shift_right(labels)
 
         embeddings, attention_kwargs = self.injection(latent, self.shared(decoder_input_ids))
-        decoded = self.decoder(inputs_embeds=embeddings, past_key_values=past_key_values, use_cache=use_cache, **attention_kwargs)
+        decoded = self.decoder(
+            inputs_embeds=embeddings,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **attention_kwargs,
+        )
         logits = self.lm_head(decoded.last_hidden_state * self.output_scale)
         return T5VAEOutput(
             logits=logits,
@@ -332,20 +382,22 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         )
 
     def shift_right(self, labels: Tensor) -> Tensor:
-        """The decoder's input for `labels` (B, T): the start token, then all labels but the last; -100 becomes padding."""
+        """The decoder's input for `labels` (B, T): the start token, then all labels but
+        the last; -100 becomes padding."""
         shifted = labels.new_full(labels.shape, self.config.decoder_start_token_id)
         shifted[:, 1:] = labels[:, :-1]
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc, arg-type]
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         inputs["decoder_input_ids"] = inputs.pop("input_ids")
-        # Every row has the same number of tokens so far: there is no padding to mask on the decoder's side.
+        # Every row has the same number of tokens so far: there is no padding to mask on
+        # the decoder's side.
         inputs.pop("attention_mask", None)
         return inputs
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -353,27 +405,36 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         latent: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Decodes z, or the posterior means of sentences, with transformers' `generate` (greedy, sampling, beams).
+        """Decodes z, or the posterior means of sentences, with transformers' `generate`
+        (greedy, sampling, beams).
 
         Args:
-            input_ids, attention_mask: (B, S), sentences to reconstruct from their posterior mean; or
+            input_ids, attention_mask: (B, S), sentences to reconstruct from their
+                posterior mean; or
             latent: (B, Z), to decode as it is.
             kwargs: everything that `GenerationMixin.generate` takes.
 
-        Returns: token ids (B, <= 1 + max_new_tokens), the start token first; behind EOS padding (EOS again from beams).
+        Returns: token ids (B, <= 1 + max_new_tokens), the start token first; behind EOS
+            padding (EOS again from beams).
         """
         if latent is None:
             if input_ids is None:
                 raise ValueError("generate needs a latent, or input_ids to encode")
             latent = self.encode(input_ids, attention_mask).mean
-        start = torch.full((latent.shape[0], 1), self.config.decoder_start_token_id, dtype=torch.long, device=latent.device)
+        start = torch.full(
+            (latent.shape[0], 1),
+            self.config.decoder_start_token_id,
+            dtype=torch.long,
+            device=latent.device,
+        )
         with _no_padding_warning():
-            return super().generate(start, latent=latent, **kwargs)  # type: ignore[misc]
+            return super().generate(start, latent=latent, **kwargs)
 
 
 @contextlib.contextmanager
 def _no_padding_warning() -> Iterator[None]:
-    """T5 starts decoding from its pad token, which `generate` takes for right padding in a decoder without encoder states."""
+    """T5 starts decoding from its pad token, which `generate` takes for right padding
+    in a decoder without encoder states."""
     logger = logging.getLogger("transformers.generation.utils")
 
     def keep(record: logging.LogRecord) -> bool:
@@ -387,7 +448,8 @@ def _no_padding_warning() -> Iterator[None]:
 
 
 def _output_scale(t5: PreTrainedConfig) -> float:
-    """What the decoder's output is multiplied by before the projection to logits: each T5 reads another flag for it."""
+    """What the decoder's output is multiplied by before the projection to logits: each
+    T5 reads another flag for it."""
     scaled = {
         "t5": getattr(t5, "scale_decoder_outputs", False),  # true for v1.0, false for v1.1
         "umt5": t5.tie_word_embeddings,  # true in every umT5 configuration, tied or not
@@ -408,7 +470,8 @@ def _stack_config(t5: PreTrainedConfig, *, is_decoder: bool) -> PreTrainedConfig
 
 
 def _with_cross_attention(name: str) -> str:
-    """The name in a T5, whose decoder blocks have cross-attention in the middle, of a weight of a T5VAE."""
+    """The name in a T5, whose decoder blocks have cross-attention in the middle, of a
+    weight of a T5VAE."""
     return name.replace(".layer.1.", ".layer.2.") if name.startswith("decoder.block.") else name
 
 

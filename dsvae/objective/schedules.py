@@ -1,4 +1,5 @@
-"""beta and the learning rate as functions of the optimizer step of a phase, counted from 0."""
+"""beta and the learning rate as functions of the optimizer step of a phase, counted
+from 0."""
 
 from __future__ import annotations
 
@@ -8,15 +9,19 @@ from dsvae.config import BetaConfig, PhaseConfig
 
 
 def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
-    """The weight of the KL term at optimizer step `step` (0 <= step < steps) of a phase.
+    """The weight of the KL term at optimizer step `step` (0 <= step < steps) of a
+    phase.
 
-    constant: `max`. linear: 0 for a share `zero` of the phase, then a straight rise over a share `rise`, then `max`.
-    cyclic: the same in each of `cycles` equal parts (cyclical annealing, Fu et al. 2019).
+    constant: `max`. linear: 0 for a share `zero` of the phase, then a straight rise
+        over a share `rise`, then `max`.
+    cyclic: the same in each of `cycles` equal parts (cyclical annealing, Fu et al.
+        2019).
     """
     if beta.kind == "constant":
         return beta.max
     cycles = beta.cycles if beta.kind == "cyclic" else 1
-    position = (step * cycles % steps) / steps  # in whole numbers: a rounded quotient would start some cycles a step late
+    # in whole numbers: a rounded quotient would start some cycles a step late
+    position = (step * cycles % steps) / steps
     if position < beta.zero:
         return 0.0
     if position >= beta.zero + beta.rise:
@@ -27,8 +32,8 @@ def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
 def lr_factor(step: int, phase: PhaseConfig) -> float:
     """The learning rate at optimizer step `step` as a share of `phase.lr`.
 
-    A linear warm-up whose first step is not zero, then constant, or a straight or cosine fall that reaches zero one step behind
-    the last.
+    A linear warm-up whose first step is not zero, then constant, or a straight or
+    cosine fall that reaches zero one step behind the last.
     """
     if step < phase.warmup_steps:
         return (step + 1) / (phase.warmup_steps + 1)

@@ -28,7 +28,8 @@ class Advice:
     def text(self) -> str:
         """The same in words."""
         needs = (
-            f"The least of any option is {self.gpu_memory / GB:.1f} GB a GPU and {self.host_memory / GB:.1f} GB a node, "
+            f"The least of any option is {self.gpu_memory / GB:.1f} GB a GPU and "
+            f"{self.host_memory / GB:.1f} GB a node, "
             "margin included."
         )
         if not self.changes:
@@ -37,10 +38,12 @@ class Advice:
 
 
 def advise(plan: Plan, again: Callable[[Machine, int | None, Option], Plan]) -> Advice:
-    """Tries fewer tokens, then more GPUs, by halves and doubles, with the option that needs the least of a GPU.
+    """Tries fewer tokens, then more GPUs, by halves and doubles, with the option that
+    needs the least of a GPU.
 
     Args:
-        again: the plan of one option for another machine, and for other tokens of a forward pass where they are given.
+        again: the plan of one option for another machine, and for other tokens of a
+            forward pass where they are given.
     """
     machine = plan.machine
     keep = 1 - machine.margin
@@ -50,7 +53,10 @@ def advise(plan: Plan, again: Callable[[Machine, int | None, Option], Plan]) -> 
     tokens = plan.config.data.micro_batch_tokens
     while (tokens := tokens // 2) >= plan.config.data.max_tokens:
         if again(machine, tokens, least).chosen is not None:
-            changes.append(f"--batch_tokens {tokens} --eval_batch_tokens {min(tokens, plan.config.eval.batch_tokens)}")
+            changes.append(
+                f"--batch_tokens {tokens} --eval_batch_tokens "
+                f"{min(tokens, plan.config.eval.batch_tokens)}"
+            )
             break
     gpus = machine.gpus
     while (gpus := gpus * 2) <= min(MOST_GPUS, plan.config.data.batch_size):
@@ -62,7 +68,11 @@ def advise(plan: Plan, again: Callable[[Machine, int | None, Option], Plan]) -> 
         changes.append(f"--gpu_memory {_up(least.gpu / keep)}GB")
     if on_gpu := [o.host for o in plan.options if o.gpu <= keep * machine.gpu_memory]:
         changes.append(f"--host_memory {_up(min(on_gpu) / keep)}GB")
-    return Advice(int(min(o.gpu for o in plan.options) / keep), int(min(o.host for o in plan.options) / keep), changes)
+    return Advice(
+        int(min(o.gpu for o in plan.options) / keep),
+        int(min(o.host for o in plan.options) / keep),
+        changes,
+    )
 
 
 def _up(size: float) -> float:

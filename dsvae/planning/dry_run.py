@@ -1,9 +1,11 @@
-"""A dry run: the real model's forward and backward on tensors that have a shape and no data.
+"""A dry run: the real model's forward and backward on tensors that have a shape and no
+data.
 
-What a micro-batch needs beside weights and engine is not estimated from formulas. The T5VAE itself runs under
-`FakeTensorMode`, and its live bytes are counted operator by operator: saved activations, attention matrices, the copies of
-the logits, recomputation under gradient checkpointing. Gradients are taken away the moment they are ready, as ZeRO does; who
-keeps them is said elsewhere (`dsvae.planning.memory`).
+What a micro-batch needs beside weights and engine is not estimated from formulas. The
+T5VAE itself runs under `FakeTensorMode`, and its live bytes are counted operator by
+operator: saved activations, attention matrices, the copies of the logits, recomputation
+under gradient checkpointing. Gradients are taken away the moment they are ready, as
+ZeRO does; who keeps them is said elsewhere (`dsvae.planning.memory`).
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from dsvae.objective.elbo import loss_share, reconstruction_nats
 from dsvae.planning.live import LiveBytes
 
 MASK_ALIGNMENT = 16
-"""The memory-efficient kernel wants rows of the bias that are multiples of 16 elements; torch pads them."""
+"""The memory-efficient kernel wants rows of the bias that are multiples of 16 elements;
+torch pads them."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of the model: its size, whether it trains, and AdamW's group of it."""
+    """A parameter of the model: its size, whether it trains, and AdamW's group of
+    it."""
 
     name: str
     numel: int
@@ -41,11 +45,13 @@ class Event:
     """Something an engine acts upon, in the order of a training step."""
 
     kind: str
-    """enter or leave (a module with parameters of its own), gradient (of one parameter), loss (forward is over), end."""
+    """enter or leave (a module with parameters of its own), gradient (of one
+    parameter), loss (forward is over), end."""
     weights: tuple[int, ...]
     """Which parameters, by their place in `DryRun.weights`."""
     before: int
-    """The most live bytes since the event before, weights and finished gradients left out."""
+    """The most live bytes since the event before, weights and finished gradients left
+    out."""
     now: int
     """Live bytes at the event, the same left out."""
 
@@ -58,7 +64,8 @@ class DryRun:
     evaluation: int
     """Peak bytes of a forward pass without gradients, weights left out."""
     kept: int
-    """Bytes of the logits, which the training loop still holds while the optimizer steps."""
+    """Bytes of the logits, which the training loop still holds while the optimizer
+    steps."""
 
 
 def build(config: T5VAEConfig) -> T5VAE:
@@ -68,9 +75,12 @@ def build(config: T5VAEConfig) -> T5VAE:
 
 
 def weights_of(model: T5VAE, freeze_decoder: bool) -> list[Weight]:
-    """All parameters in the order of `named_parameters`, each once however often it is tied."""
+    """All parameters in the order of `named_parameters`, each once however often it is
+    tied."""
     frozen = (
-        {id(p) for part in (model.shared, model.decoder, model.lm_head) for p in part.parameters()} if freeze_decoder else set()
+        {id(p) for part in (model.shared, model.decoder, model.lm_head) for p in part.parameters()}
+        if freeze_decoder
+        else set()
     )
     found = []
     for name, p in model.named_parameters():
@@ -94,11 +104,14 @@ def dry_run(
     """Runs a padded micro-batch through the model.
 
     Args:
-        rows, tokens: B and T; one row is shorter, so that the masks are written out as in most batches.
+        rows, tokens: B and T; one row is shorter, so that the masks are written out as
+            in most batches.
         evaluation_rows: B of an evaluation pass; 0: none.
-        dtype: of the weights as the engine holds them. autocast: of torch.autocast around the forward, if any.
-        fused_attention: attend with the memory-efficient kernel, as GPUs do; otherwise with torch's composite, as CPUs do when
-            the position bias trains: it writes out the (B, H, T, T) matrices.
+        dtype: of the weights as the engine holds them. autocast: of torch.autocast
+            around the forward, if any.
+        fused_attention: attend with the memory-efficient kernel, as GPUs do; otherwise
+            with torch's composite, as CPUs do when the position bias trains: it writes
+            out the (B, H, T, T) matrices.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # built in it: fake parameters cannot be cast in place
@@ -156,7 +169,9 @@ def dry_run(
             batch = _batch(evaluation_rows, tokens, config)
             live.restart()
             with torch.no_grad():
-                out = model(batch["ids"], batch["mask"], labels=batch["labels"], noise=batch["noise"])
+                out = model(
+                    batch["ids"], batch["mask"], labels=batch["labels"], noise=batch["noise"]
+                )
                 reconstruction_nats(out.logits, batch["labels"])
             evaluation = max([live.restart() - base, *(event.before for event in events)])
             events = watched
@@ -164,7 +179,8 @@ def dry_run(
 
 
 def _watch(module: nn.Module, own: tuple[int, ...], record: Any) -> None:
-    """Records when a module begins and ends its forward and its backward, as ZeRO-3 fetches and releases weights."""
+    """Records when a module begins and ends its forward and its backward, as ZeRO-3
+    fetches and releases weights."""
 
     class Enter(torch.autograd.Function):
         @staticmethod
@@ -184,11 +200,18 @@ def _watch(module: nn.Module, own: tuple[int, ...], record: Any) -> None:
 
     def before(_: nn.Module, inputs: tuple) -> Any:
         record("enter", own)
-        return tuple(Enter.apply(x) if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad else x for x in inputs)
+        return tuple(
+            Enter.apply(x)
+            if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad
+            else x
+            for x in inputs
+        )
 
     def after(_: nn.Module, __: tuple, output: Any) -> Any:
         record("leave", own)
-        return Leave.apply(output) if isinstance(output, Tensor) and output.requires_grad else output
+        return (
+            Leave.apply(output) if isinstance(output, Tensor) and output.requires_grad else output
+        )
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
@@ -208,10 +231,11 @@ def _batch(rows: int, tokens: int, config: T5VAEConfig) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _efficient_attention() -> Iterator[None]:
-    """Scaled dot-product attention by the memory-efficient kernel, which keeps the output and one number a query.
+    """Scaled dot-product attention by the memory-efficient kernel, which keeps the
+    output and one number a query.
 
-    torch chooses the kernel by the device, and here there is none. (A TorchFunctionMode would be off during backward, where
-    gradient checkpointing runs the forward again.)
+    torch chooses the kernel by the device, and here there is none. (A TorchFunctionMode
+    would be off during backward, where gradient checkpointing runs the forward again.)
     """
     stock = F.scaled_dot_product_attention
 

@@ -1,4 +1,5 @@
-"""Bytes of live tensors, counted as torch makes and drops them: what a caching allocator would have to hold.
+"""Bytes of live tensors, counted as torch makes and drops them: what a caching
+allocator would have to hold.
 
 The same counter reads a dry run on fake tensors (the plan) and a real run (its check).
 """
@@ -15,9 +16,11 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators return while the mode is on, until the last reference to each is gone.
+    """Counts the storages that operators return while the mode is on, until the last
+    reference to each is gone.
 
-    Views share their storage and count once. Scratch memory inside an operator is not seen.
+    Views share their storage and count once. Scratch memory inside an operator is not
+    seen.
     """
 
     def __init__(self) -> None:
@@ -55,7 +58,8 @@ class LiveBytes(TorchDispatchMode):
                 self.at_peak = {k: v for k, v in self.kinds.items() if v}
 
     def restart(self) -> int:
-        """The peak since the last restart, in bytes; from here on it is counted anew."""
+        """The peak since the last restart, in bytes; from here on it is counted
+        anew."""
         peak, self.peak = self.peak, self.now
         return peak
 
@@ -63,5 +67,8 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
-                self.add(leaf, str(func) if self.kinds is None else f"{func} {leaf.dtype} {tuple(leaf.shape)}")
+                self.add(
+                    leaf,
+                    str(func) if self.kinds is None else f"{func} {leaf.dtype} {tuple(leaf.shape)}",
+                )
         return result

@@ -1,7 +1,9 @@
-"""What an engine holds beside the dry run: weights, gradients, optimizer states and buffers, by ZeRO stage and moment.
+"""What an engine holds beside the dry run: weights, gradients, optimizer states and
+buffers, by ZeRO stage and moment.
 
-Read off DeepSpeed 0.19's sources and checked against live tensors of real runs (docs/plan.md). P: trained weights, F: frozen
-ones, N = P + F, W: ranks, S: a rank's part of P, c: bytes of a weight as the engine computes with it.
+Read off DeepSpeed 0.19's sources and checked against live tensors of real runs
+(docs/plan.md). P: trained weights, F: frozen ones, N = P + F, W: ranks, S: a rank's
+part of P, c: bytes of a weight as the engine computes with it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from dsvae.errors import UserError
 from dsvae.planning.dry_run import DryRun, Weight
 
 ALLREDUCE_ELEMENTS = 500_000_000
-"""Elements of the buffer in which DeepSpeed's engine (not ZeRO) all-reduces gradients."""
+"""Elements of the buffer in which DeepSpeed's engine (not ZeRO) all-reduces
+gradients."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,41 @@ class Engine:
         compute = 2 if precision != "fp32" and not autocast else 4
         if stage == 0 and compute == 2:
             raise UserError(
-                f"dsvae plan: stage 0 with {precision} weights is not planned for: use torch_autocast, as zero0.json does"
+                f"dsvae plan: stage 0 with {precision} weights is not planned for: use "
+                f"torch_autocast, as zero0.json does"
             )
         if stage > 0 and autocast:
-            raise UserError("dsvae plan: torch_autocast is planned for at stage 0 only: use bf16, as the other shipped files do")
-        accumulate = 4 if resolved.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32") else compute
+            raise UserError(
+                "dsvae plan: torch_autocast is planned for at stage 0 only: use bf16, as the "
+                "other shipped files do"
+            )
+        accumulate = (
+            4
+            if resolved.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32")
+            else compute
+        )
         places = {}
         for name in ("optimizer", "param"):
             offload = getattr(zero, f"offload_{name}")
-            device = "none" if offload is None else str(getattr(offload.device, "value", offload.device))
+            device = (
+                "none" if offload is None else str(getattr(offload.device, "value", offload.device))
+            )
             places[name] = {"none": "gpu"}.get(device, device)
         kind = {0: "plain", 3: "zero3"}.get(stage, "zero12")
         if stage == 1 and precision == "bf16" and accumulate == 4 and places["optimizer"] == "gpu":
             kind = "bf16"
         immediate = bool(resolved.get("bf16", {}).get("immediate_grad_update", False))
-        return cls(kind, zero, precision, compute, accumulate, autocast, places["optimizer"], places["param"], immediate)
+        return cls(
+            kind,
+            zero,
+            precision,
+            compute,
+            accumulate,
+            autocast,
+            places["optimizer"],
+            places["param"],
+            immediate,
+        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +100,8 @@ class Ranks:
 
 @dataclass
 class Estimate:
-    """Bytes of tensors on one GPU, in the memory of one node for all its ranks, and on its disk."""
+    """Bytes of tensors on one GPU, in the memory of one node for all its ranks, and on
+    its disk."""
 
     gpu: dict[str, int]
     """What is always there, by name."""
@@ -102,17 +126,21 @@ class Estimate:
 
 
 def groups_of(weights: Iterable[Weight]) -> list[list[int]]:
-    """Elements of the trained weights in AdamW's groups, in their order; an empty group is none."""
+    """Elements of the trained weights in AdamW's groups, in their order; an empty group
+    is none."""
     trained = [w for w in weights if w.trains]
     groups = [[w.numel for w in trained if w.decays], [w.numel for w in trained if not w.decays]]
     return [group for group in groups if group]
 
 
-def estimate(engine: Engine, weights: list[Weight], run: DryRun, ranks: Ranks, *, accumulates: bool) -> Estimate:
+def estimate(
+    engine: Engine, weights: list[Weight], run: DryRun, ranks: Ranks, *, accumulates: bool
+) -> Estimate:
     """The peaks of a phase.
 
     Args:
-        accumulates: whether a step has several micro-batches: then gradients lie beside the activations of the next.
+        accumulates: whether a step has several micro-batches: then gradients lie beside
+            the activations of the next.
     """
     states = _States(engine, weights, ranks)
     static, backward = states.static(), _Backward(engine, weights, states, accumulates)
@@ -128,15 +156,20 @@ def estimate(engine: Engine, weights: list[Weight], run: DryRun, ranks: Ranks, *
     resident = sum(everywhere.values())
     largest = max(w.numel for w in weights)
     if engine.kind == "zero3":
-        # Tensor by tensor through one buffer a rank; rank 0 also has in float32 what it draws. The parts stay where they belong.
-        building = (engine.compute * largest + host.get("weights", 0)) * ranks.per_node + 4 * largest
+        # Tensor by tensor through one buffer a rank; rank 0 also has in float32 what it
+        # draws. The parts stay where they belong.
+        building = (
+            engine.compute * largest + host.get("weights", 0)
+        ) * ranks.per_node + 4 * largest
     else:
-        # Every rank has the whole model in float32, until the engine casts it and moves it to its GPU.
+        # Every rank has the whole model in float32, until the engine casts it and moves
+        # it to its GPU.
         building = 4 * states.total * ranks.per_node
     host_moments = {
         "building the model": building,
         "training": resident,
-        # Rank 0 fills one file after the other; a tensor larger than a file has its own.
+        # Rank 0 fills one file after the other; a tensor larger than a file has its
+        # own.
         "export": resident + min(4 * states.total, MAX_SHARD_BYTES + 4 * largest),
     }
     return Estimate(static, moments, everywhere, host_moments, disk * ranks.per_node)
@@ -158,14 +191,19 @@ class _States:
             self.frozen_part = sum(math.ceil(w.numel / self.world) for w in weights if not w.trains)
         else:
             align = 2 * self.world  # DeepSpeed's alignment of a group, in elements
-            self.parts = [math.ceil(sum(group) / align) * align // self.world for group in self.groups]
+            self.parts = [
+                math.ceil(sum(group) / align) * align // self.world for group in self.groups
+            ]
         self.part = sum(self.parts)
         self.persistent = [w.numel <= engine.zero.param_persistence_threshold for w in weights]
-        self.persistent_numel = sum(w.numel for w, keep in zip(weights, self.persistent, strict=True) if keep)
+        self.persistent_numel = sum(
+            w.numel for w, keep in zip(weights, self.persistent, strict=True) if keep
+        )
 
     @property
     def alone(self) -> bool:
-        """Whether ZeRO-3 gathers nothing: a single rank's part is the whole weight, and lies where it is computed with."""
+        """Whether ZeRO-3 gathers nothing: a single rank's part is the whole weight, and
+        lies where it is computed with."""
         return self.world == 1 and self.engine.parameters_on == "gpu"
 
     @property
@@ -174,7 +212,8 @@ class _States:
         return self.engine.accumulate == 4 and self.engine.compute == 2
 
     def in_partition(self) -> int:
-        """Elements of the parameters of which some rank's part has a piece, for the rank that has most: whole parameters."""
+        """Elements of the parameters of which some rank's part has a piece, for the
+        rank that has most: whole parameters."""
         most = 0
         for rank in range(self.world):
             held = 0
@@ -226,16 +265,25 @@ class _States:
         found: dict[str, int] = {}
         disk = 0
         if e.optimizer_on != "gpu":
-            states = {"float32 weights": 4 * self.part, "float32 gradients": 4 * self.part, "Adam moments": 8 * self.part}
+            states = {
+                "float32 weights": 4 * self.part,
+                "float32 gradients": 4 * self.part,
+                "Adam moments": 8 * self.part,
+            }
             if e.optimizer_on == "nvme":
                 disk += sum(states.values())
                 offload = e.zero.offload_optimizer
                 subgroup = min(max(self.parts), int(e.zero.sub_group_size))
-                found["optimizer swap buffers"] = 4 * subgroup * int(offload.buffer_count if offload else 4)
+                found["optimizer swap buffers"] = (
+                    4 * subgroup * int(offload.buffer_count if offload else 4)
+                )
             else:
                 found |= states
             if e.kind == "zero12":
-                found |= {"copies of the weights": c * self.part, "gradient copy buffer": c * self.largest}
+                found |= {
+                    "copies of the weights": c * self.part,
+                    "gradient copy buffer": c * self.largest,
+                }
                 if accumulates and not self.compact:
                     found["gradients of earlier micro-batches"] = c * self.in_partition()
             else:
@@ -248,18 +296,24 @@ class _States:
             if offload_param is not None:
                 # As `engine.nvme` sizes them where the ds_config does not.
                 given = "buffer_size" in offload_param.model_fields_set
-                size = int(offload_param.buffer_size) if given else math.ceil(self.widest / self.world)
+                size = (
+                    int(offload_param.buffer_size) if given else math.ceil(self.widest / self.world)
+                )
                 found["parameter swap buffers"] = c * int(offload_param.buffer_count) * size
         return found, disk
 
     def step_scratch(self) -> int:
-        """What the optimizer step allocates for a moment; AdamW itself is fused and needs nothing."""
+        """What the optimizer step allocates for a moment; AdamW itself is fused and
+        needs nothing."""
         e = self.engine
         if e.optimizer_on != "gpu" or e.kind in ("plain", "bf16"):
             return 0
-        # A group's gradients are laid end to end in float32 (ZeRO-2 with float32 accumulation has them so already); before
-        # that the norm is taken of one gradient at a time, in float64.
-        pieces = [min(n, part) for group, part in zip(self.groups, self.parts, strict=True) for n in group]
+        # A group's gradients are laid end to end in float32 (ZeRO-2 with float32
+        # accumulation has them so already); before that the norm is taken of one
+        # gradient at a time, in float64.
+        pieces = [
+            min(n, part) for group, part in zip(self.groups, self.parts, strict=True) for n in group
+        ]
         if e.kind == "zero3":
             pieces = [math.ceil(n / self.world) for group in self.groups for n in group]
         norm = 8 * max(pieces)
@@ -271,14 +325,27 @@ class _States:
 class _Backward:
     """Follows a dry run event by event, with what the engine adds to each."""
 
-    def __init__(self, engine: Engine, weights: list[Weight], states: _States, accumulates: bool) -> None:
-        self.engine, self.weights, self.states, self.accumulates = engine, weights, states, accumulates
+    def __init__(
+        self, engine: Engine, weights: list[Weight], states: _States, accumulates: bool
+    ) -> None:
+        self.engine, self.weights, self.states, self.accumulates = (
+            engine,
+            weights,
+            states,
+            accumulates,
+        )
         self.gathered = 0
         """Bytes of the most weights that ZeRO-3 has gathered at once."""
 
     def walk(self, run: DryRun) -> tuple[int, int]:
-        """(peak, what lies there when the optimizer steps), bytes beside what is always there."""
-        walk = {"plain": self._plain, "bf16": self._bf16, "zero12": self._zero12, "zero3": self._zero3}
+        """(peak, what lies there when the optimizer steps), bytes beside what is always
+        there."""
+        walk = {
+            "plain": self._plain,
+            "bf16": self._bf16,
+            "zero12": self._zero12,
+            "zero3": self._zero3,
+        }
         return walk[self.engine.kind](run)
 
     def _plain(self, run: DryRun) -> tuple[int, int]:
@@ -305,8 +372,9 @@ class _Backward:
                     peak = max(peak, event.now + extra + 4 * n)
                 elif not self.accumulates:
                     extra += c * n
-        # The float32 gradients are there for good. The engine lays them end to end, unless a group fills its buffer by itself,
-        # and all-reduces a copy in the compute dtype.
+        # The float32 gradients are there for good. The engine lays them end to end,
+        # unless a group fills its buffer by itself, and all-reduces a copy in the
+        # compute dtype.
         groups = [sum(group) for group in self.states.groups]
         together = len(groups) > 1 and groups[0] <= ALLREDUCE_ELEMENTS
         flat = (4 + c) * trained if together else c * max(groups)
@@ -315,9 +383,20 @@ class _Backward:
     def _zero12(self, run: DryRun) -> tuple[int, int]:
         e, states, c = self.engine, self.states, self.engine.compute
         bucket = int(e.zero.reduce_bucket_size)
-        buffers = c * bucket * (2 if e.zero.overlap_comm else 1) if e.zero.contiguous_gradients or e.optimizer_on != "gpu" else 0
-        # What a reduction leaves behind until the step: the rank's part in float32, or its parameters' gradients whole.
-        left = 4 * states.part if states.compact else 0 if e.optimizer_on != "gpu" else c * states.in_partition()
+        buffers = (
+            c * bucket * (2 if e.zero.overlap_comm else 1)
+            if e.zero.contiguous_gradients or e.optimizer_on != "gpu"
+            else 0
+        )
+        # What a reduction leaves behind until the step: the rank's part in float32, or
+        # its parameters' gradients whole.
+        left = (
+            4 * states.part
+            if states.compact
+            else 0
+            if e.optimizer_on != "gpu"
+            else c * states.in_partition()
+        )
         peak = filled = oversized = 0
         extra = left if self.accumulates else 0
         started = reduced = False
@@ -330,9 +409,14 @@ class _Backward:
                 started, extra = True, extra + buffers
             if filled and (event.kind == "end" or filled + n > bucket):
                 if not reduced:
-                    # In whole parameters, gradients of the next micro-batch come beside those that are summed already.
-                    reduced, extra = True, extra + (left if not self.accumulates or not states.compact else 0)
-                peak = max(peak, event.now + extra + c * filled)  # the reduction works on a flat copy
+                    # In whole parameters, gradients of the next micro-batch come beside
+                    # those that are summed already.
+                    reduced, extra = (
+                        True,
+                        extra + (left if not self.accumulates or not states.compact else 0),
+                    )
+                # the reduction works on a flat copy
+                peak = max(peak, event.now + extra + c * filled)
                 extra, filled, oversized = extra - oversized, 0, 0
             if event.kind == "gradient":
                 filled += n
@@ -344,7 +428,12 @@ class _Backward:
     def _zero3(self, run: DryRun) -> tuple[int, int]:
         e, states, c, world = self.engine, self.states, self.engine.compute, self.states.world
         bucket = int(e.zero.reduce_bucket_size)
-        gathered = _Gathered(e, self.weights, states.persistent, [event.weights for event in run.events if event.kind == "enter"])
+        gathered = _Gathered(
+            e,
+            self.weights,
+            states.persistent,
+            [event.weights for event in run.events if event.kind == "enter"],
+        )
         whole = 0 if states.alone else c  # bytes of a gathered weight
         peak = filled = oversized = 0
         for event in run.events:
@@ -359,7 +448,9 @@ class _Backward:
             n = self._numel(event.weights)
             if filled and (event.kind == "end" or filled + n > bucket):
                 share = math.ceil(filled / world)
-                scratch = c * filled + c * share + (e.accumulate * share if e.accumulate != c else 0)
+                scratch = (
+                    c * filled + c * share + (e.accumulate * share if e.accumulate != c else 0)
+                )
                 peak = max(peak, event.now + whole * gathered.numel + oversized + scratch)
                 filled = oversized = 0
             if event.kind == "gradient":
@@ -373,10 +464,22 @@ class _Backward:
 
 
 class _Gathered:
-    """Which weights ZeRO-3 has gathered: fetched when a module begins, fetched ahead, kept where they are soon used again."""
+    """Which weights ZeRO-3 has gathered: fetched when a module begins, fetched ahead,
+    kept where they are soon used again."""
 
-    def __init__(self, engine: Engine, weights: list[Weight], persistent: list[bool], order: list[tuple[int, ...]]) -> None:
-        self.zero, self.sizes, self.persistent, self.order = engine.zero, [w.numel for w in weights], persistent, order
+    def __init__(
+        self,
+        engine: Engine,
+        weights: list[Weight],
+        persistent: list[bool],
+        order: list[tuple[int, ...]],
+    ) -> None:
+        self.zero, self.sizes, self.persistent, self.order = (
+            engine.zero,
+            [w.numel for w in weights],
+            persistent,
+            order,
+        )
         self.here: set[int] = set()
         self.numel = 0
         self.position = 0
@@ -384,7 +487,9 @@ class _Gathered:
     def enter(self, own: tuple[int, ...]) -> None:
         self._fetch(own)
         self.position += 1
-        room = min(int(self.zero.max_live_parameters) - self.numel, int(self.zero.prefetch_bucket_size))
+        room = min(
+            int(self.zero.max_live_parameters) - self.numel, int(self.zero.prefetch_bucket_size)
+        )
         fetched = 0
         for upcoming in self.order[self.position :]:
             if fetched >= room:

@@ -1,4 +1,5 @@
-"""The plan: every shipped DeepSpeed configuration in the order of its expected speed, what it needs, and the first that fits."""
+"""The plan: every shipped DeepSpeed configuration in the order of its expected speed,
+what it needs, and the first that fits."""
 
 from __future__ import annotations
 
@@ -27,11 +28,14 @@ SHIPPED = Path(__file__).parents[2] / "ds_configs"
 RESIDENT = ("zero0", "zero1", "zero2", "zero3")
 OFFLOADED = ("zero2_offload", "zero3_offload", "zero3_nvme")
 GPU_BASE = 1_500_000_000
-"""Bytes of a GPU for the CUDA context, libraries and communication buffers: a usual figure, not a measured one."""
+"""Bytes of a GPU for the CUDA context, libraries and communication buffers: a usual
+figure, not a measured one."""
 HOST_BASE = 3_000_000_000
-"""Bytes of host memory of a process for Python, torch with CUDA and DeepSpeed: a usual figure, not a measured one."""
+"""Bytes of host memory of a process for Python, torch with CUDA and DeepSpeed: a usual
+figure, not a measured one."""
 DEFAULT_RECIPE = "park2021"
-"""Recipe of the run for a model given by name: it has no model of its own that would stand against it."""
+"""Recipe of the run for a model given by name: it has no model of its own that would
+stand against it."""
 MOST_BYTES = 10**18
 """More is a slip of the pen, and the largest would be infinite."""
 UNITS = {
@@ -111,9 +115,15 @@ class Plan:
             words += ["--model.gradient_checkpointing", "true"]
         if self.machine.nodes > 1:
             each = self.machine.gpus_per_node  # one process a GPU
-            start = [f"--nodes={self.machine.nodes}", f"--ntasks-per-node={each}", f"--gpus-per-node={each}"]
+            start = [
+                f"--nodes={self.machine.nodes}",
+                f"--ntasks-per-node={each}",
+                f"--gpus-per-node={each}",
+            ]
             return shlex.join(["sbatch", *start, "slurm/train.sbatch", *words])
-        return shlex.join(["deepspeed", "--num_gpus", str(self.machine.gpus), "dsvae/train.py", *words])
+        return shlex.join(
+            ["deepspeed", "--num_gpus", str(self.machine.gpus), "dsvae/train.py", *words]
+        )
 
 
 def bytes_of(text: str, flag: str) -> int:
@@ -124,28 +134,42 @@ def bytes_of(text: str, flag: str) -> int:
             raise ValueError
         size = float(match[1]) * UNITS[match[2]]
     except ValueError:
-        raise UserError(f"{flag} is {text!r}: give bytes with a unit, for example 40GB or 80GiB") from None
+        raise UserError(
+            f"{flag} is {text!r}: give bytes with a unit, for example 40GB or 80GiB"
+        ) from None
     if size < 1:
         raise UserError(f"{flag} must be more than nothing")
     if size > MOST_BYTES:  # without the text, which can be long
-        raise UserError(f"{flag} is more than {MOST_BYTES // 10**12:,} TB: give bytes with a unit, for example 40GB or 80GiB")
+        raise UserError(
+            f"{flag} is more than {MOST_BYTES // 10**12:,} TB: give bytes with a unit, for "
+            f"example 40GB or 80GiB"
+        )
     return int(size)
 
 
 def run_arguments(model: str, config: str | None, flags: dict[str, Any]) -> list[str]:
-    """The arguments of dsvae/train.py for a model's name or directory, or for a recipe or a YAML file that says which model."""
+    """The arguments of dsvae/train.py for a model's name or directory, or for a recipe
+    or a YAML file that says which model."""
     words: list[str] = []
     if configuration_of(model) is not None or (Path(model) / "config.json").is_file():
-        name = model if (Path(model) / "config.json").is_file() else next(n for n in _names(model) if n in KNOWN)
+        name = (
+            model
+            if (Path(model) / "config.json").is_file()
+            else next(n for n in _names(model) if n in KNOWN)
+        )
         words += ["--config", config or DEFAULT_RECIPE, "--model", name]
-    elif Path(model).suffix in (".yaml", ".yml") or (configuration.RECIPES / f"{model}.yaml").is_file():
+    elif (
+        Path(model).suffix in (".yaml", ".yml")
+        or (configuration.RECIPES / f"{model}.yaml").is_file()
+    ):
         if config is not None:
             raise UserError(f"{model} and --config {config} are two configurations: give one")
         words += ["--config", model]
     else:
         near = _nearest_model(model)
         raise UserError(
-            f"{model!r} is no public T5 that is known offline, no directory with a config.json, no recipe and no YAML file{near}"
+            f"{model!r} is no public T5 that is known offline, no directory with a config.json, "
+            f"no recipe and no YAML file{near}"
         )
     for name, value in flags.items():
         if value is not None:
@@ -153,19 +177,27 @@ def run_arguments(model: str, config: str | None, flags: dict[str, Any]) -> list
     return words
 
 
-def make_plan(arguments: list[str], machine: Machine, *, ds_config_file: str | None, checkpointing: bool | None) -> Plan:
+def make_plan(
+    arguments: list[str],
+    machine: Machine,
+    *,
+    ds_config_file: str | None,
+    checkpointing: bool | None,
+) -> Plan:
     """Plans a run.
 
     Args:
         arguments: of dsvae/train.py, from `run_arguments`.
         ds_config_file: this DeepSpeed configuration alone, not the shipped ones.
-        checkpointing: with gradient checkpointing, without it, or None: without it first.
+        checkpointing: with gradient checkpointing, without it, or None: without it
+            first.
     """
     files = [Path(ds_config_file)] if ds_config_file else _shipped()
     config = configuration.read(["--ds_config", str(files[0]), *arguments])
     if config.data.batch_size < machine.gpus:  # the run refuses it, too
         raise UserError(
-            f"data.batch_size {config.data.batch_size} is less than --gpus {machine.gpus}: every GPU needs a sentence a step; "
+            f"data.batch_size {config.data.batch_size} is less than --gpus {machine.gpus}: every "
+            f"GPU needs a sentence a step; "
             f"plan for fewer GPUs, or with --batch_size {machine.gpus} or more"
         )
     subject = _Subject(config, machine)
@@ -174,14 +206,23 @@ def make_plan(arguments: list[str], machine: Machine, *, ds_config_file: str | N
         options.append(subject.option(path, checkpoint))
     chosen = next((option for option in options if option.fits(machine)), None)
     return Plan(
-        config, machine, arguments, subject.parameters, subject.trained, subject.rows, config.data.max_tokens,
-        subject.micro_batches, options, chosen,
-    )  # fmt: skip
+        config,
+        machine,
+        arguments,
+        subject.parameters,
+        subject.trained,
+        subject.rows,
+        config.data.max_tokens,
+        subject.micro_batches,
+        options,
+        chosen,
+    )
 
 
 def _order(files: list[Path], wanted: bool | None, configured: bool) -> Iterator[tuple[Path, bool]]:
-    """Fastest first: states on the GPU before offloaded ones, which wait for the bus; there, recomputing costs a third of a step,
-    so every stage comes without gradient checkpointing before any comes with it."""
+    """Fastest first: states on the GPU before offloaded ones, which wait for the bus;
+    there, recomputing costs a third of a step, so every stage comes without gradient
+    checkpointing before any comes with it."""
     choices = [wanted] if wanted is not None else [True] if configured else [False, True]
     offloaded = [path for path in files if path.stem in OFFLOADED]
     resident = [path for path in files if path.stem not in OFFLOADED]
@@ -202,7 +243,8 @@ class _Subject:
         self.trained = sum(w.numel for w in self.weights if w.trains)
         data = config.data
         mine = math.ceil(data.batch_size / machine.gpus)
-        # The longest sentences need the most: as many tokens as others, and attention grows with their length.
+        # The longest sentences need the most: as many tokens as others, and attention
+        # grows with their length.
         self.rows = min(mine, max(1, data.micro_batch_tokens // data.max_tokens))
         self.micro_batches = math.ceil(mine / self.rows)
         self.evaluation_rows = max(1, config.eval.batch_tokens // data.max_tokens)
@@ -210,14 +252,23 @@ class _Subject:
     def option(self, path: Path, checkpoint: bool) -> Option:
         phase = self.config.phase1 if self.config.phase == "1" else self.config.phase2
         resolved = ds_config.resolve(
-            ds_config.load(path), phase=phase, precision=self.config.precision, batch_size=self.config.data.batch_size,
-            micro_batches=self.micro_batches, world_size=self.machine.gpus, bf16_supported=True, fp16_supported=True,
-        )  # fmt: skip
+            ds_config.load(path),
+            phase=phase,
+            precision=self.config.precision,
+            batch_size=self.config.data.batch_size,
+            micro_batches=self.micro_batches,
+            world_size=self.machine.gpus,
+            bf16_supported=True,
+            fp16_supported=True,
+        )
         engine = memory.Engine.of(resolved)
         found = memory.estimate(
-            engine, self.weights, self._run(engine, checkpoint), self.machine.ranks,
+            engine,
+            self.weights,
+            self._run(engine, checkpoint),
+            self.machine.ranks,
             accumulates=self.micro_batches > 1,
-        )  # fmt: skip
+        )
         shown = str(path.relative_to(SHIPPED.parent)) if path.is_relative_to(SHIPPED) else str(path)
         host = found.host_peak + HOST_BASE * self.machine.ranks.per_node
         return Option(shown, checkpoint, found, found.gpu_peak + GPU_BASE, host)
@@ -225,20 +276,34 @@ class _Subject:
     def _run(self, engine: memory.Engine, checkpoint: bool) -> DryRun:
         low = torch.float16 if engine.precision == "fp16" else torch.bfloat16
         key = (
-            self.vae.to_json_string(), self.rows, self.evaluation_rows, self.config.data.max_tokens, engine.compute,
-            engine.autocast, low, checkpoint, self.freeze,
-        )  # fmt: skip
+            self.vae.to_json_string(),
+            self.rows,
+            self.evaluation_rows,
+            self.config.data.max_tokens,
+            engine.compute,
+            engine.autocast,
+            low,
+            checkpoint,
+            self.freeze,
+        )
         if key not in _RUNS:
             _RUNS[key] = dry_run(
-                self.vae, rows=self.rows, tokens=self.config.data.max_tokens, evaluation_rows=self.evaluation_rows,
-                dtype=torch.float32 if engine.compute == 4 else low, autocast=low if engine.autocast else None,
-                gradient_checkpointing=checkpoint, freeze_decoder=self.freeze, fused_attention=True,
-            )  # fmt: skip
+                self.vae,
+                rows=self.rows,
+                tokens=self.config.data.max_tokens,
+                evaluation_rows=self.evaluation_rows,
+                dtype=torch.float32 if engine.compute == 4 else low,
+                autocast=low if engine.autocast else None,
+                gradient_checkpointing=checkpoint,
+                freeze_decoder=self.freeze,
+                fused_attention=True,
+            )
         return _RUNS[key]
 
 
 _RUNS: dict[tuple, DryRun] = {}
-"""Dry runs of this process: the advice asks for many plans that differ in the machine alone."""
+"""Dry runs of this process: the advice asks for many plans that differ in the machine
+alone."""
 
 
 def _model_of(config: RunConfig) -> T5VAEConfig:
@@ -247,12 +312,19 @@ def _model_of(config: RunConfig) -> T5VAEConfig:
     latent = {name: getattr(settings, name) for name in LATENT_FIELDS}
     try:
         if settings.name is None:
-            t5: Any = {"model_type": "t5", "decoder_start_token_id": 0, **settings.t5, "vocab_size": settings.vocab_size}
+            t5: Any = {
+                "model_type": "t5",
+                "decoder_start_token_id": 0,
+                **settings.t5,
+                "vocab_size": settings.vocab_size,
+            }
         elif (t5 := configuration_of(settings.name)) is None:
             t5 = AutoConfig.from_pretrained(settings.name)
         vae = t5 if isinstance(t5, T5VAEConfig) else T5VAEConfig(t5=t5, **latent)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model {settings.name or 'model.t5'}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"model {settings.name or 'model.t5'}: {str(error).splitlines()[0]}"
+        ) from None
     if settings.dropout is not None:
         vae.t5.dropout_rate = settings.dropout
     return vae
@@ -261,7 +333,10 @@ def _model_of(config: RunConfig) -> T5VAEConfig:
 def _shipped() -> list[Path]:
     files = [SHIPPED / f"{name}.json" for name in (*RESIDENT, *OFFLOADED)]
     if missing := [path for path in files if not path.is_file()]:
-        raise UserError(f"{missing[0]} is not there (an installation without the repository): give --ds_config FILE")
+        raise UserError(
+            f"{missing[0]} is not there (an installation without the repository): give "
+            f"--ds_config FILE"
+        )
     return files
 
 

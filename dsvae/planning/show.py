@@ -11,11 +11,16 @@ GB = 10**9
 
 
 def as_json(plan: Plan, advice: Advice | None) -> dict[str, Any]:
-    """Everything, sizes in bytes. `fits` is the chosen option's place in `options`, null where none fits."""
+    """Everything, sizes in bytes. `fits` is the chosen option's place in `options`,
+    null where none fits."""
     return {
         "parameters": plan.parameters,
         "trained": plan.trained,
-        "micro_batch": {"sentences": plan.rows, "tokens": plan.tokens, "of_a_step": plan.micro_batches},
+        "micro_batch": {
+            "sentences": plan.rows,
+            "tokens": plan.tokens,
+            "of_a_step": plan.micro_batches,
+        },
         "gpus": plan.machine.gpus,
         "nodes": plan.machine.nodes,
         "margin": plan.machine.margin,
@@ -24,7 +29,11 @@ def as_json(plan: Plan, advice: Advice | None) -> dict[str, Any]:
         "command": None if plan.chosen is None else plan.command(plan.chosen),
         "instead": None
         if advice is None
-        else {"gpu_memory": advice.gpu_memory, "host_memory": advice.host_memory, "changes": advice.changes},
+        else {
+            "gpu_memory": advice.gpu_memory,
+            "host_memory": advice.host_memory,
+            "changes": advice.changes,
+        },
         "estimate": True,
     }
 
@@ -33,16 +42,24 @@ def as_text(plan: Plan, advice: Advice | None) -> str:
     """What is needed, a line an option; which one to take, and its command."""
     machine = plan.machine
     lines = [
-        f"{plan.parameters:,} parameters, {plan.trained:,} trained; micro-batches of {plan.rows} sentences "
+        f"{plan.parameters:,} parameters, {plan.trained:,} trained; micro-batches of {plan.rows} "
+        f"sentences "
         f"of {plan.tokens} tokens, {plan.micro_batches} a step on each of {machine.gpus} GPUs",
         "",
         f"{'ds_config':<34} {'checkpointing':<13} {'GB a GPU':>9} {'GB a node':>9} {'GB disk':>8}",
     ]
     for option in plan.options:
-        mark = "<- the first that fits" if option is plan.chosen else "fits" if option.fits(machine) else "too large"
+        mark = (
+            "<- the first that fits"
+            if option is plan.chosen
+            else "fits"
+            if option.fits(machine)
+            else "too large"
+        )
         checkpointing = "yes" if option.gradient_checkpointing else "no"
         lines.append(
-            f"{option.ds_config:<34} {checkpointing:<13} {option.gpu / GB:>9.1f} {option.host / GB:>9.1f} "
+            f"{option.ds_config:<34} {checkpointing:<13} {option.gpu / GB:>9.1f} "
+            f"{option.host / GB:>9.1f} "
             f"{option.estimate.disk / GB:>8.1f}  {mark}"
         )
     lines.append("")
@@ -53,7 +70,8 @@ def as_text(plan: Plan, advice: Advice | None) -> str:
     lines += [
         "",
         "An estimate: peaks of tensors, checked on CPU (docs/plan.md), not on GPUs. "
-        f"{GPU_BASE / GB:.1f} GB a GPU and {HOST_BASE / GB:.0f} GB of host memory a process are assumed for CUDA and the "
+        f"{GPU_BASE / GB:.1f} GB a GPU and {HOST_BASE / GB:.0f} GB of host memory a process are "
+        f"assumed for CUDA and the "
         f"libraries, and {machine.margin:.0%} are to stay free.",
     ]
     return "\n".join(lines)
@@ -63,11 +81,14 @@ def _chosen(plan: Plan, option: Option) -> list[str]:
     moments = sorted(option.estimate.moments.items(), key=lambda item: -item[1])
     left = plan.machine.gpu_memory - option.gpu
     return [
-        "A GPU holds " + ", ".join(f"{name} {size / GB:.2f}" for name, size in option.estimate.gpu.items()) + " GB; peaks: "
-        + ", ".join(f"{name} {size / GB:.2f}" for name, size in moments) + f" GB. {left / GB:.1f} GB are left.",
+        "A GPU holds "
+        + ", ".join(f"{name} {size / GB:.2f}" for name, size in option.estimate.gpu.items())
+        + " GB; peaks: "
+        + ", ".join(f"{name} {size / GB:.2f}" for name, size in moments)
+        + f" GB. {left / GB:.1f} GB are left.",
         "",
         plan.command(option),
-    ]  # fmt: skip
+    ]
 
 
 def _option(plan: Plan, option: Option) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The public T5-family models whose configurations are known without a download.
 
-Only fields that decide sizes: d_model, d_kv, d_ff, layers (encoder and decoder), heads, vocabulary, and the kind of
-feed-forward. Dropout is 0.1 in all of them.
+Only fields that decide sizes: d_model, d_kv, d_ff, layers (encoder and decoder), heads,
+vocabulary, and the kind of feed-forward. Dropout is 0.1 in all of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ _UL2 = (4096, 256, 16384, 32, 32, 16)
 def _config(kind: str, shape: tuple[int, ...], vocab: int, feed_forward: str) -> dict[str, Any]:
     names = ("d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
     config: dict[str, Any] = {"model_type": kind, **dict(zip(names, shape, strict=True))}
-    config |= {"vocab_size": vocab, "feed_forward_proj": feed_forward, "dropout_rate": 0.1, "decoder_start_token_id": 0}
+    config |= {
+        "vocab_size": vocab,
+        "feed_forward_proj": feed_forward,
+        "dropout_rate": 0.1,
+        "decoder_start_token_id": 0,
+    }
     if kind == "t5":
         config["tie_word_embeddings"] = feed_forward == V1
     return config
@@ -53,7 +58,9 @@ def _known() -> dict[str, dict[str, Any]]:
         if size != "large":  # there is no umt5-large
             found[f"google/umt5-{size}"] = _config("umt5", shape, 256384, GATED)
     for size, shape in _BYT5.items():
-        found[f"google/byt5-{size}"] = _config("t5", shape, 384, GATED) | {"tie_word_embeddings": False}
+        found[f"google/byt5-{size}"] = _config("t5", shape, 384, GATED) | {
+            "tie_word_embeddings": False
+        }
     for name in ("google/ul2", "google/flan-ul2"):
         found[name] = _config("t5", _UL2, 32128, GATED_SILU)
     return found
@@ -64,7 +71,8 @@ KNOWN = _known()
 
 
 def configuration_of(name: str) -> dict[str, Any] | None:
-    """The T5 configuration of a public model, None for an unknown name; `t5-base` is `google-t5/t5-base`, and so on."""
+    """The T5 configuration of a public model, None for an unknown name; `t5-base` is
+    `google-t5/t5-base`, and so on."""
     for candidate in (name, f"google-t5/{name}", f"google/{name}"):
         if candidate in KNOWN:
             return dict(KNOWN[candidate])

@@ -1,10 +1,13 @@
-"""Peak resident memory of every rank while a sharded safetensors T5 is loaded, trained for a step and exported.
+"""Peak resident memory of every rank while a sharded safetensors T5 is loaded, trained
+for a step and exported.
 
-    python tests/benchmarks/loading.py [--config zero3] [--precision fp32] [--ranks 2] [--size large] [--load_only]
+    python tests/benchmarks/loading.py [--config zero3] [--precision fp32] [--ranks 2]
+    [--size large] [--load_only]
 
-Three figures a rank and part, in MiB: `peak` is VmHWM, which counts every page of a file that is mapped; `anonymous` is the
-highest RssAnon seen (every 5 ms), memory that no file gives back; `base` is resident before the model, with all libraries
-imported and the process group joined. VmHWM is set back between the parts.
+Three figures a rank and part, in MiB: `peak` is VmHWM, which counts every page of a
+file that is mapped; `anonymous` is the highest RssAnon seen (every 5 ms), memory that
+no file gives back; `base` is resident before the model, with all libraries imported and
+the process group joined. VmHWM is set back between the parts.
 """
 
 from __future__ import annotations
@@ -24,21 +27,35 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from launch import CONFIGS, environment, free_port
 
 SIZES = {
-    "large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},  # t5-large: 738 M parameters
-    "medium": {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "vocab_size": 8000},  # 167 M
+    # t5-large: 738 M parameters
+    "large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
+    # 167 M
+    "medium": {
+        "d_model": 768,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "num_layers": 12,
+        "num_heads": 12,
+        "vocab_size": 8000,
+    },
 }
 MIB = 2**20
 
 
 def save_t5(directory: Path, size: str, max_shard_size: str) -> None:
-    """A T5 of that size from its configuration, in shards, with random weights and a small tokenizer beside it."""
+    """A T5 of that size from its configuration, in shards, with random weights and a
+    small tokenizer beside it."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     from dsvae.data.tokenization import train_tokenizer
 
-    config = T5Config(decoder_start_token_id=0, dropout_rate=0.0, **{"vocab_size": 32128, **SIZES[size]})
+    config = T5Config(
+        decoder_start_token_id=0, dropout_rate=0.0, **{"vocab_size": 32128, **SIZES[size]}
+    )
     T5ForConditionalGeneration(config).save_pretrained(directory, max_shard_size=max_shard_size)
-    train_tokenizer(["a small cat sees the old dog", "an old dog sees a cat"], 40).save_pretrained(directory)
+    train_tokenizer(["a small cat sees the old dog", "an old dog sees a cat"], 40).save_pretrained(
+        directory
+    )
 
 
 def measure(
@@ -57,7 +74,12 @@ def measure(
     port, processes = str(free_port()), []
     options = [model, ds_config, precision, int(freeze), int(load_only), out]
     for rank in range(ranks):
-        more = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        more = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+        }
         processes.append(
             subprocess.Popen(
                 [sys.executable, __file__, "--worker", *map(str, options)],
@@ -91,7 +113,10 @@ class Peaks:
 
     def read(self) -> dict[str, float]:
         with self._lock:
-            found = {"peak": _status("VmHWM"), "anonymous": max(self._anonymous, _status("RssAnon"))}
+            found = {
+                "peak": _status("VmHWM"),
+                "anonymous": max(self._anonymous, _status("RssAnon")),
+            }
             Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
             self._anonymous = 0.0
         return found
@@ -109,7 +134,9 @@ def _status(name: str) -> float:
     return int(found[1]) / 1024
 
 
-def worker(model: str, ds_config: str, precision: str, freeze: str, load_only: str, out: str) -> None:
+def worker(
+    model: str, ds_config: str, precision: str, freeze: str, load_only: str, out: str
+) -> None:
     """One rank."""
     import torch
 
@@ -124,9 +151,15 @@ def worker(model: str, ds_config: str, precision: str, freeze: str, load_only: s
     world = distributed.start()
     phase = Phase2Config(lr=1e-4)
     resolved = ds_configs.resolve(
-        ds_configs.load(ds_config), phase=phase, precision=precision, batch_size=2 * world.size, micro_batches=1,
-        world_size=world.size, bf16_supported=True, fp16_supported=False,
-    )  # fmt: skip
+        ds_configs.load(ds_config),
+        phase=phase,
+        precision=precision,
+        batch_size=2 * world.size,
+        micro_batches=1,
+        world_size=world.size,
+        bf16_supported=True,
+        fp16_supported=False,
+    )
     tokenizer = load_tokenizer(model)
     world.barrier()
     found: dict = {"base": _status("VmRSS")}
@@ -137,12 +170,23 @@ def worker(model: str, ds_config: str, precision: str, freeze: str, load_only: s
     found["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in built.parameters())
     if not int(load_only):
         engine = PhaseEngine(
-            built, world, phase, resolved, origin=origin, sample_latent=True, freeze=bool(int(freeze)), free_bits=0.5,
-            free_bits_mode="dimension", gradient_checkpointing=True, seed=0,
-        )  # fmt: skip
+            built,
+            world,
+            phase,
+            resolved,
+            origin=origin,
+            sample_latent=True,
+            freeze=bool(int(freeze)),
+            free_bits=0.5,
+            free_bits_mode="dimension",
+            gradient_checkpointing=True,
+            seed=0,
+        )
         found["initialize"] = peaks.read()
         ids = torch.tensor([[3, 4, 5, 6, 1], [5, 4, 3, 7, 1]])
-        batch = MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros(2, 32), torch.ones(2), ids[:, 0].numpy())
+        batch = MicroBatch(
+            ids, torch.ones_like(ids), ids, torch.zeros(2, 32), torch.ones(2), ids[:, 0].numpy()
+        )
         engine.train_step(0, Step([batch], 2 * world.size, 10 * world.size), 1.0)
         found["step"] = peaks.read()
         directory = Path(out) / "model"
@@ -167,11 +211,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         save_t5(Path(directory), args.size, "500MB")
         found = measure(
-            Path(directory), CONFIGS / f"{args.config}.json", ranks=args.ranks, precision=args.precision, freeze=args.freeze,
-            load_only=args.load_only, timeout=900,
-        )  # fmt: skip
+            Path(directory),
+            CONFIGS / f"{args.config}.json",
+            ranks=args.ranks,
+            precision=args.precision,
+            freeze=args.freeze,
+            load_only=args.load_only,
+            timeout=900,
+        )
     for rank, figures in enumerate(found):
-        print(json.dumps({"config": args.config, "precision": args.precision, "rank": rank, **figures}), flush=True)
+        print(
+            json.dumps(
+                {"config": args.config, "precision": args.precision, "rank": rank, **figures}
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Plan against measurement: peaks of real ranks on CPU, training a T5 from its configuration, beside what `dsvae plan` counts.
+"""Plan against measurement: peaks of real ranks on CPU, training a T5 from its
+configuration, beside what `dsvae plan` counts.
 
     python tests/benchmarks/plan_memory.py [--only NAME,...] [--small]
 
-Measured twice for rank 0 over three optimizer steps: live bytes of tensors, counted by operator (what a GPU's allocator would be
-asked for), and resident memory (VmHWM) less what the process had before it built the model. On CPU host and "GPU" are one memory,
-so the plan's two sums are added, and attention is torch's composite.
+Measured twice for rank 0 over three optimizer steps: live bytes of tensors, counted by
+operator (what a GPU's allocator would be asked for), and resident memory (VmHWM) less
+what the process had before it built the model. On CPU host and "GPU" are one memory, so
+the plan's two sums are added, and attention is torch's composite.
 """
 
 from __future__ import annotations
@@ -24,20 +26,57 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from launch import CONFIGS, environment, free_port
 
-T5 = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "dropout_rate": 0.1, "vocab_size": 32128}
-SMALL = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.1, "vocab_size": 4000}
-BUCKETS = {"reduce_bucket_size": 10_000_000}  # the default of 5e8 elements is more than the model: it would hide the rest
+T5 = {
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "dropout_rate": 0.1,
+    "vocab_size": 32128,
+}
+SMALL = {
+    "d_model": 128,
+    "d_kv": 32,
+    "d_ff": 256,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.1,
+    "vocab_size": 4000,
+}
+# the default of 5e8 elements is more than the model: it would hide the rest
+BUCKETS = {"reduce_bucket_size": 10_000_000}
 COMBINATIONS: dict[str, dict[str, Any]] = {
     "zero0 fp32": {"config": "zero0", "precision": "fp32", "ranks": 2},
     "zero0 bf16 (autocast), one rank": {"config": "zero0", "precision": "bf16", "ranks": 1},
     "zero1 bf16": {"config": "zero1", "precision": "bf16", "ranks": 2},
     "zero2 bf16": {"config": "zero2", "precision": "bf16", "ranks": 2},
-    "zero2 bf16, checkpointing": {"config": "zero2", "precision": "bf16", "ranks": 2, "checkpointing": True},
-    "zero2 fp32, frozen decoder": {"config": "zero2", "precision": "fp32", "ranks": 2, "freeze": True},
-    "zero2 bf16, two micro-batches, one rank": {"config": "zero2", "precision": "bf16", "ranks": 1, "micro_batches": 2},
+    "zero2 bf16, checkpointing": {
+        "config": "zero2",
+        "precision": "bf16",
+        "ranks": 2,
+        "checkpointing": True,
+    },
+    "zero2 fp32, frozen decoder": {
+        "config": "zero2",
+        "precision": "fp32",
+        "ranks": 2,
+        "freeze": True,
+    },
+    "zero2 bf16, two micro-batches, one rank": {
+        "config": "zero2",
+        "precision": "bf16",
+        "ranks": 1,
+        "micro_batches": 2,
+    },
     "zero2_offload bf16": {"config": "zero2_offload", "precision": "bf16", "ranks": 2},
     "zero3 bf16": {"config": "zero3", "precision": "bf16", "ranks": 2},
-    "zero3 fp32, checkpointing": {"config": "zero3", "precision": "fp32", "ranks": 2, "checkpointing": True},
+    "zero3 fp32, checkpointing": {
+        "config": "zero3",
+        "precision": "fp32",
+        "ranks": 2,
+        "checkpointing": True,
+    },
     "zero3_offload bf16": {"config": "zero3_offload", "precision": "bf16", "ranks": 2},
 }
 
@@ -53,9 +92,15 @@ def resolved(job: dict[str, Any]) -> dict[str, Any]:
     raw["zero_optimization"] |= job.get("zero", {})
     micro = job.get("micro_batches", 1)
     return ds_config.resolve(
-        raw, phase=PhaseConfig(), precision=job["precision"], batch_size=job["rows"] * job["ranks"] * micro, micro_batches=micro,
-        world_size=job["ranks"], bf16_supported=True, fp16_supported=False,
-    )  # fmt: skip
+        raw,
+        phase=PhaseConfig(),
+        precision=job["precision"],
+        batch_size=job["rows"] * job["ranks"] * micro,
+        micro_batches=micro,
+        world_size=job["ranks"],
+        bf16_supported=True,
+        fp16_supported=False,
+    )
 
 
 def planned(job: dict[str, Any]) -> int:
@@ -70,10 +115,16 @@ def planned(job: dict[str, Any]) -> int:
     config = T5VAEConfig(t5=job["t5"], latent_dim=32)
     freeze = job.get("freeze", False)
     run = dry_run(
-        config, rows=job["rows"], tokens=job["tokens"], evaluation_rows=0,
-        dtype=torch.float32 if engine.compute == 4 else torch.bfloat16, autocast=torch.bfloat16 if engine.autocast else None,
-        gradient_checkpointing=job.get("checkpointing", False), freeze_decoder=freeze, fused_attention=False,
-    )  # fmt: skip
+        config,
+        rows=job["rows"],
+        tokens=job["tokens"],
+        evaluation_rows=0,
+        dtype=torch.float32 if engine.compute == 4 else torch.bfloat16,
+        autocast=torch.bfloat16 if engine.autocast else None,
+        gradient_checkpointing=job.get("checkpointing", False),
+        freeze_decoder=freeze,
+        fused_attention=False,
+    )
     ranks = memory.Ranks(job["ranks"], job["ranks"])
     weights, several = weights_of(build(config), freeze), job.get("micro_batches", 1) > 1
     found = memory.estimate(engine, weights, run, ranks, accumulates=several)
@@ -115,17 +166,33 @@ def work(job: dict[str, Any]) -> None:
         ids = torch.randint(3, job["t5"]["vocab_size"], (rows, tokens))
         ids[-1, tokens // 2 :] = 0
         return MicroBatch(
-            ids, (ids != 0).long(), ids.masked_fill(ids == 0, -100), torch.randn(rows, 32), torch.ones(rows), np.arange(rows)
+            ids,
+            (ids != 0).long(),
+            ids.masked_fill(ids == 0, -100),
+            torch.randn(rows, 32),
+            torch.ones(rows),
+            np.arange(rows),
         )
 
     count = job.get("micro_batches", 1)
     with live:
         settings = ModelConfig(t5=job["t5"], latent_dim=32)
-        model, origin = build_model(settings, Pieces(job["t5"]["vocab_size"]), None, 0, world, resolved(job))  # type: ignore[arg-type]
+        model, origin = build_model(
+            settings, Pieces(job["t5"]["vocab_size"]), None, 0, world, resolved(job)
+        )  # type: ignore[arg-type]
         engine = PhaseEngine(
-            model, world, PhaseConfig(), resolved(job), origin=origin, sample_latent=True, freeze=job.get("freeze", False),
-            free_bits=0.0, free_bits_mode="dimension", gradient_checkpointing=job.get("checkpointing", False), seed=0,
-        )  # fmt: skip
+            model,
+            world,
+            PhaseConfig(),
+            resolved(job),
+            origin=origin,
+            sample_latent=True,
+            freeze=job.get("freeze", False),
+            free_bits=0.0,
+            free_bits_mode="dimension",
+            gradient_checkpointing=job.get("checkpointing", False),
+            seed=0,
+        )
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
         live.restart()
@@ -147,8 +214,13 @@ def _resident(field: str) -> int:
 def measure(job: dict[str, Any], timeout: float = 150) -> dict[str, int]:
     """Rank 0's peaks in bytes: live, resident."""
     port = str(free_port())
-    # Freed blocks go back to the system at once: resident memory then follows the live tensors.
-    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    # Freed blocks go back to the system at once: resident memory then follows the live
+    # tensors.
+    malloc = {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         ranks = [
             subprocess.Popen(
@@ -189,18 +261,32 @@ def main() -> None:
 
         work(json.loads(args.rank_of))
         leave(0)
-    shape = {"t5": SMALL, "rows": 4, "tokens": 32} if args.small else {"t5": T5, "rows": 16, "tokens": 64}
+    shape = (
+        {"t5": SMALL, "rows": 4, "tokens": 32}
+        if args.small
+        else {"t5": T5, "rows": 16, "tokens": 64}
+    )
     print(
-        "| combination | planned MB | live tensors MB | plan / live | resident MB | plan / resident |\n|---|---|---|---|---|---|"
+        "| combination | planned MB | live tensors MB | plan / live | resident MB | plan / "
+        "resident |\n|---|---|---|---|---|---|"
     )
     for name, chosen in COMBINATIONS.items():
         if args.only and name not in args.only.split(";"):
             continue
-        job = {**chosen, **shape, "t5": {"model_type": "t5", "decoder_start_token_id": 0, **shape["t5"]}}
+        job = {
+            **chosen,
+            **shape,
+            "t5": {"model_type": "t5", "decoder_start_token_id": 0, **shape["t5"]},
+        }
         plan, found = planned(job), measure(job)
         live, resident = found["live"], found["resident"]
         cells = (name, f"{plan / 1e6:.0f}", f"{live / 1e6:.0f}", f"{plan / live:.3f}")
-        print("|", " | ".join((*cells, f"{resident / 1e6:.0f}", f"{plan / resident:.3f}")), "|", flush=True)
+        print(
+            "|",
+            " | ".join((*cells, f"{resident / 1e6:.0f}", f"{plan / resident:.3f}")),
+            "|",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

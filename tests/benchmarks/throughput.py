@@ -1,10 +1,13 @@
-"""Tokens/s of the engine against a bare loop, and of token-budget buckets against padding to 256: ratios from one run.
+"""Tokens/s of the engine against a bare loop, and of token-budget buckets against
+padding to 256: ratios from one run.
 
-    python tests/benchmarks/throughput.py --size small --train_file FILE [--configs zero0,zero1,zero2] [--precision fp32]
-    python tests/benchmarks/throughput.py --padding --train_file FILE
+    python tests/benchmarks/throughput.py --size small --train_file FILE [--configs
+    zero0,zero1,zero2] [--precision fp32] python tests/benchmarks/throughput.py
+    --padding --train_file FILE
 
-One rank. The two sides take turns, a block of steps each, and the ratio is the median over the blocks: what else the machine does
-then hits both. Without --train_file the built-in corpus is used.
+One rank. The two sides take turns, a block of steps each, and the ratio is the median
+over the blocks: what else the machine does then hits both. Without --train_file the
+built-in corpus is used.
 """
 
 from __future__ import annotations
@@ -23,8 +26,24 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 SIZES = {
-    "small": {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},  # as yelp_cpu
-    "60m": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "dropout_rate": 0.0},  # t5-small
+    # as yelp_cpu
+    "small": {
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 256,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+    },
+    # t5-small
+    "60m": {
+        "d_model": 512,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_heads": 8,
+        "dropout_rate": 0.0,
+    },
 }
 VOCABULARY = {"small": None, "60m": 32128}  # None: that of the tokenizer
 
@@ -52,7 +71,10 @@ def bare_step(model, optimizer, step, beta, free_bits, dtype):
 
     (batch,) = step.micro_batches
     out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=batch.noise)
-    rec = F.cross_entropy(out.logits.float().flatten(0, 1), batch.labels.flatten(), reduction="sum") / step.sentences
+    rec = (
+        F.cross_entropy(out.logits.float().flatten(0, 1), batch.labels.flatten(), reduction="sum")
+        / step.sentences
+    )
     kl = out.posterior.kl().mean(0)
     loss = rec + beta * kl.clamp(min=free_bits).sum()
     optimizer.zero_grad()
@@ -71,25 +93,51 @@ def engine_ratio(args: argparse.Namespace, data, world) -> None:
     phase = Phase2Config(lr=1e-4, free_bits=0.5)
     split = data.splits["train"]
     batches = TrainingBatches(
-        split, batch_size=args.batch_size, token_budget=10**6, latent_dim=32, deletion=0.0, bucket_steps=8,
-        seed=0, rank=0, world_size=1,
+        split,
+        batch_size=args.batch_size,
+        token_budget=10**6,
+        latent_dim=32,
+        deletion=0.0,
+        bucket_steps=8,
+        seed=0,
+        rank=0,
+        world_size=1,
         pad_id=0,
-    )  # fmt: skip
+    )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     initial = make_model(args.size, len(data.tokenizer))
-    print(f"{args.size}: {sum(p.numel() for p in initial.parameters()) / 1e6:.1f} M parameters, {args.precision}, "
-          f"batch {args.batch_size}", flush=True)  # fmt: skip
+    print(
+        f"{args.size}: {sum(p.numel() for p in initial.parameters()) / 1e6:.1f} M parameters, "
+        f"{args.precision}, "
+        f"batch {args.batch_size}",
+        flush=True,
+    )
     for name in args.configs.split(","):
         bare = copy.deepcopy(initial).to(dtype).train()
         optimizer = torch.optim.AdamW(parameter_groups(bare, 0.01), lr=1e-4, fused=True)
         resolved = ds_config.resolve(
-            ds_config.load(ROOT / "ds_configs" / f"{name}.json"), phase=phase, precision=args.precision,
-            batch_size=args.batch_size, micro_batches=1, world_size=1, bf16_supported=True, fp16_supported=False,
-        )  # fmt: skip
+            ds_config.load(ROOT / "ds_configs" / f"{name}.json"),
+            phase=phase,
+            precision=args.precision,
+            batch_size=args.batch_size,
+            micro_batches=1,
+            world_size=1,
+            bf16_supported=True,
+            fp16_supported=False,
+        )
         engine = PhaseEngine(
-            copy.deepcopy(initial), world, phase, resolved, origin=None, sample_latent=True, freeze=False, free_bits=0.5,
-            free_bits_mode="dimension", gradient_checkpointing=False, seed=0,
-        )  # fmt: skip
+            copy.deepcopy(initial),
+            world,
+            phase,
+            resolved,
+            origin=None,
+            sample_latent=True,
+            freeze=False,
+            free_bits=0.5,
+            free_bits_mode="dimension",
+            gradient_checkpointing=False,
+            seed=0,
+        )
         rates: dict[str, list[float]] = {"bare": [], "engine": []}
         index = 0
         for block in range(args.blocks + 1):
@@ -106,32 +154,58 @@ def engine_ratio(args: argparse.Namespace, data, world) -> None:
                     rates[side].append(tokens / (time.perf_counter() - start))
             index += args.steps
         ratios = [e / b for e, b in zip(rates["engine"], rates["bare"], strict=True)]
-        print(json.dumps({
-            "config": name, "ratio": round(statistics.median(ratios), 3), "min": round(min(ratios), 3),
-            "max": round(max(ratios), 3), "engine_tokens_per_s": round(statistics.median(rates["engine"])),
-            "bare_tokens_per_s": round(statistics.median(rates["bare"])),
-        }), flush=True)  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "config": name,
+                    "ratio": round(statistics.median(ratios), 3),
+                    "min": round(min(ratios), 3),
+                    "max": round(max(ratios), 3),
+                    "engine_tokens_per_s": round(statistics.median(rates["engine"])),
+                    "bare_tokens_per_s": round(statistics.median(rates["bare"])),
+                }
+            ),
+            flush=True,
+        )
         engine.close()
 
 
 def padding_ratio(args: argparse.Namespace, data, world) -> None:
-    """Sentences/s of the training step: batches cut by tokens from length buckets, and every sentence padded to 256."""
+    """Sentences/s of the training step: batches cut by tokens from length buckets, and
+    every sentence padded to 256."""
     from dsvae.data.batches import MicroBatch, TrainingBatches
     from dsvae.engine.weights import parameter_groups
 
     batches = TrainingBatches(
-        data.splits["train"], batch_size=args.batch_size, token_budget=10**6, latent_dim=32, deletion=0.0, bucket_steps=8,
-        seed=0, rank=0,
-        world_size=1, pad_id=0,
-    )  # fmt: skip
+        data.splits["train"],
+        batch_size=args.batch_size,
+        token_budget=10**6,
+        latent_dim=32,
+        deletion=0.0,
+        bucket_steps=8,
+        seed=0,
+        rank=0,
+        world_size=1,
+        pad_id=0,
+    )
 
     def to_256(step):
         (batch,) = step.micro_batches
         pad = lambda t, value: torch.nn.functional.pad(t, (0, 256 - t.shape[1]), value=value)  # noqa: E731
         return type(step)(
-            [MicroBatch(pad(batch.input_ids, 0), pad(batch.attention_mask, 0), pad(batch.labels, -100), batch.noise,
-                        batch.weight, batch.indices)], step.sentences, step.tokens,
-        )  # fmt: skip
+            [
+                MicroBatch(
+                    pad(batch.input_ids, 0),
+                    pad(batch.attention_mask, 0),
+                    pad(batch.labels, -100),
+                    batch.noise,
+                    batch.weight,
+                    batch.indices,
+                )
+            ],
+            step.sentences,
+            step.tokens,
+        )
 
     model = make_model(args.size, len(data.tokenizer)).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-4, fused=True)
@@ -144,14 +218,25 @@ def padding_ratio(args: argparse.Namespace, data, world) -> None:
             for step in made:
                 bare_step(model, optimizer, step, 0.5, 0.5, torch.float32)
             if block:
-                rates[side].append(sum(step.sentences for step in made) / (time.perf_counter() - start))
+                rates[side].append(
+                    sum(step.sentences for step in made) / (time.perf_counter() - start)
+                )
         if block:
             ratios.append(rates["buckets"][-1] / rates["256"][-1])
-    print(json.dumps({
-        "padding": "buckets / 256", "size": args.size, "ratio": round(statistics.median(ratios), 2), "min": round(min(ratios), 2),
-        "max": round(max(ratios), 2), "buckets_sentences_per_s": round(float(np.median(rates["buckets"]))),
-        "256_sentences_per_s": round(float(np.median(rates["256"])), 1),
-    }), flush=True)  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "padding": "buckets / 256",
+                "size": args.size,
+                "ratio": round(statistics.median(ratios), 2),
+                "min": round(min(ratios), 2),
+                "max": round(max(ratios), 2),
+                "buckets_sentences_per_s": round(float(np.median(rates["buckets"]))),
+                "256_sentences_per_s": round(float(np.median(rates["256"])), 1),
+            }
+        ),
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -163,7 +248,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20, help="steps of a block")
     parser.add_argument("--blocks", type=int, default=9)
-    parser.add_argument("--padding", action="store_true", help="measure padding instead of the engine")
+    parser.add_argument(
+        "--padding", action="store_true", help="measure padding instead of the engine"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     from deepspeed.utils import logger

@@ -1,10 +1,17 @@
-"""From an epoch to micro-batches: nothing lost, nothing twice, and the same sentences and noise however a step is split."""
+"""From an epoch to micro-batches: nothing lost, nothing twice, and the same sentences
+and noise however a step is split."""
 
 import numpy as np
 import pytest
 import torch
 
-from dsvae.data.batches import TrainingBatches, cut_step, evaluation_batches, most_micro_batches, plan_epoch
+from dsvae.data.batches import (
+    TrainingBatches,
+    cut_step,
+    evaluation_batches,
+    most_micro_batches,
+    plan_epoch,
+)
 from dsvae.errors import UserError
 from dsvae.objective.elbo import IGNORE
 
@@ -13,7 +20,8 @@ WORLDS = (1, 2, 3, 5)
 
 
 class Sentences:
-    """As much of a TokenizedSplit as batches need; sentence i can be told by its tokens."""
+    """As much of a TokenizedSplit as batches need; sentence i can be told by its
+    tokens."""
 
     def __init__(self, lengths):
         self.lengths = np.asarray(lengths, dtype=np.int32)
@@ -22,7 +30,9 @@ class Sentences:
         return len(self.lengths)
 
     def rows(self, indices):
-        return [np.append(2 + (i * 31 + np.arange(self.lengths[i] - 1) * 7) % 997, EOS) for i in indices]
+        return [
+            np.append(2 + (i * 31 + np.arange(self.lengths[i] - 1) * 7) % 997, EOS) for i in indices
+        ]
 
 
 def sentences(count, shortest=3, longest=20, seed=0):
@@ -48,7 +58,8 @@ def all_ranks(split, index, world_size, **options):
 
 
 def by_sentence(steps):
-    """sentence -> (noise, what the encoder sees) of one optimizer step of all ranks; a sentence that comes twice fails."""
+    """sentence -> (noise, what the encoder sees) of one optimizer step of all ranks; a
+    sentence that comes twice fails."""
     found = {}
     for step in steps:
         for micro in step.micro_batches:
@@ -76,7 +87,9 @@ def test_steps_are_sorted_the_longest_first():
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("options", [{}, {"token_budget": 20}, {"token_budget": 10_000}, {"micro_batches": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"token_budget": 20}, {"token_budget": 10_000}, {"micro_batches": 3}]
+)
 def test_an_epoch_of_all_ranks_has_every_sentence_once(world_size, options):
     split = sentences(53)
     seen = []
@@ -86,7 +99,9 @@ def test_an_epoch_of_all_ranks_has_every_sentence_once(world_size, options):
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("options", [{}, {"token_budget": 20}, {"micro_batches": 3}, {"micro_batches": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"token_budget": 20}, {"micro_batches": 3}, {"micro_batches": 1}]
+)
 def test_sentences_noise_and_deletion_of_a_step_do_not_depend_on_the_split(world_size, options):
     split = sentences(53)
     for index in (0, 3, 6):  # 6: in the second epoch
@@ -105,11 +120,15 @@ def test_ranks_keep_step_within_the_budget(world_size, budget):
         assert len(counts) == 1
         assert counts.pop() <= most
         for step in steps:
-            assert all(max(micro.labels.numel(), micro.input_ids.numel()) <= budget for micro in step.micro_batches)
+            assert all(
+                max(micro.labels.numel(), micro.input_ids.numel()) <= budget
+                for micro in step.micro_batches
+            )
 
 
 def test_the_budget_is_used():
-    """As many rows as fit: 12 sentences of 10 tokens on 2 ranks are 3 micro-batches of 2 at 29 tokens, 2 of 3 at 30."""
+    """As many rows as fit: 12 sentences of 10 tokens on 2 ranks are 3 micro-batches of
+    2 at 29 tokens, 2 of 3 at 30."""
     lengths = np.full(12, 10, dtype=np.int32)
     assert [(s.start, s.stop) for s in cut_step(lengths, 2, 29)] == [(0, 4), (4, 8), (8, 12)]
     assert [(s.start, s.stop) for s in cut_step(lengths, 2, 30)] == [(0, 6), (6, 12)]
@@ -127,18 +146,24 @@ def test_weights_sum_to_the_sentences_of_the_step(world_size):
     for index in range(2):
         steps = all_ranks(split, index, world_size, batch_size=5)
         expected = plan_epoch(split.lengths, 5, 4, 3, 0)[index]
-        assert sum(float(micro.weight.sum()) for step in steps for micro in step.micro_batches) == len(expected)
-        assert {(step.sentences, step.tokens) for step in steps} == {(len(expected), split.lengths[expected].sum())}
+        assert sum(
+            float(micro.weight.sum()) for step in steps for micro in step.micro_batches
+        ) == len(expected)
+        assert {(step.sentences, step.tokens) for step in steps} == {
+            (len(expected), split.lengths[expected].sum())
+        }
 
 
 def test_a_rank_without_a_sentence_gets_a_filler_of_weight_0():
     split = Sentences([4, 4, 4, 4, 4, 4, 4])
-    steps = all_ranks(split, 1, 5, batch_size=5)  # 7 sentences in 2 steps: at least one rank goes without
+    # 7 sentences in 2 steps: at least one rank goes without
+    steps = all_ranks(split, 1, 5, batch_size=5)
     weights = [micro.weight.tolist() for step in steps for micro in step.micro_batches]
     fillers = 5 - steps[0].sentences
     assert fillers >= 1
     assert sorted(weights) == [[0.0]] * fillers + [[1.0]] * steps[0].sentences
-    assert all((micro.labels != IGNORE).any() for step in steps for micro in step.micro_batches)  # it runs like any other
+    # it runs like any other
+    assert all((micro.labels != IGNORE).any() for step in steps for micro in step.micro_batches)
 
 
 def test_the_encoder_sees_noise_and_the_labels_are_clean():
@@ -154,17 +179,23 @@ def test_the_encoder_sees_noise_and_the_labels_are_clean():
             shorter += len(seen) < len(clean)
         assert (micro.input_ids[micro.attention_mask == 0] == PAD).all()
         assert (micro.attention_mask.diff(dim=1) <= 0).all()  # padding is on the right
-    assert shorter >= 12  # of 16 sentences, none of which keeps its 9 or more tokens with a chance above 1%
+    # of 16 sentences, none of which keeps its 9 or more tokens with a chance above 1%
+    assert shorter >= 12
 
 
 def test_without_deletion_encoder_and_labels_agree():
     for micro in batches(sentences(40), deletion=0.0).step(1).micro_batches:
-        assert torch.equal(micro.input_ids.masked_fill(micro.attention_mask == 0, IGNORE), micro.labels)
+        assert torch.equal(
+            micro.input_ids.masked_fill(micro.attention_mask == 0, IGNORE), micro.labels
+        )
 
 
 def test_noise_is_standard_normal_and_new_at_every_step():
     split = sentences(64)
-    first, second = ({i: noise for i, (noise, _) in by_sentence([batches(split, latent_dim=64).step(s)]).items()} for s in (0, 4))
+    first, second = (
+        {i: noise for i, (noise, _) in by_sentence([batches(split, latent_dim=64).step(s)]).items()}
+        for s in (0, 4)
+    )
     second_epoch = by_sentence([batches(split, latent_dim=64, batch_size=64).step(1)])
     assert all(noise != second_epoch[i][0] for i, noise in first.items())
     values = np.array([*first.values(), *second.values()])  # (32, 64)
@@ -175,16 +206,21 @@ def test_noise_is_standard_normal_and_new_at_every_step():
 
 def test_deletion_is_new_at_every_step():
     split = sentences(16, shortest=15)
-    first, second = (by_sentence([batches(split).step(index)]) for index in (0, 1))  # an epoch has one step
+    # an epoch has one step
+    first, second = (by_sentence([batches(split).step(index)]) for index in (0, 1))
     assert sum(first[i][1] != second[i][1] for i in range(16)) >= 15
 
 
 def test_epochs_have_orders_of_their_own_and_a_seed_repeats_them():
     lengths = sentences(300).lengths
-    plans = [[step.tolist() for step in plan_epoch(lengths, 16, 4, seed, epoch)] for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    plans = [
+        [step.tolist() for step in plan_epoch(lengths, 16, 4, seed, epoch)]
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
     assert plans[0] != plans[1]
     assert plans[0] != plans[2]
-    assert sorted(map(sorted, plans[0])) != sorted(map(sorted, plans[1]))  # other company, not only another order of steps
+    # other company, not only another order of steps
+    assert sorted(map(sorted, plans[0])) != sorted(map(sorted, plans[1]))
     assert [step.tolist() for step in plan_epoch(lengths, 16, 4, 0, 0)] == plans[0]
 
 
@@ -198,7 +234,8 @@ def test_any_step_may_be_asked_for_at_any_time():
 
 
 def test_training_does_not_follow_the_order_of_the_file():
-    """The paper's code does not shuffle. All sentences of one length, so sorting by it has no part in the order."""
+    """The paper's code does not shuffle. All sentences of one length, so sorting by it
+    has no part in the order."""
     order = np.concatenate(plan_epoch(np.full(4000, 9, dtype=np.int32), 16, 4, 0, 0))
     assert abs(np.corrcoef(order, np.arange(4000))[0, 1]) < 5 / np.sqrt(4000)
 
@@ -210,7 +247,9 @@ def test_long_and_short_steps_come_in_random_order():
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 5 / np.sqrt(len(means))
 
 
-@pytest.mark.parametrize(("count", "bucket_steps", "most"), [(1280, 10, 0.1), (20_000, 8, 0.12), (20_000, 64, 0.05)])
+@pytest.mark.parametrize(
+    ("count", "bucket_steps", "most"), [(1280, 10, 0.1), (20_000, 8, 0.12), (20_000, 64, 0.05)]
+)
 def test_padding_is_small_for_realistic_lengths(count, bucket_steps, most):
     lengths = sentences(count).lengths
     padded = 0
@@ -224,9 +263,18 @@ def test_padding_is_small_for_realistic_lengths(count, bucket_steps, most):
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_evaluation_takes_every_sentence_once(count, world_size):
     lengths = sentences(count).lengths
-    ranks = [list(evaluation_batches(lengths, token_budget=40, rank=r, world_size=world_size)) for r in range(world_size)]
+    ranks = [
+        list(evaluation_batches(lengths, token_budget=40, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
     assert len({len(found) for found in ranks}) == 1
-    real = [int(i) for found in ranks for indices, weights in found for i, w in zip(indices, weights, strict=True) if w == 1]
+    real = [
+        int(i)
+        for found in ranks
+        for indices, weights in found
+        for i, w in zip(indices, weights, strict=True)
+        if w == 1
+    ]
     assert sorted(real) == list(range(count))
     for indices, weights in (batch for found in ranks for batch in found):
         assert len(indices) >= 1

@@ -1,4 +1,5 @@
-"""Corpora: what is read from files, data sets and the grammar, what is held out, and every bad source in one line."""
+"""Corpora: what is read from files, data sets and the grammar, what is held out, and
+every bad source in one line."""
 
 from __future__ import annotations
 
@@ -56,7 +57,12 @@ def error_of(data: DataConfig, seed: int = 0) -> str:
 def test_text_lines_end_only_at_newlines(tmp_path):
     content = "\ufeffone\r\n two \n\n \t\nth\u2028r\x0be\x85e\x0c!\rfour\nlast".encode()
     corpus = load_corpus(three(write(tmp_path / "a.txt", content)), seed=0)
-    assert corpus.splits["train"]["text"][:] == ["one", "two", "th\u2028r\x0be\x85e\x0c!\rfour", "last"]
+    assert corpus.splits["train"]["text"][:] == [
+        "one",
+        "two",
+        "th\u2028r\x0be\x85e\x0c!\rfour",
+        "last",
+    ]
     assert corpus.skipped_blank == {"train": 2, "valid": 2, "test": 2}
     assert corpus.held_out == ()
     assert corpus.splits["train"].column_names == ["text"]
@@ -73,7 +79,13 @@ def test_more_sentences_than_one_write(tmp_path, monkeypatch):
 
 
 def test_jsonl(tmp_path):
-    lines = ['{"text": " a ", "n": 1}', "", '{"n": "x", "text": "2020-01-01"}', '{"text": ""}', '{"text": "b\\nc"}']
+    lines = [
+        '{"text": " a ", "n": 1}',
+        "",
+        '{"n": "x", "text": "2020-01-01"}',
+        '{"text": ""}',
+        '{"text": "b\\nc"}',
+    ]
     corpus = load_corpus(three(write(tmp_path / "a.jsonl", "\r\n".join(lines))), seed=0)
     assert corpus.splits["train"]["text"][:] == ["a", "2020-01-01", "b\nc"]
     assert corpus.skipped_blank["train"] == 2  # a blank line and a blank sentence
@@ -122,7 +134,11 @@ def test_parquet(tmp_path):
 
 def test_builtin_is_the_grammar():
     corpus = load_corpus(DataConfig(builtin_size=400, builtin_seed=9), seed=0)
-    assert {name: len(split) for name, split in corpus.splits.items()} == {"train": 360, "valid": 20, "test": 20}
+    assert {name: len(split) for name, split in corpus.splits.items()} == {
+        "train": 360,
+        "valid": 20,
+        "test": 20,
+    }
     every = sorted(text for split in corpus.splits.values() for text in split["text"])
     assert every == sorted(item.text for item in generate(400, seed=9))
     assert corpus.held_out == ("valid", "test")
@@ -132,15 +148,22 @@ def local_dataset(tmp_path, **splits: list[str]) -> str:
     folder = tmp_path / "set"
     folder.mkdir()
     for name, sentences in splits.items():
-        write(folder / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in sentences))
+        write(
+            folder / f"{name}.jsonl",
+            "".join(json.dumps({"text": text}) + "\n" for text in sentences),
+        )
     return str(folder)
 
 
 def test_data_set(tmp_path):
-    corpus = load_corpus(DataConfig(dataset=local_dataset(tmp_path, train=LINES, validation=[" v ", ""])), seed=0)
+    corpus = load_corpus(
+        DataConfig(dataset=local_dataset(tmp_path, train=LINES, validation=[" v ", ""])), seed=0
+    )
     assert corpus.splits["valid"]["text"][:] == ["v"]
     assert corpus.held_out == ("test",)
-    assert sorted([*corpus.splits["train"]["text"], *corpus.splits["test"]["text"]]) == sorted(LINES)
+    assert sorted([*corpus.splits["train"]["text"], *corpus.splits["test"]["text"]]) == sorted(
+        LINES
+    )
     assert corpus.skipped_blank == {"train": 0, "valid": 1, "test": 0}
 
 
@@ -157,16 +180,25 @@ def test_held_out_is_disjoint_complete_and_seeded(tmp_path):
 
 
 def test_only_the_missing_split_is_held_out(tmp_path):
-    data = DataConfig(train_file=write(tmp_path / "a.txt", "\n".join(LINES)), test_file=write(tmp_path / "t.txt", "t"))
+    data = DataConfig(
+        train_file=write(tmp_path / "a.txt", "\n".join(LINES)),
+        test_file=write(tmp_path / "t.txt", "t"),
+    )
     corpus = load_corpus(data, seed=0)
-    assert {name: len(split) for name, split in corpus.splits.items()} == {"train": 190, "valid": 10, "test": 1}
+    assert {name: len(split) for name, split in corpus.splits.items()} == {
+        "train": 190,
+        "valid": 10,
+        "test": 1,
+    }
     assert corpus.held_out == ("valid",)
     assert corpus.source == "a.txt, t.txt"
 
 
 def test_held_out_has_bounds(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", "a\nb\nc")
-    assert [len(split) for split in load_corpus(DataConfig(train_file=path), 0).splits.values()] == [1, 1, 1]
+    assert [
+        len(split) for split in load_corpus(DataConfig(train_file=path), 0).splits.values()
+    ] == [1, 1, 1]
     monkeypatch.setattr(corpora, "HELD_OUT_MOST", 3)
     path = write(tmp_path / "b.txt", "\n".join(LINES))
     assert len(load_corpus(DataConfig(train_file=path), 0).splits["valid"]) == 3
@@ -187,7 +219,11 @@ def test_the_corpus_keeps_its_files(tmp_path):
     work.mkdir()
     corpus = load_corpus(three(str(tmp_path / "a.txt")), seed=0, work_dir=work)
     assert corpus.workspace is None
-    assert sorted(entry.name for entry in work.iterdir()) == ["test.arrow", "train.arrow", "valid.arrow"]
+    assert sorted(entry.name for entry in work.iterdir()) == [
+        "test.arrow",
+        "train.arrow",
+        "valid.arrow",
+    ]
 
 
 # Bad sources
@@ -207,7 +243,11 @@ def test_the_corpus_keeps_its_files(tmp_path):
         ("a.jsonl", b'"a"\n', ["a.jsonl:1", "object", "str"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', ["a.jsonl:2", "text", "null"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', ["a.jsonl:2", "text", "int"]),
-        ("a.jsonl", b'{"texts": "a", "id": 1}\n', ["a.jsonl:1", "'texts', 'id'", "--text_column texts"]),
+        (
+            "a.jsonl",
+            b'{"texts": "a", "id": 1}\n',
+            ["a.jsonl:1", "'texts', 'id'", "--text_column texts"],
+        ),
         ("a.jsonl", b'{"text": "\\ud83d"}\n', ["a.jsonl:1", "surrogate"]),
         ("a.json", b'[{"text": "a"}, {"text": []}]', ["a.json, record 2", "list"]),
         ("a.json", b'[{"text": "a"},', ["a.json", "json"]),
@@ -222,7 +262,10 @@ def test_the_corpus_keeps_its_files(tmp_path):
 def test_bad_file(tmp_path, name, content, said):
     write(tmp_path / "good.txt", "\n".join(LINES))
     bad = write(tmp_path / name, content)
-    for data in (DataConfig(train_file=bad), DataConfig(train_file=str(tmp_path / "good.txt"), test_file=bad)):
+    for data in (
+        DataConfig(train_file=bad),
+        DataConfig(train_file=str(tmp_path / "good.txt"), test_file=bad),
+    ):
         message = error_of(data)
         assert all(part in message for part in said), message
 
@@ -261,7 +304,9 @@ def test_bad_data_sets(tmp_path):
 
 
 def test_data_set_without_train(tmp_path):
-    assert "no split train, only test" in error_of(DataConfig(dataset=local_dataset(tmp_path, test=LINES)))
+    assert "no split train, only test" in error_of(
+        DataConfig(dataset=local_dataset(tmp_path, test=LINES))
+    )
 
 
 # What tells sources apart
@@ -272,7 +317,12 @@ def test_fingerprint(tmp_path):
     base = fingerprint(DataConfig(train_file=path), seed=0)
     json.dumps(base)
     (tmp_path / "elsewhere").mkdir()
-    assert fingerprint(DataConfig(train_file=write(tmp_path / "elsewhere" / "a.txt", "\n".join(LINES))), 0) == base
+    assert (
+        fingerprint(
+            DataConfig(train_file=write(tmp_path / "elsewhere" / "a.txt", "\n".join(LINES))), 0
+        )
+        == base
+    )
     assert fingerprint(DataConfig(train_file=path), seed=1) != base
     assert fingerprint(DataConfig(train_file=path, text_column="unused"), seed=0) == base
     assert fingerprint(DataConfig(train_file=path, valid_file=path), seed=0) != base
@@ -295,7 +345,12 @@ def test_fingerprint_of_a_data_set(tmp_path):
 
 def test_held_out_sizes_follow_the_rule():
     for total in (3, 19, 40, 59, 60, 99):
-        splits = {"train": datasets.Dataset.from_dict({"text": [str(number) for number in range(total)]})}
+        splits = {
+            "train": datasets.Dataset.from_dict({"text": [str(number) for number in range(total)]})
+        }
         corpora._hold_out(splits, ("valid", "test"), 0, "here")
         assert len(splits["valid"]) == len(splits["test"]) == max(1, int(np.floor(total * 5 / 100)))
-        assert len({*splits["train"]["text"], *splits["valid"]["text"], *splits["test"]["text"]}) == total
+        assert (
+            len({*splits["train"]["text"], *splits["valid"]["text"], *splits["test"]["text"]})
+            == total
+        )

@@ -1,4 +1,5 @@
-"""The built-in corpus: right English, independent factors, one sentence a combination."""
+"""The built-in corpus: right English, independent factors, one sentence a
+combination."""
 
 from __future__ import annotations
 
@@ -52,12 +53,18 @@ def build(**changes: str | int) -> str:
             "Do the children buy an old knife?",
         ),
         ({"sentence_type": "question", "tense": "future"}, "Will the child buy an old knife?"),
-        ({"sentence_type": "question", "polarity": "negative"}, "Did the child not buy an old knife?"),
+        (
+            {"sentence_type": "question", "polarity": "negative"},
+            "Did the child not buy an old knife?",
+        ),
         (
             {"sentence_type": "question", "polarity": "negative", "tense": "future"},
             "Will the child not buy an old knife?",
         ),
-        ({"sentence_type": "exclamation", "polarity": "negative"}, "The child did not buy an old knife!"),
+        (
+            {"sentence_type": "exclamation", "polarity": "negative"},
+            "The child did not buy an old knife!",
+        ),
         ({"sentence_type": "exclamation", "tense": "present"}, "The child buys an old knife!"),
         ({"object_number": "plural"}, "The child bought old knives."),
         ({"adjective": "useful"}, "The child bought a useful knife."),
@@ -69,8 +76,14 @@ def build(**changes: str | int) -> str:
             {"verb": "catch", "tense": "present", "object": "leaf", "object_number": "plural"},
             "The child catches old leaves.",
         ),
-        ({"subject": "thief", "subject_number": "plural", "verb": "hide"}, "The thieves hid an old knife."),
-        ({"subject": "woman", "subject_number": "plural", "verb": "choose"}, "The women chose an old knife."),
+        (
+            {"subject": "thief", "subject_number": "plural", "verb": "hide"},
+            "The thieves hid an old knife.",
+        ),
+        (
+            {"subject": "woman", "subject_number": "plural", "verb": "choose"},
+            "The women chose an old knife.",
+        ),
         ({"verb": 0, "tense": 1}, "The child admires an old knife."),
     ],
 )
@@ -79,19 +92,34 @@ def test_english(changes, expected):
 
 
 def test_irregular_past_tenses():
-    admire_to_find = ["admired", "broke", "brought", "bought", "carried", "caught", "chose", "drew", "found"]
+    admire_to_find = [
+        "admired",
+        "broke",
+        "brought",
+        "bought",
+        "carried",
+        "caught",
+        "chose",
+        "drew",
+        "found",
+    ]
     hide_to_wash = ["hid", "kept", "lost", "sold", "stole", "threw", "washed"]
-    assert [build(verb=verb).split()[2] for verb in FACTORS["verb"]] == admire_to_find + hide_to_wash
+    assert [
+        build(verb=verb).split()[2] for verb in FACTORS["verb"]
+    ] == admire_to_find + hide_to_wash
 
 
 def test_injective():
-    # All 3.5 million would take too long: every combination of the small factors with each word of the large ones
-    # once, and a large sample of everything. The large factors share no word: none can stand in for another.
+    # All 3.5 million would take too long: every combination of the small factors with
+    # each word of the large ones once, and a large sample of everything. The large
+    # factors share no word: none can stand in for another.
     large = ("subject", "verb", "adjective", "object")
     words = [word for name in large for word in FACTORS[name]]
     assert len(set(words)) == len(words)
     small = [name for name in NAMES if name not in large]
-    varied = {(("subject", 0),)} | {((name, index),) for name in large for index in range(1, len(FACTORS[name]))}
+    varied = {(("subject", 0),)} | {
+        ((name, index),) for name in large for index in range(1, len(FACTORS[name]))
+    }
     choices = [
         dict.fromkeys(large, 0) | dict(zip(small, indices, strict=True)) | dict(one)
         for indices in itertools.product(*(range(len(FACTORS[name])) for name in small))
@@ -123,14 +151,20 @@ def test_factors_are_uniform_and_independent():
 
 
 def _assert_uniform(counts: Counter, cells: int) -> None:
-    """Pearson's chi-square within five standard deviations of its mean; a dependence would be hundreds away."""
+    """Pearson's chi-square within five standard deviations of its mean; a dependence
+    would be hundreds away."""
     expected = counts.total() / cells
-    statistic = sum((count - expected) ** 2 for count in counts.values()) / expected + (cells - len(counts)) * expected
+    statistic = (
+        sum((count - expected) ** 2 for count in counts.values()) / expected
+        + (cells - len(counts)) * expected
+    )
     degrees = cells - 1
     assert abs(statistic - degrees) < 5 * (2 * degrees) ** 0.5, (statistic, degrees)
 
 
-@pytest.mark.parametrize("bad", [{"tense": "pluperfect"}, {"tense": 3}, {"tense": -1}, {"mood": "happy"}])
+@pytest.mark.parametrize(
+    "bad", [{"tense": "pluperfect"}, {"tense": 3}, {"tense": -1}, {"mood": "happy"}]
+)
 def test_unknown_choices(bad):
     with pytest.raises(ValueError, match=r"tense|mood"):
         build(**bad)

@@ -17,9 +17,13 @@ def sentence(length):
 
 @pytest.mark.parametrize("rate", [0.1, 0.4, 0.9])
 def test_deletes_the_stated_share_of_the_tokens(rate):
-    """Within 5 standard deviations of the binomial; half the rate, as the paper's code deletes, is far outside."""
+    """Within 5 standard deviations of the binomial; half the rate, as the paper's code
+    deletes, is far outside."""
     lengths = [2 + i % 19 for i in range(3000)]
-    kept = sum(len(delete_tokens(sentence(n), rate, generator(3, DELETION, 8, i))) - 1 for i, n in enumerate(lengths))
+    kept = sum(
+        len(delete_tokens(sentence(n), rate, generator(3, DELETION, 8, i))) - 1
+        for i, n in enumerate(lengths)
+    )
     tokens = sum(n - 1 for n in lengths)  # EOS is no candidate
     allowed = 5 * np.sqrt(tokens * rate * (1 - rate))
     assert abs((tokens - kept) - tokens * rate) < allowed
@@ -32,7 +36,9 @@ def test_every_position_has_the_same_chance_but_eos_which_has_none():
         row = delete_tokens(sentence(8), rate, generator(0, DELETION, 0, i))
         assert row[-1] == EOS
         counts[row[:-1] - 100] += 1
-    np.testing.assert_allclose(counts[:7], runs * (1 - rate), atol=5 * np.sqrt(runs * rate * (1 - rate)))
+    np.testing.assert_allclose(
+        counts[:7], runs * (1 - rate), atol=5 * np.sqrt(runs * rate * (1 - rate))
+    )
 
 
 def test_what_is_kept_keeps_its_order():
@@ -42,7 +48,9 @@ def test_what_is_kept_keeps_its_order():
 
 
 def test_rate_0_is_the_identity():
-    np.testing.assert_array_equal(delete_tokens(sentence(9), 0.0, generator(0, DELETION, 0, 0)), sentence(9))
+    np.testing.assert_array_equal(
+        delete_tokens(sentence(9), 0.0, generator(0, DELETION, 0, 0)), sentence(9)
+    )
 
 
 def test_a_sentence_of_eos_alone_survives():
@@ -65,7 +73,13 @@ def test_a_stream_is_a_function_of_its_key_alone():
 
 def test_streams_that_differ_in_one_part_of_the_key_are_uncorrelated():
     base = (5, LATENT, 7, 11)
-    keys = {base, (0, DELETION, 0, 0), (1, DELETION, 0, 0), (0, DELETION, 1, 0), (0, DELETION, 0, 1)}
+    keys = {
+        base,
+        (0, DELETION, 0, 0),
+        (1, DELETION, 0, 0),
+        (0, DELETION, 1, 0),
+        (0, DELETION, 0, 1),
+    }
     for part in range(4):
         keys |= {tuple(v + d * (i == part) for i, v in enumerate(base)) for d in (1, 2)}
     draws = {key: generator(*key).standard_normal(20_000) for key in sorted(keys)}
@@ -79,15 +93,21 @@ def test_purposes_are_distinct():
     assert len({DELETION, LATENT, PRIOR, ORDER}) == 4
 
 
-@pytest.mark.parametrize("key", [0, 2**63, 2**64 - 2, 2**64 - 1, np.uint64(2**64 - 1), np.int64(2**62)])
+@pytest.mark.parametrize(
+    "key", [0, 2**63, 2**64 - 2, 2**64 - 1, np.uint64(2**64 - 1), np.int64(2**62)]
+)
 def test_content_keys_may_take_all_64_bits(key):
     assert np.isfinite(generator(0, PRIOR, 0, key).standard_normal(3)).all()
 
 
 def test_large_content_keys_stay_apart():
-    keys = (0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1, np.uint64(2**63 + 1))  # a float would merge some
+    # a float would merge some
+    keys = (0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1, np.uint64(2**63 + 1))
     assert len({generator(0, PRIOR, 0, key).standard_normal() for key in keys}) == len(keys)
 
 
 def test_seeds_large_as_a_command_line_gives_them():
-    assert generator(2**31, LATENT, 0, 0).standard_normal() != generator(0, LATENT, 0, 0).standard_normal()
+    assert (
+        generator(2**31, LATENT, 0, 0).standard_normal()
+        != generator(0, LATENT, 0, 0).standard_normal()
+    )

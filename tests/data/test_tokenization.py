@@ -1,4 +1,5 @@
-"""Tokenizers and the cache of tokenized corpora. Every tokenizer is built here: nothing comes from the network."""
+"""Tokenizers and the cache of tokenized corpora. Every tokenizer is built here: nothing
+comes from the network."""
 
 from __future__ import annotations
 
@@ -34,10 +35,19 @@ def trained():
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory) -> str:
-    """A directory with a tokenizer of transformers' T5 class; "</s>" is a piece of its vocabulary, as of every T5's."""
+    """A directory with a tokenizer of transformers' T5 class; "</s>" is a piece of its
+    vocabulary, as of every T5's."""
     letters = [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz.<>/"]
     sentinels = [(f"<extra_id_{number}>", 0.0) for number in reversed(range(100))]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters, ("▁the", -1.0), *sentinels]
+    vocab = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        *letters,
+        ("▁the", -1.0),
+        *sentinels,
+    ]
     path = tmp_path_factory.mktemp("t5")
     T5Tokenizer(vocab=vocab).save_pretrained(path)
     return str(path)
@@ -55,7 +65,13 @@ def config(tmp_path, lines: list[str], **options) -> DataConfig:
     path = tmp_path / "lines.txt"
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     file = str(path)
-    return DataConfig(train_file=file, valid_file=file, test_file=file, cache_dir=str(tmp_path / "cache"), **options)
+    return DataConfig(
+        train_file=file,
+        valid_file=file,
+        test_file=file,
+        cache_dir=str(tmp_path / "cache"),
+        **options,
+    )
 
 
 def entries(tmp_path) -> list[str]:
@@ -80,7 +96,12 @@ def test_trained_tokenizer_spells_and_reads_back(trained):
 
 
 def test_trained_tokenizer_reads_back_ordinary_text():
-    text = ["it 's n't good , he said .", 'Don\'t "quote" me: 3.50 €!', "Für Élise, naïve ok", "snake_case (x)"]
+    text = [
+        "it 's n't good , he said .",
+        'Don\'t "quote" me: 3.50 €!',
+        "Für Élise, naïve ok",
+        "snake_case (x)",
+    ]
     tokenizer = train_tokenizer(text * 3, 200)
     for line in text:
         assert tokenizer.decode(tokenizer(line)["input_ids"], skip_special_tokens=True) == line
@@ -94,11 +115,18 @@ def test_trained_tokenizer_is_the_same_in_every_process(trained):
     expected = trained.backend_tokenizer.to_str()
     assert serialized() == expected
     script = (
-        "import hashlib; from dsvae.data.grammar import generate; from dsvae.data.tokenization import train_tokenizer;"
-        "t = train_tokenizer([item.text for item in generate(1500, seed=1)], 120).backend_tokenizer.to_str();"
+        "import hashlib; from dsvae.data.grammar import generate; from dsvae.data.tokenization "
+        "import train_tokenizer;"
+        "t = train_tokenizer([item.text for item in generate(1500, seed=1)], "
+        "120).backend_tokenizer.to_str();"
         "print(hashlib.sha256(t.encode()).hexdigest())"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "7",
+        "RAYON_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     run = subprocess.run(
         [sys.executable, "-c", script],
         env=environment,
@@ -171,12 +199,24 @@ def test_prepared_split(tmp_path, trained):
     lines = ["the king", "a box of ünïcode", "the king", "  ", "an old red box is a box ! " * 20]
     trained_dir = tmp_path / "tok"
     trained.save_pretrained(trained_dir)
-    prepared = load_prepared(prepare(config(tmp_path, lines, max_tokens=25), tokenizer=str(trained_dir), vocab_size=None, seed=0))
+    prepared = load_prepared(
+        prepare(
+            config(tmp_path, lines, max_tokens=25),
+            tokenizer=str(trained_dir),
+            vocab_size=None,
+            seed=0,
+        )
+    )
     split = prepared.splits["train"]
     assert len(split) == 4
     expected = [trained(line.strip())["input_ids"] for line in lines if line.strip()]
     expected[3] = [*expected[3][:24], 1]
-    assert [row.tolist() for row in split.rows([3, 0, 1, 2])] == [expected[3], expected[0], expected[1], expected[2]]
+    assert [row.tolist() for row in split.rows([3, 0, 1, 2])] == [
+        expected[3],
+        expected[0],
+        expected[1],
+        expected[2],
+    ]
     assert split.ids(1).tolist() == expected[1]
     assert split.ids(1).dtype == np.int64
     assert split.lengths.tolist() == list(map(len, expected))
@@ -218,8 +258,12 @@ def test_rows_across_chunks(tmp_path, byt5, monkeypatch):
     monkeypatch.setattr(tokenization, "_BATCH_ROWS", 7)
     monkeypatch.setattr(datasets.config, "DEFAULT_MAX_BATCH_SIZE", 7)
     lines = [f"line {number}" for number in range(50)]
-    split = load_prepared(prepare(config(tmp_path, lines), tokenizer=byt5, vocab_size=None, seed=0)).splits["test"]
-    split = tokenization.TokenizedSplit(datasets.concatenate_datasets([split.dataset, split.dataset]))
+    split = load_prepared(
+        prepare(config(tmp_path, lines), tokenizer=byt5, vocab_size=None, seed=0)
+    ).splits["test"]
+    split = tokenization.TokenizedSplit(
+        datasets.concatenate_datasets([split.dataset, split.dataset])
+    )
     assert len(split._starts) > 2
     order = np.random.default_rng(0).permutation(100)
     texts = [bytes((row[:-1] - 3).astype(np.uint8)).decode() for row in split.rows(order)]
@@ -233,7 +277,12 @@ def test_special_tokens_in_the_text_end_no_sentence(tmp_path, kind, request):
     if kind == "trained":
         path = prepare(config(tmp_path, lines), tokenizer=None, vocab_size=60, seed=0)
     else:
-        path = prepare(config(tmp_path, lines), tokenizer=request.getfixturevalue(kind), vocab_size=None, seed=0)
+        path = prepare(
+            config(tmp_path, lines),
+            tokenizer=request.getfixturevalue(kind),
+            vocab_size=None,
+            seed=0,
+        )
     prepared = load_prepared(path)
     rows = prepared.splits["train"].rows(range(4))
     for row in rows:
@@ -284,7 +333,9 @@ def test_cache_hits_by_content_and_options(tmp_path, byt5, t5, monkeypatch):
     ByT5Tokenizer().save_pretrained(tmp_path / "copy")
     assert prepare(data, tokenizer=str(tmp_path / "copy"), vocab_size=None, seed=0) == first
     others = [
-        prepare(config(tmp_path, SENTENCES[:60], max_tokens=9), tokenizer=byt5, vocab_size=None, seed=0),
+        prepare(
+            config(tmp_path, SENTENCES[:60], max_tokens=9), tokenizer=byt5, vocab_size=None, seed=0
+        ),
         prepare(config(tmp_path, SENTENCES[:61]), tokenizer=byt5, vocab_size=None, seed=0),
         prepare(config(tmp_path, SENTENCES[:60]), tokenizer=t5, vocab_size=None, seed=0),
         prepare(config(tmp_path, SENTENCES[:60]), tokenizer=None, vocab_size=100, seed=0),
@@ -297,10 +348,24 @@ def test_cache_hits_by_content_and_options(tmp_path, byt5, t5, monkeypatch):
 def test_entry_holds_what_it_says(tmp_path):
     data = DataConfig(builtin_size=100, cache_dir=str(tmp_path / "cache"))
     path = prepare(data, tokenizer=None, vocab_size=90, seed=0)
-    assert sorted(entry.name for entry in path.iterdir()) == ["report.json", "test", "tokenizer", "train", "valid"]
+    assert sorted(entry.name for entry in path.iterdir()) == [
+        "report.json",
+        "test",
+        "tokenizer",
+        "train",
+        "valid",
+    ]
     prepared = load_prepared(path)
-    assert {name: len(split) for name, split in prepared.splits.items()} == {"train": 90, "valid": 5, "test": 5}
-    assert [prepared.report["splits"][name]["held_out"] for name in ("train", "valid", "test")] == [False, True, True]
+    assert {name: len(split) for name, split in prepared.splits.items()} == {
+        "train": 90,
+        "valid": 5,
+        "test": 5,
+    }
+    assert [prepared.report["splits"][name]["held_out"] for name in ("train", "valid", "test")] == [
+        False,
+        True,
+        True,
+    ]
     assert prepared.report["vocab_size"] == len(prepared.tokenizer) == 90
     assert prepare(data, tokenizer=None, vocab_size=90, seed=1) != path
 
@@ -309,11 +374,15 @@ def test_default_place(tmp_path, byt5, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     data = config(tmp_path, SENTENCES[:5])
     data.cache_dir = None
-    assert prepare(data, tokenizer=byt5, vocab_size=None, seed=0).parent == tmp_path / "hf" / "dsvae"
+    assert (
+        prepare(data, tokenizer=byt5, vocab_size=None, seed=0).parent == tmp_path / "hf" / "dsvae"
+    )
     assert [entry.name for entry in (tmp_path / "hf").iterdir()] == ["dsvae"]
 
 
-@pytest.mark.parametrize("fault", [KeyboardInterrupt(), UserError("bad line"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "fault", [KeyboardInterrupt(), UserError("bad line"), OSError(28, "No space left on device")]
+)
 def test_a_cut_write_leaves_nothing(tmp_path, byt5, monkeypatch, fault):
     data = config(tmp_path, SENTENCES[:5])
     tokenize = tokenization._tokenize
@@ -332,11 +401,15 @@ def test_a_cut_write_leaves_nothing(tmp_path, byt5, monkeypatch, fault):
         assert "No space left" in str(caught.value)
         assert "cache_dir" in str(caught.value)
     assert entries(tmp_path) == []
-    assert len(load_prepared(prepare(data, tokenizer=byt5, vocab_size=None, seed=0)).splits["test"]) == 5
+    assert (
+        len(load_prepared(prepare(data, tokenizer=byt5, vocab_size=None, seed=0)).splits["test"])
+        == 5
+    )
 
 
 def test_leftovers_of_a_killed_run(tmp_path, byt5):
-    """SIGKILL leaves a temporary directory: it is never read, and it is removed once it is a day old."""
+    """SIGKILL leaves a temporary directory: it is never read, and it is removed once it
+    is a day old."""
     data = config(tmp_path, SENTENCES[:5])
     path = prepare(data, tokenizer=byt5, vocab_size=None, seed=0)
     report = (path / "report.json").read_text()
@@ -354,7 +427,8 @@ def test_leftovers_of_a_killed_run(tmp_path, byt5):
 
 
 def test_two_runs_at_once(tmp_path, byt5, monkeypatch):
-    """Another run finishes the same entry while this one writes: its entry stands, and nothing else is left."""
+    """Another run finishes the same entry while this one writes: its entry stands, and
+    nothing else is left."""
     data = config(tmp_path, SENTENCES[:5])
     fill = tokenization._fill
 
@@ -413,7 +487,11 @@ def test_real_text(tmp_path):
     data = DataConfig(train_file=file, valid_file=file, test_file=file, cache_dir=str(tmp_path))
     prepared = load_prepared(prepare(data, tokenizer=None, vocab_size=2000, seed=0))
     split = prepared.splits["train"]
-    lines = [line.strip() for line in (YELP / "valid.txt").read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = [
+        line.strip()
+        for line in (YELP / "valid.txt").read_text(encoding="utf-8").split("\n")
+        if line.strip()
+    ]
     read_back = prepared.tokenizer.batch_decode(split.rows(range(500)), skip_special_tokens=True)
     assert read_back == lines[:500]
     assert len(split) == len(lines)

@@ -1,4 +1,5 @@
-"""dsvae/train.py that compares, in every step, the KL ahead of the first backward with that of the passes that train."""
+"""dsvae/train.py that compares, in every step, the KL ahead of the first backward with
+that of the passes that train."""
 
 from dsvae import train
 from dsvae.engine.engine import PhaseEngine
@@ -18,7 +19,11 @@ def compare(self, index, step, beta):
     sums = train_step(self, index, step, beta)
     if len(ahead) > before:
         error = float((ahead[-1] - sums.kl).abs().max())
-        print(f"rank {self.world.rank}: {len(step.micro_batches)} micro-batches, largest difference {error}", flush=True)
+        print(
+            f"rank {self.world.rank}: {len(step.micro_batches)} micro-batches, largest "
+            f"difference {error}",
+            flush=True,
+        )
     return sums
 
 

@@ -1,14 +1,16 @@
-"""dsvae/train.py with a fault built in, for the tests of faults. The fault and where it strikes come from the environment.
+"""dsvae/train.py with a fault built in, for the tests of faults. The fault and where it
+strikes come from the environment.
 
-FAULT=hang RANK STEP: the rank's main thread sleeps at that optimizer step (from 0, of its phase), the process lives.
-FAULT=device RANK STEP: the same with a stand-in for GPUs: the others' devices wait for the rank's, and their hosts for those.
-FAULT=error RANK STEP: the rank lacks memory at that optimizer step, as torch says it.
-FAULT=model RANK, refuse RANK, stop RANK: while its engine is built, the rank finds no model in the directory MODEL, meets a
-UserError in the midst of it, or stands still (SIGSTOP).
-FAULT=slow RANK: the rank takes SECONDS for the first of several files of an export, for all of its tensors, and for loading a
-checkpoint.
-FAULT=non_finite RANK STEP [STEP ...]: what the rank's sentences cost is not a number at these steps.
-WEIGHTS=DIRECTORY: the whole model's checksum after every optimizer step goes into DIRECTORY/phase.step.
+FAULT=hang RANK STEP: the rank's main thread sleeps at that optimizer step (from 0, of
+its phase), the process lives. FAULT=device RANK STEP: the same with a stand-in for
+GPUs: the others' devices wait for the rank's, and their hosts for those. FAULT=error
+RANK STEP: the rank lacks memory at that optimizer step, as torch says it. FAULT=model
+RANK, refuse RANK, stop RANK: while its engine is built, the rank finds no model in the
+directory MODEL, meets a UserError in the midst of it, or stands still (SIGSTOP).
+FAULT=slow RANK: the rank takes SECONDS for the first of several files of an export, for
+all of its tensors, and for loading a checkpoint. FAULT=non_finite RANK STEP [STEP ...]:
+what the rank's sentences cost is not a number at these steps. WEIGHTS=DIRECTORY: the
+whole model's checksum after every optimizer step goes into DIRECTORY/phase.step.
 """
 
 import dataclasses
@@ -81,7 +83,9 @@ def observed_engine(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGSTOP)
     make_engine(*args, **kwargs)
     load_checkpoint = args[0].deepspeed.load_checkpoint
-    args[0].deepspeed.load_checkpoint = lambda *args, **kwargs: slow() or load_checkpoint(*args, **kwargs)
+    args[0].deepspeed.load_checkpoint = lambda *args, **kwargs: (
+        slow() or load_checkpoint(*args, **kwargs)
+    )
 
 
 def slow(parts=1):

@@ -1,4 +1,5 @@
-"""The real command as a user types it: every launcher, what it leaves, and what it says to mistakes."""
+"""The real command as a user types it: every launcher, what it leaves, and what it says
+to mistakes."""
 
 import json
 import re
@@ -14,9 +15,26 @@ from transformers import AutoTokenizer
 from dsvae import T5VAE
 
 NAMES = {
-    "rec", "kl", "elbo", "ppl_token", "ppl_word", "bits_per_byte", "mi", "mi_cap", "marginal_kl", "au", "kl_per_dim",
-    "rec_shuffled", "rec_prior", "nll_iw", "iw_samples", "sentences", "tokens", "words", "truncated",
-}  # fmt: skip
+    "rec",
+    "kl",
+    "elbo",
+    "ppl_token",
+    "ppl_word",
+    "bits_per_byte",
+    "mi",
+    "mi_cap",
+    "marginal_kl",
+    "au",
+    "kl_per_dim",
+    "rec_shuffled",
+    "rec_prior",
+    "nll_iw",
+    "iw_samples",
+    "sentences",
+    "tokens",
+    "words",
+    "truncated",
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +42,35 @@ def finished(tiny, tmp_path_factory):
     """A whole run under the deepspeed launcher with two ranks."""
     out = tmp_path_factory.mktemp("finished") / "run"
     run = train(
-        "--ds_config", CONFIGS / "zero2.json", "--config", tiny, "--output_dir", out, "--eval_every", "3",
-        "--checkpoint_every", "3", ranks=2, launcher="deepspeed",
-    )  # fmt: skip
+        "--ds_config",
+        CONFIGS / "zero2.json",
+        "--config",
+        tiny,
+        "--output_dir",
+        out,
+        "--eval_every",
+        "3",
+        "--checkpoint_every",
+        "3",
+        ranks=2,
+        launcher="deepspeed",
+    )
     return out, run
 
 
 def test_what_a_run_leaves(finished):
     out, run = finished
-    for name in ("config.yaml", "metrics.jsonl", "metrics.json", "checkpoints", "phase1/model/model.safetensors",
-                 "model/model.safetensors", "model/config.json", "model/tokenizer.json", "model/README.md"):  # fmt: skip
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "metrics.json",
+        "checkpoints",
+        "phase1/model/model.safetensors",
+        "model/model.safetensors",
+        "model/config.json",
+        "model/tokenizer.json",
+        "model/README.md",
+    ):
         assert (out / name).exists(), name
     metrics = json.loads((out / "metrics.json").read_text())["test"]
     assert set(metrics) >= NAMES
@@ -49,7 +86,10 @@ def test_what_a_run_leaves(finished):
 
 def test_the_exported_model_is_usable(finished):
     out, _ = finished
-    model, tokenizer = T5VAE.from_pretrained(out / "model"), AutoTokenizer.from_pretrained(out / "model")
+    model, tokenizer = (
+        T5VAE.from_pretrained(out / "model"),
+        AutoTokenizer.from_pretrained(out / "model"),
+    )
     batch = tokenizer(["the cat saw a dog"], return_tensors="pt")
     z = model.encode(batch.input_ids, batch.attention_mask).mean
     assert z.shape == (1, 6)
@@ -59,7 +99,9 @@ def test_the_exported_model_is_usable(finished):
 
 def test_one_step_axis_in_jsonl_and_tensorboard(finished):
     out, _ = finished
-    assert [(row["step"], row["phase"]) for row in rows(out)] == [(s, 1 if s <= 4 else 2) for s in range(1, 9)]
+    assert [(row["step"], row["phase"]) for row in rows(out)] == [
+        (s, 1 if s <= 4 else 2) for s in range(1, 9)
+    ]
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
@@ -81,13 +123,28 @@ def test_beta_is_logged_as_it_was_used(finished):
 
 def test_the_written_config_repeats_the_run(finished, tmp_path):
     out, _ = finished
-    train("--config", out / "config.yaml", "--output_dir", tmp_path / "again", ranks=2, launcher="ranks")
+    train(
+        "--config",
+        out / "config.yaml",
+        "--output_dir",
+        tmp_path / "again",
+        ranks=2,
+        launcher="ranks",
+    )
     assert numbers(tmp_path / "again") == numbers(out)
 
 
 @pytest.mark.parametrize("launcher", ["python", "torchrun"])
 def test_other_launchers(launcher, tiny, tmp_path):
-    train("--ds_config", CONFIGS / "zero1.json", "--config", tiny, "--output_dir", tmp_path / "run", launcher=launcher)
+    train(
+        "--ds_config",
+        CONFIGS / "zero1.json",
+        "--config",
+        tiny,
+        "--output_dir",
+        tmp_path / "run",
+        launcher=launcher,
+    )
     assert (tmp_path / "run" / "metrics.json").exists()
 
 
@@ -108,10 +165,26 @@ def test_a_pretrained_t5_directory(tmp_path, cache_dir):
     train_tokenizer(["a dog sees the cat", "the cats see dogs"], 60).save_pretrained(source)
     (tmp_path / "train.txt").write_text("\n".join(f"the cat sees {i} dogs" for i in range(60)))
     train(
-        "--ds_config", CONFIGS / "zero2.json", "--config", "park2021", "--model", source, "--train_file", tmp_path / "train.txt",
-        "--phase1.steps", "2", "--phase2.steps", "2", "--data.batch_size", "8", "--output_dir", tmp_path / "run",
-        "--data.cache_dir", cache_dir, ranks=2,
-    )  # fmt: skip
+        "--ds_config",
+        CONFIGS / "zero2.json",
+        "--config",
+        "park2021",
+        "--model",
+        source,
+        "--train_file",
+        tmp_path / "train.txt",
+        "--phase1.steps",
+        "2",
+        "--phase2.steps",
+        "2",
+        "--data.batch_size",
+        "8",
+        "--output_dir",
+        tmp_path / "run",
+        "--data.cache_dir",
+        cache_dir,
+        ranks=2,
+    )
     model = T5VAE.from_pretrained(tmp_path / "run" / "model")
     assert not model.config.tie_word_embeddings
     assert model.config.pooling == "max"
@@ -130,19 +203,27 @@ def mistakes(tmp_path):
     make_t5("t5 v1.0", tmp_path / "noweights")
     (tmp_path / "noweights" / "model.safetensors").unlink()
     (tmp_path / "bad.json").write_text('{"zero_optimisation": {"stage": 2}}')
-    (tmp_path / "auto.json").write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}')
+    (tmp_path / "auto.json").write_text(
+        '{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}'
+    )
     ds = ("--ds_config", CONFIGS / "zero2.json")
     return {
         "unknown flag": ((*ds, "--phase2.free_bit", "1"), "phase2.free_bits"),
         "no ds_config": ((), "--ds_config"),
         "missing ds_config": (("--ds_config", "nowhere.json"), "nowhere.json"),
         "unknown ds_config key": (("--ds_config", tmp_path / "bad.json"), "zero_optimization"),
-        "auto unresolved": (("--ds_config", tmp_path / "auto.json"), "zero_optimization.reduce_bucket_size"),
+        "auto unresolved": (
+            ("--ds_config", tmp_path / "auto.json"),
+            "zero_optimization.reduce_bucket_size",
+        ),
         "missing file": ((*ds, "--train_file", "nowhere.txt"), "nowhere.txt"),
         "empty file": ((*ds, "--train_file", tmp_path / "empty.txt"), "empty.txt"),
         "not UTF-8": ((*ds, "--train_file", tmp_path / "latin.txt"), "latin.txt:3"),
         "unknown column": ((*ds, "--train_file", tmp_path / "a.csv"), "sentence"),
-        "model without weights": ((*ds, "--model", tmp_path / "noweights", "--phase", "2"), "noweights"),
+        "model without weights": (
+            (*ds, "--model", tmp_path / "noweights", "--phase", "2"),
+            "noweights",
+        ),
         "output not writable": ((*ds, "--output_dir", tmp_path / "file" / "run"), "output_dir"),
         "more ranks than sentences": ((*ds, "--train_file", tmp_path / "three.txt"), "2 ranks"),
         "fp16 on CPU": (("--ds_config", CONFIGS / "fp16.json"), "fp16"),
@@ -151,14 +232,33 @@ def mistakes(tmp_path):
 
 
 def test_mistakes(tmp_path, cache_dir):
-    """One line on stderr, from rank 0 alone, and exit code 2 from every rank, whoever finds the mistake."""
+    """One line on stderr, from rank 0 alone, and exit code 2 from every rank, whoever
+    finds the mistake."""
     cases = mistakes(tmp_path)
     if torch.cuda.is_available():
         del cases["fp16 on CPU"]
     for name, (arguments, word) in cases.items():
         out = ("--output_dir", tmp_path / "out") if "--output_dir" not in arguments else ()
-        ranks = 2 if name in ("more ranks than sentences", "not UTF-8", "model without weights", "auto unresolved") else 1
-        run = start(*arguments, *out, "--data.cache_dir", cache_dir, "--data.builtin_size", "600", ranks=ranks)
+        ranks = (
+            2
+            if name
+            in (
+                "more ranks than sentences",
+                "not UTF-8",
+                "model without weights",
+                "auto unresolved",
+            )
+            else 1
+        )
+        run = start(
+            *arguments,
+            *out,
+            "--data.cache_dir",
+            cache_dir,
+            "--data.builtin_size",
+            "600",
+            ranks=ranks,
+        )
         assert run.wait(120) == 2, f"{name}: {run.stderr[-3000:]}"
         assert [p.returncode for p in run.processes] == [2] * ranks, name
         lines = [line for line in run.stderr.splitlines() if line.startswith("dsvae: error:")]
@@ -169,12 +269,21 @@ def test_mistakes(tmp_path, cache_dir):
 
 
 def test_the_deepspeed_launcher_passes_exit_code_2_on(tiny, tmp_path):
-    run = train("--config", tiny, "--ds_config", "nowhere.json", launcher="deepspeed", ranks=2, code=2)
+    run = train(
+        "--config", tiny, "--ds_config", "nowhere.json", launcher="deepspeed", ranks=2, code=2
+    )
     assert "dsvae: error: --ds_config nowhere.json" in run.stderr + run.stdout
 
 
 def test_a_live_output_dir_is_refused(tiny, tmp_path):
-    common = ("--config", tiny, "--ds_config", CONFIGS / "zero1.json", "--output_dir", tmp_path / "run")
+    common = (
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / "zero1.json",
+        "--output_dir",
+        tmp_path / "run",
+    )
     first = start(*common, "--phase1.steps", "4000")
     try:
         first.wait_for(tmp_path / "run" / "metrics.jsonl")
@@ -190,7 +299,9 @@ def test_a_full_config_shows_no_unread_field():
 
     code = "\n".join(p.read_text() for p in (ROOT / "dsvae").rglob("*.py") if p.name != "config.py")
     unread = [
-        name for name in field_types() if f".{name.rsplit('.', 1)[-1]}" not in code and f'"{name.rsplit(".", 1)[-1]}"' not in code
+        name
+        for name in field_types()
+        if f".{name.rsplit('.', 1)[-1]}" not in code and f'"{name.rsplit(".", 1)[-1]}"' not in code
     ]
     assert unread == []
 
@@ -205,12 +316,24 @@ def test_recipes_are_yaml_with_a_comment():
 
 @pytest.mark.parametrize("config", ["zero0", "zero2"])
 def test_the_kl_ahead_of_a_step_is_that_of_the_passes_that_train(config, tiny, tmp_path):
-    """Free bits decide by it. bf16, at ZeRO 0 by autocast, with dropout: the same masks and the same rounding."""
+    """Free bits decide by it. bf16, at ZeRO 0 by autocast, with dropout: the same masks
+    and the same rounding."""
     run = train(
-        "--config", tiny, "--ds_config", CONFIGS / f"{config}.json", "--output_dir", tmp_path / "run", "--phase", "2",
-        "--model.dropout", "0.1", "--data.micro_batch_tokens", "100", ranks=2,
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / f"{config}.json",
+        "--output_dir",
+        tmp_path / "run",
+        "--phase",
+        "2",
+        "--model.dropout",
+        "0.1",
+        "--data.micro_batch_tokens",
+        "100",
+        ranks=2,
         script=ROOT / "tests/distributed/kl_ahead_train.py",
-    )  # fmt: skip
+    )
     found = re.findall(r"rank \d: (\d+) micro-batches, largest difference (\S+)", run.stdout)
     assert len(found) >= 6
     assert min(int(count) for count, _ in found) > 1

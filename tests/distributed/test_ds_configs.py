@@ -1,4 +1,5 @@
-"""Every shipped ds_config trains as it is, on two ranks; where the machine cannot, it says so in one line."""
+"""Every shipped ds_config trains as it is, on two ranks; where the machine cannot, it
+says so in one line."""
 
 import os
 import shutil
@@ -12,15 +13,33 @@ SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 def run(name, tiny, tmp_path, **options):
     return train(
-        "--config", tiny, "--ds_config", CONFIGS / f"{name}.json", "--output_dir", tmp_path / "run",
-        "--phase1.steps", "2", "--phase2.steps", "2", "--phase1.freeze_decoder", ranks=2, **options,
-    )  # fmt: skip
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / f"{name}.json",
+        "--output_dir",
+        tmp_path / "run",
+        "--phase1.steps",
+        "2",
+        "--phase2.steps",
+        "2",
+        "--phase1.freeze_decoder",
+        ranks=2,
+        **options,
+    )
 
 
 def test_the_shipped_ones_are_those_of_the_design():
     assert set(SHIPPED) == {
-        "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme", "fp16"
-    }  # fmt: skip
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero2_offload",
+        "zero3_offload",
+        "zero3_nvme",
+        "fp16",
+    }
 
 
 @pytest.mark.parametrize("name", [n for n in SHIPPED if n not in ("fp16", "zero3_nvme")])
@@ -44,13 +63,17 @@ def test_nvme_trains_as_shipped(tiny, tmp_path):
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
-        pytest.skip("NVMe offload needs libaio's headers and a C++ compiler (apt-get install libaio-dev g++)")
+        pytest.skip(
+            "NVMe offload needs libaio's headers and a C++ compiler (apt-get install libaio-dev "
+            "g++)"
+        )
     if not os.access("/", os.W_OK):
         pytest.skip("the shipped nvme_path is /local_nvme, and this user cannot make it")
     existed = os.path.isdir("/local_nvme")
     os.makedirs("/local_nvme", exist_ok=True)
     try:
-        run("zero3_nvme", tiny, tmp_path, timeout=1400)  # the first use compiles DeepSpeed's I/O: minutes
+        # the first use compiles DeepSpeed's I/O: minutes
+        run("zero3_nvme", tiny, tmp_path, timeout=1400)
     finally:
         if not existed:
             shutil.rmtree("/local_nvme")

@@ -1,4 +1,5 @@
-"""The model of a checkpoint against what the same run exported from its live engine, at every ZeRO stage; and what goes wrong."""
+"""The model of a checkpoint against what the same run exported from its live engine, at
+every ZeRO stage; and what goes wrong."""
 
 import json
 import shutil
@@ -22,7 +23,8 @@ from dsvae.errors import UserError
 from dsvae.export import export_checkpoint
 from dsvae.pretrained import load
 
-# Every checkpoint stays, each measured on validation text; the decoder is frozen in phase 1.
+# Every checkpoint stays, each measured on validation text; the decoder is frozen in
+# phase 1.
 OPTIONS = {
     "phase1": {"steps": 2, "lr": 1e-3, "freeze_decoder": True},
     "phase2": {**TINY["phase2"], "steps": 4},
@@ -36,7 +38,8 @@ RUNS = {"zero0": ("bf16", 1), "zero1": ("fp32", 1), "zero2": ("bf16", 2), "zero3
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A model that a run begins with, of weights that bfloat16 cannot hold: a cast would show."""
+    """A model that a run begins with, of weights that bfloat16 cannot hold: a cast
+    would show."""
     directory = tmp_path_factory.mktemp("start")
     model = make_vae("t5 v1.1")
     assert any((w != w.bfloat16().float()).any() for w in model.parameters())
@@ -47,7 +50,8 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(start, cache_dir, tmp_path_factory):
-    """Finished runs; a run of a stage is made when it is first asked for. ZeRO 2 begins with tied weights, the others without."""
+    """Finished runs; a run of a stage is made when it is first asked for. ZeRO 2 begins
+    with tied weights, the others without."""
     made = {}
 
     def run(stage):
@@ -59,7 +63,14 @@ def runs(start, cache_dir, tmp_path_factory):
                 config["model"] = {"name": str(start), "latent_dim": 6, "memory_slots": 2}
             path = directory.with_name("config.yaml")
             path.write_text(yaml.safe_dump(config))
-            command = ("--config", path, "--ds_config", CONFIGS / f"{stage}.json", "--precision", precision)
+            command = (
+                "--config",
+                path,
+                "--ds_config",
+                CONFIGS / f"{stage}.json",
+                "--precision",
+                precision,
+            )
             train(*command, "--output_dir", directory, ranks=ranks)
             made[stage] = directory
         return made[stage]
@@ -90,12 +101,19 @@ def assert_same_model(found, expected):
 def test_the_same_model_as_the_run_exported(runs, stage, tmp_path):
     run = runs(stage)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    assert_same_model(export_checkpoint(run, "latest", tmp_path / "last", pytest.fail), run / "model")
-    assert_same_model(export_checkpoint(run, FROZEN, tmp_path / "frozen", pytest.fail), run / "phase1" / "model")
+    assert_same_model(
+        export_checkpoint(run, "latest", tmp_path / "last", pytest.fail), run / "model"
+    )
+    assert_same_model(
+        export_checkpoint(run, FROZEN, tmp_path / "frozen", pytest.fail), run / "phase1" / "model"
+    )
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before  # only read
 
     middle = export_checkpoint(run, MIDDLE, tmp_path / "middle", pytest.fail)
-    first, second, third = (load_file(d / "model.safetensors") for d in (run / "phase1" / "model", middle, run / "model"))
+    first, second, third = (
+        load_file(d / "model.safetensors")
+        for d in (run / "phase1" / "model", middle, run / "model")
+    )
     assert not torch.equal(second["shared.weight"], first["shared.weight"])
     assert not torch.equal(second["shared.weight"], third["shared.weight"])
 
@@ -103,8 +121,11 @@ def test_the_same_model_as_the_run_exported(runs, stage, tmp_path):
 def test_the_command(run):
     done = subprocess.run(
         [sys.executable, "-m", "dsvae.cli", "export", run, "--checkpoint", MIDDLE],
-        env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     directory = run / "exports" / MIDDLE
     assert (done.returncode, done.stdout) == (0, f"{directory}\n"), done.stderr
     model, tokenizer = load(directory)
@@ -112,7 +133,9 @@ def test_the_command(run):
     assert torch.isfinite(model(**batch, labels=batch.input_ids).logits).all()
     assert T5VAE.from_pretrained(directory).lm_head.weight.data_ptr() != 0
     assert len(AutoTokenizer.from_pretrained(directory)) == len(tokenizer)
-    valid = next(each for each in find(run / "checkpoints") if each.directory.name == MIDDLE).meta["valid"]
+    valid = next(each for each in find(run / "checkpoints") if each.directory.name == MIDDLE).meta[
+        "valid"
+    ]
     card = (directory / "README.md").read_text()
     assert "step 2 of 4 of phase 2, a checkpoint; latent dimensions 6" in card
     assert f"rec + kl {valid:.2f} nats" in card
@@ -120,11 +143,16 @@ def test_the_command(run):
 
 def test_large_models_are_written_in_shards(runs, tmp_path):
     run = runs("zero3")
-    directory = export_checkpoint(run, "latest", tmp_path / "model", pytest.fail, max_shard_bytes=40_000)
+    directory = export_checkpoint(
+        run, "latest", tmp_path / "model", pytest.fail, max_shard_bytes=40_000
+    )
     files = sorted(directory.glob("*.safetensors"))
     assert len(files) > 2
     assert max(path.stat().st_size for path in files) < 44_000
-    sharded, whole = T5VAE.from_pretrained(directory).state_dict(), T5VAE.from_pretrained(run / "model").state_dict()
+    sharded, whole = (
+        T5VAE.from_pretrained(directory).state_dict(),
+        T5VAE.from_pretrained(run / "model").state_dict(),
+    )
     assert sharded.keys() == whole.keys()
     assert all(torch.equal(sharded[name], whole[name]) for name in whole)
 
@@ -186,7 +214,12 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(run, tmp_path, monkeypatch)
 def test_what_is_not_there(run, tmp_path):
     refused(tmp_path / "none", "latest", tmp_path / "x", "no run there", "output_dir")
     refused(run / "checkpoints" / LAST, "latest", tmp_path / "x", "no run there", f"is it {run}?")
-    refused(run, "phase2-step00000009", tmp_path / "x", f"latest, best, or one of {FROZEN}, {MIDDLE}, {LAST}")
+    refused(
+        run,
+        "phase2-step00000009",
+        tmp_path / "x",
+        f"latest, best, or one of {FROZEN}, {MIDDLE}, {LAST}",
+    )
     refused(run, "latest", run / "model", "is there already")
     for each in find(run / "checkpoints"):
         (each.directory / COMPLETE).unlink()
@@ -200,7 +233,8 @@ def test_frozen_weights_that_have_changed_since(runs, start, tmp_path):
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace(str(start), str(tmp_path / "other")))
     refused(run, FROZEN, tmp_path / "x", "is frozen", "has changed since the run began")
-    assert_same_model(export_checkpoint(run, LAST, tmp_path / "last", pytest.fail), run / "model")  # takes nothing of it
+    # takes nothing of it
+    assert_same_model(export_checkpoint(run, LAST, tmp_path / "last", pytest.fail), run / "model")
 
 
 def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):

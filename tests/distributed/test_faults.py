@@ -1,4 +1,5 @@
-"""What a run does when something goes wrong: every fault is a real one, in real processes."""
+"""What a run does when something goes wrong: every fault is a real one, in real
+processes."""
 
 import json
 import math
@@ -21,9 +22,20 @@ LONG = ("--phase1.steps", "5000", "--checkpoint_every", "5")
 
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_rank_that_stands_still_is_named_by_the_others(frozen, tiny, tmp_path):
-    """SIGSTOP: as on a node that is swapping to death, or cut off. Rank 0 too, on which the store of the others lives."""
-    run = start("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path, *LONG,
-                "--hang_timeout", "4", ranks=2)  # fmt: skip
+    """SIGSTOP: as on a node that is swapping to death, or cut off. Rank 0 too, on which
+    the store of the others lives."""
+    run = start(
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / "zero2.json",
+        "--output_dir",
+        tmp_path,
+        *LONG,
+        "--hang_timeout",
+        "4",
+        ranks=2,
+    )
     try:
         run.wait_for(tmp_path / "checkpoints" / "phase1-step00000005" / "COMPLETE")
         run.signal(signal.SIGSTOP, [frozen])
@@ -39,8 +51,22 @@ def test_a_rank_that_stands_still_is_named_by_the_others(frozen, tiny, tmp_path)
 
 
 def test_a_rank_that_lives_but_hangs_is_named_on_all_ranks_and_shows_where(tiny, tmp_path):
-    run = train("--config", tiny, "--ds_config", CONFIGS / "zero3.json", "--output_dir", tmp_path, *LONG, "--hang_timeout", "4",
-                ranks=3, code=69, timeout=90, script=PATCHED, FAULT="hang 1 12")  # fmt: skip
+    run = train(
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / "zero3.json",
+        "--output_dir",
+        tmp_path,
+        *LONG,
+        "--hang_timeout",
+        "4",
+        ranks=3,
+        code=69,
+        timeout=90,
+        script=PATCHED,
+        FAULT="hang 1 12",
+    )
     assert run.codes == [69, 69, 69]
     for rank in range(3):
         assert f"dsvae: error: rank {rank}: rank 1 (on " in run.stderr
@@ -48,9 +74,25 @@ def test_a_rank_that_lives_but_hangs_is_named_on_all_ranks_and_shows_where(tiny,
     assert (tmp_path / "checkpoints" / "phase1-step00000010" / "COMPLETE").exists()
 
 
-def test_ranks_that_wait_on_their_devices_name_the_one_that_hangs_and_not_themselves(tiny, tmp_path):
-    run = train("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path, *LONG, "--hang_timeout", "4",
-                ranks=3, code=69, timeout=120, script=PATCHED, FAULT="device 1 12")  # fmt: skip
+def test_ranks_that_wait_on_their_devices_name_the_one_that_hangs_and_not_themselves(
+    tiny, tmp_path
+):
+    run = train(
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / "zero2.json",
+        "--output_dir",
+        tmp_path,
+        *LONG,
+        "--hang_timeout",
+        "4",
+        ranks=3,
+        code=69,
+        timeout=120,
+        script=PATCHED,
+        FAULT="device 1 12",
+    )
     assert run.codes == [69, 69, 69]
     for rank in range(3):
         assert f"dsvae: error: rank {rank}: rank 1 (on " in run.stderr
@@ -59,11 +101,30 @@ def test_ranks_that_wait_on_their_devices_name_the_one_that_hangs_and_not_themse
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("slow", [0, 1])
 def test_a_slow_disk_is_no_hang(slow, tiny, tmp_path):
-    """Loading a checkpoint, gathering weights and writing a file of an export, each for much longer than the time limit."""
-    arguments = ("--config", tiny, "--ds_config", CONFIGS / "zero3.json", "--output_dir", tmp_path, "--phase", "1")
+    """Loading a checkpoint, gathering weights and writing a file of an export, each for
+    much longer than the time limit."""
+    arguments = (
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / "zero3.json",
+        "--output_dir",
+        tmp_path,
+        "--phase",
+        "1",
+    )
     train(*arguments, ranks=2)
     shutil.rmtree(tmp_path / "phase1")  # a run that was cut before its export
-    again = train(*arguments, "--hang_timeout", "4", ranks=2, timeout=300, script=PATCHED, FAULT=f"slow {slow}", SECONDS="13")
+    again = train(
+        *arguments,
+        "--hang_timeout",
+        "4",
+        ranks=2,
+        timeout=300,
+        script=PATCHED,
+        FAULT=f"slow {slow}",
+        SECONDS="13",
+    )
     assert "going on from" in again.stdout
     assert len(list((tmp_path / "phase1" / "model").glob("*.safetensors"))) > 1
 
@@ -75,12 +136,24 @@ def test_a_slow_disk_is_no_hang(slow, tiny, tmp_path):
         ("refuse", "rank 1: this rank alone does not like it"),
     ],
 )
-def test_a_mistake_that_only_one_rank_meets_is_printed_and_ends_all_at_once(fault, says, tiny, tmp_path):
+def test_a_mistake_that_only_one_rank_meets_is_printed_and_ends_all_at_once(
+    fault, says, tiny, tmp_path
+):
     """While the engine is built, which has no time limit."""
     model = tmp_path / "empty"
     model.mkdir()
-    run = start("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path / "run",
-                ranks=3, script=PATCHED, FAULT=f"{fault} 1", MODEL=str(model))  # fmt: skip
+    run = start(
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / "zero2.json",
+        "--output_dir",
+        tmp_path / "run",
+        ranks=3,
+        script=PATCHED,
+        FAULT=f"{fault} 1",
+        MODEL=str(model),
+    )
     left = ended(run, 120)
     run.wait(10)
     assert run.codes == [2, 2, 2]
@@ -93,8 +166,19 @@ def test_a_mistake_that_only_one_rank_meets_is_printed_and_ends_all_at_once(faul
 
 
 def test_a_rank_that_stands_still_while_the_engine_is_built_is_named(tiny, tmp_path):
-    run = start("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path, "--hang_timeout", "4",
-                ranks=2, script=PATCHED, FAULT="stop 1")  # fmt: skip
+    run = start(
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / "zero2.json",
+        "--output_dir",
+        tmp_path,
+        "--hang_timeout",
+        "4",
+        ranks=2,
+        script=PATCHED,
+        FAULT="stop 1",
+    )
     try:
         _, stderr = run.processes[0].communicate(timeout=100)
         assert run.processes[0].returncode == 69
@@ -106,12 +190,28 @@ def test_a_rank_that_stands_still_while_the_engine_is_built_is_named(tiny, tmp_p
 
 def test_a_defect_on_one_rank_is_no_lost_rank(tiny, tmp_path):
     """A job that is repeated after a lost rank would meet it again."""
-    run = train("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path, *LONG, ranks=3, code=1,
-                timeout=120, script=PATCHED, FAULT="error 1 6")  # fmt: skip
+    run = train(
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / "zero2.json",
+        "--output_dir",
+        tmp_path,
+        *LONG,
+        ranks=3,
+        code=1,
+        timeout=120,
+        script=PATCHED,
+        FAULT="error 1 6",
+    )
     assert run.codes == [1, 1, 1]
     assert run.stderr.count("RuntimeError: out of memory") == 1
     for rank in (0, 2):
-        (line,) = [line for line in run.stderr.splitlines() if f"dsvae: error: rank {rank}: rank 1 (on " in line]
+        (line,) = [
+            line
+            for line in run.stderr.splitlines()
+            if f"dsvae: error: rank {rank}: rank 1 (on " in line
+        ]
         assert line.endswith("left with exit code 1; that rank's stack says why")
 
 
@@ -119,12 +219,26 @@ def test_a_defect_on_one_rank_is_no_lost_rank(tiny, tmp_path):
 def test_a_step_that_is_not_finite_on_one_rank_moves_no_weight_on_any(config, tiny, tmp_path):
     weights = tmp_path / "weights"
     weights.mkdir()
-    train("--config", tiny, "--ds_config", CONFIGS / f"{config}.json", "--precision", "fp32" if config == "zero2" else "auto",
-          "--output_dir", tmp_path / "run", "--phase1.steps", "6", ranks=2,
-          script=PATCHED, FAULT="non_finite 1 2", WEIGHTS=str(weights))  # fmt: skip
+    train(
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / f"{config}.json",
+        "--precision",
+        "fp32" if config == "zero2" else "auto",
+        "--output_dir",
+        tmp_path / "run",
+        "--phase1.steps",
+        "6",
+        ranks=2,
+        script=PATCHED,
+        FAULT="non_finite 1 2",
+        WEIGHTS=str(weights),
+    )
     after = [path.read_text() for path in sorted(weights.iterdir())]
     moved = [a != b for a, b in zip(after, after[1:], strict=False)]
-    # Steps of phase 1 (6), then of phase 2 (4); the third of each is not finite. Between the phases nothing moves.
+    # Steps of phase 1 (6), then of phase 2 (4); the third of each is not finite.
+    # Between the phases nothing moves.
     assert moved == [True, False, True, True, True] + [True] + [True, False, True]
     logged = rows(tmp_path / "run")
     assert [row["skipped_steps"] for row in logged] == [0, 0, 1, 1, 1, 1] + [0, 0, 1, 1]
@@ -135,8 +249,21 @@ def test_a_step_that_is_not_finite_on_one_rank_moves_no_weight_on_any(config, ti
 
 
 def test_too_many_steps_that_are_not_finite_end_the_run_with_their_batch(tiny, tmp_path):
-    run = train("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path, "--max_skipped_steps", "3",
-                *LONG, ranks=2, code=65, script=PATCHED, FAULT="non_finite 1 2 4 5 6")  # fmt: skip
+    run = train(
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / "zero2.json",
+        "--output_dir",
+        tmp_path,
+        "--max_skipped_steps",
+        "3",
+        *LONG,
+        ranks=2,
+        code=65,
+        script=PATCHED,
+        FAULT="non_finite 1 2 4 5 6",
+    )
     assert run.codes == [65, 65]
     path = tmp_path / "non_finite.phase1-step00000007.jsonl"  # the third in a row; step 3 was alone
     assert f"the last batch is in {path}" in run.stderr
@@ -168,7 +295,12 @@ def small_disk(tmp_path):
     """A file system of 3 MiB, which a test can enlarge."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode != 0:
+    if (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True
+        ).returncode
+        != 0
+    ):
         pytest.skip("mounting a tmpfs is not allowed here")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -178,10 +310,25 @@ def free_bytes(path):
     return os.statvfs(path).f_bavail * os.statvfs(path).f_frsize
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_once_there_is_room(tiny, small_disk, tmp_path):
-    arguments = ("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--phase1.steps", "20", "--checkpoint_every", "5")
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_once_there_is_room(
+    tiny, small_disk, tmp_path
+):
+    arguments = (
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / "zero2.json",
+        "--phase1.steps",
+        "20",
+        "--checkpoint_every",
+        "5",
+    )
     train(*arguments, "--output_dir", tmp_path / "uncut", ranks=2)
-    size = sum(path.stat().st_size for path in (tmp_path / "uncut" / "checkpoints").rglob("*") if path.is_file())
+    size = sum(
+        path.stat().st_size
+        for path in (tmp_path / "uncut" / "checkpoints").rglob("*")
+        if path.is_file()
+    )
 
     out = small_disk / "run"
     run = start(*arguments, "--output_dir", out, ranks=2)
@@ -199,8 +346,11 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_once_there_is
     assert kept
     assert all((out / "checkpoints" / name / "COMPLETE").exists() for name in kept)
 
-    # Configured to go on, it trains to where the next thing has to be written that it cannot do without.
-    continued = train(*arguments, "--output_dir", out, "--on_save_error", "continue", ranks=2, code=74)
+    # Configured to go on, it trains to where the next thing has to be written that it
+    # cannot do without.
+    continued = train(
+        *arguments, "--output_dir", out, "--on_save_error", "continue", ranks=2, code=74
+    )
     assert "training goes on without" in continued.stdout
     assert ".model.tmp'; make room" in continued.stderr
     assert not (out / "model").exists()

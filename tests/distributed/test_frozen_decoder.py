@@ -1,4 +1,5 @@
-"""Invariant 6: a frozen decoder stays bit-identical, costs no optimizer state, and the injection trains all the same."""
+"""Invariant 6: a frozen decoder stays bit-identical, costs no optimizer state, and the
+injection trains all the same."""
 
 import json
 import shutil
@@ -20,7 +21,15 @@ from dsvae.data.tokenization import train_tokenizer
 def test_phase_1_with_a_frozen_decoder(stage, injection, cache_dir, tmp_path):
     run = tmp_path / "run"
     config = frozen_phase_1(tmp_path, cache_dir, injection)
-    train("--config", config, "--ds_config", CONFIGS / f"zero{stage}.json", "--output_dir", run, ranks=2)
+    train(
+        "--config",
+        config,
+        "--ds_config",
+        CONFIGS / f"zero{stage}.json",
+        "--output_dir",
+        run,
+        ranks=2,
+    )
 
     before = load_file(tmp_path / "start" / "model.safetensors")
     after = load_file(run / "phase1" / "model" / "model.safetensors")
@@ -31,7 +40,9 @@ def test_phase_1_with_a_frozen_decoder(stage, injection, cache_dir, tmp_path):
         if name in frozen:
             assert torch.equal(before[name], after[name]), f"{name} is frozen and moved"
         else:
-            assert not torch.equal(before[name], after[name]), f"{name} should train and did not move"
+            assert not torch.equal(before[name], after[name]), (
+                f"{name} should train and did not move"
+            )
 
     trained = sum(w.numel() for name, w in before.items() if name not in frozen)
     states = sum(
@@ -46,14 +57,20 @@ def frozen_phase_1(directory, cache_dir, injection="both"):
     texts = load_corpus(DataConfig(builtin_size=300), 0).splits["train"]["text"]
     tokenizer = train_tokenizer(texts, 60)
     model = make_vae("t5 v1.1", injection=injection)
-    # Weights that bfloat16 cannot hold: a copy that went through the engine's cast would show.
+    # Weights that bfloat16 cannot hold: a copy that went through the engine's cast
+    # would show.
     assert any((w != w.bfloat16().float()).any() for w in model.parameters())
     model.save_pretrained(directory / "start")
     tokenizer.save_pretrained(directory / "start")
     config = {
         **TINY,
         "data": {**TINY["data"], "cache_dir": str(cache_dir)},
-        "model": {"name": str(directory / "start"), "latent_dim": 6, "memory_slots": 2, "injection": injection},
+        "model": {
+            "name": str(directory / "start"),
+            "latent_dim": 6,
+            "memory_slots": 2,
+            "injection": injection,
+        },
         "phase1": {"steps": 3, "lr": 1e-3, "freeze_decoder": True},
         "phase": "1",
     }
@@ -63,7 +80,8 @@ def frozen_phase_1(directory, cache_dir, injection="both"):
 
 @pytest.mark.parametrize(("stage", "other"), [(2, 0), (3, 2)])
 def test_a_model_that_changes_while_the_run_is_cut_is_refused(stage, other, cache_dir, tmp_path):
-    """On resume at once, at another stage too; with a checkpoint that has no digest of it, by the export."""
+    """On resume at once, at another stage too; with a checkpoint that has no digest of
+    it, by the export."""
     run, file = tmp_path / "run", tmp_path / "start" / "model.safetensors"
     common = ("--config", frozen_phase_1(tmp_path, cache_dir))
     stages = {each: ("--ds_config", CONFIGS / f"zero{each}.json") for each in (stage, other)}
@@ -92,14 +110,19 @@ def test_a_model_that_changes_while_the_run_is_cut_is_refused(stage, other, cach
 
     shutil.copy(tmp_path / "original", file)
     train(*common, *stages[stage], "--output_dir", run, ranks=2)
-    found, expected = (load_file(d / "phase1" / "model" / "model.safetensors") for d in (run, tmp_path / "uncut"))
+    found, expected = (
+        load_file(d / "phase1" / "model" / "model.safetensors") for d in (run, tmp_path / "uncut")
+    )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def _numbers_of(tree, key):
     """Elements of all tensors under `key`, anywhere in a checkpoint."""
     if isinstance(tree, dict):
-        return sum(v.numel() if k == key and torch.is_tensor(v) else _numbers_of(v, key) for k, v in tree.items())
+        return sum(
+            v.numel() if k == key and torch.is_tensor(v) else _numbers_of(v, key)
+            for k, v in tree.items()
+        )
     if isinstance(tree, (list, tuple)):
         return sum(_numbers_of(v, key) for v in tree)
     return 0

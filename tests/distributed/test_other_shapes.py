@@ -1,8 +1,10 @@
-"""A run goes on at another number of ranks, ZeRO stage or precision, with the losses of the uncut run at its first shape.
+"""A run goes on at another number of ranks, ZeRO stage or precision, with the losses of
+the uncut run at its first shape.
 
-The tolerance in float32 is what other sums of the same numbers leave. Losses are around 50 nats, with 4e-6 between two floats.
-Measured with one part of the conversion left out, eight steps later: moments reset, off by 0.36; one step counter for all
-partitions, 0.03; the weight decay of the first group for the second, 0.007.
+The tolerance in float32 is what other sums of the same numbers leave. Losses are around
+50 nats, with 4e-6 between two floats. Measured with one part of the conversion left
+out, eight steps later: moments reset, off by 0.36; one step counter for all partitions,
+0.03; the weight decay of the first group for the second, 0.007.
 """
 
 import shutil
@@ -19,7 +21,14 @@ from dsvae.errors import EXIT_DISK, RunStopped, UserError
 
 TOLERANCE = 2e-5  # nats
 OPTIONS = {
-    "phase1": {"steps": 12, "lr": 1e-3, "weight_decay": 0.1, "lr_schedule": "linear", "warmup_steps": 3, "deletion": 0.2},
+    "phase1": {
+        "steps": 12,
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+        "lr_schedule": "linear",
+        "warmup_steps": 3,
+        "deletion": 0.2,
+    },
     "phase2": {**TINY["phase2"], "steps": 8, "lr_schedule": "cosine"},
     "checkpoint_every": 4,
     "keep_checkpoints": 9,
@@ -30,12 +39,23 @@ FIRST, SECOND, THIRD = "phase1-step00000004", "phase1-step00000008", "phase2-ste
 @pytest.fixture(scope="module")
 def config(cache_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "config.yaml"
-    path.write_text(yaml.safe_dump({**TINY, **OPTIONS, "data": {**TINY["data"], "cache_dir": str(cache_dir)}}))
+    path.write_text(
+        yaml.safe_dump({**TINY, **OPTIONS, "data": {**TINY["data"], "cache_dir": str(cache_dir)}})
+    )
     return path
 
 
 def arguments(config, stage, directory, precision="fp32", *more):
-    given = ("--config", config, "--ds_config", CONFIGS / f"{stage}.json", "--output_dir", directory, "--precision", precision)
+    given = (
+        "--config",
+        config,
+        "--ds_config",
+        CONFIGS / f"{stage}.json",
+        "--output_dir",
+        directory,
+        "--precision",
+        precision,
+    )
     return [*given, *more]
 
 
@@ -92,14 +112,18 @@ def assert_goes_on_like(expected, found):
 
 def test_ranks_2_1_3_2_at_zero_2(config, uncut, first, tmp_path):
     run = shutil.copytree(first, tmp_path / "run")
-    leftover = run / "checkpoints" / universal.SCRATCH / universal.CONVERTED / "zero" / "shared.weight"
+    leftover = (
+        run / "checkpoints" / universal.SCRATCH / universal.CONVERTED / "zero" / "shared.weight"
+    )
     leftover.mkdir(parents=True)  # of a conversion that was killed
     (leftover / "fp32.pt").write_bytes(b"half")
     command = arguments(config, "zero2", run)
     cut(run, SECOND, command, 1)
     cut(run, THIRD, command, 3)  # and over the boundary between the phases
     last = train(*command, ranks=2)
-    assert "converted from 3 rank(s) at ZeRO 2, float32 weights to 2 rank(s) at ZeRO 2" in last.stdout
+    assert (
+        "converted from 3 rank(s) at ZeRO 2, float32 weights to 2 rank(s) at ZeRO 2" in last.stdout
+    )
     assert "reset: nothing" in last.stdout
     assert_goes_on_like(uncut, run)
 
@@ -108,7 +132,8 @@ def test_ranks_2_1_3_2_at_zero_3(config, uncut, sharded, tmp_path):
     run = shutil.copytree(sharded, tmp_path / "run")
     command = arguments(config, "zero3", run)
     cut(run, "phase1-step00000012", command, 1)
-    shutil.rmtree(run / "phase1", ignore_errors=True)  # as if killed before the weights between the phases were written
+    # as if killed before the weights between the phases were written
+    shutil.rmtree(run / "phase1", ignore_errors=True)
     cut(run, THIRD, command, 3)
     train(*command, ranks=2)
     assert_goes_on_like(uncut, run)
@@ -118,27 +143,41 @@ def test_stages_2_3_1_0(config, uncut, sharded, tmp_path):
     run = shutil.copytree(sharded, tmp_path / "run")
     cut(run, THIRD, arguments(config, "zero1", run), 1)
     last = train(*arguments(config, "zero0", run), ranks=1)
-    assert "converted from 1 rank(s) at ZeRO 1, float32 weights to 1 rank(s) at ZeRO 0, float32 weights" in last.stdout
+    assert (
+        "converted from 1 rank(s) at ZeRO 1, float32 weights to 1 rank(s) at ZeRO 0, float32 "
+        "weights" in last.stdout
+    )
     assert_goes_on_like(uncut, run)
 
 
-BF16_TOLERANCE = 0.1  # nats: what bf16 does to the losses of float32 (measured: 0.04); resetting the moments does 0.16 and more
+# nats: what bf16 does to the losses of float32 (measured: 0.04); resetting the moments
+# does 0.16 and more
+BF16_TOLERANCE = 0.1
 
 
 def test_bf16_goes_on_in_bf16_and_in_float32(config, uncut, tmp_path):
-    """Other ranks and stages in bf16; then the same ranks and stage in float32 weights."""
+    """Other ranks and stages in bf16; then the same ranks and stage in float32
+    weights."""
     short = ("--phase", "1")
     run, other = tmp_path / "run", tmp_path / "other"
     cut(run, FIRST, arguments(config, "zero1", run, "bf16", *short), 1)
     # Into another directory, so that the same checkpoint can be gone on with twice.
     last = train(*arguments(config, "zero1", other, "fp32", *short, "--resume", run), ranks=1)
-    assert "from 1 rank(s) at ZeRO 1, bfloat16 weights to 1 rank(s) at ZeRO 1, float32 weights" in last.stdout
+    assert (
+        "from 1 rank(s) at ZeRO 1, bfloat16 weights to 1 rank(s) at ZeRO 1, float32 weights"
+        in last.stdout
+    )
     last = train(*arguments(config, "zero3", run, "bf16", *short), ranks=2)
-    assert "from 1 rank(s) at ZeRO 1, bfloat16 weights to 2 rank(s) at ZeRO 3, bfloat16 weights" in last.stdout
+    assert (
+        "from 1 rank(s) at ZeRO 1, bfloat16 weights to 2 rank(s) at ZeRO 3, bfloat16 weights"
+        in last.stdout
+    )
     losses = [row["loss"] for row in rows(uncut)][:12]
     assert [row["loss"] for row in rows(run)] == pytest.approx(losses, abs=BF16_TOLERANCE)
     assert [row["loss"] for row in rows(other)] == pytest.approx(losses[4:], abs=BF16_TOLERANCE)
-    assert not any((directory / "checkpoints" / universal.SCRATCH).exists() for directory in (run, other))
+    assert not any(
+        (directory / "checkpoints" / universal.SCRATCH).exists() for directory in (run, other)
+    )
 
 
 # What goes wrong, on rank 0 and a real checkpoint.
@@ -150,7 +189,14 @@ def convert(directory, root, stage=3):
     names = [list(group) for group in common["param_shapes"]]
     now = {**checkpoint.meta, "zero_stage": stage, "optimizer": "DeepSpeedZeroOptimizer_Stage3"}
     try:
-        universal._convert(checkpoint.directory, checkpoint.meta, now, root / ".universal" / "converted", names, None)
+        universal._convert(
+            checkpoint.directory,
+            checkpoint.meta,
+            now,
+            root / ".universal" / "converted",
+            names,
+            None,
+        )
     finally:
         assert damage(checkpoint) is None
     return names
@@ -164,7 +210,10 @@ def test_every_parameter_is_converted(first, tmp_path):
     ]
     for number, group in enumerate(names):
         for key in ("fp32", "exp_avg", "exp_avg_sq"):
-            saved = [torch.load(tmp_path / ".universal/converted/zero" / n / f"{key}.pt")["param"] for n in group]
+            saved = [
+                torch.load(tmp_path / ".universal/converted/zero" / n / f"{key}.pt")["param"]
+                for n in group
+            ]
             flat = torch.cat([tensor.flatten() for tensor in saved])
             if key == "fp32":
                 parts = [shard["single_partition_of_fp32_groups"][number] for shard in shards]
@@ -186,7 +235,12 @@ def test_no_room_for_a_conversion(first, tmp_path, monkeypatch):
     ("error", "kind"),
     [
         (OSError(28, "No space left on device"), RunStopped),
-        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/3: file write failed"), RunStopped),
+        (
+            RuntimeError(
+                "[enforce fail] . PytorchStreamWriter failed writing file data/3: file write failed"
+            ),
+            RunStopped,
+        ),
         (AssertionError(), UserError),
     ],
 )
@@ -200,7 +254,9 @@ def test_a_conversion_that_fails_midway_leaves_nothing(first, tmp_path, monkeypa
         save(value, path, *rest)
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(kind, match="from 2 rank.*failed.*it is unharmed: resume with 2 rank") as caught:
+    with pytest.raises(
+        kind, match="from 2 rank.*failed.*it is unharmed: resume with 2 rank"
+    ) as caught:
         convert(first, tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
-"""What README.md tells people to type: the first command as it stands, the others' flags, the Python."""
+"""What README.md tells people to type: the first command as it stands, the others'
+flags, the Python."""
 
 import json
 import re
@@ -13,18 +14,28 @@ from dsvae.data.tokenization import train_tokenizer
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
-    block.replace("\\\n", " ").strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "train.py" in block
+    block.replace("\\\n", " ").strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    if "train.py" in block
 ]
 
 
 def test_the_quickstart(tmp_path, cache_dir):
-    """The README's first command, with another place to write to: it must end with a latent that is alive and used."""
+    """The README's first command, with another place to write to: it must end with a
+    latent that is alive and used."""
     install, command = COMMANDS[0].split(" && ")
     assert install == "pip install -e ."
     words = shlex.split(command)
     assert words[:2] == ["deepspeed", "dsvae/train.py"]
     run = train(
-        *words[2:], "--output_dir", tmp_path / "run", "--data.cache_dir", cache_dir, launcher="deepspeed", timeout=570, cwd=ROOT
+        *words[2:],
+        "--output_dir",
+        tmp_path / "run",
+        "--data.cache_dir",
+        cache_dir,
+        launcher="deepspeed",
+        timeout=570,
+        cwd=ROOT,
     )
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
     assert metrics["au"] >= 10

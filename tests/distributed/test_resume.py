@@ -1,4 +1,5 @@
-"""Invariant 5: a run cut at any moment and resumed gives the losses, and the weights, of the uncut one: bit by bit."""
+"""Invariant 5: a run cut at any moment and resumed gives the losses, and the weights,
+of the uncut one: bit by bit."""
 
 import signal
 
@@ -7,12 +8,28 @@ from launch import CONFIGS, numbers, rows, start, train
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ARGUMENTS = ("--phase1.steps", "24", "--phase2.steps", "24", "--checkpoint_every", "5", "--phase1.deletion", "0.2")
+ARGUMENTS = (
+    "--phase1.steps",
+    "24",
+    "--phase2.steps",
+    "24",
+    "--checkpoint_every",
+    "5",
+    "--phase1.deletion",
+    "0.2",
+)
 
-# How a run is cut: (the checkpoint to wait for, the signal, the ranks that get it, the exit code that the others must have).
+# How a run is cut: (the checkpoint to wait for, the signal, the ranks that get it, the
+# exit code that the others must have).
 EVERYONE = (0, 1)
-KILLED = (("phase1-step00000010", signal.SIGKILL, EVERYONE), ("phase2-step00000005", signal.SIGKILL, EVERYONE))
-ONE_KILLED = (("phase1-step00000005", signal.SIGKILL, (1,)), ("phase2-step00000010", signal.SIGKILL, (0,)))
+KILLED = (
+    ("phase1-step00000010", signal.SIGKILL, EVERYONE),
+    ("phase2-step00000005", signal.SIGKILL, EVERYONE),
+)
+ONE_KILLED = (
+    ("phase1-step00000005", signal.SIGKILL, (1,)),
+    ("phase2-step00000010", signal.SIGKILL, (0,)),
+)
 TOLD = (
     ("phase1-step00000005", signal.SIGTERM, EVERYONE),
     ("phase1-step00000015", signal.SIGUSR1, (1,)),
@@ -22,7 +39,8 @@ CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 
 def same_as_uncut(cut, uncut):
-    """Every step once, in metrics.jsonl and TensorBoard, with the uncut run's numbers; and its weights."""
+    """Every step once, in metrics.jsonl and TensorBoard, with the uncut run's numbers;
+    and its weights."""
     expected = numbers(uncut)
     assert numbers(cut) == expected
     assert [row["step"] for row in expected] == list(range(1, len(expected) + 1))
@@ -32,12 +50,17 @@ def same_as_uncut(cut, uncut):
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("train/rec")]
     assert found == [(row["step"], pytest.approx(row["rec"], rel=1e-6)) for row in expected]
-    weights, reference = (load_file(directory / "model" / "model.safetensors") for directory in (cut, uncut))
+    weights, reference = (
+        load_file(directory / "model" / "model.safetensors") for directory in (cut, uncut)
+    )
     assert weights.keys() == reference.keys()
     assert all((weights[name] == reference[name]).all() for name in reference)
 
 
-@pytest.mark.parametrize(("stage", "cuts"), [("zero0", ONE_KILLED), ("zero1", TOLD), ("zero2", KILLED), ("zero3", KILLED)])
+@pytest.mark.parametrize(
+    ("stage", "cuts"),
+    [("zero0", ONE_KILLED), ("zero1", TOLD), ("zero2", KILLED), ("zero3", KILLED)],
+)
 def test_cut_in_both_phases(stage, cuts, tiny, tmp_path):
     common = ("--config", tiny, "--ds_config", CONFIGS / f"{stage}.json", *ARGUMENTS)
     train(*common, "--output_dir", tmp_path / "uncut", ranks=2)
@@ -49,7 +72,9 @@ def test_cut_in_both_phases(stage, cuts, tiny, tmp_path):
         run.signal(number, ranks)
         run.wait(30)  # seconds: also a rank that was sent nothing leaves by itself
         if number == signal.SIGKILL:
-            assert [code for code in run.codes if code != -signal.SIGKILL] == [69] * (2 - len(ranks))
+            assert [code for code in run.codes if code != -signal.SIGKILL] == [69] * (
+                2 - len(ranks)
+            )
             if ranks != EVERYONE:
                 assert f"rank {ranks[0]}" in run.stderr
         else:
@@ -66,7 +91,8 @@ def test_cut_in_both_phases(stage, cuts, tiny, tmp_path):
 
 
 def test_resume_from_another_directory(tiny, tmp_path):
-    """In phase 2, and killed there twice: before it has a checkpoint of its own, and after."""
+    """In phase 2, and killed there twice: before it has a checkpoint of its own, and
+    after."""
     common = ("--config", tiny, "--ds_config", CONFIGS / "zero1.json", *ARGUMENTS)
     train(*common, "--output_dir", tmp_path / "uncut")
     run = start(*common, "--output_dir", tmp_path / "first")
@@ -80,7 +106,9 @@ def test_resume_from_another_directory(tiny, tmp_path):
     assert not list(own.glob("checkpoints/*/COMPLETE"))
     run = start(*again)
     for step in (10, 15, 20):  # the first directory's last may be later than this test's
-        if not (tmp_path / "first" / "checkpoints" / f"phase2-step{step:08d}" / "COMPLETE").exists():
+        if not (
+            tmp_path / "first" / "checkpoints" / f"phase2-step{step:08d}" / "COMPLETE"
+        ).exists():
             run.wait_for(own / "checkpoints" / f"phase2-step{step:08d}" / "COMPLETE")
             break
     run.kill()
@@ -93,11 +121,21 @@ def test_resume_from_another_directory(tiny, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(tiny, tmp_path):
-    common = ("--config", tiny, "--ds_config", CONFIGS / "zero2.json", *ARGUMENTS, "--output_dir", tmp_path / "run")
+    common = (
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / "zero2.json",
+        *ARGUMENTS,
+        "--output_dir",
+        tmp_path / "run",
+    )
     run = start(*common)
     run.wait_for(tmp_path / "run" / "checkpoints" / "phase1-step00000015" / "COMPLETE")
     run.kill()
-    newest = sorted(d for d in (tmp_path / "run" / "checkpoints").glob("phase1-*") if (d / "COMPLETE").exists())[-1]
+    newest = sorted(
+        d for d in (tmp_path / "run" / "checkpoints").glob("phase1-*") if (d / "COMPLETE").exists()
+    )[-1]
     file = next(newest.glob("*optim_states.pt"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

@@ -1,4 +1,5 @@
-"""Invariant 4: one gradient, whatever the split. The real command against a bare loop of plain torch."""
+"""Invariant 4: one gradient, whatever the split. The real command against a bare loop
+of plain torch."""
 
 import json
 
@@ -21,26 +22,52 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def prepared(cache_dir):
     data = DataConfig(**TINY["data"], cache_dir=str(cache_dir))
-    return load_prepared(prepare(data, tokenizer=None, vocab_size=TINY["model"]["vocab_size"], seed=0))
+    return load_prepared(
+        prepare(data, tokenizer=None, vocab_size=TINY["model"]["vocab_size"], seed=0)
+    )
 
 
 def start_model(injection, prepared, directory):
     torch.manual_seed(11)
-    t5 = {**TINY["model"]["t5"], "vocab_size": len(prepared.tokenizer), "feed_forward_proj": "gated-gelu"}
-    model = T5VAE(T5VAEConfig(t5={**t5, "decoder_start_token_id": 0}, latent_dim=6, injection=injection, memory_slots=2))
+    t5 = {
+        **TINY["model"]["t5"],
+        "vocab_size": len(prepared.tokenizer),
+        "feed_forward_proj": "gated-gelu",
+    }
+    model = T5VAE(
+        T5VAEConfig(
+            t5={**t5, "decoder_start_token_id": 0},
+            latent_dim=6,
+            injection=injection,
+            memory_slots=2,
+        )
+    )
     model.save_pretrained(directory)
     prepared.tokenizer.save_pretrained(directory)
     return directory
 
 
 def reference(directory, prepared):
-    """The losses and the final weights of plain torch on one process: each global batch at once, the contract's formula."""
+    """The losses and the final weights of plain torch on one process: each global batch
+    at once, the contract's formula."""
     model = T5VAE.from_pretrained(directory, dtype=torch.float32).train()
     batches = TrainingBatches(
-        prepared.splits["train"], batch_size=32, token_budget=10**6, latent_dim=6, deletion=0.3, bucket_steps=8, seed=1,
-        rank=0, world_size=1, pad_id=0,
-    )  # fmt: skip
-    plain = [n for n, p in model.named_parameters() if p.ndim < 2 or "shared" in n or "relative_attention_bias" in n]
+        prepared.splits["train"],
+        batch_size=32,
+        token_budget=10**6,
+        latent_dim=6,
+        deletion=0.3,
+        bucket_steps=8,
+        seed=1,
+        rank=0,
+        world_size=1,
+        pad_id=0,
+    )
+    plain = [
+        n
+        for n, p in model.named_parameters()
+        if p.ndim < 2 or "shared" in n or "relative_attention_bias" in n
+    ]
     named = dict(model.named_parameters())
     groups = [
         {"params": [p for n, p in named.items() if n not in plain], "weight_decay": 0.01},
@@ -52,8 +79,12 @@ def reference(directory, prepared):
         (batch,) = batches.step(index).micro_batches
         beta = min(1.0, index / STEPS / 0.5)
         out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=batch.noise)
-        rec = F.cross_entropy(out.logits.transpose(1, 2), batch.labels, reduction="sum") / len(batch.labels)
-        kl = (0.5 * (out.posterior.mean**2 + out.posterior.logvar.exp() - 1 - out.posterior.logvar)).mean(0)
+        rec = F.cross_entropy(out.logits.transpose(1, 2), batch.labels, reduction="sum") / len(
+            batch.labels
+        )
+        kl = (
+            0.5 * (out.posterior.mean**2 + out.posterior.logvar.exp() - 1 - out.posterior.logvar)
+        ).mean(0)
         loss = rec + beta * torch.maximum(kl, torch.tensor(0.2)).sum()
         optimizer.zero_grad()
         loss.backward()
@@ -61,7 +92,9 @@ def reference(directory, prepared):
         optimizer.step()
         losses.append(loss.item())
         below.append(int((kl < 0.2).sum()))
-    assert 0 < sum(below) < STEPS * 6  # free bits are at work, and not everywhere: else they would be compared with nothing
+    # free bits are at work, and not everywhere: else they would be compared with
+    # nothing
+    assert 0 < sum(below) < STEPS * 6
     return losses, {n: p.detach() for n, p in model.named_parameters()}
 
 
@@ -70,24 +103,53 @@ YELP = ROOT.parent / "shared" / "data" / "yelp"
 
 @pytest.mark.skipif(not YELP.is_dir(), reason="the Yelp sentences are not there")
 def test_yelp_cpu_agrees_at_zero_1_2_and_3(cache_dir, tmp_path):
-    """The recipe on real text, two ranks, fp32: the losses of the stages are equal to 1e-4 of their size.
+    """The recipe on real text, two ranks, fp32: the losses of the stages are equal to
+    1e-4 of their size.
 
-    With Adam's eps at 1e-4. At 1e-8 its first steps divide near-zero gradients by themselves: rounding decides the direction of
-    rare embeddings, and has grown to 1.2e-4 of the loss by step 7. A gradient is clipped to norm 1, so
-    1e-4 of it is little beside those that decide (1e-3 each if all of the million were equal), and much beside rounding.
-    Measured in five repetitions: 7e-8 at most between stages, nothing between runs of one. A learning rate that is 1% off makes
-    1e-3, and one rank that drops its gradient of one norm, 128 of the weights, 7e-4.
+    With Adam's eps at 1e-4. At 1e-8 its first steps divide near-zero gradients by
+    themselves: rounding decides the direction of rare embeddings, and has grown to
+    1.2e-4 of the loss by step 7. A gradient is clipped to norm 1, so 1e-4 of it is
+    little beside those that decide (1e-3 each if all of the million were equal), and
+    much beside rounding. Measured in five repetitions: 7e-8 at most between stages,
+    nothing between runs of one. A learning rate that is 1% off makes 1e-3, and one rank
+    that drops its gradient of one norm, 128 of the weights, 7e-4.
     """
     losses = []
     for stage in (1, 2, 3):
         out = tmp_path / str(stage)
         train(
-            "--config", "yelp_cpu", "--ds_config", CONFIGS / f"zero{stage}.json", "--precision", "fp32", "--output_dir", out,
-            "--train_file", YELP / "valid.txt", "--valid_file", YELP / "test.txt", "--test_file", YELP / "test.txt",
-            "--data.cache_dir", cache_dir, "--phase1.steps", "4", "--phase2.steps", "4", "--log_every", "1",
-            "--phase1.adam_eps", "1e-4", "--phase2.adam_eps", "1e-4", "--eval.shown", "0",
-            "--eval.sentences", "200", ranks=2,
-        )  # fmt: skip
+            "--config",
+            "yelp_cpu",
+            "--ds_config",
+            CONFIGS / f"zero{stage}.json",
+            "--precision",
+            "fp32",
+            "--output_dir",
+            out,
+            "--train_file",
+            YELP / "valid.txt",
+            "--valid_file",
+            YELP / "test.txt",
+            "--test_file",
+            YELP / "test.txt",
+            "--data.cache_dir",
+            cache_dir,
+            "--phase1.steps",
+            "4",
+            "--phase2.steps",
+            "4",
+            "--log_every",
+            "1",
+            "--phase1.adam_eps",
+            "1e-4",
+            "--phase2.adam_eps",
+            "1e-4",
+            "--eval.shown",
+            "0",
+            "--eval.sentences",
+            "200",
+            ranks=2,
+        )
         losses.append([row["loss"] for row in rows(out)])
     assert len(losses[0]) == 8
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -136,18 +198,43 @@ def test_losses_and_weights_are_those_of_plain_torch(
         "output_dir": str(tmp_path / "run"),
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    train("--config", tmp_path / "config.yaml", "--ds_config", CONFIGS / f"{ds_config}.json", ranks=ranks)
+    train(
+        "--config",
+        tmp_path / "config.yaml",
+        "--ds_config",
+        CONFIGS / f"{ds_config}.json",
+        ranks=ranks,
+    )
     found = [row["loss"] for row in rows(tmp_path / "run")]
     assert found == pytest.approx(losses, abs=2e-5, rel=2e-6)
     exported = T5VAE.from_pretrained(tmp_path / "run" / "model")
     for name, weight in exported.named_parameters():
-        # Adam divides by the root of tiny second moments: where a gradient is nearly zero, rounding decides its direction.
+        # Adam divides by the root of tiny second moments: where a gradient is nearly
+        # zero, rounding decides its direction.
         assert (weight - weights[name]).abs().mean() < 1e-5, name
 
-    # The evaluation at the end, sharded over ranks and weights, against one process with the whole model.
+    # The evaluation at the end, sharded over ranks and weights, against one process
+    # with the whole model.
     alone = evaluate(
-        exported, prepared.splits["test"], World(0, 0, 1, torch.device("cpu")), samples=1, iw_samples=10, token_budget=700
+        exported,
+        prepared.splits["test"],
+        World(0, 0, 1, torch.device("cpu")),
+        samples=1,
+        iw_samples=10,
+        token_budget=700,
     )
     final = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
-    for name in ("rec", "kl", "elbo", "mi", "au", "nll_iw", "rec_shuffled", "rec_prior", "ppl_token", "kl_per_dim", "tokens"):
+    for name in (
+        "rec",
+        "kl",
+        "elbo",
+        "mi",
+        "au",
+        "nll_iw",
+        "rec_shuffled",
+        "rec_prior",
+        "ppl_token",
+        "kl_per_dim",
+        "tokens",
+    ):
         assert final[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name

@@ -1,4 +1,5 @@
-"""A run that is killed again and again, anywhere, ends with the losses and the weights of one that was not.
+"""A run that is killed again and again, anywhere, ends with the losses and the weights
+of one that was not.
 
 DSVAE_SOAK_KILLS says how often (default 4); DSVAE_SOAK_SEED picks the moments.
 """
@@ -18,14 +19,23 @@ STEPS = 4 * KILLS + 10  # of each phase
 
 
 def wait_inside_a_save(run, checkpoints, moments):
-    """Until a checkpoint has been begun that is not complete; False if the run ended first."""
+    """Until a checkpoint has been begun that is not complete; False if the run ended
+    first."""
     known = {path.name for path in checkpoints.glob("phase*") if (path / "COMPLETE").exists()}
     end = time.monotonic() + 120
     while time.monotonic() < end:
         if any(process.poll() is not None for process in run.processes):
             return False
-        begun = [path for path in checkpoints.glob("phase*") if path.name not in known and not (path / "COMPLETE").exists()]
-        if begun and (files := list(begun[0].iterdir())) and len(files) >= moments.choice((1, 2, 3)):
+        begun = [
+            path
+            for path in checkpoints.glob("phase*")
+            if path.name not in known and not (path / "COMPLETE").exists()
+        ]
+        if (
+            begun
+            and (files := list(begun[0].iterdir()))
+            and len(files) >= moments.choice((1, 2, 3))
+        ):
             time.sleep(moments.uniform(0, 0.02))
             return True
         time.sleep(0.001)
@@ -33,7 +43,8 @@ def wait_inside_a_save(run, checkpoints, moments):
 
 
 def wait_anywhere(run, checkpoints, moments):
-    """Until a random moment after the start of the processes, training or not; False if the run ended first."""
+    """Until a random moment after the start of the processes, training or not; False if
+    the run ended first."""
     end = time.monotonic() + moments.uniform(1, 14)
     while time.monotonic() < end:
         if any(process.poll() is not None for process in run.processes):
@@ -45,15 +56,29 @@ def wait_anywhere(run, checkpoints, moments):
 @pytest.mark.timeout(300 + 90 * KILLS)
 def test_killed_again_and_again(tiny, tmp_path):
     moments = random.Random(SEED)
-    # Small steps, a checkpoint at every other: kills fall into saves, between the phases, into the export, and elsewhere.
-    common = ("--config", tiny, "--phase1.steps", STEPS, "--phase2.steps", STEPS, "--checkpoint_every", "2", "--eval_every", "6",
-              "--hang_timeout", "20")  # fmt: skip
+    # Small steps, a checkpoint at every other: kills fall into saves, between the
+    # phases, into the export, and elsewhere.
+    common = (
+        "--config",
+        tiny,
+        "--phase1.steps",
+        STEPS,
+        "--phase2.steps",
+        STEPS,
+        "--checkpoint_every",
+        "2",
+        "--eval_every",
+        "6",
+        "--hang_timeout",
+        "20",
+    )
     stage = CONFIGS / f"zero{moments.choice((1, 2, 3))}.json"
     train(*common, "--ds_config", stage, "--output_dir", tmp_path / "uncut", ranks=2)
 
     cut, killed, inside = tmp_path / "cut", 0, 0
     while killed < KILLS:
-        run = start(*common, "--ds_config", stage, "--output_dir", cut, ranks=2, launcher="ranks")  # killed in imports, too
+        # killed in imports, too
+        run = start(*common, "--ds_config", stage, "--output_dir", cut, ranks=2, launcher="ranks")
         try:
             where = moments.choice((wait_inside_a_save, wait_inside_a_save, wait_anywhere))
             if not where(run, cut / "checkpoints", moments):
@@ -61,10 +86,16 @@ def test_killed_again_and_again(tiny, tmp_path):
             victims = moments.choice(((0,), (1,), (0, 1)))
             run.signal(signal.SIGKILL, victims)
             run.wait(180)  # seconds: ranks that never meet take two time-outs of the rendezvous
-            assert all(code in (-signal.SIGKILL, 69) for code in run.codes), (run.codes, run.stderr[-2000:])
+            assert all(code in (-signal.SIGKILL, 69) for code in run.codes), (
+                run.codes,
+                run.stderr[-2000:],
+            )
             killed += 1
             inside += where is wait_inside_a_save
-            print(f"kill {killed}: rank(s) {victims}, {where.__name__.removeprefix('wait_')}", flush=True)
+            print(
+                f"kill {killed}: rank(s) {victims}, {where.__name__.removeprefix('wait_')}",
+                flush=True,
+            )
         finally:
             run.kill()
     assert inside >= 1

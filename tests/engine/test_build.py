@@ -21,7 +21,12 @@ TOKENIZER = Tokenizer(pad_token_id=0, eos_token_id=1)
 
 @pytest.mark.parametrize("kind", ["t5", "mt5", "umt5"])
 def test_fields_of_transformers_configuration_are_taken(kind):
-    fields = {**SMALL, "model_type": kind, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    fields = {
+        **SMALL,
+        "model_type": kind,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    }
     config = find_origin(ModelConfig(t5=fields), TOKENIZER, None, 0).config
     assert (config.t5.d_ff, config.t5.vocab_size, config.tie_word_embeddings) == (
         16,

@@ -7,7 +7,11 @@ import pytest
 
 from dsvae.engine.checkpoint import COMPLETE, damage, find, newest_sound, prune
 
-FILES = {"model.pt": b"weights" * 9, "ranks/0.pt": b"state of rank 0", "ranks/1.pt": b"state of rank 1"}
+FILES = {
+    "model.pt": b"weights" * 9,
+    "ranks/0.pt": b"state of rank 0",
+    "ranks/1.pt": b"state of rank 1",
+}
 
 
 def make(root, phase, step, complete=True, meta=None):
@@ -16,7 +20,10 @@ def make(root, phase, step, complete=True, meta=None):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(content)
     if complete:
-        files = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in FILES.items()}
+        files = {
+            name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()}
+            for name, c in FILES.items()
+        }
         (directory / COMPLETE).write_text(json.dumps({"meta": meta or {}, "files": files}))
     return directory
 
@@ -36,7 +43,8 @@ def test_without_the_marker_and_under_other_names_nothing_is_found(tmp_path):
     make(tmp_path, 1, 20, complete=False)
     make(tmp_path, 1, 30).rename(tmp_path / "phase1-step00000030.old")
     make(tmp_path, 1, 40).rename(tmp_path / "global_step40")
-    (tmp_path / "latest").write_text("phase1-step00000020")  # DeepSpeed's own pointer does not count
+    # DeepSpeed's own pointer does not count
+    (tmp_path / "latest").write_text("phase1-step00000020")
     assert found(tmp_path) == [(1, 10)]
 
 
@@ -101,7 +109,14 @@ def test_with_all_of_them_damaged_there_is_none(tmp_path):
 
 
 def test_the_newest_and_the_best_of_the_running_phase_stay(tmp_path):
-    for phase, step, valid in ((1, 10, 0.5), (2, 10, 9.0), (2, 20, 7.0), (2, 30, None), (2, 40, 8.0), (2, 50, 8.5)):
+    for phase, step, valid in (
+        (1, 10, 0.5),
+        (2, 10, 9.0),
+        (2, 20, 7.0),
+        (2, 30, None),
+        (2, 40, 8.0),
+        (2, 50, 8.5),
+    ):
         make(tmp_path, phase, step, meta={"valid": valid})
     make(tmp_path, 2, 60, complete=False)
     prune(tmp_path, 2, keep_best=True)

@@ -1,4 +1,5 @@
-"""ds_config files: what is refused, how `auto` is resolved, and that DeepSpeed itself takes the result."""
+"""ds_config files: what is refused, how `auto` is resolved, and that DeepSpeed itself
+takes the result."""
 
 import json
 import re
@@ -13,12 +14,20 @@ from dsvae.engine import ds_config
 from dsvae.errors import UserError
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
-PHASE = PhaseConfig(lr=2e-4, adam_betas=[0.8, 0.95], adam_eps=1e-7, weight_decay=0.02, max_grad_norm=0.5)
+PHASE = PhaseConfig(
+    lr=2e-4, adam_betas=[0.8, 0.95], adam_eps=1e-7, weight_decay=0.02, max_grad_norm=0.5
+)
 shipped = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
 def resolve(raw, **options):
-    defaults = {"phase": PHASE, "precision": "auto", "batch_size": 24, "micro_batches": 3, "world_size": 1}
+    defaults = {
+        "phase": PHASE,
+        "precision": "auto",
+        "batch_size": 24,
+        "micro_batches": 3,
+        "world_size": 1,
+    }
     machine = {"bf16_supported": True, "fp16_supported": True}
     return ds_config.resolve(raw, **{**defaults, **machine, **options})
 
@@ -32,7 +41,11 @@ def written(tmp_path, content):
 def autos(tree):
     if isinstance(tree, dict):
         return [leaf for value in tree.values() for leaf in autos(value)]
-    return [leaf for value in tree for leaf in autos(value)] if isinstance(tree, list) else [tree] * (tree == "auto")
+    return (
+        [leaf for value in tree for leaf in autos(value)]
+        if isinstance(tree, list)
+        else [tree] * (tree == "auto")
+    )
 
 
 def file(name):
@@ -40,7 +53,16 @@ def file(name):
 
 
 def test_all_files_are_there():
-    names = {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme", "fp16"}
+    names = {
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero2_offload",
+        "zero3_offload",
+        "zero3_nvme",
+        "fp16",
+    }
     assert {path.stem for path in FILES} == names
 
 
@@ -53,7 +75,12 @@ def test_deepspeed_takes_every_shipped_file_as_resolved(path):
     assert (theirs.train_micro_batch_size_per_gpu, theirs.gradient_accumulation_steps) == (8, 3)
     assert theirs.gradient_clipping == 0.5
     assert theirs.optimizer_name == "adamw"
-    assert theirs.optimizer_params == {"lr": 2e-4, "betas": [0.8, 0.95], "eps": 1e-7, "weight_decay": 0.02}
+    assert theirs.optimizer_params == {
+        "lr": 2e-4,
+        "betas": [0.8, 0.95],
+        "eps": 1e-7,
+        "weight_decay": 0.02,
+    }
     stage = int(next(c for c in path.stem if c.isdigit())) if path.stem.startswith("zero") else 2
     assert theirs.zero_optimization_stage == stage == ds_config.zero_stage(resolved)
     enabled = {
@@ -82,7 +109,9 @@ def test_fp32_is_one_flag_away(path):
         with pytest.raises(UserError, match="--precision fp32, but the ds_config gives fp16"):
             resolve(ds_config.load(path), precision="fp32")
         return
-    resolved = resolve(ds_config.load(path), precision="fp32", bf16_supported=False, fp16_supported=False)
+    resolved = resolve(
+        ds_config.load(path), precision="fp32", bf16_supported=False, fp16_supported=False
+    )
     assert ds_config.precision_of(resolved) == "fp32"
     theirs = DeepSpeedConfig(resolved)
     assert not theirs.bfloat16_config.enabled
@@ -98,9 +127,17 @@ def test_resolving_leaves_the_input_as_it_was():
 
 
 def test_what_the_file_says_beats_the_phase():
-    raw = {"optimizer": {"type": "AdamW", "params": {"lr": 5.0, "betas": "auto"}}, "gradient_clipping": 9.0}
+    raw = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 5.0, "betas": "auto"}},
+        "gradient_clipping": 9.0,
+    }
     resolved = resolve(raw)
-    assert resolved["optimizer"]["params"] == {"lr": 5.0, "betas": [0.8, 0.95], "eps": 1e-7, "weight_decay": 0.02}
+    assert resolved["optimizer"]["params"] == {
+        "lr": 5.0,
+        "betas": [0.8, 0.95],
+        "eps": 1e-7,
+        "weight_decay": 0.02,
+    }
     assert resolved["gradient_clipping"] == 9.0
 
 
@@ -113,14 +150,20 @@ def test_an_empty_file_is_plain_fp32():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"zero_optimisation": {}}, r"unknown key zero_optimisation; did you mean zero_optimization\?"),
+        (
+            {"zero_optimisation": {}},
+            r"unknown key zero_optimisation; did you mean zero_optimization\?",
+        ),
         ({"qqqq": 1}, "unknown key qqqq$"),
         ({"scheduler": {}}, r"scheduler is not taken from here: .*--phase1\.lr_schedule"),
         ({"activation_checkpointing": {}}, r"--model\.gradient_checkpointing"),
         ({"tensorboard": {"enabled": True}}, "dsvae writes TensorBoard itself"),
         ({"bfloat16": {"enabled": True}}, "its name is bf16"),
         ({"optimizer": {"type": "Muon", "params": {}}}, "optimizer must be AdamW.*Muon"),
-        ({"optimizer": {"type": "AdamW", "params": {"momentum": 0.9}}}, "unknown optimizer parameter momentum; known: betas"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"momentum": 0.9}}},
+            "unknown optimizer parameter momentum; known: betas",
+        ),
         ({"optimizer": {"kind": "AdamW"}}, "optimizer must be AdamW"),
         ({"bf16": True}, "bf16 must be an object, not True"),
         ({"zero_optimization": 2}, "zero_optimization must be an object"),
@@ -155,7 +198,10 @@ def test_no_key_is_both_taken_and_refused(key):
 @pytest.mark.parametrize(
     ("raw", "path"),
     [
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, r"zero_optimization\.reduce_bucket_size"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
+            r"zero_optimization\.reduce_bucket_size",
+        ),
         ({"aio": {"block_size": "auto"}}, r"aio\.block_size"),
         ({"communication_data_type": "auto"}, "communication_data_type"),
         ({"flops_profiler": {"x": [1, {"y": "auto"}]}}, r"flops_profiler\.x\.1\.y"),
@@ -174,7 +220,15 @@ def test_an_auto_that_nothing_resolves_is_named(raw, path):
         ({}, 5, (30, 2, 3)),  # rounded up: an upper bound
         ({"gradient_accumulation_steps": 2}, 1, (24, 12, 2)),
         ({"train_micro_batch_size_per_gpu": 12, "gradient_accumulation_steps": 1}, 2, (24, 12, 1)),
-        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}, 2, (24, 4, 3)),
+        (
+            {
+                "train_batch_size": 24,
+                "train_micro_batch_size_per_gpu": 4,
+                "gradient_accumulation_steps": 3,
+            },
+            2,
+            (24, 4, 3),
+        ),
     ],
 )
 def test_batch_numbers_fit_together(raw, world_size, expected):
@@ -191,11 +245,17 @@ def test_batch_numbers_fit_together(raw, world_size, expected):
         {"train_batch_size": 25},
         {"train_micro_batch_size_per_gpu": 4},
         {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4},
-        {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2},
+        {
+            "train_batch_size": 8,
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": 2,
+        },
     ],
 )
 def test_batch_numbers_that_contradict_each_other_or_the_runs_batch(raw):
-    with pytest.raises(UserError, match=r"train_\w*batch_size\w* \d+ .*is not .*--data\.batch_size"):
+    with pytest.raises(
+        UserError, match=r"train_\w*batch_size\w* \d+ .*is not .*--data\.batch_size"
+    ):
         resolve(raw)
 
 
@@ -211,7 +271,10 @@ def test_batch_numbers_that_contradict_each_other_or_the_runs_batch(raw):
         ({"gradient_clipping": "1.0"}, "gradient_clipping"),
         ({"gradient_clipping": -1}, "gradient_clipping"),
         ({"gradient_clipping": True}, "gradient_clipping"),
-        ({"data_types": {"grad_accum_dtype": "fp33"}, "bf16": {"enabled": True}}, "data_types.grad_accum_dtype"),
+        (
+            {"data_types": {"grad_accum_dtype": "fp33"}, "bf16": {"enabled": True}},
+            "data_types.grad_accum_dtype",
+        ),
         ({"steps_per_print": "x"}, "steps_per_print"),
         ({"flops_profiler": 5}, "flops_profiler"),
         ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer"),
@@ -239,7 +302,10 @@ def test_float16_autocast_at_stage_0_is_refused():
 AUTO_BF16, AUTO_FP16 = {"bf16": {"enabled": "auto"}}, {"fp16": {"enabled": "auto"}}
 ON_BF16, ON_FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
 CAST = {"torch_autocast": {"enabled": "auto", "dtype": "bfloat16"}}
-CAST_FP16 = {"torch_autocast": {"enabled": "auto", "dtype": "float16"}, "zero_optimization": {"stage": 1}}
+CAST_FP16 = {
+    "torch_autocast": {"enabled": "auto", "dtype": "float16"},
+    "zero_optimization": {"stage": 1},
+}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +313,10 @@ CAST_FP16 = {"torch_autocast": {"enabled": "auto", "dtype": "float16"}, "zero_op
     [
         (AUTO_BF16, {"auto": "bf16", "bf16": "bf16", "fp16": None, "fp32": "fp32"}),
         (AUTO_FP16, {"auto": "fp32", "bf16": None, "fp16": "fp16", "fp32": "fp32"}),
-        ({**AUTO_BF16, **AUTO_FP16}, {"auto": "bf16", "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}),
+        (
+            {**AUTO_BF16, **AUTO_FP16},
+            {"auto": "bf16", "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"},
+        ),
         (ON_BF16, {"auto": "bf16", "bf16": "bf16", "fp16": None, "fp32": None}),
         (ON_FP16, {"auto": "fp16", "bf16": None, "fp16": "fp16", "fp32": None}),
         (CAST, {"auto": "bf16", "bf16": "bf16", "fp16": None, "fp32": "fp32"}),
@@ -263,7 +332,11 @@ def test_precision(raw, expected, precision):
     else:
         resolved = resolve(raw, precision=precision)
         assert ds_config.precision_of(resolved) == expected[precision]
-        assert all(isinstance(section["enabled"], bool) for name, section in resolved.items() if "enabled" in raw.get(name, ()))
+        assert all(
+            isinstance(section["enabled"], bool)
+            for name, section in resolved.items()
+            if "enabled" in raw.get(name, ())
+        )
 
 
 @pytest.mark.parametrize(

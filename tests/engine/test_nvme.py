@@ -1,4 +1,5 @@
-"""Offload to a disk: what is refused before anything depends on it, and where gradients are cut."""
+"""Offload to a disk: what is refused before anything depends on it, and where gradients
+are cut."""
 
 import contextlib
 import os
@@ -19,7 +20,14 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 def resolved(path, stage=3, zero=(), **options):
     section = {"device": "nvme", "nvme_path": str(path), **options}
     zero = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0, **dict(zero)}
-    return {"zero_optimization": {"stage": stage, "offload_optimizer": section, "offload_param": {**section}, **zero}}
+    return {
+        "zero_optimization": {
+            "stage": stage,
+            "offload_optimizer": section,
+            "offload_param": {**section},
+            **zero,
+        }
+    }
 
 
 @pytest.fixture
@@ -36,7 +44,10 @@ def compiled(monkeypatch):
         ({"fast_init": True}, "fast_init"),
         ({"stage": 2}, "needs stage 3"),
         ({"zero": {"stage3_prefetch_bucket_size": 10}}, "stage3_prefetch_bucket_size must be 0"),
-        ({"zero": {"stage3_max_reuse_distance": 1e8}}, r"stage3_max_reuse_distance must be 0 with weights on a disk, not 1e\+08"),
+        (
+            {"zero": {"stage3_max_reuse_distance": 1e8}},
+            r"stage3_max_reuse_distance must be 0 with weights on a disk, not 1e\+08",
+        ),
         ({"path": "not there"}, "not there is no directory"),
     ],
 )
@@ -53,12 +64,19 @@ def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path, compiled, mo
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(nvme.Path, "mkdir", refuse)
-    with pytest.raises(UserError, match=f"{tmp_path}.*Permission denied"), nvme.place(resolved(tmp_path), "run", ALONE):
+    with (
+        pytest.raises(UserError, match=f"{tmp_path}.*Permission denied"),
+        nvme.place(resolved(tmp_path), "run", ALONE),
+    ):
         pass
 
 
 def where(config):
-    (path,) = {section["nvme_path"] for name, section in config["zero_optimization"].items() if name.startswith("offload")}
+    (path,) = {
+        section["nvme_path"]
+        for name, section in config["zero_optimization"].items()
+        if name.startswith("offload")
+    }
     return path
 
 
@@ -93,7 +111,9 @@ def test_a_disk_without_room_stops_the_run_before_it_begins(tmp_path, monkeypatc
 
 def test_gradients_that_pass_through_the_disk_begin_and_end_at_aligned_elements():
     unit, least = 256, 2_000
-    swapper = SimpleNamespace(numel_alignment=unit, is_swappable_tensor=lambda numel: numel >= least)
+    swapper = SimpleNamespace(
+        numel_alignment=unit, is_swappable_tensor=lambda numel: numel >= least
+    )
     generator = torch.Generator().manual_seed(0)
     sizes = [1, 255, 256, 2_000, 2_511, 2_512, 5_000, 4_096, 10_001, 7]
     gradients = [torch.rand(size, generator=generator) for size in sizes]

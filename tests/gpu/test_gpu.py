@@ -1,4 +1,5 @@
-"""What only a GPU can show: bf16 and fp16 steps, SDPA on the device, gradient checkpointing, a T5-large-sized model."""
+"""What only a GPU can show: bf16 and fp16 steps, SDPA on the device, gradient
+checkpointing, a T5-large-sized model."""
 
 import shutil
 import time
@@ -17,9 +18,19 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("config", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fp16"])
+@pytest.mark.parametrize(
+    "config", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fp16"]
+)
 def test_the_command_trains(config, tiny, tmp_path):
-    train("--config", tiny, "--ds_config", CONFIGS / f"{config}.json", "--output_dir", tmp_path / "run", timeout=300)
+    train(
+        "--config",
+        tiny,
+        "--ds_config",
+        CONFIGS / f"{config}.json",
+        "--output_dir",
+        tmp_path / "run",
+        timeout=300,
+    )
     losses = [row["loss"] for row in rows(tmp_path / "run")]
     assert len(losses) == 8
     assert all(0 < loss < 200 for loss in losses)
@@ -41,7 +52,8 @@ def test_losses_agree_with_the_cpu(tiny, tmp_path):
 
 
 def test_a_run_goes_on_at_other_stages(tiny, tmp_path):
-    """ZeRO 2, 3, 1, 0 on one GPU: the converted states must lie where each stage has its own."""
+    """ZeRO 2, 3, 1, 0 on one GPU: the converted states must lie where each stage has
+    its own."""
     common = (
         "--config",
         tiny,
@@ -56,7 +68,14 @@ def test_a_run_goes_on_at_other_stages(tiny, tmp_path):
         "--keep_checkpoints",
         "9",
     )
-    train(*common, "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path / "uncut", timeout=300)
+    train(
+        *common,
+        "--ds_config",
+        CONFIGS / "zero2.json",
+        "--output_dir",
+        tmp_path / "uncut",
+        timeout=300,
+    )
     cut = (*common, "--output_dir", tmp_path / "cut")
     for stage, step in (("zero2", 3), ("zero3", 6), ("zero1", 9)):
         run = start(*cut, "--ds_config", CONFIGS / f"{stage}.json")
@@ -77,12 +96,27 @@ def test_a_batch_equals_batches_of_one_on_the_device(kind, injection, batch):
     together = model(ids, mask, labels=labels)
     for row, length in enumerate(mask.sum(1).tolist()):
         alone = model(ids[row : row + 1, :length], labels=labels[row : row + 1, :length])
-        torch.testing.assert_close(together.logits[row, :length], alone.logits[0], atol=5e-3, rtol=5e-3)
+        torch.testing.assert_close(
+            together.logits[row, :length], alone.logits[0], atol=5e-3, rtol=5e-3
+        )
 
 
 def test_gradient_checkpointing_saves_memory_and_changes_nothing(injection):
-    t5 = {"vocab_size": 1000, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 8, "num_heads": 8, "dropout_rate": 0.0}
-    model = T5VAE(T5VAEConfig(t5={**t5, "decoder_start_token_id": 0}, injection=injection)).cuda().bfloat16().train()
+    t5 = {
+        "vocab_size": 1000,
+        "d_model": 512,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "num_layers": 8,
+        "num_heads": 8,
+        "dropout_rate": 0.0,
+    }
+    model = (
+        T5VAE(T5VAEConfig(t5={**t5, "decoder_start_token_id": 0}, injection=injection))
+        .cuda()
+        .bfloat16()
+        .train()
+    )
     ids = torch.randint(3, 1000, (64, 64), device="cuda")
     noise = torch.randn(64, 32, device="cuda")
     peaks, losses, gradients = [], [], []
@@ -92,7 +126,10 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing(injection):
         model.zero_grad()
         torch.cuda.reset_peak_memory_stats()
         out = model(ids, labels=ids, noise=noise)
-        loss = torch.nn.functional.cross_entropy(out.logits.float().flatten(0, 1), ids.flatten()) + out.posterior.kl().mean()
+        loss = (
+            torch.nn.functional.cross_entropy(out.logits.float().flatten(0, 1), ids.flatten())
+            + out.posterior.kl().mean()
+        )
         loss.backward()
         peaks.append(torch.cuda.max_memory_allocated())
         losses.append(loss.item())
@@ -104,21 +141,44 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing(injection):
 
 
 def test_a_t5_large_sized_model(tmp_path, cache_dir):
-    """770 M parameters less cross-attention, from its configuration: steps in bf16 at ZeRO 2, tokens/s printed."""
+    """770 M parameters less cross-attention, from its configuration: steps in bf16 at
+    ZeRO 2, tokens/s printed."""
     config = {
         **TINY,
-        "data": {**TINY["data"], "cache_dir": str(cache_dir), "batch_size": 256, "micro_batch_tokens": 16384},
+        "data": {
+            **TINY["data"],
+            "cache_dir": str(cache_dir),
+            "batch_size": 256,
+            "micro_batch_tokens": 16384,
+        },
         "model": {
             "vocab_size": 260,
-            "t5": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "dropout_rate": 0.1},
+            "t5": {
+                "d_model": 1024,
+                "d_kv": 64,
+                "d_ff": 4096,
+                "num_layers": 24,
+                "num_heads": 16,
+                "dropout_rate": 0.1,
+            },
         },
         "phase1": {"steps": 5, "lr": 1e-4},
         "phase2": {"steps": 15, "lr": 1e-4},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     start = time.monotonic()
-    command = ("--config", tmp_path / "config.yaml", "--ds_config", CONFIGS / "zero2.json", "--output_dir", tmp_path / "run")
+    command = (
+        "--config",
+        tmp_path / "config.yaml",
+        "--ds_config",
+        CONFIGS / "zero2.json",
+        "--output_dir",
+        tmp_path / "run",
+    )
     train(*command, "--keep_checkpoints", "1", timeout=550)
     speeds = [row["tokens_per_s"] for row in rows(tmp_path / "run")]
-    print(f"T5-large-sized: {sorted(speeds)[len(speeds) // 2]:.0f} tokens/s, {time.monotonic() - start:.0f} s in all")
+    print(
+        f"T5-large-sized: {sorted(speeds)[len(speeds) // 2]:.0f} tokens/s, "
+        f"{time.monotonic() - start:.0f} s in all"
+    )
     assert all(0 < row["loss"] < 500 for row in rows(tmp_path / "run"))

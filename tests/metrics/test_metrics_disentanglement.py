@@ -19,7 +19,9 @@ SCORES = ("mig", "dci_disentanglement", "dci_completeness", "sap")
 @pytest.fixture(scope="module")
 def factors():
     rng = np.random.default_rng(0)
-    return np.stack([rng.integers(2, size=2000), rng.integers(3, size=2000), rng.integers(5, size=2000)], 1)
+    return np.stack(
+        [rng.integers(2, size=2000), rng.integers(3, size=2000), rng.integers(5, size=2000)], 1
+    )
 
 
 def test_one_dimension_a_factor(factors):
@@ -54,7 +56,9 @@ def test_rotated_codes_are_informative_and_entangled(factors):
 
 def test_the_same_seed_gives_the_same_scores(factors):
     codes = np.random.default_rng(4).normal(size=(120, 2))
-    assert disentanglement(codes, factors[:120], NAMES, 5) == disentanglement(codes, factors[:120], NAMES, 5)
+    assert disentanglement(codes, factors[:120], NAMES, 5) == disentanglement(
+        codes, factors[:120], NAMES, 5
+    )
 
 
 def test_gaps_by_hand():
@@ -72,5 +76,7 @@ def test_dci_by_hand():
     assert dci_disentanglement(np.ones((3, 3))) == pytest.approx(0)
     # Half of the importance in a pure dimension, half in one for both factors.
     assert dci_disentanglement(np.array([[1.0, 0.0], [0.5, 0.5]])) == pytest.approx(0.5)
-    np.testing.assert_allclose(dci_completeness_per_factor(np.array([[1.0, 0.5], [0.0, 0.5]])), [1, 0], atol=1e-12)
+    np.testing.assert_allclose(
+        dci_completeness_per_factor(np.array([[1.0, 0.5], [0.0, 0.5]])), [1, 0], atol=1e-12
+    )
     assert dci_disentanglement(np.zeros((2, 2))) == 0

@@ -72,8 +72,15 @@ def _same_environment():
 
 
 def run(directory, output, **options):
-    options = {"labels_file": str(directory / "test.labels"), "iw_samples": 3, "max_tokens": 24, **options}
-    return evaluate_model(str(directory / "model"), str(directory / "test.txt"), output=str(output), **options)
+    options = {
+        "labels_file": str(directory / "test.labels"),
+        "iw_samples": 3,
+        "max_tokens": 24,
+        **options,
+    }
+    return evaluate_model(
+        str(directory / "model"), str(directory / "test.txt"), output=str(output), **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +95,15 @@ def metrics(directory):
 def numbers(value, prefix=""):
     """Every number in nested metrics, by its path."""
     if isinstance(value, dict):
-        return {k: v for name, part in value.items() for k, v in numbers(part, f"{prefix}{name}.").items()}
+        return {
+            k: v
+            for name, part in value.items()
+            for k, v in numbers(part, f"{prefix}{name}.").items()
+        }
     if isinstance(value, list):
-        return {k: v for i, part in enumerate(value) for k, v in numbers(part, f"{prefix}{i}.").items()}
+        return {
+            k: v for i, part in enumerate(value) for k, v in numbers(part, f"{prefix}{i}.").items()
+        }
     return {prefix: value} if isinstance(value, (int, float)) else {}
 
 
@@ -110,19 +123,36 @@ def test_order_of_the_file_changes_nothing(directory, metrics, tmp_path):
     (tmp_path / "test.txt").write_text("".join(SENTENCES[i] + "\n" for i in order))
     (tmp_path / "test.labels").write_text("".join(LABELS[i] + "\n" for i in order))
     found = evaluate_model(
-        str(directory / "model"), str(tmp_path / "test.txt"), str(tmp_path / "test.labels"), str(tmp_path / "out"),
-        iw_samples=3, max_tokens=24,
-    )  # fmt: skip
+        str(directory / "model"),
+        str(tmp_path / "test.txt"),
+        str(tmp_path / "test.labels"),
+        str(tmp_path / "out"),
+        iw_samples=3,
+        max_tokens=24,
+    )
     assert_same(metrics, found)
 
 
 def test_two_ranks_change_nothing(directory, metrics, tmp_path):
-    (tmp_path / "command.py").write_text("import sys\nfrom dsvae.cli import main\nsys.exit(main())\n")
+    (tmp_path / "command.py").write_text(
+        "import sys\nfrom dsvae.cli import main\nsys.exit(main())\n"
+    )
     run = start(
-        "evaluate", directory / "model", "--output", tmp_path / "out", "--test_file", directory / "test.txt",
-        "--labels_file", directory / "test.labels", "--iw_samples", "3", "--max_tokens", "24",
-        ranks=2, script=tmp_path / "command.py",
-    )  # fmt: skip
+        "evaluate",
+        directory / "model",
+        "--output",
+        tmp_path / "out",
+        "--test_file",
+        directory / "test.txt",
+        "--labels_file",
+        directory / "test.labels",
+        "--iw_samples",
+        "3",
+        "--max_tokens",
+        "24",
+        ranks=2,
+        script=tmp_path / "command.py",
+    )
     try:
         told = [process.communicate(timeout=120) for process in run.processes]
     finally:
@@ -142,32 +172,58 @@ def test_what_is_in_the_metrics(metrics, split):
     assert metrics["kl"] == pytest.approx(sum(metrics["kl_per_dim"]))
     assert metrics["ppl_token"] == pytest.approx(np.exp(-metrics["elbo"] * 60 / metrics["tokens"]))
     assert 1 <= metrics["iw_ess_min"] <= metrics["iw_ess"] <= 3
-    assert metrics["au_curve"]["units"][metrics["au_curve"]["threshold"].index(0.01)] == metrics["au"]
-    means = ("rec", "kl", "elbo", "nll_iw", "mi", "marginal_kl", "rec_shuffled", "rec_prior", "exact_match", "token_accuracy")
+    assert (
+        metrics["au_curve"]["units"][metrics["au_curve"]["threshold"].index(0.01)] == metrics["au"]
+    )
+    means = (
+        "rec",
+        "kl",
+        "elbo",
+        "nll_iw",
+        "mi",
+        "marginal_kl",
+        "rec_shuffled",
+        "rec_prior",
+        "exact_match",
+        "token_accuracy",
+    )
     assert all(metrics["se"][name] >= 0 for name in means)
     assert metrics["probes"]["label"]["classes"] == 3
 
 
 def pairs_of(texts, order):
-    """(text, its place among its equals) -> the same of the sentence that it is given, in that order of the file."""
+    """(text, its place among its equals) -> the same of the sentence that it is given,
+    in that order of the file."""
     seen = Counter()
     names = []
     for i in order:
         seen[texts[i]] += 1
         names.append((texts[i], seen[texts[i]]))
     text_keys, content_keys = (
-        np.array([int.from_bytes(hashlib.md5(repr(key).encode()).digest()[:8], "big") for key in keys], dtype=np.uint64)
+        np.array(
+            [int.from_bytes(hashlib.md5(repr(key).encode()).digest()[:8], "big") for key in keys],
+            dtype=np.uint64,
+        )
         for keys in ([text for text, _ in names], names)
     )
     other = another_sentence(text_keys, content_keys)
-    return None if other is None else {name: names[j] for name, j in zip(names, other.tolist(), strict=True)}
+    return (
+        None
+        if other is None
+        else {name: names[j] for name, j in zip(names, other.tolist(), strict=True)}
+    )
 
 
 def test_another_sentence_has_another_text_wherever_there_is_one():
-    """Every way to fill up to six places with up to six texts, and random larger ones, in two orders of the file."""
-    small = [texts for n in range(1, 7) for texts in itertools.combinations_with_replacement("abcdef", n)]
+    """Every way to fill up to six places with up to six texts, and random larger ones,
+    in two orders of the file."""
+    small = [
+        texts for n in range(1, 7) for texts in itertools.combinations_with_replacement("abcdef", n)
+    ]
     rng = np.random.default_rng(0)
-    large = [[f"t{t}" for t in rng.integers(most, size=200)] for most in (2, 3, 20, 300)] + [["t"] * 150 + ["u"] * 49 + ["v"]]
+    large = [[f"t{t}" for t in rng.integers(most, size=200)] for most in (2, 3, 20, 300)] + [
+        ["t"] * 150 + ["u"] * 49 + ["v"]
+    ]
     for texts in [*small, *large]:
         found = pairs_of(texts, range(len(texts)))
         if len(set(texts)) < 2:
@@ -202,26 +258,56 @@ def test_rec_shuffled_is_that_of_another_text(tokenizer):
     for i in range(6):
         possible = []
         for j in range((i + 1) % 2, 6, 2):
-            logits = model(labels=ids[i], latent=model.encode(ids[j]).sample(noise[j : j + 1])).logits
-            possible.append(-float(torch.log_softmax(logits, -1)[0, torch.arange(ids[i].shape[1]), ids[i][0]].sum()))
+            logits = model(
+                labels=ids[i], latent=model.encode(ids[j]).sample(noise[j : j + 1])
+            ).logits
+            possible.append(
+                -float(
+                    torch.log_softmax(logits, -1)[0, torch.arange(ids[i].shape[1]), ids[i][0]].sum()
+                )
+            )
         assert min(abs(float(found.rec_shuffled[i]) - each) for each in possible) < 1e-3
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_without_another_text_there_is_no_rec_shuffled(directory, tmp_path, count):
     (tmp_path / "test.txt").write_text(f"{SENTENCES[0]}\n" * count)
-    found = evaluate_model(str(directory / "model"), str(tmp_path / "test.txt"), output=str(tmp_path / "out"), max_tokens=24)
+    found = evaluate_model(
+        str(directory / "model"),
+        str(tmp_path / "test.txt"),
+        output=str(tmp_path / "out"),
+        max_tokens=24,
+    )
     assert np.isnan(found["rec_shuffled"])
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test"]["rec_shuffled"] is None
-    assert not [warning for warning in found["warnings"] if "rec_shuffled" in warning or "nan" in warning]
+    assert (
+        json.loads((tmp_path / "out" / "metrics.json").read_text())["test"]["rec_shuffled"] is None
+    )
+    assert not [
+        warning for warning in found["warnings"] if "rec_shuffled" in warning or "nan" in warning
+    ]
 
 
 @pytest.mark.parametrize(
     ("gain", "deviation", "said"),
     [
-        (0.0, 0.0, "rec_shuffled - rec = 0.000 ± 0.000 nats: another text's z does as well, the decoder does not use z"),
-        (0.01, 0.1, "rec_shuffled - rec = 0.010 ± 0.010 nats: another text's z does as well, the decoder does not use z"),
-        (2.0, 10.0, "rec_shuffled - rec = 2.000 ± 1.000 nats: not distinguishable from 0 on 100 sentences; evaluate on more"),
+        (
+            0.0,
+            0.0,
+            "rec_shuffled - rec = 0.000 ± 0.000 nats: another text's z does as well, the decoder "
+            "does not use z",
+        ),
+        (
+            0.01,
+            0.1,
+            "rec_shuffled - rec = 0.010 ± 0.010 nats: another text's z does as well, the decoder "
+            "does not use z",
+        ),
+        (
+            2.0,
+            10.0,
+            "rec_shuffled - rec = 2.000 ± 1.000 nats: not distinguishable from 0 on 100 "
+            "sentences; evaluate on more",
+        ),
         (3.5, 10.0, None),
         (float("nan"), 0.0, None),
     ],
@@ -232,7 +318,15 @@ def test_a_collapse_is_told_from_too_few_sentences(gain, deviation, said):
     rec = torch.full((100,), 40.0, dtype=torch.float64)
     nothing = torch.zeros(100)
     measured = Measured(None, -rec[None], nothing, nothing, rec + gain + deviation * unit, nothing)
-    metrics = {"latent_dim": 6, "mi": 1.0, "sentences": 100, "rec": 40.0, "unk": 0, "tokens": 9, "truncated": 0}
+    metrics = {
+        "latent_dim": 6,
+        "mi": 1.0,
+        "sentences": 100,
+        "rec": 40.0,
+        "unk": 0,
+        "tokens": 9,
+        "truncated": 0,
+    }
     assert _warnings(metrics, measured) == ([] if said is None else [said])
     assert _warnings(metrics | {"mi": float("nan")}, measured) == ([] if said is None else [said])
 
@@ -243,7 +337,9 @@ def test_what_is_left_behind(directory, metrics):
     report = (out / "report.html").read_text()
     assert report.count("data:image/svg+xml;base64,") == 4
     assert not re.search(r'(src|href)="(?!data:)|https?://', report)  # nothing to fetch
-    rows = (out / "projector" / "00000" / "posterior_mean" / "metadata.tsv").read_text().splitlines()
+    rows = (
+        (out / "projector" / "00000" / "posterior_mean" / "metadata.tsv").read_text().splitlines()
+    )
     assert rows[0] == "sentence\ttokens\tlabel"
     assert [row.split("\t")[2] for row in rows[1:]] == LABELS
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
@@ -282,13 +378,15 @@ def test_reconstruction_scores_by_hand(tokenizer):
     perfect = compare(split, rows, tokenizer)
     assert [perfect[name] for name in ("exact_match", "token_accuracy")] == [1, 1]
     assert [perfect["bleu"], perfect["chrf"]] == pytest.approx([100, 100])
-    # One token inserted in front moves all others; a reconstruction that stops early lacks the rest.
+    # One token inserted in front moves all others; a reconstruction that stops early
+    # lacks the rest.
     shifted = np.concatenate([[5], rows[0]])
     same = int((shifted[: len(rows[0])] == rows[0]).sum())
     found = compare(split, [shifted, rows[1][:1]], tokenizer)
     assert found["exact_match"] == 0
     assert found["token_accuracy"] == pytest.approx((same + 1) / split.lengths.sum())
-    assert compare(split, [rows[0], rows[1][:-1]], tokenizer)["exact_match"] == 0.5  # EOS belongs to it
+    # EOS belongs to it
+    assert compare(split, [rows[0], rows[1][:-1]], tokenizer)["exact_match"] == 0.5
 
 
 def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split):
@@ -296,7 +394,9 @@ def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split
     save(tmp_path, model, tokenizer)
     found = run(tmp_path, tmp_path / "out")
     assert (found["latent_dim"], found["kl"], found["mi"], found["au"]) == (0, 0, 0, 0)
-    assert found["rec"] == found["rec_shuffled"] == found["rec_prior"] == pytest.approx(-found["elbo"])
+    assert (
+        found["rec"] == found["rec_shuffled"] == found["rec_prior"] == pytest.approx(-found["elbo"])
+    )
     assert found["nll_iw"] == pytest.approx(found["rec"], rel=1e-6)
     ids = torch.from_numpy(split.ids(0))[None]
     with torch.no_grad():
@@ -312,36 +412,63 @@ def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split
 
 def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch):
     monkeypatch.setattr("dsvae.evaluation.sentences.BUILTIN_SENTENCES", 400)
-    found = evaluate_model(str(directory / "model"), output=str(tmp_path / "out"), seed=2**53 - 1)  # more than scikit-learn takes
+    # more than scikit-learn takes
+    found = evaluate_model(str(directory / "model"), output=str(tmp_path / "out"), seed=2**53 - 1)
     assert len(found["probes"]) == len(found["disentanglement"]["per_factor"]) == 9
     assert 0 <= found["disentanglement"]["mig"] <= 1
     assert "nll_iw" not in found
 
 
 @pytest.mark.parametrize("hub", [False, True])
-def test_without_output_nothing_is_written_where_a_hub_model_would_be_looked_for(directory, tmp_path, monkeypatch, hub):
+def test_without_output_nothing_is_written_where_a_hub_model_would_be_looked_for(
+    directory, tmp_path, monkeypatch, hub
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dsvae.pretrained.snapshot_download", lambda name, **_: {"someone/model": directory / "model"}[name])
+    monkeypatch.setattr(
+        "dsvae.pretrained.snapshot_download",
+        lambda name, **_: {"someone/model": directory / "model"}[name],
+    )
     local = shutil.copytree(directory / "model", tmp_path / "local" / "model")
-    evaluate_model("someone/model" if hub else "local/model", str(directory / "test.txt"), max_tokens=24)
+    evaluate_model(
+        "someone/model" if hub else "local/model", str(directory / "test.txt"), max_tokens=24
+    )
     output = tmp_path / "evaluation" if hub else local / "evaluation"
     assert (output / "metrics.json").is_file()
-    assert sorted(path.name for path in tmp_path.iterdir()) == (["evaluation", "local"] if hub else ["local"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == (
+        ["evaluation", "local"] if hub else ["local"]
+    )
     assert not (directory / "model" / "evaluation").exists()
 
 
 def test_markup_in_sentences_stays_text(directory, tmp_path):
-    (tmp_path / "t.txt").write_text("".join(f"the <b>king</b> sold $ {SENTENCES[i]} $\n" for i in range(20)))
+    (tmp_path / "t.txt").write_text(
+        "".join(f"the <b>king</b> sold $ {SENTENCES[i]} $\n" for i in range(20))
+    )
     (tmp_path / "t.labels").write_text("".join(f"<b>$x_{i % 2}$</b>\n" for i in range(20)))
-    evaluate_model(str(directory / "model"), str(tmp_path / "t.txt"), str(tmp_path / "t.labels"), str(tmp_path / "out"))
+    evaluate_model(
+        str(directory / "model"),
+        str(tmp_path / "t.txt"),
+        str(tmp_path / "t.labels"),
+        str(tmp_path / "out"),
+    )
     report = (tmp_path / "out" / "report.html").read_text()
     assert "<b>" not in report
 
 
 def test_nothing_but_results_goes_to_stdout(directory, tmp_path):
-    command = [sys.executable, "-m", "dsvae.cli", "evaluate", str(directory / "model"), "--output", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "dsvae.cli",
+        "evaluate",
+        str(directory / "model"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     command += ["--test_file", str(directory / "test.txt"), "--max_tokens", "24"]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "test.txt: 60 sentences"
@@ -356,7 +483,11 @@ def test_every_label_stands_in_the_legend(directory, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(html, "plots", lambda *args: seen.setdefault("plots", plots(*args)))
     run(directory, tmp_path / "out", labels_file=str(tmp_path / "test.labels"), iw_samples=None)
-    texts = [element.text.strip() for element in ElementTree.fromstring(seen["plots"]["Latents"]).iter() if element.text]
+    texts = [
+        element.text.strip()
+        for element in ElementTree.fromstring(seen["plots"]["Latents"]).iter()
+        if element.text
+    ]
     assert [text for text in texts if text in labels] == sorted(labels)
 
 
@@ -384,10 +515,16 @@ def test_sentences_are_cut_where_training_cut_them(directory, tmp_path, tokenize
     save(tmp_path, model, tokenizer)
     found = evaluate_model(str(tmp_path / "model"), str(tmp_path / "test.txt"))
     limit = trained or 64
-    assert (found["max_tokens"], found["tokens"]) == (limit, sum(min(length, limit) for length in lengths))
+    assert (found["max_tokens"], found["tokens"]) == (
+        limit,
+        sum(min(length, limit) for length in lengths),
+    )
     assert found["truncated"] == sum(length > limit for length in lengths)
     found = evaluate_model(str(tmp_path / "model"), str(tmp_path / "test.txt"), max_tokens=12)
-    assert (found["max_tokens"], found["tokens"]) == (12, sum(min(length, 12) for length in lengths))
+    assert (found["max_tokens"], found["tokens"]) == (
+        12,
+        sum(min(length, 12) for length in lengths),
+    )
 
 
 def write(path, text):
@@ -401,23 +538,39 @@ BAD = {
     "another model": (lambda d, t: {"model_dir": str(make_t5("t5 v1.0", t))}, "holds a t5 model"),
     "missing file": (lambda d, t: {"test_file": str(t / "nothing.txt")}, "no such file"),
     "empty file": (lambda d, t: {"test_file": write(t / "empty.txt", "")}, "is empty"),
-    "blank file": (lambda d, t: {"test_file": write(t / "blank.txt", "\n\n"), "labels_file": None}, "no sentences"),
-    "labels of another length": (lambda d, t: {"labels_file": write(t / "l", "a\nb\n")}, "has 2 lines, but .* has 60"),
+    "blank file": (
+        lambda d, t: {"test_file": write(t / "blank.txt", "\n\n"), "labels_file": None},
+        "no sentences",
+    ),
+    "labels of another length": (
+        lambda d, t: {"labels_file": write(t / "l", "a\nb\n")},
+        "has 2 lines, but .* has 60",
+    ),
     "missing labels": (lambda d, t: {"labels_file": str(t / "nothing")}, "no such file"),
-    "a sentence without label": (lambda d, t: {"labels_file": write(t / "l", "a\n\n" + "a\n" * 58)}, ":2: no label"),
+    "a sentence without label": (
+        lambda d, t: {"labels_file": write(t / "l", "a\n\n" + "a\n" * 58)},
+        ":2: no label",
+    ),
     "a single label": (lambda d, t: {"labels_file": write(t / "l", "a\n" * 60)}, "two"),
     "labels alone": (lambda d, t: {"test_file": None}, "without --test_file"),
     "k below 1": (lambda d, t: {"iw_samples": 0}, "iw_samples 0"),
     "no samples": (lambda d, t: {"samples": 0}, "samples 0: give a whole number of at least 1"),
     "half a sample": (lambda d, t: {"samples": 1.5}, "samples 1.5"),
     "a negative seed": (lambda d, t: {"seed": -1}, "seed -1: give a whole number of at least 0"),
-    "a seed of too many bits": (lambda d, t: {"seed": 2**53}, r"seed is 9007199254740992: give a number from 0 to 2\^53 - 1"),
+    "a seed of too many bits": (
+        lambda d, t: {"seed": 2**53},
+        r"seed is 9007199254740992: give a number from 0 to 2\^53 - 1",
+    ),
     "factors cut off": (
         lambda d, t: {"test_file": None, "labels_file": None, "max_tokens": 2},
-        "built-in corpus .* cut to 2 tokens: .* a probe needs two such labels; give a larger --max_tokens",
+        "built-in corpus .* cut to 2 tokens: .* a probe needs two such labels; give a larger "
+        "--max_tokens",
     ),
     "one token": (lambda d, t: {"max_tokens": 1}, "max_tokens 1"),
-    "no directory to write to": (lambda d, t: {"output": write(t / "file", "")}, "give another --output"),
+    "no directory to write to": (
+        lambda d, t: {"output": write(t / "file", "")},
+        "give another --output",
+    ),
 }
 
 
@@ -446,7 +599,11 @@ def test_damaged_models(directory, tmp_path, tokenizer):
     (tmp_path / "no_weights" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         evaluate_model(str(tmp_path / "no_weights"), str(directory / "test.txt"))
-    state = {name: weight for name, weight in model.state_dict().items() if "posterior" not in name and name != "lm_head.weight"}
+    state = {
+        name: weight
+        for name, weight in model.state_dict().items()
+        if "posterior" not in name and name != "lm_head.weight"
+    }
     model.save_pretrained(tmp_path / "no_head", state_dict=state)
     tokenizer.save_pretrained(tmp_path / "no_head")
     with pytest.raises(UserError, match=r"lacks weights: posterior"):
@@ -455,5 +612,7 @@ def test_damaged_models(directory, tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "edited")
     config = tmp_path / "edited" / "config.json"
     config.write_text(config.read_text().replace('"injection": "memory"', '"injection": "none"'))
-    with pytest.raises(UserError, match=r"a model of its config.json has not: encoder\..*config.json as it was$"):
+    with pytest.raises(
+        UserError, match=r"a model of its config.json has not: encoder\..*config.json as it was$"
+    ):
         evaluate_model(str(tmp_path / "edited"), str(directory / "test.txt"))

@@ -1,4 +1,5 @@
-"""Mutual information against numerical integration; KL and active units of posteriors made by hand."""
+"""Mutual information against numerical integration; KL and active units of posteriors
+made by hand."""
 
 import math
 
@@ -22,18 +23,27 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
 def integrated(means, deviations):
-    """I(x; z) = H(z) - H(z|x) of a mixture of N one-dimensional Gaussians, by quadrature."""
+    """I(x; z) = H(z) - H(z|x) of a mixture of N one-dimensional Gaussians, by
+    quadrature."""
 
     def density(z):
         return float(np.mean(norm.pdf(z, means, deviations)))
 
     low, high = min(means) - 9 * max(deviations), max(means) + 9 * max(deviations)
-    entropy = quad(lambda z: -density(z) * math.log(density(z)) if density(z) > 0 else 0.0, low, high, limit=400)[0]
-    return entropy - float(np.mean([0.5 * math.log(2 * math.pi * math.e * s**2) for s in deviations]))
+    entropy = quad(
+        lambda z: -density(z) * math.log(density(z)) if density(z) > 0 else 0.0,
+        low,
+        high,
+        limit=400,
+    )[0]
+    return entropy - float(
+        np.mean([0.5 * math.log(2 * math.pi * math.e * s**2) for s in deviations])
+    )
 
 
 def repeated(means, deviations, times):
-    """The mixture as a set of sentences: each component `times` times. The aggregate posterior is the same."""
+    """The mixture as a set of sentences: each component `times` times. The aggregate
+    posterior is the same."""
     mean = torch.tensor(means).repeat(times)[:, None]
     return Gaussian(mean, 2 * torch.log(torch.tensor(deviations)).repeat(times)[:, None])
 
@@ -76,19 +86,24 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 def test_kl_and_marginal_kl_by_hand():
-    """q(z|x) = N(x, s^2) with x ~ N(0, 1 - s^2): the aggregate is the prior, so all of the KL is mutual information."""
+    """q(z|x) = N(x, s^2) with x ~ N(0, 1 - s^2): the aggregate is the prior, so all of
+    the KL is mutual information."""
     s = 0.5
     x = math.sqrt(1 - s**2) * torch.from_numpy(norm.ppf((np.arange(4000) + 0.5) / 4000)).float()
     q = Gaussian(x[:, None], torch.full((4000, 1), 2 * math.log(s)))
     kl = float(q.kl().sum(1).double().mean())
     assert kl == pytest.approx(-math.log(s), abs=1e-3)
     noise = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
-    assert float(mutual_information(q, q.sample(noise), ALONE).mean()) == pytest.approx(kl, abs=0.04)
+    assert float(mutual_information(q, q.sample(noise), ALONE).mean()) == pytest.approx(
+        kl, abs=0.04
+    )
 
 
 def test_active_units_by_hand():
     column = torch.tensor([-1.0, 1.0]).repeat(50)
-    q = Gaussian(torch.stack([column, 0.15 * column, 0.05 * column, 0 * column + 7], 1), torch.zeros(100, 4))
+    q = Gaussian(
+        torch.stack([column, 0.15 * column, 0.05 * column, 0 * column + 7], 1), torch.zeros(100, 4)
+    )
     variance = torch.tensor([1.0, 0.0225, 0.0025, 0.0], dtype=torch.float64) * 100 / 99
     torch.testing.assert_close(mean_variance(q), variance, atol=1e-6, rtol=1e-5)
     assert active_units(q) == 2
@@ -104,4 +119,9 @@ def test_active_units_by_hand():
 def test_no_latent_and_a_single_sentence():
     assert active_units(Gaussian(torch.zeros(5, 0), torch.zeros(5, 0))) == 0
     assert active_units(Gaussian(torch.ones(1, 3), torch.zeros(1, 3))) == 0
-    assert mutual_information(Gaussian(torch.zeros(5, 0), torch.zeros(5, 0)), torch.zeros(5, 0), ALONE).tolist() == [0] * 5
+    assert (
+        mutual_information(
+            Gaussian(torch.zeros(5, 0), torch.zeros(5, 0)), torch.zeros(5, 0), ALONE
+        ).tolist()
+        == [0] * 5
+    )

@@ -1,4 +1,5 @@
-"""The bounds against a linear-Gaussian decoder, whose log p(x) and posterior are known in closed form."""
+"""The bounds against a linear-Gaussian decoder, whose log p(x) and posterior are known
+in closed form."""
 
 import math
 
@@ -22,9 +23,11 @@ N, Z, X, NOISE = 200, 3, 5, 0.7
 
 
 class LinearGaussian:
-    """p(z) = N(0, I), p(x|z) = N(W z + b, s^2 I); so p(x) = N(b, W W^T + s^2 I), and p(z|x) is Gaussian.
+    """p(z) = N(0, I), p(x|z) = N(W z + b, s^2 I); so p(x) = N(b, W W^T + s^2 I), and
+    p(z|x) is Gaussian.
 
-    The columns of W are orthogonal, so that the exact posterior is diagonal, as the model's family is.
+    The columns of W are orthogonal, so that the exact posterior is diagonal, as the
+    model's family is.
     """
 
     def __init__(self):
@@ -33,7 +36,9 @@ class LinearGaussian:
         self.w = directions * torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
         self.b = torch.randn(X, generator=rng, dtype=torch.float64)
         z = torch.randn(N, Z, generator=rng, dtype=torch.float64)
-        self.x = z @ self.w.T + self.b + NOISE * torch.randn(N, X, generator=rng, dtype=torch.float64)
+        self.x = (
+            z @ self.w.T + self.b + NOISE * torch.randn(N, X, generator=rng, dtype=torch.float64)
+        )
 
     @property
     def log_px(self):
@@ -44,7 +49,8 @@ class LinearGaussian:
         return Normal(z @ self.w.T + self.b, NOISE).log_prob(self.x).sum(-1)
 
     def posterior(self, shift=0.0, widen=0.0):
-        """The exact one; or another, moved by `shift` and with `widen` added to the log-variance."""
+        """The exact one; or another, moved by `shift` and with `widen` added to the
+        log-variance."""
         variance = 1 / (1 + self.w.square().sum(0) / NOISE**2)
         centre = (self.x - self.b) @ self.w / NOISE**2 * variance
         return Gaussian(centre + shift, torch.log(variance).expand(N, Z) + widen)
@@ -59,15 +65,22 @@ def draw(truth, q, k, seed=1):
     """(log p(x|z), log p(z), log q(z|x)), (k, N) each, of k samples."""
     rng = torch.Generator().manual_seed(seed)
     # Not `q.sample`: the noise must be float64 for an exact test.
-    z = [q.mean + torch.exp(0.5 * q.logvar) * torch.randn(N, Z, generator=rng, dtype=torch.float64) for _ in range(k)]
-    return tuple(torch.stack([f(s) for s in z]) for f in (truth.log_px_z, Gaussian.log_prior, q.log_prob))
+    z = [
+        q.mean + torch.exp(0.5 * q.logvar) * torch.randn(N, Z, generator=rng, dtype=torch.float64)
+        for _ in range(k)
+    ]
+    return tuple(
+        torch.stack([f(s) for s in z]) for f in (truth.log_px_z, Gaussian.log_prior, q.log_prob)
+    )
 
 
 def test_with_the_exact_posterior_every_weight_is_log_p(truth):
     weights = log_importance_weights(*draw(truth, truth.posterior(), 4))
     torch.testing.assert_close(weights, truth.log_px.expand(4, N), atol=1e-9, rtol=0)
     torch.testing.assert_close(importance_weighted_bound(weights), truth.log_px, atol=1e-9, rtol=0)
-    torch.testing.assert_close(effective_sample_size(weights), torch.full((N,), 4.0, dtype=torch.float64))
+    torch.testing.assert_close(
+        effective_sample_size(weights), torch.full((N,), 4.0, dtype=torch.float64)
+    )
 
 
 def test_with_the_exact_posterior_the_elbo_is_log_p(truth):
@@ -126,13 +139,17 @@ def test_wrong_formulas_are_far_off(truth):
 
 def test_the_bound_of_large_weights_does_not_overflow():
     weights = torch.tensor([[-5000.0, 900.0], [-5001.0, 899.0]])
-    expected = torch.tensor([-5000.0, 900.0], dtype=torch.float64) + math.log((1 + math.exp(-1)) / 2)
+    expected = torch.tensor([-5000.0, 900.0], dtype=torch.float64) + math.log(
+        (1 + math.exp(-1)) / 2
+    )
     torch.testing.assert_close(importance_weighted_bound(weights), expected)
 
 
 def test_effective_sample_size_by_hand():
     weights = torch.log(torch.tensor([[1.0, 1.0], [1.0, 3.0]]))
-    torch.testing.assert_close(effective_sample_size(weights), torch.tensor([2.0, 16 / 10], dtype=torch.float64))
+    torch.testing.assert_close(
+        effective_sample_size(weights), torch.tensor([2.0, 16 / 10], dtype=torch.float64)
+    )
 
 
 class Split:
@@ -153,7 +170,9 @@ def test_denominators_by_hand():
         }
     )
     # The residuals of 11/5 a token are -0.6 and 0.6.
-    assert errors["ppl_token_x"] == pytest.approx(math.exp(11 / 5) * math.sqrt(2 * (0.36 + 0.36)) / 5)
+    assert errors["ppl_token_x"] == pytest.approx(
+        math.exp(11 / 5) * math.sqrt(2 * (0.36 + 0.36)) / 5
+    )
 
 
 def test_standard_errors():

@@ -22,7 +22,9 @@ def test_a_linear_label_is_read(features):
     found = probe(features * [1, 100, 1, 1], labels, GROUPS, seed=0)
     assert found["linear"] > 0.97
     assert found["knn"] > 0.8
-    assert found["majority"] == pytest.approx(max((labels == "good").mean(), (labels == "bad").mean()), abs=0.01)
+    assert found["majority"] == pytest.approx(
+        max((labels == "good").mean(), (labels == "bad").mean()), abs=0.01
+    )
     assert found["se"]["majority"] == pytest.approx(np.sqrt(0.25 / N), rel=0.05)
     assert (found["classes"], found["sentences"], found["left_out"]) == (2, N, 0)
 
@@ -40,16 +42,24 @@ def test_a_ring_is_for_the_neighbours(features):
 
 
 def test_equal_sentences_are_never_asked_and_trained_on(features):
-    """Every sentence three times, with labels at random: a neighbour that is the sentence itself would know them."""
+    """Every sentence three times, with labels at random: a neighbour that is the
+    sentence itself would know them."""
     labels = np.random.default_rng(1).choice(["a", "b"], size=N // 3)
-    found = probe(np.repeat(features[: N // 3], 3, 0), np.repeat(labels, 3), np.repeat(GROUPS[: N // 3], 3), seed=0)
+    found = probe(
+        np.repeat(features[: N // 3], 3, 0),
+        np.repeat(labels, 3),
+        np.repeat(GROUPS[: N // 3], 3),
+        seed=0,
+    )
     assert abs(found["knn"] - 0.5) < 0.15
 
 
 def test_any_order_gives_the_same(features):
     labels = np.where(features[:, 1] + features[:, 0] ** 2 > 0.5, "good", "bad")
     order = np.random.default_rng(2).permutation(N)
-    assert probe(features, labels, GROUPS, 0) == probe(features[order], labels[order], GROUPS[order], 0)
+    assert probe(features, labels, GROUPS, 0) == probe(
+        features[order], labels[order], GROUPS[order], 0
+    )
 
 
 def test_rare_labels_are_left_out_and_counted(features):

@@ -1,4 +1,5 @@
-"""Weights one tensor at a time: read from safetensors alone, or drawn as transformers draws them."""
+"""Weights one tensor at a time: read from safetensors alone, or drawn as transformers
+draws them."""
 
 import json
 import pickle
@@ -22,12 +23,15 @@ def fresh(kind, seed, **latent):
 
 
 def test_drawn_weights_have_the_distribution_of_transformers_own(kind):
-    """Pooled over many seeds: mean and deviation of every parameter are those of a model that transformers initialized."""
+    """Pooled over many seeds: mean and deviation of every parameter are those of a
+    model that transformers initialized."""
     count = 60
     ours, theirs = {}, {}
     for seed in range(count):
         torch.manual_seed(10_000 + seed)
-        model = T5VAE(T5VAEConfig(t5=T5_CONFIGS[kind](), latent_dim=16, injection="both", pooling="attention"))
+        model = T5VAE(
+            T5VAEConfig(t5=T5_CONFIGS[kind](), latent_dim=16, injection="both", pooling="attention")
+        )
         origin = fresh(kind, seed)
         for name, weight in model.named_parameters():
             theirs.setdefault(name, []).append(weight.detach())
@@ -57,7 +61,8 @@ def test_drawn_weights_depend_on_seed_and_name_alone(kind):
     matrices = [name for name in names if model.get_parameter(name).ndim > 1]
     assert not any(torch.equal(other.tensor(name), model.get_parameter(name)) for name in matrices)
     values = [model.get_parameter(name).flatten()[:8] for name in matrices]
-    assert all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])  # nor do two names share a draw
+    # nor do two names share a draw
+    assert all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
 
 
 def test_every_weight_of_a_sharded_t5_is_that_of_transformers(kind, tmp_path):
@@ -69,18 +74,29 @@ def test_every_weight_of_a_sharded_t5_is_that_of_transformers(kind, tmp_path):
     for i, name in enumerate(sorted(state)):
         index[name] = f"part-{i % 3}.safetensors"
     for file in set(index.values()):
-        save_file({n: state[n] for n in index if index[n] == file}, tmp_path / "whole" / file, metadata={"format": "pt"})
-    (tmp_path / "whole" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        save_file(
+            {n: state[n] for n in index if index[n] == file},
+            tmp_path / "whole" / file,
+            metadata={"format": "pt"},
+        )
+    (tmp_path / "whole" / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     model = T5VAE.from_t5(str(tmp_path / "whole"), latent_dim=6)
     assert (model.lm_head.weight is model.shared.weight) == (kind == "t5 v1.0")
     expected = dict(theirs.named_parameters(remove_duplicate=False))
     for name, weight in model.named_parameters(remove_duplicate=False):
         if not name.startswith(("posterior.", "injection.")):
-            in_t5 = name.replace(".layer.1.", ".layer.2.") if name.startswith("decoder.block") else name
+            in_t5 = (
+                name.replace(".layer.1.", ".layer.2.") if name.startswith("decoder.block") else name
+            )
             assert torch.equal(weight, expected[in_t5]), name
 
 
-@pytest.mark.parametrize("names", [["encoder.embed_tokens.weight"], ["lm_head.weight"], ["shared.weight", "lm_head.weight"]])
+@pytest.mark.parametrize(
+    "names",
+    [["encoder.embed_tokens.weight"], ["lm_head.weight"], ["shared.weight", "lm_head.weight"]],
+)
 def test_a_tied_embedding_may_have_another_name_or_lie_there_twice(names, tmp_path):
     make_t5("t5 v1.0", tmp_path)
     state = load_file(tmp_path / "model.safetensors")
@@ -105,8 +121,14 @@ def test_missing_or_misshapen_weights_are_errors(tmp_path):
     make_vae().save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     for broken, word in (
-        ({n: w for n, w in state.items() if n != "posterior.head.bias"}, "lacks weights: posterior.head.bias"),
-        ({**state, "posterior.head.bias": torch.zeros(5)}, r"posterior.head.bias has the shape \(5,\)"),
+        (
+            {n: w for n, w in state.items() if n != "posterior.head.bias"},
+            "lacks weights: posterior.head.bias",
+        ),
+        (
+            {**state, "posterior.head.bias": torch.zeros(5)},
+            r"posterior.head.bias has the shape \(5,\)",
+        ),
     ):
         save_file(broken, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=word):

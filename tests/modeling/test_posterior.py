@@ -8,7 +8,9 @@ from dsvae.modeling.posterior import Gaussian, Pooling
 
 def gaussian(batch=7, dim=4):
     rng = torch.Generator().manual_seed(0)
-    return Gaussian(torch.randn(batch, dim, generator=rng) * 2, torch.randn(batch, dim, generator=rng))
+    return Gaussian(
+        torch.randn(batch, dim, generator=rng) * 2, torch.randn(batch, dim, generator=rng)
+    )
 
 
 def as_torch(q):
@@ -52,7 +54,10 @@ def test_a_sample_has_the_mean_and_the_deviation():
 
 
 def test_pooling_by_hand():
-    states, mask = torch.randn(3, 5, 8), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
+    states, mask = (
+        torch.randn(3, 5, 8),
+        torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]]),
+    )
     for b in range(3):
         own = states[b][mask[b].bool()]
         torch.testing.assert_close(Pooling("mean", 8)(states, mask)[b], own.mean(0))

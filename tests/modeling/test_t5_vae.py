@@ -27,7 +27,9 @@ def test_a_batch_equals_batches_of_one(kind, injection, pooling, batch):
     for row, length in enumerate(lengths_of(mask)):
         alone = model(ids[row : row + 1, :length], labels=labels[row : row + 1, :length])
         torch.testing.assert_close(together.posterior.mean[row], alone.posterior.mean[0], **CLOSE)
-        torch.testing.assert_close(together.posterior.logvar[row], alone.posterior.logvar[0], **CLOSE)
+        torch.testing.assert_close(
+            together.posterior.logvar[row], alone.posterior.logvar[0], **CLOSE
+        )
         torch.testing.assert_close(together.logits[row, :length], alone.logits[0], **CLOSE)
 
 
@@ -39,7 +41,8 @@ def test_generation_of_a_batch_equals_generation_of_each(kind, injection, batch,
     for row, length in enumerate(lengths_of(mask)):
         alone = model.generate(ids[row : row + 1, :length], max_new_tokens=8, **options)[0]
         assert together[row, : len(alone)].tolist() == alone.tolist()
-        assert set(together[row, len(alone) :].tolist()) <= {0, 1}  # transformers pads beams with EOS where pad is 0
+        # transformers pads beams with EOS where pad is 0
+        assert set(together[row, len(alone) :].tolist()) <= {0, 1}
 
 
 # Invariant 2: padding, causality, cache
@@ -49,7 +52,9 @@ def test_more_padding_changes_nothing(kind, injection, pooling, batch):
     model = make_vae(kind, injection=injection, pooling=pooling)
     ids, mask, labels = batch
     plain = model(ids, mask, labels=labels)
-    padded = model(F.pad(ids, (0, 7)), F.pad(mask, (0, 7)), labels=F.pad(labels, (0, 5), value=-100))
+    padded = model(
+        F.pad(ids, (0, 7)), F.pad(mask, (0, 7)), labels=F.pad(labels, (0, 5), value=-100)
+    )
     torch.testing.assert_close(plain.posterior.mean, padded.posterior.mean, **CLOSE)
     torch.testing.assert_close(plain.logits, padded.logits[:, :9], **CLOSE)
 
@@ -80,7 +85,9 @@ def test_cached_decoding_equals_uncached(kind, injection):
     whole = model(latent=z, decoder_input_ids=tokens).logits
     cache, steps = None, []
     for i in range(tokens.shape[1]):
-        out = model(latent=z, decoder_input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
+        out = model(
+            latent=z, decoder_input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True
+        )
         cache = out.past_key_values
         steps.append(out.logits)
     torch.testing.assert_close(whole, torch.cat(steps, dim=1), **CLOSE)
@@ -112,7 +119,8 @@ def test_z_is_the_only_way_to_the_decoder(kind, injection, batch):
 
 
 def test_every_example_gets_its_own_z_in_every_layer():
-    """At batch 128 the paper's reshape left 6 of 768 (layer, example) slots with their own z."""
+    """At batch 128 the paper's reshape left 6 of 768 (layer, example) slots with their
+    own z."""
     model = make_vae(injection="memory", memory_slots=2)
     z = torch.randn(128, 6)
     _, kwargs = model.injection(z, torch.zeros(128, 1, 32))
@@ -121,18 +129,23 @@ def test_every_example_gets_its_own_z_in_every_layer():
     assert memory.shape == (128, layers, 2, 2, heads, d_kv)
     projection = model.injection.projection
     for example in (0, 1, 77, 127):
-        expected = (projection.weight @ z[example] + projection.bias).view(layers, 2, 2, heads, d_kv)
+        expected = (projection.weight @ z[example] + projection.bias).view(
+            layers, 2, 2, heads, d_kv
+        )
         torch.testing.assert_close(memory[example], expected, **CLOSE)
 
 
 def test_memory_attention_against_arithmetic():
-    """One decoder layer's attention with slots, written out head by head and query by query."""
+    """One decoder layer's attention with slots, written out head by head and query by
+    query."""
     model = make_vae(injection="memory", memory_slots=2)
     z, tokens = torch.randn(2, 6), torch.randint(3, 60, (2, 5))
     captured = {}
     attention = model.decoder.block[1].layer[0].SelfAttention
     attention.register_forward_hook(
-        lambda module, args, kwargs, out: captured.update(hidden=args[0], bias=kwargs["position_bias"], out=out[0]),
+        lambda module, args, kwargs, out: captured.update(
+            hidden=args[0], bias=kwargs["position_bias"], out=out[0]
+        ),
         with_kwargs=True,
     )
     model(latent=z, decoder_input_ids=tokens)
@@ -143,8 +156,12 @@ def test_memory_attention_against_arithmetic():
         for head in range(4):
             for i in range(5):
                 scores = [q[i, head] @ memory[b, 1, 0, m, head] for m in range(2)]
-                scores += [q[i, head] @ k[j, head] + captured["bias"][0, head, i, j] for j in range(i + 1)]
-                values = [memory[b, 1, 1, m, head] for m in range(2)] + [v[j, head] for j in range(i + 1)]
+                scores += [
+                    q[i, head] @ k[j, head] + captured["bias"][0, head, i, j] for j in range(i + 1)
+                ]
+                values = [memory[b, 1, 1, m, head] for m in range(2)] + [
+                    v[j, head] for j in range(i + 1)
+                ]
                 weights = torch.stack(scores).softmax(0)
                 heads[i, head] = sum(w * value for w, value in zip(weights, values, strict=True))
         torch.testing.assert_close(captured["out"][b], attention.o(heads.view(5, 48)), **CLOSE)
@@ -168,7 +185,9 @@ def test_gradient_checkpointing_changes_nothing(kind_, injection, batch):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         out = model(ids, mask, labels=labels, noise=noise)
-        loss = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()) + out.posterior.kl().sum()
+        loss = (
+            F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()) + out.posterior.kl().sum()
+        )
         loss.backward()
         results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
     torch.testing.assert_close(results[0][0], results[1][0])
@@ -192,7 +211,8 @@ def test_encoder_states_are_those_of_transformers(t5_dir, batch):
 
 
 def test_decoder_logits_are_those_of_transformers_without_cross_attention(t5_dir, batch):
-    """With cross-attention that outputs zero on their side, and z that adds zero on ours."""
+    """With cross-attention that outputs zero on their side, and z that adds zero on
+    ours."""
     ids, mask, labels = batch
     # eager: under SDPA, umT5's decoder is not causal in transformers 5.17.
     theirs = AutoModelForSeq2SeqLM.from_pretrained(t5_dir, attn_implementation="eager").eval()
@@ -207,7 +227,8 @@ def test_decoder_logits_are_those_of_transformers_without_cross_attention(t5_dir
 
 
 def test_an_untied_head_stays_untied(t5_v11_dir, tmp_path):
-    """transformers' configuration says tied for every T5; building from it and loading a state dict ties silently."""
+    """transformers' configuration says tied for every T5; building from it and loading
+    a state dict ties silently."""
     ours = T5VAE.from_t5(str(t5_v11_dir), latent_dim=6)
     assert not ours.config.tie_word_embeddings
     ours.save_pretrained(tmp_path)
@@ -221,8 +242,12 @@ def test_nothing_is_kept_that_nothing_reads(kind, injection, batch):
     model = make_vae(kind, injection=injection, pooling="attention").train()
     ids, mask, labels = batch
     out = model(ids, mask, labels=labels, noise=torch.randn(5, 6))
-    (F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()) + out.posterior.kl().sum()).backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+    (
+        F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()) + out.posterior.kl().sum()
+    ).backward()
+    assert [
+        n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0
+    ] == []
     assert not [n for n, _ in model.named_parameters() if "EncDec" in n or "embed_tokens" in n]
 
 
@@ -244,14 +269,19 @@ def test_save_and_load(kind, injection, pooling, batch, tmp_path):
         ):
             assert getattr(config, field) == getattr(model.config, field), field
         assert config.t5.model_type == model.config.t5.model_type
-        assert torch.equal(again.eval()(ids, mask, labels=labels).logits, model(ids, mask, labels=labels).logits)
+        assert torch.equal(
+            again.eval()(ids, mask, labels=labels).logits, model(ids, mask, labels=labels).logits
+        )
 
 
 @pytest.mark.parametrize("size", [70, 40])
 def test_a_vocabulary_can_be_resized(kind, size, batch, tmp_path):
     model = make_vae(kind)
     tied = model.config.tie_word_embeddings
-    before = {name: weight.clone() for name, weight in (("shared", model.shared.weight), ("lm_head", model.lm_head.weight))}
+    before = {
+        name: weight.clone()
+        for name, weight in (("shared", model.shared.weight), ("lm_head", model.lm_head.weight))
+    }
     model.resize_token_embeddings(size, mean_resizing=False)
     assert model.config.vocab_size == model.config.t5.vocab_size == size
     assert (model.shared.num_embeddings, model.lm_head.out_features) == (size, size)
@@ -264,7 +294,9 @@ def test_a_vocabulary_can_be_resized(kind, size, batch, tmp_path):
     again = T5VAE.from_pretrained(tmp_path).eval()
     ids, mask, labels = (part.clamp(max=size - 1) for part in batch)
     assert again.config.vocab_size == size
-    assert torch.equal(again(ids, mask, labels=labels).logits, model.eval()(ids, mask, labels=labels).logits)
+    assert torch.equal(
+        again(ids, mask, labels=labels).logits, model.eval()(ids, mask, labels=labels).logits
+    )
     assert again(ids, mask, labels=labels).logits.shape[-1] == size
 
 
@@ -275,8 +307,11 @@ def test_the_posterior_is_float32_in_bfloat16(batch):
     half = copy.deepcopy(model).bfloat16()
     q = half(ids, mask, labels=labels).posterior
     assert q.mean.dtype == q.logvar.dtype == torch.float32
-    # Given the same states, the head computes in float32: its only error is that of its bfloat16 weights.
-    weight, bias = (t.bfloat16().float() for t in (model.posterior.head.weight, model.posterior.head.bias))
+    # Given the same states, the head computes in float32: its only error is that of its
+    # bfloat16 weights.
+    weight, bias = (
+        t.bfloat16().float() for t in (model.posterior.head.weight, model.posterior.head.bias)
+    )
     pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     torch.testing.assert_close(half.posterior(states, mask), pooled @ weight.T + bias, **CLOSE)
 

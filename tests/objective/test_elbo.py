@@ -1,4 +1,5 @@
-"""The loss against its formula: a loop for the reconstruction, autograd of the contract for the whole."""
+"""The loss against its formula: a loop for the reconstruction, autograd of the contract
+for the whole."""
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ MEAN_KL = torch.tensor([0.1, 0.5, 2.0])
 
 
 def sentences(width=7, vocab=11, seed=0):
-    """Logits (4, T, V) and labels of sentences of 5, 1, 7 and 3 tokens, EOS last, padded to `width`."""
+    """Logits (4, T, V) and labels of sentences of 5, 1, 7 and 3 tokens, EOS last,
+    padded to `width`."""
     rng = torch.Generator().manual_seed(seed)
     labels = torch.full((4, width), IGNORE)
     for row, length in enumerate((5, 1, 7, 3)):
@@ -29,7 +31,9 @@ def test_reconstruction_is_the_sum_over_the_tokens_eos_included():
             if labels[b, t] != IGNORE:
                 nats -= torch.log_softmax(logits[b, t].double(), 0)[labels[b, t]].item()
         expected.append(nats)
-    torch.testing.assert_close(reconstruction_nats(logits, labels), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        reconstruction_nats(logits, labels), torch.tensor(expected), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_eos_is_a_token_like_the_others():
@@ -39,7 +43,8 @@ def test_eos_is_a_token_like_the_others():
 
 
 def test_padding_changes_neither_the_reconstruction_nor_its_weight_against_the_kl():
-    """The paper's code averages over all positions, so there padding to twice the width doubles the effective beta."""
+    """The paper's code averages over all positions, so there padding to twice the width
+    doubles the effective beta."""
     logits, labels = sentences()
     wide_labels = F.pad(labels, (0, labels.shape[1]), value=IGNORE)
     grads = []
@@ -47,7 +52,11 @@ def test_padding_changes_neither_the_reconstruction_nor_its_weight_against_the_k
         x = logits.clone().requires_grad_()
         kl = torch.ones(4, 3, requires_grad=True)
         padding = torch.full_like(logits, 5.0)
-        rec = reconstruction_nats(torch.cat([x, padding], 1), wide_labels) if wide else reconstruction_nats(x, labels)
+        rec = (
+            reconstruction_nats(torch.cat([x, padding], 1), wide_labels)
+            if wide
+            else reconstruction_nats(x, labels)
+        )
         loss_share(rec, kl, torch.ones(4), 0.5, torch.ones(3), 4).backward()
         grads.append((rec.detach(), x.grad, kl.grad))
     for narrow, wide in zip(*grads, strict=True):
@@ -76,7 +85,9 @@ def test_low_precision_logits_are_summed_in_float32():
     got = reconstruction_nats(half, labels)
     exact = -torch.log_softmax(half.double(), -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), (exact * (labels != IGNORE)).sum(1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        got.double(), (exact * (labels != IGNORE)).sum(1), rtol=1e-6, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,13 +119,16 @@ def test_gates_by_hand(mode, free_bits, expected):
 
 
 class Linear:
-    """rec (N,) and kl (N, Z) from two weight matrices, in float64, both positive as nats are."""
+    """rec (N,) and kl (N, Z) from two weight matrices, in float64, both positive as
+    nats are."""
 
     def __init__(self, count=13, features=4, dim=3):
         rng = torch.Generator().manual_seed(4)
         self.inputs = torch.randn(count, features, generator=rng, dtype=torch.float64)
         self.for_rec = torch.randn(features, generator=rng, dtype=torch.float64).requires_grad_()
-        self.for_kl = torch.randn(features, dim, generator=rng, dtype=torch.float64).requires_grad_()
+        self.for_kl = torch.randn(
+            features, dim, generator=rng, dtype=torch.float64
+        ).requires_grad_()
 
     def __call__(self, rows):
         return (self.inputs[rows] @ self.for_rec).exp(), (self.inputs[rows] @ self.for_kl).square()
@@ -127,7 +141,11 @@ class Linear:
         rec, kl = self(slice(None))
         mean = kl.mean(0)
         floor = torch.tensor(free_bits, dtype=torch.float64)
-        threshold = torch.maximum(mean, floor).sum() if mode == "dimension" else torch.maximum(mean.sum(), floor)
+        threshold = (
+            torch.maximum(mean, floor).sum()
+            if mode == "dimension"
+            else torch.maximum(mean.sum(), floor)
+        )
         return self.gradient(rec.mean() + beta * threshold)
 
     def in_shares(self, beta, free_bits, mode, splits):
@@ -138,20 +156,28 @@ class Linear:
         total = [torch.zeros_like(self.for_rec), torch.zeros_like(self.for_kl)]
         for rows, weight in splits:
             rec, kl = self(rows)
-            for sum_, part in zip(total, self.gradient(loss_share(rec, kl, weight, beta, gates, count)), strict=True):
+            for sum_, part in zip(
+                total, self.gradient(loss_share(rec, kl, weight, beta, gates, count)), strict=True
+            ):
                 sum_ += 0 if part is None else part
         return total
 
 
 def splits(seed, parts, fillers):
-    """13 sentences in random order, in `parts` uneven parts, some with a filler of weight 0 behind them."""
+    """13 sentences in random order, in `parts` uneven parts, some with a filler of
+    weight 0 behind them."""
     rng = torch.Generator().manual_seed(seed)
     order = torch.randperm(13, generator=rng)
     cuts = sorted((torch.randperm(12, generator=rng)[: parts - 1] + 1).tolist())
     found = []
     for part in torch.tensor_split(order, cuts):
         extra = torch.randint(0, 13, (fillers,), generator=rng)
-        found.append((torch.cat([part, extra]), torch.cat([torch.ones(len(part)), torch.zeros(fillers)]).double()))
+        found.append(
+            (
+                torch.cat([part, extra]),
+                torch.cat([torch.ones(len(part)), torch.zeros(fillers)]).double(),
+            )
+        )
     return found
 
 
@@ -161,7 +187,12 @@ def test_shares_of_any_split_sum_to_the_gradient_of_the_contract(mode, where):
     model = Linear()
     mean = model(slice(None))[1].mean(0).detach()
     middle = mean.sort().values[:2].mean().item()
-    free_bits = {"none": 0.0, "below all": 0.5 * mean.min().item(), "between": middle, "above all": 2 * mean.sum().item()}[where]
+    free_bits = {
+        "none": 0.0,
+        "below all": 0.5 * mean.min().item(),
+        "between": middle,
+        "above all": 2 * mean.sum().item(),
+    }[where]
     expected = model.contract(0.7, free_bits, mode)
     gated = (expected[1].abs().amax(0) == 0).sum()  # dimensions without a gradient
     assert gated == {"above all": 3, "between": 1 if mode == "dimension" else 0}.get(where, 0)

@@ -1,4 +1,5 @@
-"""beta and the learning rate by optimizer step, against values worked out by hand or in exact fractions."""
+"""beta and the learning rate by optimizer step, against values worked out by hand or in
+exact fractions."""
 
 import math
 from fractions import Fraction
@@ -34,7 +35,9 @@ def test_linear_without_a_zero_share_starts_at_0_and_without_a_rise_jumps():
 
 
 def test_cyclic_by_hand():
-    assert betas(12, kind="cyclic", cycles=3, zero=0.25, rise=0.5) == pytest.approx([0, 0, 0.5, 1] * 3)
+    assert betas(12, kind="cyclic", cycles=3, zero=0.25, rise=0.5) == pytest.approx(
+        [0, 0, 0.5, 1] * 3
+    )
 
 
 def test_cyclic_by_hand_where_the_cycles_do_not_divide_the_steps():
@@ -42,9 +45,12 @@ def test_cyclic_by_hand_where_the_cycles_do_not_divide_the_steps():
     assert betas(10, kind="cyclic", cycles=4, zero=0.0, rise=1.0) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("steps", "cycles"), [(1000, 30), (997, 4), (1000, 7), (90, 27), (20000, 10)])
+@pytest.mark.parametrize(
+    ("steps", "cycles"), [(1000, 30), (997, 4), (1000, 7), (90, 27), (20000, 10)]
+)
 def test_cyclic_is_the_exact_fraction_at_every_step(steps, cycles):
-    """In floating point the first step of a cycle may look like the end of the one before, where beta is `max`."""
+    """In floating point the first step of a cycle may look like the end of the one
+    before, where beta is `max`."""
     zero, rise = Fraction(1, 2), Fraction(1, 4)
     wrong = []
     for step, got in enumerate(betas(steps, kind="cyclic", cycles=cycles, zero=0.5, rise=0.25)):
@@ -63,12 +69,16 @@ def test_cyclic_falls_once_between_two_cycles():
 
 def test_a_rise_is_continuous():
     values = betas(500, kind="linear", max=3.0, zero=0.1, rise=0.4)
-    assert max(abs(b - a) for a, b in zip(values, values[1:], strict=False)) == pytest.approx(3.0 / (0.4 * 500))
+    assert max(abs(b - a) for a, b in zip(values, values[1:], strict=False)) == pytest.approx(
+        3.0 / (0.4 * 500)
+    )
     assert values == sorted(values)
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cyclic"])
-@pytest.mark.parametrize(("zero", "rise"), [(0, 0), (0, 1), (1, 0), (0.1, 0.2), (0.3, 0.7), (0.35, 0.45)])
+@pytest.mark.parametrize(
+    ("zero", "rise"), [(0, 0), (0, 1), (1, 0), (0.1, 0.2), (0.3, 0.7), (0.35, 0.45)]
+)
 def test_beta_stays_within_0_and_max(kind, zero, rise):
     for steps in (1, 2, 7, 10, 333):
         for value in betas(steps, kind=kind, max=0.3, zero=zero, rise=rise, cycles=3):
@@ -76,7 +86,9 @@ def test_beta_stays_within_0_and_max(kind, zero, rise):
 
 
 def test_warm_up_begins_above_0_and_ends_at_the_peak():
-    assert factors(steps=5, warmup_steps=3, lr_schedule="constant") == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert factors(steps=5, warmup_steps=3, lr_schedule="constant") == pytest.approx(
+        [0.25, 0.5, 0.75, 1, 1]
+    )
 
 
 def test_constant_learning_rate():
@@ -84,7 +96,9 @@ def test_constant_learning_rate():
 
 
 def test_linear_fall_reaches_0_one_step_behind_the_last():
-    assert factors(steps=6, warmup_steps=2, lr_schedule="linear") == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25])
+    assert factors(steps=6, warmup_steps=2, lr_schedule="linear") == pytest.approx(
+        [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]
+    )
     assert lr_factor(6, PhaseConfig(steps=6, warmup_steps=2, lr_schedule="linear")) == 0
 
 

@@ -16,7 +16,16 @@ from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.planning.plan import bytes_of
 
-SMALL = ["--ds_config", "ds_configs/zero2.json", "--max_tokens", "32", "--batch_tokens", "512", "--eval_batch_tokens", "512"]
+SMALL = [
+    "--ds_config",
+    "ds_configs/zero2.json",
+    "--max_tokens",
+    "32",
+    "--batch_tokens",
+    "512",
+    "--eval_batch_tokens",
+    "512",
+]
 
 
 @pytest.fixture
@@ -47,7 +56,11 @@ def test_every_shipped_file_in_order_and_the_first_that_fits(capsys):
     plans = found(capsys, *words)
     order = [(Path(o["ds_config"]).stem, o["gradient_checkpointing"]) for o in plans["options"]]
     resident = ["zero0", "zero1", "zero2", "zero3"]
-    offloaded = [(name, c) for name in ("zero2_offload", "zero3_offload", "zero3_nvme") for c in (False, True)]
+    offloaded = [
+        (name, c)
+        for name in ("zero2_offload", "zero3_offload", "zero3_nvme")
+        for c in (False, True)
+    ]
     assert order == [(n, False) for n in resident] + [(n, True) for n in resident] + offloaded
     assert plans["fits"] == 0
     assert plans["command"] == plans["options"][0]["command"]
@@ -59,31 +72,62 @@ def test_every_shipped_file_in_order_and_the_first_that_fits(capsys):
 
 def test_the_printed_command_is_the_run_that_was_planned(capsys):
     plans = found(
-        capsys, "t5-small", *SMALL, "--gpus", "2", "--gradient_checkpointing", "--injection", "both", "--latent_dim", "16"
+        capsys,
+        "t5-small",
+        *SMALL,
+        "--gpus",
+        "2",
+        "--gradient_checkpointing",
+        "--injection",
+        "both",
+        "--latent_dim",
+        "16",
     )
     config, start = run_config(plans["command"])
     assert start == ["deepspeed", "--num_gpus", "2", "dsvae/train.py"]
     assert (config.ds_config, config.model.name) == ("ds_configs/zero2.json", "google-t5/t5-small")
     assert config.model.gradient_checkpointing
-    assert (config.data.max_tokens, config.data.micro_batch_tokens, config.eval.batch_tokens) == (32, 512, 512)
+    assert (config.data.max_tokens, config.data.micro_batch_tokens, config.eval.batch_tokens) == (
+        32,
+        512,
+        512,
+    )
     assert (config.model.injection, config.model.latent_dim) == ("both", 16)
-    assert plans["micro_batch"] == {"sentences": 16, "tokens": 32, "of_a_step": 4}  # 128 sentences, 64 a GPU, 512 // 32 at once
+    # 128 sentences, 64 a GPU, 512 // 32 at once
+    assert plans["micro_batch"] == {"sentences": 16, "tokens": 32, "of_a_step": 4}
 
 
 def test_several_nodes_are_a_batch_job(capsys, tiny_yaml):
     words = [tiny_yaml, "--ds_config", "ds_configs/zero2.json", "--gradient_checkpointing", "false"]
     command = found(capsys, *words, "--gpus", "8", "--gpus_per_node", "4")["command"]
     _, start = run_config(command)
-    assert start == ["sbatch", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "slurm/train.sbatch"]
+    assert start == [
+        "sbatch",
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--gpus-per-node=4",
+        "slurm/train.sbatch",
+    ]
 
 
 def test_a_gpu_for_every_sentence_of_a_step_is_planned_and_run(capsys, tiny_yaml):
-    """The run's own check takes what is printed, and refuses one rank more, as the plan does."""
+    """The run's own check takes what is printed, and refuses one rank more, as the plan
+    does."""
     words = [tiny_yaml, "--ds_config", "ds_configs/zero2.json", "--gradient_checkpointing", "false"]
-    command = found(capsys, *words, "--gpus", "8", "--gpus_per_node", "4", "--batch_size", "8")["command"]
+    command = found(capsys, *words, "--gpus", "8", "--gpus_per_node", "4", "--batch_size", "8")[
+        "command"
+    ]
     config, _ = run_config(command)
     split = TokenizedSplit(datasets.Dataset.from_dict({"input_ids": [[5, 1]] * 40}))
-    batches = {"token_budget": 64, "latent_dim": 2, "deletion": 0.0, "bucket_steps": 4, "seed": 0, "rank": 0, "pad_id": 0}
+    batches = {
+        "token_budget": 64,
+        "latent_dim": 2,
+        "deletion": 0.0,
+        "bucket_steps": 4,
+        "seed": 0,
+        "rank": 0,
+        "pad_id": 0,
+    }
     TrainingBatches(split, batch_size=config.data.batch_size, world_size=8, **batches)
     with pytest.raises(UserError, match="every rank needs a sentence"):
         TrainingBatches(split, batch_size=config.data.batch_size, world_size=9, **batches)
@@ -97,7 +141,9 @@ def test_where_nothing_fits_it_says_what_would_and_that_is_true(capsys):
     assert "deepspeed" not in told.out
     plans = found(capsys, *words)
     assert (plans["fits"], plans["command"]) == (None, None)
-    memory = next(change for change in plans["instead"]["changes"] if change.startswith("--gpu_memory"))
+    memory = next(
+        change for change in plans["instead"]["changes"] if change.startswith("--gpu_memory")
+    )
     again = [word for word in words if word not in ("--gpu_memory", "3GB")] + shlex.split(memory)
     assert found(capsys, *again)["fits"] == 0
 
@@ -110,12 +156,25 @@ def test_host_memory_counts(capsys, tiny_yaml):
 
 def test_phase_1_with_a_frozen_decoder_needs_less(capsys):
     whole, frozen = (
-        found(capsys, "t5-small", *SMALL, "--gradient_checkpointing", "false", "--phase", "1", "--freeze_decoder", word)
+        found(
+            capsys,
+            "t5-small",
+            *SMALL,
+            "--gradient_checkpointing",
+            "false",
+            "--phase",
+            "1",
+            "--freeze_decoder",
+            word,
+        )
         for word in ("false", "true")
     )
     assert whole["trained"] == whole["parameters"]
     assert frozen["trained"] < 0.5 * frozen["parameters"]
-    assert frozen["options"][0]["gpu"]["Adam moments"] < 0.5 * whole["options"][0]["gpu"]["Adam moments"]
+    assert (
+        frozen["options"][0]["gpu"]["Adam moments"]
+        < 0.5 * whole["options"][0]["gpu"]["Adam moments"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,7 +217,14 @@ def test_planned_peaks_are_those_of_real_ranks(name, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import plan_memory
 
-    shape = {"t5": {"model_type": "t5", "decoder_start_token_id": 0, **plan_memory.SMALL}, "rows": 4, "tokens": 32}
-    # Buckets as small as the model: those of a large one would be nearly all that is measured.
+    shape = {
+        "t5": {"model_type": "t5", "decoder_start_token_id": 0, **plan_memory.SMALL},
+        "rows": 4,
+        "tokens": 32,
+    }
+    # Buckets as small as the model: those of a large one would be nearly all that is
+    # measured.
     job = {**plan_memory.COMBINATIONS[name], **shape, "zero": {"reduce_bucket_size": 100_000}}
-    assert plan_memory.planned(job) == pytest.approx(plan_memory.measure(job, timeout=120)["live"], rel=0.15)
+    assert plan_memory.planned(job) == pytest.approx(
+        plan_memory.measure(job, timeout=120)["live"], rel=0.15
+    )

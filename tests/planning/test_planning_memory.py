@@ -1,4 +1,5 @@
-"""Bytes of an engine against sums done by hand, and of a dry run against a real step."""
+"""Bytes of an engine against sums done by hand, and of a dry run against a real
+step."""
 
 import dataclasses
 
@@ -15,7 +16,15 @@ from dsvae.planning.dry_run import DryRun, Event, Weight, dry_run
 from dsvae.planning.live import LiveBytes
 from dsvae.planning.memory import Engine, Ranks, estimate
 
-T5 = {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 500}
+T5 = {
+    "model_type": "t5",
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 500,
+}
 T5 |= {"decoder_start_token_id": 0, "dropout_rate": 0.1}
 MATRIX, EMBEDDING = Weight("matrix", 600, True, True), Weight("embedding", 400, True, False)
 NOTHING = DryRun((Event("loss", (), 0, 0), Event("end", (), 0, 0)), 0, 0)
@@ -25,13 +34,28 @@ def engine(name, precision="bf16", world=4, **zero):
     raw = ds_config.load(CONFIGS / f"{name}.json")
     raw["zero_optimization"] |= zero
     resolved = ds_config.resolve(
-        raw, phase=PhaseConfig(), precision=precision, batch_size=64, micro_batches=1, world_size=world, bf16_supported=True,
+        raw,
+        phase=PhaseConfig(),
+        precision=precision,
+        batch_size=64,
+        micro_batches=1,
+        world_size=world,
+        bf16_supported=True,
         fp16_supported=True,
-    )  # fmt: skip
+    )
     return Engine.of(resolved)
 
 
-def find(name, precision="bf16", world=4, per_node=4, weights=(MATRIX, EMBEDDING), run=NOTHING, accumulates=False, **zero):
+def find(
+    name,
+    precision="bf16",
+    world=4,
+    per_node=4,
+    weights=(MATRIX, EMBEDDING),
+    run=NOTHING,
+    accumulates=False,
+    **zero,
+):
     made = engine(name, precision, world, **zero)
     return estimate(made, list(weights), run, Ranks(world, per_node), accumulates=accumulates)
 
@@ -42,7 +66,8 @@ def find(name, precision="bf16", world=4, per_node=4, weights=(MATRIX, EMBEDDING
     [
         ("zero0", "fp32", 4 * 1000 + 8 * 1000),
         ("zero0", "bf16", 4 * 1000 + 8 * 1000),  # autocast: float32 weights
-        ("zero1", "bf16", 2 * 1000 + 4 * 250 + 4 * 1000 + 8 * 250),  # float32 gradients of all weights
+        # float32 gradients of all weights
+        ("zero1", "bf16", 2 * 1000 + 4 * 250 + 4 * 1000 + 8 * 250),
         ("zero1", "fp32", 4 * 1000 + 4 * 250 + 8 * 250),
         ("zero2", "bf16", 2 * 1000 + 4 * 250 + 8 * 250),
         ("zero2_offload", "bf16", 2 * 1000 + 2 * 600),  # and a buffer for the largest gradient
@@ -58,20 +83,26 @@ def test_what_is_always_on_a_gpu(name, precision, gpu):
 
 
 def test_what_is_always_on_a_node_is_that_of_its_ranks():
-    # Float32 weights, gradients and moments of 250 elements, a bf16 copy of them, and the gradient buffer: two ranks of four.
+    # Float32 weights, gradients and moments of 250 elements, a bf16 copy of them, and
+    # the gradient buffer: two ranks of four.
     host = find("zero2_offload", per_node=2).host
     assert sum(host.values()) == 2 * (250 * (4 + 4 + 8) + 2 * 250 + 2 * 600)
 
 
 def test_a_node_builds_whole_models_below_zero3_and_one_tensor_at_a_time_there():
-    # 1,000 weights in float32 on each of two ranks; or a bf16 buffer of the largest, 600, on each, and what rank 0 draws.
+    # 1,000 weights in float32 on each of two ranks; or a bf16 buffer of the largest,
+    # 600, on each, and what rank 0 draws.
     assert find("zero2", per_node=2).host_moments["building the model"] == 2 * 4 * 1000
     assert find("zero3", per_node=2).host_moments["building the model"] == 2 * 2 * 600 + 4 * 600
-    assert find("zero3_offload", per_node=2).host_moments["building the model"] == 2 * 2 * (600 + 250) + 4 * 600
+    assert (
+        find("zero3_offload", per_node=2).host_moments["building the model"]
+        == 2 * 2 * (600 + 250) + 4 * 600
+    )
 
 
 def test_the_peak_of_backward_takes_each_moment_as_it_is():
-    # Activations fall from 9,000 as gradients come; at stage 0 the gradients stay, so the peak is behind the first of them.
+    # Activations fall from 9,000 as gradients come; at stage 0 the gradients stay, so
+    # the peak is behind the first of them.
     events = (
         Event("loss", (), 9000, 9000),
         Event("gradient", (0,), 8900, 6000),
@@ -83,13 +114,19 @@ def test_the_peak_of_backward_takes_each_moment_as_it_is():
     assert moments["forward and backward"] == 12_000 + 8800 + 4 * 600
     assert moments["optimizer step"] == 12_000 + 100 + 4000
     # Gradients of an earlier micro-batch lie beside the activations of the next.
-    assert find("zero0", "fp32", run=run, accumulates=True).moments["forward and backward"] == 12_000 + 4000 + 9000
+    assert (
+        find("zero0", "fp32", run=run, accumulates=True).moments["forward and backward"]
+        == 12_000 + 4000 + 9000
+    )
 
 
 def test_buckets_of_zero2_are_counted_whole_and_twice_where_communication_overlaps():
-    run = DryRun((Event("gradient", (0,), 0, 0), Event("gradient", (1,), 0, 0), Event("end", (), 0, 0)), 0, 0)
+    run = DryRun(
+        (Event("gradient", (0,), 0, 0), Event("gradient", (1,), 0, 0), Event("end", (), 0, 0)), 0, 0
+    )
     small, large = (
-        find("zero2", run=run, reduce_bucket_size=size).moments["forward and backward"] for size in (10_000, 1_000_000)
+        find("zero2", run=run, reduce_bucket_size=size).moments["forward and backward"]
+        for size in (10_000, 1_000_000)
     )
     assert large - small == 2 * 2 * 990_000
 
@@ -97,8 +134,10 @@ def test_buckets_of_zero2_are_counted_whole_and_twice_where_communication_overla
 def test_a_frozen_decoder_has_neither_gradients_nor_moments():
     frozen = dataclasses.replace(EMBEDDING, trains=False)
     assert find("zero2", weights=(MATRIX, frozen)).gpu == {
-        "weights": 2 * 1000, "float32 weights": 4 * 150, "Adam moments": 8 * 150
-    }  # fmt: skip
+        "weights": 2 * 1000,
+        "float32 weights": 4 * 150,
+        "Adam moments": 8 * 150,
+    }
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
@@ -110,7 +149,10 @@ def test_more_gpus_never_need_more_each(name):
 def test_more_is_sharded_from_stage_to_stage():
     large = [Weight(f"m{i}", 1_000_000, True, True) for i in range(40)]
     fixed = {"reduce_bucket_size": 1000}
-    always = [sum(find(f"zero{stage}", world=8, weights=large, **fixed).gpu.values()) for stage in (0, 1, 2, 3)]
+    always = [
+        sum(find(f"zero{stage}", world=8, weights=large, **fixed).gpu.values())
+        for stage in (0, 1, 2, 3)
+    ]
     assert always == sorted(always, reverse=True)
     assert always[3] < always[0] / 5  # 18 bytes over 8 ranks against 12 on each
 
@@ -133,7 +175,8 @@ def test_live_bytes_count_storages_once_and_forget_them():
 
 
 def real_step(config, rows, tokens, *, checkpointing):
-    """Peak bytes of a forward and backward on CPU, gradients dropped as they come, and that of an evaluation pass."""
+    """Peak bytes of a forward and backward on CPU, gradients dropped as they come, and
+    that of an evaluation pass."""
     torch.manual_seed(0)
     model = T5VAE(config).train()
     if checkpointing:
@@ -167,9 +210,16 @@ def real_step(config, rows, tokens, *, checkpointing):
 def test_a_dry_run_counts_what_a_real_step_holds(checkpointing, injection):
     config = T5VAEConfig(t5=T5, latent_dim=8, injection=injection)
     run = dry_run(
-        config, rows=6, tokens=32, evaluation_rows=6, dtype=torch.float32, autocast=None, gradient_checkpointing=checkpointing,
-        freeze_decoder=False, fused_attention=False,
-    )  # fmt: skip
+        config,
+        rows=6,
+        tokens=32,
+        evaluation_rows=6,
+        dtype=torch.float32,
+        autocast=None,
+        gradient_checkpointing=checkpointing,
+        freeze_decoder=False,
+        fused_attention=False,
+    )
     training, evaluation = real_step(config, 6, 32, checkpointing=checkpointing)
     assert max(event.before for event in run.events) == pytest.approx(training, rel=0.02)
     assert run.evaluation == pytest.approx(evaluation, rel=0.02)
@@ -179,9 +229,15 @@ def test_checkpointing_and_the_fused_kernel_need_less_and_longer_sentences_more(
     def peak(rows=8, tokens=128, **other):
         options = {"gradient_checkpointing": False, "fused_attention": True} | other
         run = dry_run(
-            T5VAEConfig(t5=T5 | {"num_layers": 4, "num_heads": 8}, latent_dim=8), rows=rows, tokens=tokens, evaluation_rows=0,
-            dtype=torch.bfloat16, autocast=None, freeze_decoder=False, **options,
-        )  # fmt: skip
+            T5VAEConfig(t5=T5 | {"num_layers": 4, "num_heads": 8}, latent_dim=8),
+            rows=rows,
+            tokens=tokens,
+            evaluation_rows=0,
+            dtype=torch.bfloat16,
+            autocast=None,
+            freeze_decoder=False,
+            **options,
+        )
         return max(event.before for event in run.events)
 
     plain = peak()

@@ -8,7 +8,8 @@ from dsvae.modeling.t5_vae import T5VAEConfig
 from dsvae.planning.dry_run import build, weights_of
 from dsvae.planning.sizes import KNOWN, configuration_of
 
-# As the released checkpoints have them, embeddings counted once, an lm_head of their own counted where there is one.
+# As the released checkpoints have them, embeddings counted once, an lm_head of their
+# own counted where there is one.
 PUBLISHED = {
     "google-t5/t5-small": 60_506_624,
     "google-t5/t5-base": 222_903_552,
@@ -37,7 +38,8 @@ def test_the_t5_of_a_known_configuration_has_the_published_number_of_parameters(
     own_head = kind != "t5" or not config["tie_word_embeddings"]
     with torch.device("meta"):
         model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **config))
-    # transformers 5 ties every T5 that it builds from a configuration; the released v1.1, mT5, umT5 and ByT5 are not tied.
+    # transformers 5 ties every T5 that it builds from a configuration; the released
+    # v1.1, mT5, umT5 and ByT5 are not tied.
     tied = "lm_head.weight" not in dict(model.named_parameters())
     head = config["vocab_size"] * config["d_model"] if own_head and tied else 0
     assert sum(p.numel() for p in model.parameters()) + head == PUBLISHED[name]
@@ -46,9 +48,13 @@ def test_the_t5_of_a_known_configuration_has_the_published_number_of_parameters(
 @pytest.mark.parametrize("name", ["google-t5/t5-base", "google/t5-v1_1-base", "google-t5/t5-3b"])
 def test_a_t5vae_has_its_t5_without_cross_attention_and_the_latent_path(name):
     c = configuration_of(name)
-    weights = weights_of(build(T5VAEConfig(t5=c, latent_dim=32, injection="memory", memory_slots=1)), freeze_decoder=False)
+    weights = weights_of(
+        build(T5VAEConfig(t5=c, latent_dim=32, injection="memory", memory_slots=1)),
+        freeze_decoder=False,
+    )
     inner, layers = c["num_heads"] * c["d_kv"], c["num_decoder_layers"]
-    cross = layers * (4 * inner * c["d_model"] + c["d_model"])  # q, k, v, o and the norm before them
+    # q, k, v, o and the norm before them
+    cross = layers * (4 * inner * c["d_model"] + c["d_model"])
     posterior = c["d_model"] * 64 + 64
     memory = (32 + 1) * layers * 2 * inner
     assert sum(w.numel for w in weights) == PUBLISHED[name] - cross + posterior + memory
@@ -56,7 +62,11 @@ def test_a_t5vae_has_its_t5_without_cross_attention_and_the_latent_path(name):
 
 def test_a_frozen_decoder_trains_encoder_and_latent_path_only():
     weights = weights_of(build(T5VAEConfig(t5=configuration_of("t5-small"))), freeze_decoder=True)
-    assert {w.name.split(".")[0] for w in weights if w.trains} == {"encoder", "posterior", "injection"}
+    assert {w.name.split(".")[0] for w in weights if w.trains} == {
+        "encoder",
+        "posterior",
+        "injection",
+    }
     assert {w.name.split(".")[0] for w in weights if not w.trains} == {"shared", "decoder"}
 
 

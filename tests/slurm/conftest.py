@@ -1,4 +1,5 @@
-"""A real SLURM cluster of two nodes on this machine (lab.sh), one for all tests here; skips where it cannot be."""
+"""A real SLURM cluster of two nodes on this machine (lab.sh), one for all tests here;
+skips where it cannot be."""
 
 import contextlib
 import json
@@ -14,7 +15,17 @@ import pytest
 from launch import ROOT, environment
 
 LAB = Path(__file__).with_name("lab.sh")
-FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
+FINAL = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "OUT_OF_MEMORY",
+    "DEADLINE",
+}
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "shellcheck")
 
 STAND_IN = """#!{python}
@@ -41,15 +52,25 @@ class Cluster:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.environment = environment(
-            LAB_DIR=str(directory), DSVAE_PREFLIGHT="0", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
+            LAB_DIR=str(directory),
+            DSVAE_PREFLIGHT="0",
+            PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin",
         )
-        for name in [name for name in self.environment if name.startswith(("SBATCH_", "SRUN_", "SLURM"))]:
+        for name in [
+            name for name in self.environment if name.startswith(("SBATCH_", "SRUN_", "SLURM"))
+        ]:
             del self.environment[name]  # the tests themselves may run in a job
 
     def start(self) -> None:
-        # Its stdin is a pipe that nobody writes to: when pytest ends, however it ends, the lab sees EOF and goes.
+        # Its stdin is a pipe that nobody writes to: when pytest ends, however it ends,
+        # the lab sees EOF and goes.
         self.process = subprocess.Popen(
-            [LAB, "run"], env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [LAB, "run"],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         said = self.process.stdout.readline()
         if said != "READY\n":
@@ -75,7 +96,9 @@ class Cluster:
             text=True,
             stdin=subprocess.DEVNULL,
         )
-        assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert not check or done.returncode == 0, (
+            f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done.stdout + ("" if check else done.stderr)
 
     def run(self, *command, **options) -> str:
@@ -98,13 +121,16 @@ class Cluster:
             if found["JobState"] in states:
                 return found
             self.release(job, found)
-            assert time.monotonic() < end, f"job {job} is {found['JobState']} ({found['Reason']}) after {timeout} s"
+            assert time.monotonic() < end, (
+                f"job {job} is {found['JobState']} ({found['Reason']}) after {timeout} s"
+            )
             time.sleep(0.2)
 
     def release(self, job: str, found: dict[str, str]) -> None:
         """A requeued job is held for two minutes: here it starts at once."""
         if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
-            time.sleep(1)  # what is left of the start before is gone then, as it is after two minutes
+            # what is left of the start before is gone then, as it is after two minutes
+            time.sleep(1)
             self.run("scontrol", "update", f"job={job}", "StartTime=now")
 
     def wait_for(self, path: Path, job: str, timeout=120) -> None:
@@ -112,7 +138,9 @@ class Cluster:
         end = time.monotonic() + timeout
         while not path.exists():
             found = self.job(job)
-            assert found["JobState"] not in FINAL, f"job {job} is {found['JobState']}, and {path} is not there"
+            assert found["JobState"] not in FINAL, (
+                f"job {job} is {found['JobState']}, and {path} is not there"
+            )
             self.release(job, found)
             assert time.monotonic() < end, f"{path} is not there after {timeout} s"
             time.sleep(0.1)
@@ -120,9 +148,26 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster():
-    if missing := [name for name in NEEDED if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]:
-        pytest.skip(f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge iproute2 shellcheck")
-    namespaces = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "true"]
+    if missing := [
+        name
+        for name in NEEDED
+        if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    ]:
+        pytest.skip(
+            f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge "
+            f"iproute2 shellcheck"
+        )
+    namespaces = [
+        "unshare",
+        "--mount",
+        "--net",
+        "--uts",
+        "--ipc",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "true",
+    ]
     if os.geteuid() != 0 or subprocess.run(namespaces, capture_output=True).returncode:
         pytest.skip("the nodes need namespaces of their own: root with CAP_SYS_ADMIN")
     cluster = Cluster(Path(f"/tmp/lab-{os.getpid()}"))
@@ -135,7 +180,8 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
-    """A copy of what the scripts need of the repository, in a place with a blank in its name: jobs are submitted from it."""
+    """A copy of what the scripts need of the repository, in a place with a blank in its
+    name: jobs are submitted from it."""
     directory = tmp_path_factory.mktemp("slurm") / "my checkout"
     for name in ("dsvae", "ds_configs", "slurm"):
         shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))

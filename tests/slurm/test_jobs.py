@@ -1,4 +1,5 @@
-"""What the scripts do with arguments, environment, exit codes and restarts: real jobs, with a stand-in for python."""
+"""What the scripts do with arguments, environment, exit codes and restarts: real jobs,
+with a stand-in for python."""
 
 import os
 import re
@@ -15,7 +16,12 @@ from launch import ROOT
 from dsvae import config as configuration
 
 SCRIPTS = sorted(
-    [*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / "tests" / "slurm" / "lab.sh", ROOT / ".ci" / "run"]
+    [
+        *ROOT.glob("slurm/*.sh"),
+        *ROOT.glob("slurm/*.sbatch"),
+        ROOT / "tests" / "slurm" / "lab.sh",
+        ROOT / ".ci" / "run",
+    ]
 )
 AWKWARD = [
     "--model",
@@ -38,9 +44,17 @@ def test_shellcheck_is_clean():
 
 
 def test_arguments_and_ranks(cluster, checkout, stand_in):
-    """Two nodes, two tasks each: one process a rank, every argument as it was given, the rendezvous from the node list."""
+    """Two nodes, two tasks each: one process a rank, every argument as it was given,
+    the rendezvous from the node list."""
     job = cluster.sbatch(
-        *("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=3", "slurm/train.sbatch", *AWKWARD),
+        *(
+            "--nodes=2",
+            "--ntasks-per-node=2",
+            "--gpus-per-node=2",
+            "--cpus-per-task=3",
+            "slurm/train.sbatch",
+            *AWKWARD,
+        ),
         cwd=checkout,
         **stand_in.variables,
         OMP_NUM_THREADS="",
@@ -53,9 +67,16 @@ def test_arguments_and_ranks(cluster, checkout, stand_in):
     for (_, rank), record in records.items():
         assert record["arguments"][0] == f"{code}/dsvae/train.py"
         assert record["arguments"][1 : 1 + len(AWKWARD)] == AWKWARD
-        assert record["arguments"][1 + len(AWKWARD) :] == ["--ds_config", f"{code}/ds_configs/zero2.json"]
+        assert record["arguments"][1 + len(AWKWARD) :] == [
+            "--ds_config",
+            f"{code}/ds_configs/zero2.json",
+        ]
         found = record["environment"]
-        assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == (str(rank), str(rank % 2), "4")
+        assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == (
+            str(rank),
+            str(rank % 2),
+            "4",
+        )
         assert found["SLURMD_NODENAME"] == f"node{1 + rank // 2}"
         assert found["MASTER_ADDR"] == "node1"
         assert 16000 <= int(found["MASTER_PORT"]) < 32768
@@ -63,7 +84,9 @@ def test_arguments_and_ranks(cluster, checkout, stand_in):
         assert found["CUDA_VISIBLE_DEVICES"] == "0,1"
         assert found["PYTHONPATH"].split(":")[0] == str(code)
     logs = sorted((checkout / "runs/with blank/slurm" / job).glob("rank-*.log"))
-    assert [re.match(r"== rank (\d) of 4 on node(\d)", log.read_text()).groups() for log in logs] == [
+    assert [
+        re.match(r"== rank (\d) of 4 on node(\d)", log.read_text()).groups() for log in logs
+    ] == [
         ("0", "1"),
         ("1", "1"),
         ("2", "2"),
@@ -74,7 +97,13 @@ def test_arguments_and_ranks(cluster, checkout, stand_in):
 
 def test_one_visible_gpu_a_task_is_number_0(cluster, checkout, stand_in):
     job = cluster.sbatch(
-        *("--ntasks-per-node=2", "--gpus-per-task=1", "slurm/train.sbatch", "--output_dir", "runs/bound"),
+        *(
+            "--ntasks-per-node=2",
+            "--gpus-per-task=1",
+            "slurm/train.sbatch",
+            "--output_dir",
+            "runs/bound",
+        ),
         cwd=checkout,
         **stand_in.variables,
         DSVAE_SRUN_ARGS="--gpu-bind=single:1",
@@ -103,14 +132,20 @@ def test_more_tasks_than_gpus_is_refused(cluster, checkout, stand_in):
 @pytest.mark.parametrize("code", [2, 65, 74])
 def test_an_exit_code_that_asks_for_nothing_ends_the_job_with_it(code, cluster, checkout, stand_in):
     job = cluster.sbatch(
-        "slurm/train.sbatch", "--output_dir", f"runs/code{code}", cwd=checkout, **stand_in.variables, STAND_IN_CODES=str(code)
+        "slurm/train.sbatch",
+        "--output_dir",
+        f"runs/code{code}",
+        cwd=checkout,
+        **stand_in.variables,
+        STAND_IN_CODES=str(code),
     )
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", "0")
 
 
 def test_restarts_run_the_first_code_and_configuration(tmp_path, cluster, checkout, stand_in):
-    """75, 69, killed, 0: three restarts; the checkout and the configuration change in between."""
+    """75, 69, killed, 0: three restarts; the checkout and the configuration change in
+    between."""
     changing = tmp_path / "changing"
     shutil.copytree(checkout, changing, ignore=shutil.ignore_patterns("runs", "*.out"))
     (changing / "mine.yaml").write_text("seed: 1\noutput_dir: 'runs/of the file'\n")
@@ -119,7 +154,13 @@ def test_restarts_run_the_first_code_and_configuration(tmp_path, cluster, checko
     job = cluster.sbatch(*command, cwd=changing, **codes)
     run = changing / "runs" / "of the file"
     cluster.wait_for(tmp_path / f"{job}-0-0.json", job)
-    for name in ("dsvae/train.py", "slurm/job.sh", "slurm/lib.sh", "mine.yaml", "ds_configs/zero1.json"):
+    for name in (
+        "dsvae/train.py",
+        "slurm/job.sh",
+        "slurm/lib.sh",
+        "mine.yaml",
+        "ds_configs/zero1.json",
+    ):
         (changing / name).write_text("changed")
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "3")
@@ -132,7 +173,9 @@ def test_restarts_run_the_first_code_and_configuration(tmp_path, cluster, checko
     assert arguments[3] == f"--ds_config={place}/ds_config/zero1.json"
     assert arguments[4:] == ["--output_dir", "runs/of the file"]
     assert (place / "config" / "mine.yaml").read_text().startswith("seed: 1")
-    assert (place / "code" / "dsvae" / "train.py").read_bytes() == (ROOT / "dsvae" / "train.py").read_bytes()
+    assert (place / "code" / "dsvae" / "train.py").read_bytes() == (
+        ROOT / "dsvae" / "train.py"
+    ).read_bytes()
     log = (changing / f"dsvae-{job}.out").read_text()
     assert log.count("== rank 0 of 1") == 4
 
@@ -149,14 +192,21 @@ def test_restarts_are_bounded(cluster, checkout, stand_in):
         )
     for code, job in jobs.items():
         ended = cluster.wait(job)
-        assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", "1")
+        assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == (
+            "FAILED",
+            f"{code}:0",
+            "1",
+        )
         assert len(stand_in.records(job)) == 2
         assert "given up" in (checkout / f"dsvae-{job}.out").read_text()
 
 
 def test_only_the_member_that_asks_for_it_is_requeued(cluster, checkout, stand_in, tmp_path):
-    """SLURM gives the array's own id to the member that starts last: it saves when the first has finished and the second runs."""
-    (checkout / "members.txt").write_text("".join(f"--seed {i} --output_dir runs/member{i}\n" for i in (1, 2, 3)))
+    """SLURM gives the array's own id to the member that starts last: it saves when the
+    first has finished and the second runs."""
+    (checkout / "members.txt").write_text(
+        "".join(f"--seed {i} --output_dir runs/member{i}\n" for i in (1, 2, 3))
+    )
     array = cluster.sbatch(
         *("--array=1-3", "slurm/sweep.sbatch", "members.txt"),
         cwd=checkout,
@@ -180,9 +230,14 @@ def test_only_the_member_that_asks_for_it_is_requeued(cluster, checkout, stand_i
     assert cluster.job(members[1])["JobState"] == "RUNNING"
     (tmp_path / "end").touch()
     ended = [cluster.wait(member) for member in members]
-    assert [(job["JobState"], job["Restarts"]) for job in ended] == [("COMPLETED", "0"), ("COMPLETED", "0"), ("COMPLETED", "1")]
+    assert [(job["JobState"], job["Restarts"]) for job in ended] == [
+        ("COMPLETED", "0"),
+        ("COMPLETED", "0"),
+        ("COMPLETED", "1"),
+    ]
     assert [sorted(stand_in.records(job)) for job in ids] == [[(0, 0)], [(0, 0)], [(0, 0), (1, 0)]]
-    # Nothing that a member has is another's: the port of its ranks, its log, its place beside the run.
+    # Nothing that a member has is another's: the port of its ranks, its log, its place
+    # beside the run.
     records = {i: stand_in.records(job) for i, job in enumerate(ids, start=1)}
     assert len({record[0, 0]["environment"]["MASTER_PORT"] for record in records.values()}) == 3
     for i, starts in records.items():
@@ -209,11 +264,16 @@ def test_a_job_submitted_from_inside_an_array_is_none_of_its_members(cluster, ch
     """sbatch hands on SLURM_ARRAY_*."""
     inherited = {"SLURM_ARRAY_JOB_ID": "999", "SLURM_ARRAY_TASK_ID": "1"}
     command = ("slurm/train.sbatch", "--output_dir", "runs/inside")
-    job = cluster.sbatch(*command, cwd=checkout, **stand_in.variables, **inherited, STAND_IN_CODES="75,0")
+    job = cluster.sbatch(
+        *command, cwd=checkout, **stand_in.variables, **inherited, STAND_IN_CODES="75,0"
+    )
     (checkout / "one.txt").write_text("--output_dir runs/inside\n")
-    compare = ("--output=%x-%j.out", "slurm/sweep.sbatch", "one.txt")  # without an index: the comparison
+    # without an index: the comparison
+    compare = ("--output=%x-%j.out", "slurm/sweep.sbatch", "one.txt")
     ended = cluster.wait(job)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), (checkout / f"dsvae-{job}.out").read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), (
+        checkout / f"dsvae-{job}.out"
+    ).read_text()
     assert (checkout / "runs/inside/slurm" / job / "rank-0.log").exists()
     compared = cluster.sbatch(*compare, cwd=checkout, **stand_in.variables, **inherited, RANK="0")
     assert cluster.wait(compared)["ExitCode"] == "0:0"
@@ -243,7 +303,13 @@ def test_a_cancelled_job_is_not_requeued(cluster, checkout, stand_in, tmp_path):
         + "\nwhile :; do sleep 0.1; done\n"
     )
     stubborn.chmod(0o755)
-    job = cluster.sbatch("slurm/train.sbatch", "--output_dir", "runs/cancelled", cwd=checkout, DSVAE_PYTHON=str(stubborn))
+    job = cluster.sbatch(
+        "slurm/train.sbatch",
+        "--output_dir",
+        "runs/cancelled",
+        cwd=checkout,
+        DSVAE_PYTHON=str(stubborn),
+    )
     cluster.wait_for(tmp_path / "there", job)
     cluster.run("scancel", job)
     assert cluster.wait(job, timeout=15)["JobState"] == "CANCELLED"
@@ -290,13 +356,42 @@ def test_submit_asks_for_what_the_site_needs(cluster, checkout, stand_in):
         "DSVAE_SBATCH_ARGS": "--comment=hello --exclusive",
     }
     command = ("bash", "slurm/submit.sh", *AWKWARD)
-    dry = cluster.run(*command[:2], "--dry_run", *AWKWARD, cwd=checkout, **site, DSVAE_ACCOUNT="mine", DSVAE_QOS="high")
-    asked = ["--partition=urgent", "--account=mine", "--qos=high", "--nodes=2", "--cpus-per-task=2", "--mem=1000", "--time=7"]
-    asked += ["--gpus-per-node=2", "--ntasks-per-node=2", "--signal=B:USR1@90", "--comment=hello", "--exclusive"]
+    dry = cluster.run(
+        *command[:2],
+        "--dry_run",
+        *AWKWARD,
+        cwd=checkout,
+        **site,
+        DSVAE_ACCOUNT="mine",
+        DSVAE_QOS="high",
+    )
+    asked = [
+        "--partition=urgent",
+        "--account=mine",
+        "--qos=high",
+        "--nodes=2",
+        "--cpus-per-task=2",
+        "--mem=1000",
+        "--time=7",
+    ]
+    asked += [
+        "--gpus-per-node=2",
+        "--ntasks-per-node=2",
+        "--signal=B:USR1@90",
+        "--comment=hello",
+        "--exclusive",
+    ]
     assert words(dry)[:2] == ["sbatch", "--parsable"]
     assert words(dry)[2 : 2 + len(asked)] == asked
     assert words(dry)[3 + len(asked) :][: len(AWKWARD)] == AWKWARD
-    gres = cluster.run(*command[:2], "--dry_run", cwd=checkout, **site, DSVAE_GPU_OPTION="gres", DSVAE_GPU_TYPE="h100")
+    gres = cluster.run(
+        *command[:2],
+        "--dry_run",
+        cwd=checkout,
+        **site,
+        DSVAE_GPU_OPTION="gres",
+        DSVAE_GPU_TYPE="h100",
+    )
     assert "--gres=gpu:h100:2" in words(gres)
 
     job = cluster.run(*command, cwd=checkout, **site, **stand_in.variables).strip()
@@ -316,7 +411,15 @@ def test_submit_asks_for_what_the_site_needs(cluster, checkout, stand_in):
 def test_dry_runs_start_nothing(cluster, checkout, stand_in):
     before = sorted(checkout.rglob("*"))
     two = cluster.run(
-        *("bash", "slurm/two_phase.sh", "--dry_run", "--config", "park2021", "--output_dir", "runs/dry"),
+        *(
+            "bash",
+            "slurm/two_phase.sh",
+            "--dry_run",
+            "--config",
+            "park2021",
+            "--output_dir",
+            "runs/dry",
+        ),
         cwd=checkout,
         DSVAE_PHASE1_GPUS_PER_NODE="1",
         DSVAE_PHASE2_GPUS_PER_NODE="2",
@@ -330,17 +433,29 @@ def test_dry_runs_start_nothing(cluster, checkout, stand_in):
     assert "--kill-on-invalid-dep=yes" in second
     assert not any(word.startswith("--dependency") for word in first)
 
-    sweep = cluster.run("bash", "slurm/sweep.sh", "--dry_run", "slurm/sweeps/park2021.txt", "--config", "park2021", cwd=checkout)
+    sweep = cluster.run(
+        "bash",
+        "slurm/sweep.sh",
+        "--dry_run",
+        "slurm/sweeps/park2021.txt",
+        "--config",
+        "park2021",
+        cwd=checkout,
+    )
     assert "--array=1-18%4" in words(sweep.splitlines()[0])
     assert len(set(sweep.splitlines()[2:])) == 18
     assert sorted(checkout.rglob("*")) == before
     assert cluster.run("squeue", "-h") == ""
 
     jobs = [
-        cluster.sbatch(script, "--dry_run", "--output_dir", "runs/dry", cwd=checkout, **stand_in.variables)
+        cluster.sbatch(
+            script, "--dry_run", "--output_dir", "runs/dry", cwd=checkout, **stand_in.variables
+        )
         for script in ("slurm/train.sbatch", "slurm/tensorboard.sbatch")
     ]
-    for job, name, expected in zip(jobs, ("dsvae", "dsvae-tensorboard"), ("srun ", "tensorboard.main"), strict=True):
+    for job, name, expected in zip(
+        jobs, ("dsvae", "dsvae-tensorboard"), ("srun ", "tensorboard.main"), strict=True
+    ):
         assert cluster.wait(job)["ExitCode"] == "0:0"
         assert expected in (checkout / f"{name}-{job}.out").read_text()
     assert not list(stand_in.directory.glob("*.json"))
@@ -364,7 +479,9 @@ def test_the_scripts_know_where_train_writes(arguments, tmp_path, monkeypatch):
     Path("mine.yaml").write_text("seed: 1\n")
     Path("named.yaml").write_text('data:\n  cache_dir: z\noutput_dir: "runs/of the file"  \n')
     script = f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; run_dir "{ROOT}" "$@"'
-    found = subprocess.run(["bash", "-uc", script, "_", *arguments], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        ["bash", "-uc", script, "_", *arguments], capture_output=True, text=True, check=True
+    ).stdout
     assert found == configuration.read([*arguments, "--ds_config", "x.json"]).output_dir
 
 
@@ -391,17 +508,26 @@ def test_the_scripts_read_a_value_as_yaml_does(value, tmp_path, monkeypatch):
     """Comments, quotes, nothing: against PyYAML."""
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(f"output_dir: {value}\nseed: 1\n")
-    script = f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; run_dir "{ROOT}" --config mine.yaml'
-    found = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True).stdout
+    script = (
+        f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; run_dir "{ROOT}" --config mine.yaml'
+    )
+    found = subprocess.run(
+        ["bash", "-uc", script], capture_output=True, text=True, check=True
+    ).stdout
     assert found == (yaml.safe_load(Path("mine.yaml").read_text())["output_dir"] or "runs/mine")
 
 
 def test_a_commented_ds_config_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    script = f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; complete_args CODE RUN --config mine.yaml; echo "${{ARGS[@]}}"'
+    script = (
+        f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; complete_args CODE RUN --config '
+        f'mine.yaml; echo "${{ARGS[@]}}"'
+    )
     for value, added in (("# zero2", True), ("mine.json # of mine", False)):
         Path("mine.yaml").write_text(f"ds_config: {value}\n")
-        found = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True).stdout
+        found = subprocess.run(
+            ["bash", "-uc", script], capture_output=True, text=True, check=True
+        ).stdout
         assert ("--ds_config CODE/ds_configs/zero2.json" in found) is added
 
 
@@ -410,26 +536,42 @@ def test_an_old_bash_is_refused_by_every_script(version, tmp_path):
     """bash does not let its version be set: here the scripts read it elsewhere."""
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     library = tmp_path / "slurm" / "lib.sh"
-    library.write_text(f"VERSION=({version})\n" + library.read_text().replace("BASH_VERSINFO", "VERSION"))
+    library.write_text(
+        f"VERSION=({version})\n" + library.read_text().replace("BASH_VERSINFO", "VERSION")
+    )
     if version in ("4 4", "5 0"):
         subprocess.run(["bash", "-uc", ". slurm/lib.sh && say well"], cwd=tmp_path, check=True)
         return
     called = [
-        path.name for path in (tmp_path / "slurm").iterdir() if path.name not in ("lib.sh", "site.sh", "members.sh", "sweeps")
+        path.name
+        for path in (tmp_path / "slurm").iterdir()
+        if path.name not in ("lib.sh", "site.sh", "members.sh", "sweeps")
     ]
     assert len(called) == 9
-    job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path), "DSVAE_ROOT": str(tmp_path), "PATH": os.environ["PATH"]}
+    job = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "DSVAE_ROOT": str(tmp_path),
+        "PATH": os.environ["PATH"],
+    }
     job["DSVAE_PYTHON"] = "false"  # a script that goes on starts nothing
     for name in called:
-        done = subprocess.run(["bash", f"slurm/{name}", "x"], cwd=tmp_path, env=job, capture_output=True, text=True)
-        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), (name, done.stderr)
+        done = subprocess.run(
+            ["bash", f"slurm/{name}", "x"], cwd=tmp_path, env=job, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), (
+            name,
+            done.stderr,
+        )
         assert f"bash {version.replace(' ', '.')} on " in done.stderr
         assert "4.4 or newer is needed" in done.stderr
 
 
 def test_every_line_of_the_shipped_sweeps_is_a_run():
     for path in ROOT.glob("slurm/sweeps/*.txt"):
-        lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+        lines = [
+            line for line in path.read_text().splitlines() if line and not line.startswith("#")
+        ]
         assert len(lines) == len(set(lines)) == 18
         for line in lines:
             configuration.read([*words(line), "--config", "park2021", "--ds_config", "x.json"])

@@ -1,10 +1,20 @@
-"""Two nodes, two ranks each: the losses of local ranks, and the same losses after a preemption and after the loss of a node."""
+"""Two nodes, two ranks each: the losses of local ranks, and the same losses after a
+preemption and after the loss of a node."""
 
 import pytest
 import yaml
 from launch import CONFIGS, TINY, numbers, rows, train
 
-STEPS = ("--phase1.steps", "40", "--phase2.steps", "60", "--checkpoint_every", "10", "--phase1.deletion", "0.2")
+STEPS = (
+    "--phase1.steps",
+    "40",
+    "--phase2.steps",
+    "60",
+    "--checkpoint_every",
+    "10",
+    "--phase1.deletion",
+    "0.2",
+)
 NODES = ("--nodes=2", "--ntasks-per-node=2")
 
 
@@ -19,7 +29,9 @@ def arguments(tmp_path_factory, cache_dir):
 def undisturbed(arguments, cluster, checkout, tmp_path_factory):
     """The directory of a run that nothing happened to."""
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    job = cluster.sbatch(*NODES, "slurm/train.sbatch", *arguments, "--output_dir", directory, cwd=checkout)
+    job = cluster.sbatch(
+        *NODES, "slurm/train.sbatch", *arguments, "--output_dir", directory, cwd=checkout
+    )
     ended = cluster.wait(job)
     assert ended["ExitCode"] == "0:0", (checkout / f"dsvae-{job}.out").read_text()[-3000:]
     return directory
@@ -32,14 +44,21 @@ def test_the_losses_of_local_ranks(arguments, undisturbed, tmp_path):
 
 
 def test_preempted(arguments, undisturbed, cluster, checkout, tmp_path):
-    """A job of a higher partition takes both nodes: SIGTERM to the ranks, a save, back into the queue, and on from there."""
-    job = cluster.sbatch(*NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run", cwd=checkout)
+    """A job of a higher partition takes both nodes: SIGTERM to the ranks, a save, back
+    into the queue, and on from there."""
+    job = cluster.sbatch(
+        *NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run", cwd=checkout
+    )
     cluster.wait_for(tmp_path / "run/checkpoints/phase1-step00000010/COMPLETE", job)
-    urgent = cluster.sbatch("--nodes=2", "--exclusive", "--partition=urgent", "--wrap=sleep 1", cwd=tmp_path)
+    urgent = cluster.sbatch(
+        "--nodes=2", "--exclusive", "--partition=urgent", "--wrap=sleep 1", cwd=tmp_path
+    )
     assert cluster.wait(urgent)["JobState"] == "COMPLETED"
     ended = cluster.wait(job)
     log = (checkout / f"dsvae-{job}.out").read_text()
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), log[-3000:]
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), (
+        log[-3000:]
+    )
     assert "SIGTERM: saved" in log
     assert "going on from" in log
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 101))
@@ -47,14 +66,19 @@ def test_preempted(arguments, undisturbed, cluster, checkout, tmp_path):
 
 
 def test_a_node_dies(arguments, undisturbed, cluster, checkout, tmp_path):
-    """SIGKILL of everything on the node that the batch script runs on; SLURM notices and requeues."""
-    job = cluster.sbatch(*NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run", cwd=checkout)
+    """SIGKILL of everything on the node that the batch script runs on; SLURM notices
+    and requeues."""
+    job = cluster.sbatch(
+        *NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run", cwd=checkout
+    )
     cluster.wait_for(tmp_path / "run/checkpoints/phase1-step00000010/COMPLETE", job)
     cluster.lab("kill-node", "node1")
     cluster.wait(job, {"PENDING"})
     cluster.lab("start-node", "node1")
     ended = cluster.wait(job)
     log = (checkout / f"dsvae-{job}.out").read_text()
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), log[-3000:]
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), (
+        log[-3000:]
+    )
     assert "going on from" in log
     assert numbers(tmp_path / "run") == numbers(undisturbed)

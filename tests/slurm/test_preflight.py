@@ -1,4 +1,5 @@
-"""Preflight on two nodes: all well, a node that cannot write, a node that is cut off, a node without what SLURM promised."""
+"""Preflight on two nodes: all well, a node that cannot write, a node that is cut off, a
+node without what SLURM promised."""
 
 import re
 
@@ -50,7 +51,10 @@ def test_a_node_that_cannot_write(cluster, checkout, tmp_path):
     cluster.lab("node-exec", "node2", "mount", "-o", "remount,bind,ro", run)
     try:
         job = cluster.sbatch(
-            *(*NODES, "slurm/train.sbatch", "--output_dir", run), cwd=checkout, DSVAE_PREFLIGHT="1", DSVAE_MIN_FREE_GB="0.1"
+            *(*NODES, "slurm/train.sbatch", "--output_dir", run),
+            cwd=checkout,
+            DSVAE_PREFLIGHT="1",
+            DSVAE_MIN_FREE_GB="0.1",
         )
         ended = cluster.wait(job)
     finally:
@@ -80,9 +84,12 @@ def test_a_node_with_a_directory_of_its_own(hidden, cluster, checkout, tmp_path)
 
 
 def test_a_node_that_is_cut_off(cluster, checkout, tmp_path):
-    """The ranks of node2 start, but no packet of theirs reaches the rendezvous on node1."""
+    """The ranks of node2 start, but no packet of theirs reaches the rendezvous on
+    node1."""
     rule = ("to", "10.77.0.1", "ipproto", "tcp", "dport", "16000-32767", "lookup", "100")
-    cluster.lab("node-exec", "node2", "ip", "route", "add", "10.77.0.1", "via", "10.77.0.99", "table", "100")
+    cluster.lab(
+        "node-exec", "node2", "ip", "route", "add", "10.77.0.1", "via", "10.77.0.99", "table", "100"
+    )
     cluster.lab("node-exec", "node2", "ip", "rule", "add", *rule)
     try:
         ended, log = preflight(cluster, checkout, tmp_path / "run", seconds=15)
@@ -96,14 +103,17 @@ def test_a_node_that_is_cut_off(cluster, checkout, tmp_path):
 
 
 def test_no_gpu_and_no_space(cluster, checkout, tmp_path):
-    ended, log = preflight(cluster, checkout, tmp_path / "run", "--gpus-per-node=2", DSVAE_CONTAINER="env DSVAE_TEST=1")
+    ended, log = preflight(
+        cluster, checkout, tmp_path / "run", "--gpus-per-node=2", DSVAE_CONTAINER="env DSVAE_TEST=1"
+    )
     assert (ended["JobState"], ended["ExitCode"]) == FAILED, log
     assert blamed(log) == {"node1", "node2"}
     assert log.count("SLURM gave GPUs (0,1), but torch") == 4
 
 
 @pytest.mark.parametrize(
-    ("changes", "blamed"), [({}, set()), ({3: "2.12"}, {"node2"}), ({0: "2.12", 1: "2.12", 2: "2.12"}, {"node2"})]
+    ("changes", "blamed"),
+    [({}, set()), ({3: "2.12"}, {"node2"}), ({0: "2.12", 1: "2.12", 2: "2.12"}, {"node2"})],
 )
 def test_other_versions(changes, blamed):
     """The node that differs from most ranks."""

@@ -1,4 +1,5 @@
-"""Jobs that do not disturb each other, all submitted at once: phases in a chain, a sweep, a time limit; TensorBoard."""
+"""Jobs that do not disturb each other, all submitted at once: phases in a chain, a
+sweep, a time limit; TensorBoard."""
 
 import json
 import re
@@ -19,11 +20,20 @@ MEMBERS = """# three runs
 
 @pytest.fixture(scope="module")
 def submitted(cluster, checkout, cache_dir):
-    (checkout / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "cache_dir": str(cache_dir)}}))
+    (checkout / "tiny.yaml").write_text(
+        yaml.safe_dump({**TINY, "data": {**TINY["data"], "cache_dir": str(cache_dir)}})
+    )
     (checkout / "three.txt").write_text(MEMBERS)
     tiny = ("--config", "tiny.yaml")
     limited = cluster.sbatch(
-        *("--time=1", "--signal=B:USR1@15", "slurm/train.sbatch", *tiny, "--output_dir", "runs/limited"),
+        *(
+            "--time=1",
+            "--signal=B:USR1@15",
+            "slurm/train.sbatch",
+            *tiny,
+            "--output_dir",
+            "runs/limited",
+        ),
         *("--phase1.steps", "100000", "--log_every", "50"),
         cwd=checkout,
     )
@@ -33,9 +43,12 @@ def submitted(cluster, checkout, cache_dir):
 
     return SimpleNamespace(
         limited=limited,
-        # Phase 1 on one rank, phase 2 on two nodes: checkpoints do not pass between the phases, weights do.
+        # Phase 1 on one rank, phase 2 on two nodes: checkpoints do not pass between the
+        # phases, weights do.
         chain=script("two_phase.sh", *tiny, "--output_dir", "runs/chain", DSVAE_PHASE2_NODES="2"),
-        broken=script("two_phase.sh", *tiny, "--output_dir", "runs/broken", "--train_file", "not there.txt"),
+        broken=script(
+            "two_phase.sh", *tiny, "--output_dir", "runs/broken", "--train_file", "not there.txt"
+        ),
         sweep=script("sweep.sh", "three.txt", *tiny, DSVAE_AT_ONCE="2"),
     )
 
@@ -46,8 +59,9 @@ def test_a_failed_phase_1_leaves_phase_2_never_started(submitted, cluster, check
     assert failed["ExitCode"] == "2:0"
     assert "not there.txt" in (checkout / f"dsvae-phase1-{first}.out").read_text()
     assert ended["JobState"] == "CANCELLED"
-    # What tells a job that ran from one that did not. Its times do not: SLURM gives the latter a start at the moment of its end,
-    # or none, and then counts its run time from 1970 on.
+    # What tells a job that ran from one that did not. Its times do not: SLURM gives the
+    # latter a start at the moment of its end, or none, and then counts its run time
+    # from 1970 on.
     places = checkout / "runs/broken/slurm"
     for job, record, phase, ran in ((first, failed, 1, True), (second, ended, 2, False)):
         assert ("BatchHost" in record) == ran
@@ -60,7 +74,9 @@ def test_phase_2_goes_on_from_phase_1_with_resources_of_its_own(submitted, clust
     first, second = (cluster.wait(job) for job in submitted.chain)
     assert (first["ExitCode"], second["ExitCode"]) == ("0:0", "0:0")
     assert (first["NumNodes"], second["NumNodes"]) == ("1", "2")
-    assert [(row["step"], row["phase"]) for row in rows(checkout / "runs/chain")] == [(i, 1 + (i > 4)) for i in range(1, 9)]
+    assert [(row["step"], row["phase"]) for row in rows(checkout / "runs/chain")] == [
+        (i, 1 + (i > 4)) for i in range(1, 9)
+    ]
     assert "1 rank(s); data" in (checkout / f"dsvae-phase1-{submitted.chain[0]}.out").read_text()
     assert "2 rank(s); data" in (checkout / f"dsvae-phase2-{submitted.chain[1]}.out").read_text()
     assert (checkout / "runs/chain/metrics.json").exists()
@@ -69,7 +85,9 @@ def test_phase_2_goes_on_from_phase_1_with_resources_of_its_own(submitted, clust
 def test_a_sweep_with_a_failing_member(submitted, cluster, checkout):
     array, compare = submitted.sweep
     ended = cluster.wait(compare, timeout=180)
-    codes = re.findall(r"ArrayTaskId=(\d).*? ExitCode=(\S+)", cluster.run("scontrol", "-o", "show", "job", array))
+    codes = re.findall(
+        r"ArrayTaskId=(\d).*? ExitCode=(\S+)", cluster.run("scontrol", "-o", "show", "job", array)
+    )
     assert sorted(codes) == [("1", "0:0"), ("2", "2:0"), ("3", "0:0")]
     assert len(rows(checkout / "runs/three/pooling_max_phase1.steps_3")) == 7
     assert len(rows(checkout / "runs/a named one")) == 8
@@ -102,11 +120,19 @@ def test_the_time_limit_is_met_by_a_save(submitted, cluster, checkout):
     steps = [row["step"] for row in rows(place)]
     assert 0 < int(saved) < 100_000
     assert steps == sorted(set(steps))
-    assert json.loads((place / "checkpoints" / "latest").read_text().strip().replace("phase1-step", "1")) > int(saved)
+    assert json.loads(
+        (place / "checkpoints" / "latest").read_text().strip().replace("phase1-step", "1")
+    ) > int(saved)
 
 
 def test_tensorboard_listens_on_the_nodes_localhost_only(cluster, checkout):
-    job = cluster.sbatch("slurm/tensorboard.sbatch", "runs", cwd=checkout, DSVAE_LOGIN_NODE="login.example.org", USER="me")
+    job = cluster.sbatch(
+        "slurm/tensorboard.sbatch",
+        "runs",
+        cwd=checkout,
+        DSVAE_LOGIN_NODE="login.example.org",
+        USER="me",
+    )
     log = checkout / f"dsvae-tensorboard-{job}.out"
     end = time.monotonic() + 90
     get = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=5).status)"
@@ -115,11 +141,16 @@ def test_tensorboard_listens_on_the_nodes_localhost_only(cluster, checkout):
         assert time.monotonic() < end, said + (log.read_text() if log.exists() else "")
         time.sleep(0.5)
         if log.exists() and (
-            line := re.search(r"ssh -N -L (\d+):localhost:(\d+) -J me@login.example.org me@(node\d)", log.read_text())
+            line := re.search(
+                r"ssh -N -L (\d+):localhost:(\d+) -J me@login.example.org me@(node\d)",
+                log.read_text(),
+            )
         ):
             port, same, node = line.groups()
             assert port == same
-            said = cluster.lab("node-exec", node, "python", "-c", get, f"http://localhost:{port}/", check=False)
+            said = cluster.lab(
+                "node-exec", node, "python", "-c", get, f"http://localhost:{port}/", check=False
+            )
     elsewhere = cluster.run("python", "-c", get, f"http://{node}:{port}/", check=False)
     assert "Connection refused" in elsewhere
     cluster.run("scancel", job)
