@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +21,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.mt5.modeling_mt5 import MT5Stack
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
-from transformers.utils import ModelOutput
+from transformers.utils import can_return_tuple
 
 from dsvae.modeling.attention import LATENT_ATTENTION
 from dsvae.modeling.injection import make_injection
@@ -43,6 +44,14 @@ T5_EMBEDDINGS = (
 )
 """Names under which a T5's file may hold its input embedding: of tied weights a file
 has only one."""
+
+CACHE = (
+    "cache"
+    if "cache" in {field.name for field in fields(CausalLMOutputWithPast)}
+    else "past_key_values"
+)
+"""What the installed transformers calls the decoder's cache: `cache` since 5.24,
+`past_key_values` before. `generate` uses this name in both directions."""
 
 LATENT_PATH = ("posterior.", "injection.")
 """How the parameters begin that no T5 has."""
@@ -126,18 +135,17 @@ class T5VAEConfig(PreTrainedConfig):
 
 
 @dataclass
-class T5VAEOutput(ModelOutput):
+class T5VAEOutput(CausalLMOutputWithPast):
     """What `T5VAE.forward` returns.
 
     logits (B, T, V); latent (B, Z), the z that was decoded; posterior_parameters (B,
-    2Z) of q(z|x), None when `latent` was given; past_key_values, the decoder's cache
-    when `use_cache`.
+    2Z) of q(z|x), None when `latent` was given; the decoder's cache when `use_cache`,
+    under the name that the installed transformers gives it (`CACHE`). `loss`,
+    `hidden_states` and `attentions` stay None.
     """
 
-    logits: Tensor | None = None
     latent: Tensor | None = None
     posterior_parameters: Tensor | None = None
-    past_key_values: Cache | None = None
 
     @property
     def posterior(self) -> Gaussian:
@@ -159,6 +167,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     base_model_prefix = "t5_vae"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the Trainer need not pass `num_items_in_batch`
     _supports_sdpa = True
     _no_split_modules = ["T5Block", "MT5Block", "UMT5Block"]
     _keep_in_fp32_modules = ["wo"]
@@ -316,6 +325,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         ).last_hidden_state
         return self.posterior(states, attention_mask)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -325,10 +335,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         latent: Tensor | None = None,
         noise: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         encode_only: bool = False,
-        **_: Any,
+        **others: Any,
     ) -> T5VAEOutput:
         """Encodes, draws z, and decodes with teacher forcing.
 
@@ -341,11 +352,25 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 normal for the Gaussian). None: drawn here while training, zeros (the
                 posterior mean) in evaluation.
             decoder_input_ids: (B, T), instead of labels.
-            past_key_values, use_cache: the decoder's cache, as in transformers.
+            cache, past_key_values: the decoder's cache, by its name in transformers
+                5.24 or by the older one.
+            use_cache: return a cache that includes these tokens.
             encode_only: stop at the posterior; `logits` and `latent` stay None.
+            others: must be None. An argument that were ignored could change the text
+                without an error.
 
-        Returns: `T5VAEOutput`. The loss is in `dsvae.objective`.
+        Returns: `T5VAEOutput`, or its tuple for `return_dict=False`. The loss is in
+            `dsvae.objective`.
+
+        Raises:
+            TypeError: an unknown keyword argument that is not None, or both names of
+                the cache.
         """
+        unknown = sorted(name for name, value in others.items() if value is not None)
+        if unknown:
+            raise TypeError(f"T5VAE.forward has no argument {', '.join(unknown)}")
+        if cache is not None and past_key_values is not None:
+            raise TypeError("T5VAE.forward was given both cache and past_key_values")
         parameters = None
         if latent is None:
             if input_ids is None:
@@ -369,8 +394,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         embeddings, attention_kwargs = self.injection(latent, self.shared(decoder_input_ids))
         decoded = self.decoder(
             inputs_embeds=embeddings,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: past_key_values if cache is None else cache},
             **attention_kwargs,
         )
         logits = self.lm_head(decoded.last_hidden_state * self.output_scale)
@@ -378,7 +403,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             logits=logits,
             latent=latent,
             posterior_parameters=parameters,
-            past_key_values=decoded.past_key_values,
+            **{CACHE: decoded.get(CACHE)},
         )
 
     def shift_right(self, labels: Tensor) -> Tensor:

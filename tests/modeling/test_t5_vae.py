@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from small_models import make_t5, make_vae
+from small_models import INJECTIONS, T5_CONFIGS, make_t5, make_vae
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from dsvae import T5VAE
+from dsvae.modeling.t5_vae import CACHE
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 
@@ -85,12 +86,91 @@ def test_cached_decoding_equals_uncached(kind, injection):
     whole = model(latent=z, decoder_input_ids=tokens).logits
     cache, steps = None, []
     for i in range(tokens.shape[1]):
-        out = model(
-            latent=z, decoder_input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True
-        )
-        cache = out.past_key_values
+        out = model(latent=z, decoder_input_ids=tokens[:, i : i + 1], cache=cache, use_cache=True)
+        cache = out[CACHE]
         steps.append(out.logits)
     torch.testing.assert_close(whole, torch.cat(steps, dim=1), **CLOSE)
+
+
+SEARCHES = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 3},
+    "several samples": {"do_sample": True, "num_return_sequences": 3},
+    "several beams": {"num_beams": 4, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("search", list(SEARCHES))
+@pytest.mark.parametrize("injection_", [*INJECTIONS, "none"])
+def test_generate_with_the_cache_equals_generate_without(kind, injection_, search):
+    """The cache passes through `generate`, which names it as the release does."""
+    model = make_vae(kind, injection=injection_)
+    widths = []
+    model.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]),
+        with_kwargs=True,
+    )
+    z = torch.randn(4, model.config.latent_dim)
+    texts, seen = [], []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        widths.clear()
+        texts.append(
+            model.generate(
+                latent=z,
+                max_new_tokens=9,
+                min_new_tokens=9,
+                use_cache=use_cache,
+                **{"do_sample": False, **SEARCHES[search]},
+            )
+        )
+        seen.append(list(widths))
+    assert torch.equal(*texts)
+    assert seen == [[1] * 9, list(range(1, 10))]
+    assert len({tuple(row) for row in texts[0].tolist()}) > 1 or injection_ == "none"
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_may_be_passed_by_either_name(name):
+    model = make_vae()
+    z, tokens = torch.randn(3, 6), torch.randint(3, 60, (3, 7))
+    whole = model(latent=z, decoder_input_ids=tokens).logits
+    start = model(latent=z, decoder_input_ids=tokens[:, :5], use_cache=True)
+    rest = model(latent=z, decoder_input_ids=tokens[:, 5:], **{name: start[CACHE]})
+    torch.testing.assert_close(rest.logits, whole[:, 5:], **CLOSE)
+
+
+def test_the_output_names_the_cache_as_transformers_does():
+    """Both a T5's decoder and `generate` read that name."""
+    model = make_vae()
+    z, tokens = torch.randn(3, 6), torch.randint(3, 60, (3, 7))
+    theirs = AutoModelForSeq2SeqLM.from_config(T5_CONFIGS["t5 v1.0"]()).eval()
+    expected = theirs(input_ids=tokens, decoder_input_ids=tokens, use_cache=True)
+    ours = model(latent=z, decoder_input_ids=tokens, use_cache=True)
+    assert CACHE in expected
+    assert CACHE in ours
+    assert CACHE not in model(latent=z, decoder_input_ids=tokens)
+
+
+def test_an_argument_that_nothing_reads_is_an_error():
+    """Ignored, a renamed cache gave wrong text without an error."""
+    model = make_vae()
+    z, tokens = torch.randn(3, 6), torch.randint(3, 60, (3, 7))
+    start = model(latent=z, decoder_input_ids=tokens, use_cache=True)
+    with pytest.raises(TypeError, match="no argument kv_states, position_ids"):
+        model(latent=z, decoder_input_ids=tokens, kv_states=start[CACHE], position_ids=tokens)
+    with pytest.raises(TypeError, match="both cache and past_key_values"):
+        model(
+            latent=z,
+            decoder_input_ids=tokens,
+            cache=start[CACHE],
+            past_key_values=start[CACHE],
+        )
+    out = model(latent=z, decoder_input_ids=tokens, position_ids=None)
+    assert torch.equal(out.logits, start.logits)
+    as_tuple = model(latent=z, decoder_input_ids=tokens, return_dict=False)
+    assert torch.equal(as_tuple[0], start.logits)
 
 
 def test_sampling_is_repeatable_and_needs_no_sentence(injection):
