@@ -63,6 +63,7 @@ from dsvae.errors import (
 )
 from dsvae.files import write_json, write_text
 from dsvae.metrics.evaluate import evaluate
+from dsvae.metrics.kept import Kept
 from dsvae.metrics.text import samples
 from dsvae.objective.schedules import beta_at
 from dsvae.reporting import Reporter, Speed, result_table
@@ -236,7 +237,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
                 )
             else:
                 metrics = finish(
-                    config, engine, data, world, reporter, offset + config.phase2.steps
+                    config, engine, data, world, reporter, stopping, offset + config.phase2.steps
                 )
             engine.close()
     reporter.close(config, metrics)
@@ -372,6 +373,7 @@ def finish(
     data: Prepared,
     world: World,
     reporter: Reporter,
+    stopping: Stopping,
     step: int,
 ) -> dict[str, Any]:
     """The final evaluation on all test sentences, and the export; metrics.json comes
@@ -379,18 +381,30 @@ def finish(
 
     Args:
         step: the last one of the run.
+
+    Raises:
+        RunStopped: on every rank: told to stop. What the evaluation has found so far is
+            kept, and the next start goes on from there.
     """
     out = Path(config.output_dir)
-    metrics = evaluate(
-        engine.module,
-        data.splits["test"],
-        world,
-        samples=config.eval.samples,
-        iw_samples=config.eval.iw_samples,
-        token_budget=config.eval.batch_tokens,
-    )
     # float32 under autocast, which is for training
-    metrics["precision"] = PRECISIONS[next(engine.module.parameters()).dtype]
+    precision = PRECISIONS[next(engine.module.parameters()).dtype]
+    last = out / "checkpoints" / checkpoint.tag(2, config.phase2.steps)
+    identity = world.on_main(lambda: f"{checkpoint.identity(last)} {precision}")
+    kept = Kept(out / ".evaluation", identity, world, lambda: stopping.agreed(world))
+    with stopping.between_steps():
+        metrics = evaluate(
+            engine.module,
+            data.splits["test"],
+            world,
+            samples=config.eval.samples,
+            iw_samples=config.eval.iw_samples,
+            token_budget=config.eval.batch_tokens,
+            kept=kept,
+        )
+        if stop := stopping.agreed(world):
+            raise stop
+    metrics["precision"] = precision
     reporter.evaluation(step, 2, "test", metrics)
     pairs, prior = samples(
         engine.module,
@@ -407,6 +421,7 @@ def finish(
 
     weights.export(engine.module, engine.origin, world, out / "model", extras)
     world.on_main(lambda: write_json(out / "metrics.json", {"test": metrics}))
+    world.on_main(kept.remove)
     return metrics
 
 

@@ -43,6 +43,20 @@ class Checkpoint:
         return json.loads((self.directory / COMPLETE).read_text())["meta"]
 
 
+def tag(phase: int, step: int) -> str:
+    """The name of a checkpoint."""
+    return f"phase{phase}-step{step:08d}"
+
+
+def identity(directory: Path) -> str:
+    """What tells the state in a complete checkpoint from any other: a digest of its
+    list of checksums. A random one where there is no such checkpoint."""
+    try:
+        return hashlib.sha256((directory / COMPLETE).read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return os.urandom(32).hex()
+
+
 class SaveFailed(Exception):
     """A checkpoint could not be written; what there was of it is removed, and those
     before are as they were."""

@@ -162,7 +162,7 @@ def evaluate_sentences(
     measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
     metrics = summarize(measured, split)
     if iw_samples:
-        options = {"count": iw_samples, "token_budget": token_budget, "seed": seed}
+        options: dict[str, Any] = {"count": iw_samples, "token_budget": token_budget, "seed": seed}
         add(metrics, importance_weighted(model, split, measured.posterior, world, **options))
     pairs: list[tuple[str, str]] = []
     prior: list[str] = []

@@ -24,6 +24,7 @@ from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine.distributed import World
 from dsvae.metrics import likelihood, passes
 from dsvae.metrics.information import active_units, mutual_information
+from dsvae.metrics.kept import Kept
 from dsvae.modeling.posterior import Gaussian
 from dsvae.modeling.t5_vae import T5VAE
 
@@ -62,6 +63,7 @@ def evaluate(
     token_budget: int,
     iw_samples: int = 0,
     seed: int = passes.EVALUATION_SEED,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """The metrics of `model` on `split` that take a few passes; the same on every rank.
     Collective.
@@ -73,29 +75,41 @@ def evaluate(
         iw_samples: z drawn a sentence for the importance-weighted bound; 0: not
             measured.
         seed: of the draws of z.
+        kept: makes the evaluation one that can be cut and goes on.
+
+    Raises:
+        RunStopped: on every rank: told to stop; only with `kept`.
     """
-    measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
+    options: dict[str, Any] = {"token_budget": token_budget, "seed": seed, "kept": kept}
+    measured = measure(model, split, world, samples=samples, **options)
     metrics = summarize(measured, split)
     if iw_samples and model.config.latent_dim:
-        options = {"count": iw_samples, "token_budget": token_budget, "seed": seed}
+        options["count"] = iw_samples
         add(metrics, importance_weighted(model, split, measured.posterior, world, **options))
     return metrics
 
 
 def measure(
-    model: T5VAE, split: TokenizedSplit, world: World, *, samples: int, token_budget: int, seed: int
+    model: T5VAE,
+    split: TokenizedSplit,
+    world: World,
+    *,
+    samples: int,
+    token_budget: int,
+    seed: int,
+    kept: Kept | None = None,
 ) -> Measured:
     """The passes of `evaluate`; its arguments. Collective."""
     training = model.training
     model.eval()
     keys = split.content_keys
     dim = model.config.latent_dim
-    posterior = passes.encode(model, split, world, token_budget)
+    posterior = passes.encode(model, split, world, token_budget, kept)
 
     other = another_sentence(split.text_keys, keys)
 
     def rec_of(latent: Tensor) -> Tensor:
-        return passes.decode(model, split, latent, world, token_budget).double()
+        return passes.decode(model, split, latent, world, token_budget, kept).double()
 
     draws = (posterior.sample(passes.noise_of(keys, LATENT, s, dim, seed)) for s in range(samples))
     first = next(draws)
@@ -163,13 +177,21 @@ def importance_weighted(
     count: int,
     token_budget: int,
     seed: int,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """The metrics of the importance-weighted bound with `count` samples, for `add`.
     Collective."""
     training = model.training
     model.eval()
     weights = likelihood.draw_log_weights(
-        model, split, posterior, world, count=count, token_budget=token_budget, seed=seed
+        model,
+        split,
+        posterior,
+        world,
+        count=count,
+        token_budget=token_budget,
+        seed=seed,
+        kept=kept,
     )
     model.train(training)
     nll = -likelihood.importance_weighted_bound(weights)

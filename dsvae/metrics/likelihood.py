@@ -26,6 +26,7 @@ from dsvae.data.noise import LATENT
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine.distributed import World
 from dsvae.metrics import passes
+from dsvae.metrics.kept import Kept
 from dsvae.modeling.posterior import Gaussian
 from dsvae.modeling.t5_vae import T5VAE
 
@@ -73,6 +74,7 @@ def draw_log_weights(
     count: int,
     token_budget: int,
     seed: int,
+    kept: Kept | None = None,
 ) -> Tensor:
     """The log importance weights of `count` samples a sentence, (count, N) float64, on
     every rank. Collective.
@@ -86,7 +88,7 @@ def draw_log_weights(
     for sample in range(count):
         noise = passes.noise_of(split.content_keys, LATENT, sample, model.config.latent_dim, seed)
         latent = posterior.sample(noise)
-        log_px_z = -passes.decode(model, split, latent, world, token_budget)
+        log_px_z = -passes.decode(model, split, latent, world, token_budget, kept)
         # In float64: the terms are large, of opposite signs, and a sentence's weight is
         # the exponential of their sum.
         exact = latent.double()

@@ -8,15 +8,18 @@ file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsvae.data.batches import collate, evaluation_batches
+from dsvae.data.batches import MicroBatch, collate, evaluation_batches
 from dsvae.data.noise import generator
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine.distributed import World
+from dsvae.metrics.kept import Kept
 from dsvae.modeling.posterior import Gaussian
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.objective.elbo import reconstruction_nats
@@ -39,45 +42,94 @@ def noise_of(
     return torch.from_numpy(np.stack(rows))
 
 
-@torch.no_grad()
-def encode(model: T5VAE, split: TokenizedSplit, world: World, token_budget: int) -> Gaussian:
+def encode(
+    model: T5VAE, split: TokenizedSplit, world: World, token_budget: int, kept: Kept | None = None
+) -> Gaussian:
     """q(z|x) of all N sentences, in the split's order, on CPU. Collective."""
-    parameters = torch.zeros(len(split), 2 * model.config.latent_dim, device=world.device)
-    for indices, weight in evaluation_batches(
-        split.lengths, token_budget=token_budget, rank=world.rank, world_size=world.size
-    ):
-        batch = _batch(model, split, indices, weight).to(world.device)
-        out = model(batch.input_ids, batch.attention_mask, encode_only=True)
-        world.beat("evaluation")
-        real = batch.weight.bool()
-        parameters[torch.from_numpy(indices).to(world.device)[real]] = out.posterior_parameters[
-            real
-        ]
-    return Gaussian.from_parameters(world.sum(parameters).cpu())
+
+    def parameters(batch: MicroBatch, _: Tensor) -> Tensor:
+        found: Tensor = model(
+            batch.input_ids, batch.attention_mask, encode_only=True
+        ).posterior_parameters
+        return found
+
+    size = (2 * model.config.latent_dim,)
+    return Gaussian.from_parameters(
+        _over(model, split, world, token_budget, kept, parameters, size)
+    )
 
 
-@torch.no_grad()
 def decode(
-    model: T5VAE, split: TokenizedSplit, latent: Tensor, world: World, token_budget: int
+    model: T5VAE,
+    split: TokenizedSplit,
+    latent: Tensor,
+    world: World,
+    token_budget: int,
+    kept: Kept | None = None,
 ) -> Tensor:
     """-log p(x|z) in nats of all N sentences under the given z (N, Z), (N,) float32 on
     CPU. Collective."""
-    nats = torch.zeros(len(split), device=world.device)
-    for indices, weight in evaluation_batches(
-        split.lengths, token_budget=token_budget, rank=world.rank, world_size=world.size
-    ):
+
+    def nats(batch: MicroBatch, rows: Tensor) -> Tensor:
+        out = model(labels=batch.labels, latent=latent[rows].to(world.device))
+        return reconstruction_nats(out.logits, batch.labels)
+
+    return _over(model, split, world, token_budget, kept, nats, (), latent)
+
+
+@torch.no_grad()
+def _over(
+    model: T5VAE,
+    split: TokenizedSplit,
+    world: World,
+    token_budget: int,
+    kept: Kept | None,
+    compute: Callable[[MicroBatch, Tensor], Tensor],
+    size: tuple[int, ...],
+    latent: Tensor | None = None,
+) -> Tensor:
+    """A pass: what `compute` finds for every sentence, (N, *size), on CPU.
+
+    Args:
+        kept: takes the result of a pass, and of the part of it that was done when the
+            run was told to stop.
+        compute: of a batch of B sentences and their numbers in the split, (B,):
+            (B, *size).
+        latent: what the pass decodes, if anything.
+
+    Raises:
+        RunStopped: on every rank: told to stop; what was done is kept.
+    """
+    # Each row is computed by one rank and is zero on the others, so the sum over the
+    # ranks is exact.
+    result = torch.zeros(len(split), *size, device=world.device)
+    batches = list(
+        evaluation_batches(
+            split.lengths, token_budget=token_budget, rank=world.rank, world_size=world.size
+        )
+    )
+    key, done = "", 0
+    if kept is not None:
+        key = kept.key(split, latent, token_budget)
+        done = kept.load(key, result)
+    for number, (indices, weight) in enumerate(batches[done:], start=done + 1):
         batch = _batch(model, split, indices, weight).to(world.device)
-        out = model(labels=batch.labels, latent=latent[indices].to(world.device))
+        rows, real = torch.from_numpy(indices), batch.weight.bool()
+        found = compute(batch, rows)
         world.beat("evaluation")
-        real = batch.weight.bool()
-        rows = torch.from_numpy(indices).to(world.device)[real]
-        nats[rows] = reconstruction_nats(out.logits, batch.labels)[real]
-    return world.sum(nats).cpu()
+        result[rows.to(world.device)[real]] = found[real]
+        if kept is not None and (stop := kept.stop()):
+            kept.save(key, number, world.sum(result))
+            raise stop
+    result = world.sum(result).cpu()
+    if kept is not None and done < len(batches):
+        kept.save(key, len(batches), result)
+    return result
 
 
 def _batch(
     model: T5VAE, split: TokenizedSplit, indices: NDArray[np.int64], weight: NDArray[np.float32]
-):
+) -> MicroBatch:
     no_noise = np.zeros((len(indices), 0), dtype=np.float32)
     return collate(
         split.rows(indices),

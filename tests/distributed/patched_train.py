@@ -9,7 +9,8 @@ RANK, refuse RANK, stop RANK: while its engine is built, the rank finds no model
 directory MODEL, meets a UserError in the midst of it, or stands still (SIGSTOP).
 FAULT=slow RANK: the rank takes SECONDS for the first of several files of an export, for
 all of its tensors, and for loading a checkpoint. FAULT=non_finite RANK STEP [STEP ...]:
-what the rank's sentences cost is not a number at these steps. WEIGHTS=DIRECTORY: the
+what the rank's sentences cost is not a number at these steps. FAULT=told RANK BATCH:
+the rank gets a SIGTERM at that batch (from 1) of the final evaluation. WEIGHTS=DIRECTORY: the
 whole model's checksum after every optimizer step goes into DIRECTORY/phase.step.
 """
 
@@ -29,6 +30,7 @@ from dsvae.engine.model_directory import ModelDirectory
 from dsvae.engine.watchdog import Watchdog
 from dsvae.engine.weights import full_weights
 from dsvae.errors import UserError
+from dsvae.metrics.kept import Kept
 
 kind, rank, *numbers = os.environ["FAULT"].split()
 steps = [int(number) for number in numbers]
@@ -110,6 +112,21 @@ def elsewhere(settings, *args):
     return find_origin(settings, *args)
 
 
+class ToldWhileEvaluating(Kept):
+    """Asks after every batch of the final evaluation whether to stop."""
+
+    def __init__(self, root, identity, world, stop):
+        super().__init__(root, identity, world, lambda: self.tell() or stop())
+        self.batches = 0
+
+    def tell(self):
+        self.batches += 1
+        if mine and self.batches == steps[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+if kind == "told":
+    train.Kept = ToldWhileEvaluating
 if kind == "device":
     distributed.Watchdog = with_device
 if kind == "slow":

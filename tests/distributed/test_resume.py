@@ -2,12 +2,14 @@
 of the uncut one: bit by bit."""
 
 import signal
+from pathlib import Path
 
 import pytest
 from launch import CONFIGS, numbers, rows, start, train
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+PATCHED = Path(__file__).with_name("patched_train.py")
 ARGUMENTS = (
     "--phase1.steps",
     "24",
@@ -17,6 +19,8 @@ ARGUMENTS = (
     "5",
     "--phase1.deletion",
     "0.2",
+    "--eval.batch_tokens",
+    "64",
 )
 
 # How a run is cut: (the checkpoint to wait for, the signal, the ranks that get it, the
@@ -40,7 +44,7 @@ CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 def same_as_uncut(cut, uncut):
     """Every step once, in metrics.jsonl and TensorBoard, with the uncut run's numbers;
-    and its weights."""
+    its final metrics, and its weights."""
     expected = numbers(uncut)
     assert numbers(cut) == expected
     assert [row["step"] for row in expected] == list(range(1, len(expected) + 1))
@@ -50,6 +54,8 @@ def same_as_uncut(cut, uncut):
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("train/rec")]
     assert found == [(row["step"], pytest.approx(row["rec"], rel=1e-6)) for row in expected]
+    assert (cut / "metrics.json").read_text() == (uncut / "metrics.json").read_text()
+    assert not (cut / ".evaluation").exists()
     weights, reference = (
         load_file(directory / "model" / "model.safetensors") for directory in (cut, uncut)
     )
@@ -81,6 +87,22 @@ def test_cut_in_both_phases(stage, cuts, tiny, tmp_path):
             assert run.codes == [CODES[number]] * 2
             assert f"dsvae: {number.name}: saved" in run.stderr
     assert not (cut / "metrics.json").exists()
+    if cuts == TOLD:
+        # in the final evaluation, of which each start does four batches
+        for number in range(2):
+            told = train(
+                *common,
+                "--output_dir",
+                cut,
+                ranks=2,
+                code=75,
+                script=PATCHED,
+                FAULT=f"told {number} 4",
+            )
+            assert told.codes == [75, 75]
+            assert "dsvae: SIGTERM: saved" in told.stderr
+            assert not (cut / "metrics.json").exists()
+        assert len(list((cut / ".evaluation").glob("*/*"))) > 1
     last = train(*common, "--output_dir", cut, ranks=2)
     assert "going on from" in last.stdout
     same_as_uncut(cut, tmp_path / "uncut")

@@ -1,0 +1,89 @@
+"""Results of an evaluation's passes, kept on disk: an evaluation that is cut goes on
+where it stood, and ends with the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsvae.data.tokenization import TokenizedSplit
+from dsvae.engine.distributed import World
+from dsvae.errors import RunStopped
+
+
+class Kept:
+    """What the passes of one evaluation of one model have found so far.
+
+    A pass is known by what it computes, and not by its place among the others. Rank 0
+    alone reads and writes.
+
+    Args:
+        root: the directory, which holds one evaluation at a time.
+        identity: equal only where the same weights are evaluated in the same precision.
+        stop: what all ranks raise, if any of them was told to stop. Collective.
+    """
+
+    def __init__(
+        self, root: Path, identity: str, world: World, stop: Callable[[], RunStopped | None]
+    ) -> None:
+        name = hashlib.sha256(f"{identity} {world.size} {world.device.type}".encode()).hexdigest()
+        self._root, self._directory, self._world, self.stop = root, root / name, world, stop
+
+        def make() -> None:
+            if not self._directory.is_dir():
+                self.remove()  # the evaluation of other weights
+                self._directory.mkdir(parents=True)
+
+        world.on_main(make)
+
+    def key(self, split: TokenizedSplit, latent: Tensor | None, token_budget: int) -> str:
+        """The name of a pass over `split`: an encoding pass, or the decoding of `latent`
+        (N, Z)."""
+        found = hashlib.sha256(f"{token_budget} {latent is None}".encode())
+        for array in (split.content_keys, split.lengths):
+            found.update(np.ascontiguousarray(array).data)
+        if latent is not None:
+            found.update(latent.contiguous().numpy().data)
+        return found.hexdigest()
+
+    def load(self, key: str, result: Tensor) -> int:
+        """How many batches of a pass were done, on every rank. Collective.
+
+        Args:
+            result: zeros; on rank 0 it gets what those batches of all ranks found.
+        """
+
+        def read() -> int:
+            path = self._directory / key
+            if not path.is_file():
+                return 0
+            stored = torch.load(path, weights_only=True)
+            result.copy_(stored["result"])
+            return int(stored["batches"])
+
+        return self._world.on_main(read)
+
+    def save(self, key: str, batches: int, result: Tensor) -> None:
+        """Keeps what the first `batches` batches of a pass found on all ranks.
+        Collective."""
+
+        def write() -> None:
+            temporary = self._directory / f".{key}.tmp"
+            with temporary.open("wb") as file:
+                torch.save({"batches": batches, "result": result.cpu()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._directory / key)
+
+        self._world.on_main(write)
+
+    def remove(self) -> None:
+        """Takes everything away. On rank 0."""
+        shutil.rmtree(self._root, ignore_errors=True)

@@ -1,0 +1,87 @@
+"""An evaluation that is cut again and again does its work once, and ends with the
+numbers of an uncut one."""
+
+import pytest
+import torch
+from small_models import SMALL, make_vae
+
+from dsvae.data.grammar import generate
+from dsvae.data.tokenization import tokenize, train_tokenizer
+from dsvae.engine.distributed import World
+from dsvae.errors import RunStopped
+from dsvae.metrics.evaluate import evaluate
+from dsvae.metrics.kept import Kept
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+SENTENCES = [drawn.text for drawn in generate(60, seed=3)]
+OPTIONS = {"samples": 2, "token_budget": 128, "iw_samples": 3}
+
+
+@pytest.fixture(scope="module")
+def split():
+    return tokenize(SENTENCES, train_tokenizer(SENTENCES, SMALL["vocab_size"]), 64, "test")[0]
+
+
+class Counting:
+    """A model that counts its forward passes."""
+
+    def __init__(self, model):
+        self.count = 0
+        model.register_forward_hook(self._add)
+        self.model = model
+
+    def _add(self, *_):
+        self.count += 1
+
+
+def cut_every(batches):
+    """Stops at every batch of that number, as signals would."""
+    asked = {"times": 0}
+
+    def stop():
+        asked["times"] += 1
+        return RunStopped(75, "cut") if asked["times"] % batches == 0 else None
+
+    return stop
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_cut_every_few_batches(batches, split, tmp_path):
+    counting = Counting(make_vae())
+    uncut = evaluate(counting.model, split, ALONE, **OPTIONS)
+    # six passes instead of eight: the bound's first two samples of z are the ELBO's
+    needed, counting.count = counting.count * 6 // 8, 0
+    stop, starts, found = cut_every(batches), 0, None
+    while found is None:
+        starts += 1
+        kept = Kept(tmp_path / "kept", "these weights", ALONE, stop)
+        try:
+            found = evaluate(counting.model, split, ALONE, kept=kept, **OPTIONS)
+        except RunStopped:
+            assert starts <= needed
+    assert found == uncut
+    assert counting.count == needed >= 20
+    assert starts == needed // batches + 1
+    kept.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_other_weights_gave_is_not_taken_over(split, tmp_path):
+    """Nor what another batch size did, whose sums may differ in the last bit."""
+    first, second = make_vae(), make_vae()
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.mul_(1.5)
+
+    def of(model, name, **options):
+        kept = Kept(tmp_path / "kept", name, ALONE, lambda: None)
+        return evaluate(model, split, ALONE, kept=kept, **(OPTIONS | options))
+
+    assert of(first, "first") == evaluate(first, split, ALONE, **OPTIONS)
+    counting = Counting(first)
+    of(first, "first")
+    assert counting.count == 0
+    of(first, "first", token_budget=256)
+    assert counting.count > 0
+    assert of(second, "second") == evaluate(second, split, ALONE, **OPTIONS)
+    assert len(list((tmp_path / "kept").iterdir())) == 1
