@@ -191,6 +191,8 @@ OF_A_RUN = (
     "rec",
     "kl",
     "elbo",
+    "entropy",
+    "above_entropy",
     "ppl_token",
     "ppl_word",
     "bits_per_byte",

@@ -46,6 +46,7 @@ from dsvae import output
 from dsvae.card import write_card
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
+from dsvae.data.corpora import entropy
 from dsvae.data.tokenization import Prepared, load_prepared, prepare
 from dsvae.engine import checkpoint, distributed, ds_config, nvme, universal, watchdog, weights
 from dsvae.engine.build import build_model
@@ -62,7 +63,7 @@ from dsvae.errors import (
     UserError,
 )
 from dsvae.files import write_json, write_text
-from dsvae.metrics.evaluate import evaluate
+from dsvae.metrics.evaluate import against_entropy, evaluate
 from dsvae.metrics.kept import Kept
 from dsvae.metrics.text import samples
 from dsvae.objective.schedules import beta_at
@@ -404,6 +405,8 @@ def finish(
         )
         if stop := stopping.agreed(world):
             raise stop
+    unk = data.report["splits"]["test"]["unk"]
+    metrics |= against_entropy(metrics, entropy(config.data), unk)
     metrics["precision"] = precision
     reporter.evaluation(step, 2, "test", metrics)
     pairs, prior = samples(

@@ -274,6 +274,17 @@ def test_the_table_of_results_has_every_number_with_its_unit():
     assert lines["au"].split()[1:3] == ["9", "units"]
 
 
+def test_the_table_sets_the_entropy_of_the_corpus_beside_what_the_model_needs():
+    _, lines = lines_of(MEASURED | {"entropy": 15.0794, "above_entropy": 1.25})
+    names = list(lines)
+    assert names[names.index("elbo") + 1 :][:2] == ["entropy", "above_entropy"]
+    assert lines["entropy"].split()[1:3] == ["15.079", "nats/sentence"]
+    assert lines["above_entropy"].split()[1:3] == ["1.250", "nats/sentence"]
+    assert "rec + kl - entropy" in lines["above_entropy"]
+    of_a_language_model = MEASURED | {"kl_per_dim": [], "entropy": 15.0794, "above_entropy": 1.25}
+    assert "rec - entropy" in lines_of(of_a_language_model)[1]["above_entropy"]
+
+
 def test_the_table_of_a_language_model_calls_nothing_a_bound_and_shows_no_latent():
     _, lines = lines_of(MEASURED | {"kl_per_dim": []})
     assert set(lines) == {"rec", "ppl_token", "ppl_word", "bits_per_byte"}

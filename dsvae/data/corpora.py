@@ -136,6 +136,12 @@ def describe(data: DataConfig) -> str:
     return f"the built-in corpus ({data.builtin_size} sentences, seed {data.builtin_seed})"
 
 
+def entropy(data: DataConfig) -> float | None:
+    """The entropy of the source in nats per sentence; None where nobody knows it, which
+    is everywhere but in the built-in corpus."""
+    return grammar.ENTROPY if data.dataset is None and data.train_file is None else None
+
+
 def check_source(data: DataConfig) -> None:
     """Raise UserError for a source that is contradictory, missing, of an unknown kind,
     or empty; reads no content."""

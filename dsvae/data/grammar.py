@@ -11,7 +11,7 @@ import csv
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from math import prod
+from math import log, prod
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -107,6 +107,9 @@ FACTORS: dict[str, tuple[str, ...]] = {
 
 _SIZES = tuple(len(values) for values in FACTORS.values())
 _TOTAL = prod(_SIZES)
+ENTROPY = log(_TOTAL)
+"""Of a sentence drawn from the corpus, in nats: all of them are equally likely, so no
+code needs less, and the best one needs exactly this for each of them."""
 
 
 class Sentence(NamedTuple):

@@ -35,7 +35,14 @@ from dsvae.files import make_writable, write_json
 from dsvae.generation.sentence_vae import check_seed
 from dsvae.metrics import likelihood, passes
 from dsvae.metrics.disentanglement import disentanglement
-from dsvae.metrics.evaluate import Measured, add, importance_weighted, measure, summarize
+from dsvae.metrics.evaluate import (
+    Measured,
+    add,
+    against_entropy,
+    importance_weighted,
+    measure,
+    summarize,
+)
 from dsvae.metrics.information import active_unit_curve, near_cap
 from dsvae.metrics.probes import probe
 from dsvae.metrics.reconstruction import compare, reconstruct
@@ -181,6 +188,8 @@ def evaluate_sentences(
         pairs, prior = text_samples(model, shown, tokenizer, world, len(shown), max_tokens)
         metrics |= world.on_main(lambda: _use_of_latents(measured, text, seed))
     metrics |= {"unk": text.counts["unk"], "skipped_blank": text.counts["skipped_blank"]}
+    known = None if text.factors is None else grammar.ENTROPY
+    metrics |= against_entropy(metrics, known, text.counts["unk"])
     metrics |= {
         "latent_dim": model.config.latent_dim,
         "source": text.source,

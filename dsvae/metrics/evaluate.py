@@ -209,6 +209,20 @@ def importance_weighted(
     }
 
 
+def against_entropy(metrics: dict[str, Any], entropy: float | None, unk: int) -> dict[str, float]:
+    """The entropy of the corpus beside what the model needs, both in nats per sentence;
+    empty where nobody knows it.
+
+    Args:
+        metrics: of `summarize`.
+        entropy: of whole sentences. Those that were cut, or that hold one of the `unk`
+            unknown pieces, say less.
+    """
+    if entropy is None or metrics["truncated"] or unk:
+        return {}
+    return {"entropy": entropy, "above_entropy": -metrics["elbo"] - entropy}
+
+
 def add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
     """Adds metrics with their standard errors, which stand under `se`."""
     metrics["se"] |= more.pop("se")

@@ -26,6 +26,12 @@ SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("rec", NATS, "-log p(x|z), z from q(z|x): what is left to say once z is known"),
         ("kl", NATS, "KL(q(z|x) || p(z)): what z costs"),
         ("elbo", NATS, "-(rec + kl), a lower bound of log p(x)"),
+        ("entropy", NATS, "of the corpus itself: no code needs less than this"),
+        (
+            "above_entropy",
+            NATS,
+            "rec + kl - entropy: what the model still pays above the best possible code",
+        ),
         ("ppl_token", "", "perplexity a token from the ELBO (an upper bound)"),
         ("ppl_word", "", "perplexity a word from the ELBO (an upper bound)"),
         ("bits_per_byte", "bits", "bits a byte from the ELBO (an upper bound)"),
@@ -77,6 +83,12 @@ SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
 
 BASELINE = (
     ("rec", NATS, "-log p(x), exact: a language model without a latent"),
+    ("entropy", NATS, "of the corpus itself: no code needs less than this"),
+    (
+        "above_entropy",
+        NATS,
+        "rec - entropy: what the model still pays above the best possible code",
+    ),
     ("ppl_token", "", "perplexity a token"),
     ("ppl_word", "", "perplexity a word"),
     ("bits_per_byte", "bits", "bits a byte"),

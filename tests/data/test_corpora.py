@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,7 +18,7 @@ import pytest
 
 from dsvae.config import DataConfig
 from dsvae.data import corpora
-from dsvae.data.corpora import fingerprint, load_corpus
+from dsvae.data.corpora import entropy, fingerprint, load_corpus
 from dsvae.data.grammar import generate
 from dsvae.errors import UserError
 
@@ -142,6 +143,12 @@ def test_builtin_is_the_grammar():
     every = sorted(text for split in corpus.splits.values() for text in split["text"])
     assert every == sorted(item.text for item in generate(400, seed=9))
     assert corpus.held_out == ("valid", "test")
+
+
+def test_the_entropy_is_known_of_the_built_in_corpus_alone(tmp_path):
+    assert entropy(DataConfig()) == pytest.approx(math.log(3_538_944))
+    assert entropy(DataConfig(train_file=write(tmp_path / "a.txt", "a\n"))) is None
+    assert entropy(DataConfig(dataset="someone/something")) is None
 
 
 def local_dataset(tmp_path, **splits: list[str]) -> str:

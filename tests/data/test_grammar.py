@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -128,6 +129,14 @@ def test_injective():
     assert len({sentence(choice) for choice in choices}) == len(choices) > 1000
     drawn = generate(30_000, seed=3)
     assert len({item.text for item in drawn}) == len({item.factors for item in drawn}) > 29_000
+
+
+def test_entropy():
+    """The factors are independent and uniform, and no two choices give one sentence: the
+    entropies of the factors add up."""
+    found = sum(math.log(len(values)) for values in FACTORS.values())
+    assert found == pytest.approx(grammar.ENTROPY)
+    assert found == pytest.approx(15.079, abs=5e-4)
 
 
 def test_generate_is_deterministic_and_a_prefix():

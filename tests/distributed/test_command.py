@@ -2,6 +2,7 @@
 to mistakes."""
 
 import json
+import math
 import re
 
 import pytest
@@ -78,6 +79,9 @@ def test_what_a_run_leaves(finished):
     assert metrics["elbo"] == pytest.approx(-(metrics["rec"] + metrics["kl"]))
     assert metrics["kl"] == pytest.approx(sum(metrics["kl_per_dim"]))
     assert metrics["kl"] == pytest.approx(metrics["mi"] + metrics["marginal_kl"])
+    assert metrics["entropy"] == pytest.approx(math.log(3_538_944))  # the built-in corpus
+    gap = metrics["rec"] + metrics["kl"] - metrics["entropy"]
+    assert metrics["above_entropy"] == pytest.approx(gap)
     for shown in (str(out / "model"), "rec_shuffled", "tensorboard --logdir"):
         assert shown in run.stdout
     checkpoints = {path.parent.name for path in (out / "checkpoints").glob("*/COMPLETE")}

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import torch
 from launch import ROOT, environment, start
 from small_models import SMALL, make_t5, make_vae
 
+from dsvae.data import grammar
 from dsvae.data.grammar import generate
 from dsvae.data.noise import LATENT
 from dsvae.data.tokenization import tokenize, train_tokenizer
@@ -27,7 +29,7 @@ from dsvae.evaluation.job import _warnings
 from dsvae.evaluation.plots import plots
 from dsvae.evaluation.sentences import read
 from dsvae.metrics import passes
-from dsvae.metrics.evaluate import Measured, another_sentence, measure
+from dsvae.metrics.evaluate import Measured, against_entropy, another_sentence, measure
 from dsvae.metrics.likelihood import draw_log_weights
 from dsvae.metrics.reconstruction import compare, reconstruct
 from dsvae.modeling.posterior import Gaussian
@@ -417,6 +419,27 @@ def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch
     assert len(found["probes"]) == len(found["disentanglement"]["per_factor"]) == 9
     assert 0 <= found["disentanglement"]["mig"] <= 1
     assert "nll_iw" not in found
+
+
+@pytest.mark.parametrize(
+    ("elbo", "truncated", "unk", "expected"),
+    [
+        # the best possible code gives each of the 3,538,944 sentences the same length
+        (-math.log(3_538_944), 0, 0, 0.0),
+        (-17.0, 0, 0, 17.0 - math.log(3_538_944)),
+        (-17.0, 1, 0, None),
+        (-17.0, 0, 1, None),
+    ],
+)
+def test_what_is_paid_above_the_entropy(elbo, truncated, unk, expected):
+    metrics = {"elbo": elbo, "truncated": truncated}
+    found = against_entropy(metrics, grammar.ENTROPY, unk)
+    assert against_entropy(metrics, None, unk) == {}
+    if expected is None:  # the entropy of what is left of the sentences is not known
+        assert found == {}
+    else:
+        assert found["entropy"] == pytest.approx(15.079, abs=5e-4)
+        assert found["above_entropy"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("hub", [False, True])
