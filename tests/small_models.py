@@ -24,7 +24,7 @@ T5_CONFIGS = {
     "t5 v1.0": lambda: T5Config(**SMALL),
     "t5 v1.1": lambda: T5Config(**SMALL, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "mt5": lambda: MT5Config(**SMALL, feed_forward_proj="gated-gelu"),
-    "umt5": lambda: UMT5Config(**SMALL, feed_forward_proj="gated-gelu"),
+    "umt5": lambda: UMT5Config(**SMALL, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
 INJECTIONS = ("memory", "embedding", "both")
 POOLINGS = ("mean", "max", "first", "attention")
@@ -43,7 +43,7 @@ def make_t5(kind, directory):
     if kind == "t5 v1.0":
         state["lm_head.weight"] = state["shared.weight"]
     model.config.save_pretrained(directory)
-    if kind == "t5 v1.1":  # transformers writes True whatever it was; the released files say false
+    if kind != "t5 v1.0":  # transformers writes True whatever it was; the released files say false
         path = directory / "config.json"
         path.write_text(
             path.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')

@@ -20,7 +20,7 @@ from dsvae.engine.distributed import World
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
 from dsvae.errors import UserError
 from dsvae.modeling.origin import Origin, slots
-from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
+from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig, read_config
 
 LATENT_FIELDS = ("latent_dim", "pooling", "injection", "memory_slots")
 
@@ -151,8 +151,8 @@ def _origin(
             t5["dropout_rate"] = settings.dropout
         fresh = T5VAEConfig(t5=t5, **latent)
         return Origin(lambda: T5VAE(copy.deepcopy(fresh)), seed)
-    config = AutoConfig.from_pretrained(settings.name)
-    if config.model_type != T5VAEConfig.model_type:
+    config = read_config(settings.name)
+    if not isinstance(config, T5VAEConfig):
         return T5VAE.origin_in_t5(settings.name, seed=seed, dropout_rate=settings.dropout, **latent)
     if settings.dropout is not None:
         config.t5.dropout_rate = settings.dropout

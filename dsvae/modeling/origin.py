@@ -223,8 +223,9 @@ def no_safetensors(name: str) -> OSError:
     """What is said where a model has no weights that are read."""
     return OSError(
         f"no file named {SAFE_WEIGHTS_NAME} in {name}, and pickles (pytorch_model.bin) are not "
-        f"read, they can run code: load and "
-        "save it with transformers on a machine you trust, or name a model that has safetensors"
+        f"read, because they can run code: on a machine that you trust, load the model with its "
+        f"class in transformers (for example UMT5ForConditionalGeneration), save it and its "
+        f"tokenizer with save_pretrained, and name that directory"
     )
 
 

@@ -57,6 +57,28 @@ LATENT_PATH = ("posterior.", "injection.")
 """How the parameters begin that no T5 has."""
 
 
+def read_config(name_or_path: str) -> PreTrainedConfig:
+    """The configuration of a T5 or T5VAE: a hub id or a directory.
+
+    A config.json without `model_type`, as google/umt5-small has it, is read by the
+    architecture that it names.
+
+    Raises:
+        OSError: no such model.
+        ValueError: neither is in its config.json.
+    """
+    fields, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    if "model_type" in fields:
+        return AutoConfig.from_pretrained(name_or_path)
+    for kind in STACKS:
+        if f"{kind.upper()}ForConditionalGeneration" in (fields.get("architectures") or ()):
+            return type(AutoConfig.for_model(kind)).from_dict(fields)
+    raise ValueError(
+        f'the config.json of {name_or_path} has no "model_type": copy the model to a directory '
+        f'and add "model_type": "t5", "mt5" or "umt5" there'
+    )
+
+
 class T5VAEConfig(PreTrainedConfig):
     """Configuration of a T5VAE: that of its T5, and that of the latent path.
 
@@ -194,7 +216,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             del cast(nn.ModuleList, block.layer)[1]
         del self.decoder.embed_tokens
         self.lm_head = nn.Linear(t5.d_model, t5.vocab_size, bias=False)
-        self.output_scale = _output_scale(t5)
+        self.output_scale = _output_scale(config)
         self.post_init()
 
     @classmethod
@@ -227,7 +249,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     ) -> Origin:
         """What `from_t5` is built from, tensor by tensor; the latent path is drawn from
         `seed`. Raises what it raises."""
-        t5_config = AutoConfig.from_pretrained(name_or_path)
+        t5_config = read_config(name_or_path)
         if t5_config.model_type not in STACKS:
             raise ValueError(
                 f"{name_or_path} is a {t5_config.model_type} model, not one of {', '.join(STACKS)}"
@@ -472,12 +494,14 @@ def _no_padding_warning() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def _output_scale(t5: PreTrainedConfig) -> float:
-    """What the decoder's output is multiplied by before the projection to logits: each
-    T5 reads another flag for it."""
+def _output_scale(config: T5VAEConfig) -> float:
+    """What the decoder's output is multiplied by before the projection to logits."""
+    t5 = config.t5
     scaled = {
         "t5": getattr(t5, "scale_decoder_outputs", False),  # true for v1.0, false for v1.1
-        "umt5": t5.tie_word_embeddings,  # true in every umT5 configuration, tied or not
+        # As umT5 was trained: with the scale where the projection is the embedding. Its
+        # configuration does not say: transformers 5 sets `tie_word_embeddings` in all.
+        "umt5": config.tie_word_embeddings,
         "mt5": False,
     }[t5.model_type]
     return t5.d_model**-0.5 if scaled else 1.0

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from dsvae import config as configuration
 from dsvae.config import RunConfig
 from dsvae.engine import ds_config
 from dsvae.engine.build import LATENT_FIELDS
 from dsvae.errors import UserError
-from dsvae.modeling.t5_vae import T5VAEConfig
+from dsvae.modeling.t5_vae import T5VAEConfig, read_config
 from dsvae.planning import memory
 from dsvae.planning.dry_run import DryRun, Weight, build, dry_run, weights_of
 from dsvae.planning.sizes import KNOWN, configuration_of
@@ -319,7 +318,7 @@ def _model_of(config: RunConfig) -> T5VAEConfig:
                 "vocab_size": settings.vocab_size,
             }
         elif (t5 := configuration_of(settings.name)) is None:
-            t5 = AutoConfig.from_pretrained(settings.name)
+            t5 = read_config(settings.name)
         vae = t5 if isinstance(t5, T5VAEConfig) else T5VAEConfig(t5=t5, **latent)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(

@@ -1,9 +1,12 @@
 """The model against transformers' own T5 and against arithmetic written out here."""
 
 import copy
+import json
+import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_models import INJECTIONS, T5_CONFIGS, make_t5, make_vae
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
@@ -301,9 +304,127 @@ def test_decoder_logits_are_those_of_transformers_without_cross_attention(t5_dir
     ours = T5VAE.from_t5(str(t5_dir), latent_dim=6, injection="embedding").eval()
     ours.injection.projection.bias.data.zero_()
     expected = theirs(input_ids=ids, attention_mask=mask, labels=labels).logits
+    if theirs.config.model_type == "umt5" and not hasattr(theirs.config, "scale_decoder_outputs"):
+        # Those releases scale the output of an untied umT5, which was trained without.
+        expected = expected * theirs.config.d_model**0.5
     found = ours(labels=labels, latent=torch.zeros(5, 6)).logits
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+def decode_by_hand(state, kind, tokens):
+    """Logits (T, V) for `tokens` (T,) from the weights of a T5, without
+    cross-attention: a T5 decoder written out for the sizes of `small_models.SMALL`."""
+    heads, d_kv, layers, buckets, longest, d_model = 4, 12, 3, 8, 16, 32
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * state[name]
+
+    def bucket(distance):
+        exact = buckets // 2
+        if distance < exact:
+            return max(distance, 0)
+        share = math.log(distance / exact) / math.log(longest / exact)
+        return min(exact + int(share * (buckets - exact)), buckets - 1)
+
+    length = len(tokens)
+    places = torch.tensor([[bucket(i - j) for j in range(length)] for i in range(length)])
+    future = torch.ones(length, length).triu(1).bool()
+    hidden = state["shared.weight"][tokens]
+    for layer in range(layers):
+        attention = f"decoder.block.{layer}.layer.0.SelfAttention."
+        x = norm(hidden, f"decoder.block.{layer}.layer.0.layer_norm.weight")
+        q, k, v = (
+            (x @ state[f"{attention}{n}.weight"].T).view(length, heads, d_kv).transpose(0, 1)
+            for n in "qkv"
+        )
+        own = attention if kind == "umt5" else "decoder.block.0.layer.0.SelfAttention."
+        bias = state[f"{own}relative_attention_bias.weight"][places].permute(2, 0, 1)
+        scores = (q @ k.transpose(1, 2) + bias).masked_fill(future, -math.inf)
+        mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(length, heads * d_kv)
+        hidden = hidden + mixed @ state[f"{attention}o.weight"].T
+        feed_forward = f"decoder.block.{layer}.layer.2."
+        x = norm(hidden, f"{feed_forward}layer_norm.weight")
+        inner = f"{feed_forward}DenseReluDense."
+        if kind == "t5 v1.0":
+            x = (x @ state[f"{inner}wi.weight"].T).relu()
+        else:
+            gate = F.gelu(x @ state[f"{inner}wi_0.weight"].T, approximate="tanh")
+            x = gate * (x @ state[f"{inner}wi_1.weight"].T)
+        hidden = hidden + x @ state[f"{inner}wo.weight"].T
+    hidden = norm(hidden, "decoder.final_layer_norm.weight")
+    if "lm_head.weight" in state:
+        return hidden @ state["lm_head.weight"].T
+    return hidden * d_model**-0.5 @ state["shared.weight"].T
+
+
+@pytest.mark.parametrize("says", ["true", "false", "nothing"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_output_of_umt5_is_scaled_if_its_weights_are_tied(tied, says, tmp_path):
+    """Whatever its config.json says: transformers 5 writes true into each."""
+    make_t5("umt5", tmp_path)
+    path, values = tmp_path / "config.json", {"true": True, "false": False}
+    config = json.loads(path.read_text())
+    for name in ("tie_word_embeddings", "scale_decoder_outputs"):
+        config.pop(name, None)
+        if says in values:
+            config[name] = values[says]
+    path.write_text(json.dumps(config))
+    if tied:
+        state = load_file(tmp_path / "model.safetensors")
+        del state["lm_head.weight"]
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    check_logits_by_hand("umt5", tmp_path)
+
+
+def test_decoder_logits_are_those_of_a_decoder_written_by_hand(kind, tmp_path):
+    make_t5(kind, tmp_path)
+    check_logits_by_hand(kind, tmp_path)
+
+
+def check_logits_by_hand(kind, directory):
+    """Of a model made from a T5, and of the same model saved and loaded."""
+    tokens = torch.tensor([0, *torch.randperm(57)[:20].add(3).tolist()])
+    expected = decode_by_hand(load_file(directory / "model.safetensors"), kind, tokens)
+    ours = T5VAE.from_t5(str(directory), latent_dim=6, injection="embedding").eval()
+    ours.injection.projection.bias.data.zero_()
+    ours.save_pretrained(directory / "vae")
+    for model in (ours, T5VAE.from_pretrained(directory / "vae").eval()):
+        found = model(decoder_input_ids=tokens[None], latent=torch.zeros(1, 6)).logits[0]
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind_", ["t5 v1.1", "mt5", "umt5"])
+def test_a_config_without_a_model_type_is_read_by_its_architecture(kind_, tmp_path):
+    """As google/umt5-small was published."""
+    make_t5(kind_, tmp_path)
+    expected = T5VAE.from_t5(str(tmp_path), latent_dim=6).config.t5
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["model_type"]
+    path.write_text(
+        json.dumps(
+            {**config, "architectures": [f"{kind_[:4].split()[0].upper()}ForConditionalGeneration"]}
+        )
+    )
+    found = T5VAE.from_t5(str(tmp_path), latent_dim=6).config.t5
+    assert type(found) is type(expected)
+    assert found.to_diff_dict() == {
+        **expected.to_diff_dict(),
+        "architectures": found.architectures,
+    }
+
+
+def test_a_config_that_says_no_model_type_is_an_error_in_one_line(tmp_path):
+    make_t5("umt5", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["model_type"]
+    for other in ({}, {"architectures": ["BertModel"]}, {"architectures": None}):
+        path.write_text(json.dumps({**config, **other}))
+        with pytest.raises(ValueError, match='no "model_type".*add .*"umt5"') as caught:
+            T5VAE.from_t5(str(tmp_path))
+        assert "\n" not in str(caught.value)
 
 
 def test_an_untied_head_stays_untied(t5_v11_dir, tmp_path):
@@ -409,8 +530,6 @@ def test_a_directory_without_weights_is_an_error(tmp_path):
 
 
 def test_missing_weights_are_an_error(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     make_t5("t5 v1.0", tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     del state["encoder.block.0.layer.0.SelfAttention.q.weight"]
