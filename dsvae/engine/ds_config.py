@@ -262,6 +262,12 @@ def resolve(
     for section in ("flops_profiler", "comms_logger"):
         if not isinstance(config.get(section, {}), dict):
             raise UserError(f"ds_config: {section} must be an object, not {config[section]!r}")
+    if config.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
+        # In float32 DeepSpeed finds gradients that are not finite by the norm alone.
+        raise UserError(
+            "ds_config: zero_optimization.compute_grad_norm must be true: a step whose gradients "
+            "are not finite is known by their norm"
+        )
     # No lines of DeepSpeed's own between the progress bar's.
     every = config.setdefault("steps_per_print", None)
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
@@ -328,11 +334,11 @@ def _resolve_precision(
         raise UserError(
             f'--precision {precision}, but the ds_config gives {got}: set its "enabled" to "auto"'
         )
-    if got == "fp16" and on == ["torch_autocast"] and zero_stage(config) == 0:
-        # Its loss scale is inside of what this engine looks at before the step, and
-        # would never come down.
+    if got == "fp16" and zero_stage(config) == 0:
+        # The engine looks at the gradients before DeepSpeed's step. At stage 0 they
+        # still hold the loss scale, which would never come down.
         raise UserError(
-            "ds_config: torch_autocast in float16 needs stage 1, 2 or 3: use ds_configs/fp16.json"
+            f"ds_config: {on[0]} in float16 needs stage 1, 2 or 3: use ds_configs/fp16.json"
         )
     if got == "fp16" and not fp16_supported:
         raise UserError(

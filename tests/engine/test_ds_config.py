@@ -292,20 +292,34 @@ def test_accumulation_must_be_a_positive_whole_number(value):
         resolve({"gradient_accumulation_steps": value})
 
 
-def test_float16_autocast_at_stage_0_is_refused():
-    raw = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
-    with pytest.raises(UserError, match=r"needs stage 1, 2 or 3: use ds_configs/fp16\.json"):
-        resolve(raw)
+@pytest.mark.parametrize("section", ["fp16", "torch_autocast"])
+def test_float16_at_stage_0_is_refused(section):
+    """Its loss scale would never come down, and nothing would train."""
+    raw = {section: {"enabled": True}}
+    if section == "torch_autocast":
+        raw[section]["dtype"] = "float16"
+    for zero in ({}, {"zero_optimization": {"stage": 0}}):
+        with pytest.raises(
+            UserError,
+            match=rf"{section} in float16 needs stage 1, 2 or 3: use ds_configs/fp16\.json",
+        ):
+            resolve({**raw, **zero})
     resolve({**raw, "zero_optimization": {"stage": 1}})
 
 
-AUTO_BF16, AUTO_FP16 = {"bf16": {"enabled": "auto"}}, {"fp16": {"enabled": "auto"}}
-ON_BF16, ON_FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
+def test_the_gradient_norm_cannot_be_switched_off():
+    """DeepSpeed would then step on gradients that are not finite."""
+    zero = {"stage": 2, "compute_grad_norm": False}
+    with pytest.raises(UserError, match="compute_grad_norm must be true"):
+        resolve({"zero_optimization": zero, "gradient_clipping": 0})
+
+
+AUTO_BF16, ON_BF16 = {"bf16": {"enabled": "auto"}}, {"bf16": {"enabled": True}}
+STAGE_1 = {"zero_optimization": {"stage": 1}}
+AUTO_FP16 = {"fp16": {"enabled": "auto"}, **STAGE_1}
+ON_FP16 = {"fp16": {"enabled": True}, **STAGE_1}
 CAST = {"torch_autocast": {"enabled": "auto", "dtype": "bfloat16"}}
-CAST_FP16 = {
-    "torch_autocast": {"enabled": "auto", "dtype": "float16"},
-    "zero_optimization": {"stage": 1},
-}
+CAST_FP16 = {"torch_autocast": {"enabled": "auto", "dtype": "float16"}, **STAGE_1}
 
 
 @pytest.mark.parametrize(
