@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import atexit
 import errno
+import hashlib
 import json
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -87,57 +89,76 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     world: World | None = None
     reading = True  # what all ranks read alike
-    code = EXIT_DEFECT
     stopping = Stopping()
-    stopping.install()
     try:
+        stopping.install()
         config = configuration.read(words)
         raw = ds_config.load(str(config.ds_config))
         reading = False
         world = distributed.start(config.hang_timeout)
         run(config, raw, world, stopping)
-    except UserError as error:
-        code = EXIT_USER_ERROR
+    except BaseException as error:
+        code = EXIT_INTERRUPTED  # where a second Ctrl-C cuts the lines below short
+        # Signals wait: launchers send one as soon as the first rank has failed.
+        with stopping.between_steps(), suppress(KeyboardInterrupt):
+            code = _explain(error, world, reading, stopping)
+            # For the others this rank is not lost, and repeating is no help.
+            if world is not None and world.watchdog is not None:
+                world.watchdog.close(code)
+    else:
+        code = 0
+        with stopping.between_steps():
+            distributed.stop(world)
+    return code
+
+
+def _explain(error: BaseException, world: World | None, reading: bool, stopping: Stopping) -> int:
+    """Says on stderr what ends this rank; its exit code."""
+    if isinstance(error, UserError):
         _complain_of(error, f"error: {error}", world, reading)
-    except RunStopped as stopped:
+        return EXIT_USER_ERROR
+    if isinstance(error, RunStopped):
         # where the ranks never met, rank 0 may be the one that is missing
-        _complain(stopped.message, everywhere=world is None)
-        code = stopped.code
-    except KeyboardInterrupt:
+        _complain(error.message, everywhere=world is None)
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
         _complain(
             "interrupted twice, left at once; the same command goes on from the last complete "
             "checkpoint"
         )
-        code = EXIT_INTERRUPTED
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        code = EXIT_DISK
+        return EXIT_INTERRUPTED
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         line = (
             f"error: {error}; make room, and the same command goes on from the last complete "
             f"checkpoint"
         )
         _complain_of(error, line, world, reading)
-    except RuntimeError:
-        # An operation with the other ranks has failed: because this rank left it on a
-        # signal, or because one of them is gone.
-        if stopping.pending is not None:
-            code = stopping.pending.code
-        elif world is not None and world.watchdog is not None and (lost := world.watchdog.lost()):
+        return EXIT_DISK
+    if distributed.is_of_the_others(error):
+        if world is not None and world.watchdog is not None and (lost := world.watchdog.lost()):
             line, code = lost
             _complain(f"error: rank {world.rank}: {line}; {watchdog.advice(code)}", everywhere=True)
-        else:
-            raise
-    else:
-        code = 0
-        distributed.stop(world)
-    finally:
-        # With a code of its own also where an exception passes: for the others this
-        # rank is not lost, and repeating is no help.
-        if code and world is not None and world.watchdog is not None:
-            with stopping.between_steps(), suppress(KeyboardInterrupt):  # on its way out already
-                world.watchdog.close(code)
-    return code
+            return code
+        if stopping.pending is not None:  # this rank left the operation on a signal
+            _complain(stopping.pending.message)
+            return stopping.pending.code
+    _show_stack(error, world)
+    return EXIT_DEFECT
+
+
+def _show_stack(error: BaseException, world: World | None) -> None:
+    """The stack of a defect. The other ranks do not repeat what rank 0 has shown."""
+    stack = "".join(traceback.format_exception(error))
+    digest = hashlib.sha256(stack.encode()).hexdigest()
+    others = world.watchdog if world is not None else None
+    if world is not None and others is not None and not world.is_main and others.complained(digest):
+        last = stack.strip().splitlines()[-1]
+        line = f"error: rank {world.rank}: {last} (its stack is that of rank 0)"
+        _complain(line, everywhere=True)
+        return
+    sys.excepthook(type(error), error, error.__traceback__)
+    if others is not None:
+        others.complain(digest)
 
 
 def _complain_of(error: Exception, line: str, world: World | None, reading: bool) -> None:
@@ -562,9 +583,4 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    try:
-        exit_code = main()
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        exit_code = EXIT_DEFECT
-    leave(exit_code)
+    leave(main())

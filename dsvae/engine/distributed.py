@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 import deepspeed
@@ -191,6 +192,19 @@ def shared(error: Any) -> Any:
     """Says of an error that every rank raises it, and rank 0 alone prints it."""
     error.shared = True
     return error
+
+
+def is_of_the_others(error: BaseException) -> bool:
+    """Whether an error comes out of an operation with the other ranks. One of them may
+    be its cause, which is never so where this rank's own computation has failed."""
+    if isinstance(error, dist.DistError):
+        return True
+    # gloo has no type of its own; nor has the CPU's lack of memory
+    own = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    if not isinstance(error, RuntimeError) or own:
+        return False
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith(("torch.distributed.", "deepspeed."))
 
 
 def _meet(hang_timeout: float) -> dist.Store:

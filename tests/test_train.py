@@ -1,0 +1,135 @@
+"""What ends a rank, and what it says then; the other ranks are a stand-in."""
+
+import os
+import signal
+import types
+
+import pytest
+import torch
+
+from dsvae import train
+from dsvae.engine.distributed import World
+from dsvae.errors import EXIT_DEFECT, EXIT_RANK_LOST, EXIT_RESUMABLE
+
+
+class Others:
+    """A watchdog to which another rank is lost, always."""
+
+    def __init__(self, before=lambda: None, shown=()):
+        self.before, self.shown, self.code = before, list(shown), None
+
+    def lost(self):
+        self.before()
+        return "rank 1 no longer answers", EXIT_RANK_LOST
+
+    def complain(self, line):
+        self.shown.append(line)
+
+    def complained(self, line):
+        return line in self.shown
+
+    def close(self, code=None):
+        self.code = code
+
+
+def ended(monkeypatch, error, others, rank=0):
+    """The exit code of a rank on which `error()` is raised in the midst of a run."""
+    world = World(rank, rank, 2, torch.device("cpu"), others)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(train.configuration, "read", lambda _: types.SimpleNamespace(**SETTINGS))
+    monkeypatch.setattr(train.ds_config, "load", lambda _: {})
+    monkeypatch.setattr(train.distributed, "start", lambda _: world)
+    monkeypatch.setattr(train, "run", lambda *_: error())
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        return train.main([])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+SETTINGS = {"ds_config": "x.json", "hang_timeout": 1.0}
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def raising(error, module):
+    """A function of that module which raises."""
+    scope = {"__name__": module, "error": error}
+    exec("def operation():\n    raise error", scope)
+    return scope["operation"]
+
+
+@pytest.mark.parametrize(
+    ("error", "module"),
+    [
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "dsvae.modeling.t5_vae"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "deepspeed.runtime.engine"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "torch.distributed.distributed_c10d"),
+    ],
+)
+def test_an_error_of_its_own_is_no_lost_rank(error, module, monkeypatch, capsys):
+    """Although another rank is lost at the same time, and a signal came."""
+
+    def with_signal():
+        monkeypatch.setattr(train.Stopping, "pending", types.SimpleNamespace(code=75, message=""))
+        raising(error, module)()
+
+    others = Others()
+    assert ended(monkeypatch, with_signal, others) == EXIT_DEFECT
+    stderr = capsys.readouterr().err
+    assert "Traceback" in stderr
+    assert str(error) in stderr
+    assert "no longer answers" not in stderr
+    assert others.code == EXIT_DEFECT
+
+
+@pytest.mark.parametrize("module", ["torch.distributed.distributed_c10d", "deepspeed.comm.torch"])
+def test_an_operation_that_fails_because_of_another_rank_names_it(module, monkeypatch, capsys):
+    error = RuntimeError("Connection reset by peer")
+    assert ended(monkeypatch, raising(error, module), Others()) == EXIT_RANK_LOST
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("dsvae: error: rank 0: rank 1 no longer answers; ")
+    assert stderr.count("\n") == 1
+
+
+def test_a_signal_while_the_end_is_explained_changes_nothing(monkeypatch, capsys):
+    """The deepspeed launcher sends SIGTERM to all ranks when the first has failed."""
+    others = Others(before=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    error = RuntimeError("Connection reset by peer")
+    operation = raising(error, "torch.distributed.distributed_c10d")
+    assert ended(monkeypatch, operation, others) == EXIT_RANK_LOST
+    assert "SIGTERM" not in capsys.readouterr().err
+
+
+def test_an_operation_that_fails_on_a_signal(monkeypatch, capsys):
+    others = Others()
+    others.lost = lambda: None
+    operation = raising(RuntimeError("interrupted"), "torch.distributed.distributed_c10d")
+
+    def on_signal():
+        pending = train.RunStopped(EXIT_RESUMABLE, "SIGTERM: left at once")
+        monkeypatch.setattr(train.Stopping, "pending", pending)
+        operation()
+
+    assert ended(monkeypatch, on_signal, others) == EXIT_RESUMABLE
+    assert capsys.readouterr().err == "dsvae: SIGTERM: left at once\n"
+
+
+def test_a_stack_that_all_ranks_have_is_shown_once(monkeypatch, capsys):
+    def defect():
+        raise TypeError("an unexpected keyword argument")
+
+    first = Others()
+    assert ended(monkeypatch, defect, first) == EXIT_DEFECT
+    assert "Traceback" in capsys.readouterr().err
+    assert ended(monkeypatch, defect, Others(shown=first.shown), rank=1) == EXIT_DEFECT
+    assert capsys.readouterr().err == (
+        "dsvae: error: rank 1: TypeError: an unexpected keyword argument "
+        "(its stack is that of rank 0)\n"
+    )
+
+    def other():
+        raise TypeError("another one")
+
+    assert ended(monkeypatch, other, Others(shown=first.shown), rank=1) == EXIT_DEFECT
+    assert "Traceback" in capsys.readouterr().err
