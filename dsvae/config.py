@@ -50,13 +50,11 @@ class DataConfig:
     """Longest sentence in tokens, EOS included; longer ones are truncated (counted and
     reported)."""
     batch_size: int = 128
-    """Sentences of one optimizer step, over all ranks and micro-batches."""
+    """Sentences of every optimizer step, over all ranks and micro-batches."""
     micro_batch_tokens: int = 8192
     """Most padded tokens of one forward pass on one rank; a step is cut into as many
-    micro-batches as that takes."""
-    bucket_steps: int = 8
-    """Optimizer steps whose sentences are sorted by length together. More: less
-    padding, steps of more equal lengths."""
+    micro-batches as that takes. Less: less padding, because sentences of similar length
+    share a micro-batch, and more passes."""
     cache_dir: str | None = None
     """Where tokenized corpora are cached by content. None: `dsvae` inside the cache
     directory of `datasets`."""
@@ -405,7 +403,7 @@ def check(config: RunConfig) -> None:
             getattr(config, name) >= 0,
             f"{name} must not be negative (0: only at the end of each phase)",
         )
-    for name in ("max_tokens", "batch_size", "micro_batch_tokens", "builtin_size", "bucket_steps"):
+    for name in ("max_tokens", "batch_size", "micro_batch_tokens", "builtin_size"):
         need(getattr(config.data, name) >= 1, f"data.{name} must be at least 1")
     need(config.data.max_tokens >= 2, "data.max_tokens must be at least 2: one token and EOS")
     need(

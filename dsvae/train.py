@@ -319,7 +319,7 @@ def train_phase(
             values = {
                 "loss": engine.loss(rec, kl, beta),
                 "rec": rec,
-                # steps differ in length: this one shows the trend
+                # free of how long the sentences of this step happen to be
                 "rec_per_token": rec * step.sentences / step.tokens,
                 "kl": float(kl.sum()),
                 "beta": beta,
@@ -501,7 +501,6 @@ def _engine(
         micro_batches=None if given == "auto" else given,
         latent_dim=model.config.latent_dim,
         deletion=settings.deletion,
-        bucket_steps=config.data.bucket_steps,
         seed=config.seed * 2 + phase - 1,  # each phase its own order and noise
         rank=world.rank,
         world_size=world.size,

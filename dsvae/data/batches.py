@@ -1,11 +1,13 @@
-"""From an epoch of sentences to the micro-batches of every rank.
+"""From a split to the micro-batches of every rank.
 
-The plan of an epoch is a function of (seed, epoch) alone. Sentences are shuffled,
-sorted by length inside windows of many steps, cut into optimizer steps, and the steps
-are shuffled: a step holds sentences of similar length, so padding is small, and the
-same sentences whatever the number of ranks. Inside a step, micro-batches are cut by a
-budget of padded tokens and dealt out to the ranks, the same number of micro-batches to
-each. Nothing is dropped, nothing comes twice in an epoch.
+The epochs follow each other as one endless line of sentences. Each epoch has all
+sentences once, in a random order that depends on (seed, epoch) alone. Optimizer step i
+takes sentences i * B to (i + 1) * B of the line, so every step has exactly B sentences
+and every sentence the same weight; a step may begin in one epoch and end in the next.
+
+Inside a step, sentences are sorted by length, cut into micro-batches by a budget of
+padded tokens, and dealt out to the ranks, the same number of micro-batches to each. The
+number of ranks does not change which sentences a step has.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -63,27 +66,27 @@ class Step:
     """Predicted tokens of the global batch, EOS included."""
 
 
-def plan_epoch(
-    lengths: NDArray[np.int32], batch_size: int, bucket_steps: int, seed: int, epoch: int
-) -> list[NDArray[np.int64]]:
-    """The sentences of every optimizer step of an epoch, each step sorted by length,
-    the longest first.
+@lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of an epoch's sentences, (count,)."""
+    return generator(seed, ORDER, epoch, 0).permutation(count)
 
-    Args:
-        lengths: (N,) tokens of every sentence.
-        batch_size: most sentences of a step; the steps of a window differ by at most
-            one sentence, so that there is no small last step whose few sentences would
-            weigh more than others.
-        bucket_steps: steps of a window.
+
+def draw_step(
+    count: int, batch_size: int, seed: int, index: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The sentences of optimizer step `index` and the epoch of each, both (batch_size,).
+
+    A sentence may come twice in a step that two epochs share, and in every step where
+    `batch_size` is more than `count`; its epoch then tells the copies apart.
     """
-    rng = generator(seed, ORDER, epoch, 0)
-    order = rng.permutation(len(lengths))
-    windows = np.array_split(order, math.ceil(len(order) / (batch_size * bucket_steps)))
-    plan: list[NDArray[np.int64]] = []
-    for window in windows:
-        by_length = window[np.argsort(-lengths[window], kind="stable")]
-        plan += np.array_split(by_length, math.ceil(len(window) / batch_size))
-    return [plan[i] for i in rng.permutation(len(plan))]
+    places = np.arange(index * batch_size, (index + 1) * batch_size)
+    epochs = places // count
+    drawn = [
+        epoch_order(count, seed, epoch)[places[epochs == epoch] % count]
+        for epoch in np.unique(epochs).tolist()
+    ]
+    return np.concatenate(drawn), epochs
 
 
 def cut_step(
@@ -117,9 +120,10 @@ def cut_step(
 def most_micro_batches(
     lengths: NDArray[np.int32], batch_size: int, world_size: int, token_budget: int
 ) -> int:
-    """The most micro-batches that any step can take: that of a step of the longest
-    sentences."""
-    longest = np.sort(lengths)[::-1][:batch_size]
+    """The most micro-batches that any step can take: those of a step of the longest
+    sentences, each as often as the epochs of one step bring it."""
+    epochs = 1 + math.ceil(batch_size / len(lengths))
+    longest = np.repeat(np.sort(lengths)[::-1][:batch_size], epochs)[:batch_size]
     return len(cut_step(longest, world_size, token_budget))
 
 
@@ -156,7 +160,7 @@ def _pad(rows: list[NDArray[np.int64]], value: int) -> NDArray[np.int64]:
 
 
 class TrainingBatches:
-    """The optimizer steps of one rank, one after the other, epoch after epoch.
+    """The optimizer steps of one rank.
 
     `step(i)` gives the step of any position: there is no state to save, a resumed run
     asks for the next number.
@@ -170,7 +174,6 @@ class TrainingBatches:
         token_budget: int,
         latent_dim: int,
         deletion: float,
-        bucket_steps: int,
         seed: int,
         rank: int,
         world_size: int,
@@ -194,47 +197,43 @@ class TrainingBatches:
             micro_batches,
         )
         self.latent_dim, self.deletion, self.seed, self.pad_id = latent_dim, deletion, seed, pad_id
-        self.rank, self.world_size, self.bucket_steps = rank, world_size, bucket_steps
-        # Windows are cut to whole steps of their own, so the plan itself says how many
-        # steps an epoch has.
-        self._epoch = 0
-        self._plan = plan_epoch(self.lengths, batch_size, bucket_steps, seed, 0)
-        self.steps_per_epoch = len(self._plan)
+        self.rank, self.world_size = rank, world_size
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps per epoch, seldom a whole number."""
+        return len(self.split) / self.batch_size
 
     def step(self, index: int) -> Step:
         """The `index`-th optimizer step since the start of the phase, for this rank."""
-        epoch, position = divmod(index, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._plan = (
-                epoch,
-                plan_epoch(self.lengths, self.batch_size, self.bucket_steps, self.seed, epoch),
-            )
-        sentences = self._plan[position]
-        tokens = int(self.lengths[sentences].sum())
-        slices = cut_step(
-            self.lengths[sentences], self.world_size, self.token_budget, self.micro_batches
-        )
+        sentences, epochs = draw_step(len(self.split), self.batch_size, self.seed, index)
+        by_length = np.argsort(-self.lengths[sentences], kind="stable")
+        sentences, epochs = sentences[by_length], epochs[by_length]
+        lengths = self.lengths[sentences]
+        slices = cut_step(lengths, self.world_size, self.token_budget, self.micro_batches)
         return Step(
-            [self._micro_batch(sentences[part], index) for part in slices], len(sentences), tokens
+            [self._micro_batch(sentences[part], epochs[part]) for part in slices],
+            len(sentences),
+            int(lengths.sum()),
         )
 
-    def _micro_batch(self, sentences: NDArray[np.int64], index: int) -> MicroBatch:
+    def _micro_batch(self, sentences: NDArray[np.int64], epochs: NDArray[np.int64]) -> MicroBatch:
         own, weight = share(sentences, self.rank, self.world_size)
+        keys = list(zip(share(epochs, self.rank, self.world_size)[0].tolist(), own, strict=True))
         rows = self.split.rows(own)
         noise = np.stack(
             [
-                generator(self.seed, LATENT, index, i).standard_normal(
+                generator(self.seed, LATENT, epoch, sentence).standard_normal(
                     self.latent_dim, dtype=np.float32
                 )
-                for i in own
+                for epoch, sentence in keys
             ]
         )
         noised = None
         if self.deletion:
-            streams = (generator(self.seed, DELETION, index, i) for i in own)
             noised = [
-                delete_tokens(row, self.deletion, rng)
-                for row, rng in zip(rows, streams, strict=True)
+                delete_tokens(row, self.deletion, generator(self.seed, DELETION, epoch, sentence))
+                for row, (epoch, sentence) in zip(rows, keys, strict=True)
             ]
         return collate(
             rows, pad_id=self.pad_id, noise=noise, weight=weight, indices=own, encoder_rows=noised

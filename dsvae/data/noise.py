@@ -1,8 +1,8 @@
 """Random numbers of single sentences, and the deletion noise made of them.
 
-Every sentence of every optimizer step has its own stream, keyed by (seed, purpose,
-step, sentence): what it draws depends neither on the rank nor on the micro-batch that
-it falls into, and a resumed run draws what the uncut run would have drawn.
+Every sentence of every epoch has its own stream, keyed by (seed, purpose, epoch,
+sentence): what it draws depends neither on the rank nor on the micro-batch that it
+falls into, and a resumed run draws what the uncut run would have drawn.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ DELETION, LATENT, PRIOR, ORDER = 1, 2, 3, 4
 """Purposes: two streams of one sentence never share numbers."""
 
 
-def generator(seed: int, purpose: int, step: int, sentence: int) -> np.random.Generator:
-    """The stream of one sentence. Philox is counter-based: a key costs no warm-up."""
-    key = np.array([(seed << 8) + purpose, step], dtype=np.uint64)
+def generator(seed: int, purpose: int, repetition: int, sentence: int) -> np.random.Generator:
+    """The stream of one sentence.
+
+    `repetition` is the epoch in training and the number of the sample in evaluation.
+    Philox is counter-based: a key costs no warm-up.
+    """
+    key = np.array([(seed << 8) + purpose, repetition], dtype=np.uint64)
     counter = np.array([0, 0, sentence, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 

@@ -1,4 +1,4 @@
-"""Tokens/s of the engine against a bare loop, and of token-budget buckets against
+"""Tokens/s of the engine against a bare loop, and of token-budget batches against
 padding to 256: ratios from one run.
 
     python tests/benchmarks/throughput.py --size small --train_file FILE [--configs
@@ -98,7 +98,6 @@ def engine_ratio(args: argparse.Namespace, data, world) -> None:
         token_budget=10**6,
         latent_dim=32,
         deletion=0.0,
-        bucket_steps=8,
         seed=0,
         rank=0,
         world_size=1,
@@ -171,7 +170,7 @@ def engine_ratio(args: argparse.Namespace, data, world) -> None:
 
 
 def padding_ratio(args: argparse.Namespace, data, world) -> None:
-    """Sentences/s of the training step: batches cut by tokens from length buckets, and
+    """Sentences/s of the training step: batches cut by tokens sorted inside a step, and
     every sentence padded to 256."""
     from dsvae.data.batches import MicroBatch, TrainingBatches
     from dsvae.engine.weights import parameter_groups
@@ -182,7 +181,6 @@ def padding_ratio(args: argparse.Namespace, data, world) -> None:
         token_budget=10**6,
         latent_dim=32,
         deletion=0.0,
-        bucket_steps=8,
         seed=0,
         rank=0,
         world_size=1,

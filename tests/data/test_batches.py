@@ -8,9 +8,9 @@ import torch
 from dsvae.data.batches import (
     TrainingBatches,
     cut_step,
+    draw_step,
     evaluation_batches,
     most_micro_batches,
-    plan_epoch,
 )
 from dsvae.errors import UserError
 from dsvae.objective.elbo import IGNORE
@@ -42,7 +42,6 @@ def sentences(count, shortest=3, longest=20, seed=0):
 def batches(split, rank=0, world_size=1, **options):
     defaults = {
         "batch_size": 16,
-        "bucket_steps": 4,
         "token_budget": 64,
         "latent_dim": 4,
         "deletion": 0.4,
@@ -57,45 +56,105 @@ def all_ranks(split, index, world_size, **options):
     return [batches(split, rank, world_size, **options).step(index) for rank in range(world_size)]
 
 
+def drawn(steps):
+    """(sentence, noise, what the encoder sees) of one optimizer step of all ranks, in
+    order."""
+    return sorted(
+        (
+            index,
+            tuple(micro.noise[row].tolist()),
+            tuple(micro.input_ids[row][micro.attention_mask[row].bool()].tolist()),
+        )
+        for step in steps
+        for micro in step.micro_batches
+        for row, index in enumerate(micro.indices.tolist())
+        if micro.weight[row] == 1
+    )
+
+
 def by_sentence(steps):
-    """sentence -> (noise, what the encoder sees) of one optimizer step of all ranks; a
-    sentence that comes twice fails."""
-    found = {}
-    for step in steps:
-        for micro in step.micro_batches:
-            for row, index in enumerate(micro.indices.tolist()):
-                if micro.weight[row] == 1:
-                    assert index not in found
-                    seen = micro.input_ids[row][micro.attention_mask[row].bool()]
-                    found[index] = (tuple(micro.noise[row].tolist()), tuple(seen.tolist()))
+    """sentence -> (noise, what the encoder sees); a sentence that comes twice fails."""
+    rows = drawn(steps)
+    found = {index: rest for index, *rest in rows}
+    assert len(found) == len(rows)
     return found
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 17, 127, 1000])
 @pytest.mark.parametrize("batch_size", [1, 5, 16])
-def test_an_epoch_has_every_sentence_once(count, batch_size):
-    plan = plan_epoch(sentences(count).lengths, batch_size, 4, seed=1, epoch=2)
-    np.testing.assert_array_equal(np.sort(np.concatenate(plan)), np.arange(count))
-    sizes = [len(step) for step in plan]
-    assert 1 <= min(sizes) <= max(sizes) <= batch_size
-    assert min(sizes) >= max(sizes) - 1  # no small last step
+def test_every_epoch_has_every_sentence_once_and_every_step_is_full(count, batch_size):
+    """The line of all steps, cut again where the epochs end."""
+    epochs = 3
+    steps = [
+        draw_step(count, batch_size, seed=1, index=index)
+        for index in range(-(-epochs * count // batch_size))
+    ]
+    assert {len(sentences) for sentences, _ in steps} == {batch_size}
+    line, of = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+    for epoch in range(epochs):
+        found = line[epoch * count : (epoch + 1) * count]
+        np.testing.assert_array_equal(np.sort(found), np.arange(count))
+        assert (of[epoch * count : (epoch + 1) * count] == epoch).all()
 
 
-def test_steps_are_sorted_the_longest_first():
-    lengths = sentences(100).lengths
-    assert all((np.diff(lengths[step]) <= 0).all() for step in plan_epoch(lengths, 16, 4, 0, 0))
+def test_a_step_does_not_prefer_a_length():
+    """A step is a random sample: its mean length varies as that of 128 random sentences
+    does. Steps of one length would make it vary 11 times as much."""
+    lengths = sentences(128 * 200).lengths
+    means = [lengths[draw_step(len(lengths), 128, 0, i)[0]].mean() for i in range(200)]
+    expected = lengths.std() / np.sqrt(128)
+    # the standard error of a standard deviation from 200 values is 5% of it
+    assert abs(np.std(means) - expected) < 0.25 * expected
+
+
+def test_micro_batches_are_sorted_the_longest_first():
+    for micro in batches(sentences(100), token_budget=10**6).step(3).micro_batches:
+        assert ((micro.labels != IGNORE).sum(1).diff() <= 0).all()
+
+
+def test_padding_is_small_where_micro_batches_are():
+    """Steps of 128 sentences of 3 to 20 tokens: micro-batches of a quarter of what the
+    step takes when all are padded to 20 leave at most half of the padding."""
+    lengths = sentences(1280).lengths
+
+    def padding(budget):
+        padded = 0
+        for index in range(10):
+            step = draw_step(len(lengths), 128, 0, index)[0]
+            step = step[np.argsort(-lengths[step])]
+            for part in cut_step(lengths[step], 1, budget):
+                padded += len(step[part]) * int(lengths[step][part].max())
+        return 1 - lengths.sum() / padded
+
+    assert 0.38 < padding(128 * 20) < 0.48  # one micro-batch: the mean is 11.5 of 20
+    assert padding(32 * 20) < padding(128 * 20) / 2
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize(
     "options", [{}, {"token_budget": 20}, {"token_budget": 10_000}, {"micro_batches": 3}]
 )
-def test_an_epoch_of_all_ranks_has_every_sentence_once(world_size, options):
-    split = sentences(53)
-    seen = []
-    for index in range(batches(split).steps_per_epoch):
-        seen += by_sentence(all_ranks(split, index, world_size, **options))
-    assert sorted(seen) == list(range(53))
+def test_three_epochs_of_all_ranks_have_every_sentence_three_times(world_size, options):
+    split = sentences(48)
+    seen = [
+        row for index in range(9) for row in drawn(all_ranks(split, index, world_size, **options))
+    ]
+    assert [index for index, *_ in sorted(seen)] == np.repeat(np.arange(48), 3).tolist()
+    assert len({noise for _, noise, _ in seen}) == len(seen)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_sentence_that_comes_twice_in_a_step_is_drawn_twice(world_size):
+    """5 sentences, 16 in each step: every copy has its own noise."""
+    split = sentences(5, shortest=15)
+    assert batches(split, world_size=world_size).steps_per_epoch == 5 / 16
+    rows = drawn(all_ranks(split, 1, world_size))
+    assert len(rows) == len({noise for _, noise, _ in rows}) == 16
+    # places 16 to 31 of the line: an end, two whole epochs, and a beginning
+    counts = np.bincount([index for index, *_ in rows], minlength=5)
+    assert counts.sum() == 16
+    assert 2 <= counts.min() <= counts.max() <= 4
+    assert len({(index, seen) for index, _, seen in rows}) >= 14
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -105,8 +164,8 @@ def test_an_epoch_of_all_ranks_has_every_sentence_once(world_size, options):
 def test_sentences_noise_and_deletion_of_a_step_do_not_depend_on_the_split(world_size, options):
     split = sentences(53)
     for index in (0, 3, 6):  # 6: in the second epoch
-        one = by_sentence(all_ranks(split, index, 1, token_budget=10_000))
-        assert by_sentence(all_ranks(split, index, world_size, **options)) == one
+        one = drawn(all_ranks(split, index, 1, token_budget=10_000))
+        assert drawn(all_ranks(split, index, world_size, **options)) == one
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -145,23 +204,20 @@ def test_weights_sum_to_the_sentences_of_the_step(world_size):
     split = sentences(7)
     for index in range(2):
         steps = all_ranks(split, index, world_size, batch_size=5)
-        expected = plan_epoch(split.lengths, 5, 4, 3, 0)[index]
-        assert sum(
-            float(micro.weight.sum()) for step in steps for micro in step.micro_batches
-        ) == len(expected)
+        expected, _ = draw_step(7, 5, seed=3, index=index)
+        weights = [micro.weight.sum() for step in steps for micro in step.micro_batches]
+        assert sum(map(float, weights)) == 5
         assert {(step.sentences, step.tokens) for step in steps} == {
-            (len(expected), split.lengths[expected].sum())
+            (5, split.lengths[expected].sum())
         }
 
 
 def test_a_rank_without_a_sentence_gets_a_filler_of_weight_0():
     split = Sentences([4, 4, 4, 4, 4, 4, 4])
-    # 7 sentences in 2 steps: at least one rank goes without
-    steps = all_ranks(split, 1, 5, batch_size=5)
+    # micro-batches of one sentence per rank: the 7 of a step leave 3 ranks without one
+    steps = all_ranks(split, 1, 5, batch_size=7, token_budget=4)
     weights = [micro.weight.tolist() for step in steps for micro in step.micro_batches]
-    fillers = 5 - steps[0].sentences
-    assert fillers >= 1
-    assert sorted(weights) == [[0.0]] * fillers + [[1.0]] * steps[0].sentences
+    assert sorted(weights) == [[0.0]] * 3 + [[1.0]] * 7
     # it runs like any other
     assert all((micro.labels != IGNORE).any() for step in steps for micro in step.micro_batches)
 
@@ -212,51 +268,29 @@ def test_deletion_is_new_at_every_step():
 
 
 def test_epochs_have_orders_of_their_own_and_a_seed_repeats_them():
-    lengths = sentences(300).lengths
-    plans = [
-        [step.tolist() for step in plan_epoch(lengths, 16, 4, seed, epoch)]
-        for seed, epoch in ((0, 0), (0, 1), (1, 0))
-    ]
-    assert plans[0] != plans[1]
-    assert plans[0] != plans[2]
-    # other company, not only another order of steps
-    assert sorted(map(sorted, plans[0])) != sorted(map(sorted, plans[1]))
-    assert [step.tolist() for step in plan_epoch(lengths, 16, 4, 0, 0)] == plans[0]
+    def epoch(seed, number):
+        return [draw_step(320, 16, seed, number * 20 + i)[0].tolist() for i in range(20)]
+
+    first = epoch(0, 0)
+    for other in (epoch(0, 1), epoch(1, 0)):
+        # other company, not only another order of steps
+        assert sorted(map(sorted, first)) != sorted(map(sorted, other))
+    assert epoch(0, 0) == first
 
 
 def test_any_step_may_be_asked_for_at_any_time():
     split = sentences(50)
     in_order = batches(split)
-    expected = [by_sentence([in_order.step(i)]) for i in range(12)]  # three epochs
+    expected = [drawn([in_order.step(i)]) for i in range(12)]  # more than three epochs
     other = batches(split)
     for index in np.random.default_rng(0).permutation(12):
-        assert by_sentence([other.step(int(index))]) == expected[index]
+        assert drawn([other.step(int(index))]) == expected[index]
 
 
 def test_training_does_not_follow_the_order_of_the_file():
-    """The paper's code does not shuffle. All sentences of one length, so sorting by it
-    has no part in the order."""
-    order = np.concatenate(plan_epoch(np.full(4000, 9, dtype=np.int32), 16, 4, 0, 0))
+    """The paper's code does not shuffle."""
+    order = np.concatenate([draw_step(4000, 16, 0, i)[0] for i in range(250)])
     assert abs(np.corrcoef(order, np.arange(4000))[0, 1]) < 5 / np.sqrt(4000)
-
-
-def test_long_and_short_steps_come_in_random_order():
-    lengths = sentences(1024).lengths  # one window of 64 steps: as sorted, the correlation is -1
-    means = [lengths[step].mean() for step in plan_epoch(lengths, 16, 64, 0, 0)]
-    assert np.std(means) > 3  # steps do hold sentences of similar length
-    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 5 / np.sqrt(len(means))
-
-
-@pytest.mark.parametrize(
-    ("count", "bucket_steps", "most"), [(1280, 10, 0.1), (20_000, 8, 0.12), (20_000, 64, 0.05)]
-)
-def test_padding_is_small_for_realistic_lengths(count, bucket_steps, most):
-    lengths = sentences(count).lengths
-    padded = 0
-    for step in plan_epoch(lengths, 128, bucket_steps, 0, 0):
-        for part in cut_step(lengths[step], 1, 8192):
-            padded += len(step[part]) * int(lengths[step][part].max())
-    assert 1 - lengths.sum() / padded < most  # in random order: 42%
 
 
 @pytest.mark.parametrize("count", [1, 4, 53])

@@ -57,7 +57,6 @@ def reference(directory, prepared):
         token_budget=10**6,
         latent_dim=6,
         deletion=0.3,
-        bucket_steps=8,
         seed=1,
         rank=0,
         world_size=1,

@@ -123,7 +123,6 @@ def test_a_gpu_for_every_sentence_of_a_step_is_planned_and_run(capsys, tiny_yaml
         "token_budget": 64,
         "latent_dim": 2,
         "deletion": 0.0,
-        "bucket_steps": 4,
         "seed": 0,
         "rank": 0,
         "pad_id": 0,
