@@ -29,8 +29,8 @@ class DataConfig:
     """Where the sentences come from and how they are batched."""
 
     train_file: str | None = None
-    """Training sentences: .txt (one a line), .jsonl, .csv or .parquet. None and no
-    `dataset`: the built-in corpus."""
+    """Training sentences: .txt (one per line), .jsonl, .csv, .tsv (without quoting) or
+    .parquet. None and no `dataset`: the built-in corpus."""
     valid_file: str | None = None
     """Validation sentences. None: held out from the training sentences (5%, at most
     5,000)."""

@@ -215,6 +215,12 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     )
     data = world.on_all(lambda: load_prepared(path))
     reporter.say(f"{world.size} rank(s); data: {json.dumps(data.report, ensure_ascii=False)}")
+    for split in ("valid", "test"):
+        if copies := data.report["splits"][split]["in_train"]:
+            reporter.say(
+                f"warning: {copies} of the {len(data.splits[split])} {split} sentences are also "
+                f"training sentences"
+            )
 
     weights_from = start.weights
     # One axis of steps: phase 2 counts on behind a phase 1 that came before it, in this

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.arrow_writer import ArrowWriter
+from numpy.typing import NDArray
 
 from dsvae.config import DataConfig
 from dsvae.data import grammar
@@ -48,6 +49,11 @@ class Corpus:
     skipped_blank: dict[str, int]
     """Blank sentences left out, by the split that they were read for; a held-out split
     has 0."""
+    repeated: dict[str, int]
+    """By split, the sentences whose text stands earlier in the same split."""
+    in_train: dict[str, int]
+    """By valid and test split, the sentences whose text is also a training sentence; 0
+    for a held-out split."""
     held_out: tuple[str, ...]
     """The splits that had no source of their own and were cut from the training
     sentences."""
@@ -78,9 +84,12 @@ def load_corpus(data: DataConfig, seed: int, work_dir: Path | None = None) -> Co
         splits[split], skipped_blank[split] = _store(sentences, work_dir / f"{split}.arrow", where)
     held_out = tuple(split for split in SPLITS if split not in splits)
     _hold_out(splits, held_out, seed, _where(data))
+    keys = {split: _text_keys(splits[split]) for split in SPLITS}
     return Corpus(
         {split: splits[split] for split in SPLITS},
         skipped_blank,
+        {split: len(keys[split]) - len(np.unique(keys[split])) for split in SPLITS},
+        {split: int(np.isin(keys[split], keys["train"]).sum()) for split in SPLITS[1:]},
         held_out,
         describe(data),
         workspace,
@@ -293,22 +302,41 @@ def _store(sentences: Iterator[str], path: Path, where: str) -> tuple[datasets.D
 def _hold_out(
     splits: dict[str, datasets.Dataset], names: tuple[str, ...], seed: int, where: str
 ) -> None:
-    """Cut the splits `names` from splits["train"], in place: disjoint, of equal size,
-    in the order of the source."""
+    """Cut the splits `names` from splits["train"], in place, each in the order of the
+    source.
+
+    They are cut by text: all copies of a sentence go to the same split. The held-out
+    splits have the same number of different sentences.
+    """
     if not names:
         return
-    total = len(splits["train"])
+    train = splits["train"]
+    _, first, text = np.unique(_text_keys(train), return_index=True, return_inverse=True)
+    total = len(first)
     size = min(HELD_OUT_MOST, max(1, int(total * HELD_OUT_SHARE)))
     if total <= size * len(names):
+        different = "sentences" if total == len(train) else "different sentences"
         raise UserError(
-            f"{where} has {total} sentences, too few to hold out {' and '.join(names)}: give at "
+            f"{where} has {total} {different}, too few to hold out {' and '.join(names)}: give at "
             f"least {len(names) + 1}"
         )
-    permuted = np.random.default_rng(seed % 2**64).permutation(total)
-    train = splits["train"]
-    for position, name in enumerate(names):
-        splits[name] = train.select(np.sort(permuted[position * size : (position + 1) * size]))
-    splits["train"] = train.select(np.sort(permuted[size * len(names) :]))
+    # Texts are permuted as they first appear. `part` says for each of them to which
+    # split it goes, with the training split last.
+    part = np.empty(total, dtype=np.int64)
+    permuted = np.argsort(first)[np.random.default_rng(seed % 2**64).permutation(total)]
+    part[permuted] = np.minimum(np.arange(total) // size, len(names))
+    for position, name in enumerate((*names, "train")):
+        splits[name] = train.select(np.flatnonzero(part[text] == position))
+
+
+def _text_keys(split: datasets.Dataset) -> NDArray[np.uint64]:
+    """(N,), a hash of each sentence."""
+    digests = (
+        hashlib.blake2b(text.encode(), digest_size=8).digest()
+        for batch in split.iter(_WRITE_ROWS)
+        for text in batch["text"]
+    )
+    return np.frombuffer(b"".join(digests), dtype=np.uint64)
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -386,28 +414,52 @@ def _read_csv(file: Path, column: str) -> Iterator[str]:
     # Not `datasets`' csv builder: it reads "NA" and "None" as missing, drops or shifts
     # the fields that an unquoted comma makes, and takes a row that is too short for a
     # blank one.
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     csv.field_size_limit(_LONGEST_FIELD)
-    rows = csv.reader(_lines(file), delimiter=delimiter, strict=True)
-    try:
-        header = next((row for row in rows if row), [])
-        if column not in header:
-            raise _unknown_column(column, header, str(file))
-        position = header.index(column)
+    rows = csv.reader(_lines(file), strict=True)
+
+    def numbered() -> Iterator[tuple[int, list[str]]]:
+        before = 0
         for row in rows:
-            if not row:
-                row = [""] * len(header)
-            if len(row) != len(header):
+            # A stray quote would otherwise merge the rows up to the next one.
+            if rows.line_num > before + 1:
                 raise UserError(
-                    f"{file}:{rows.line_num}: {len(row)} fields where the header has "
-                    f"{len(header)}; "
-                    "quote the fields that contain the delimiter"
+                    f"{file}:{before + 1}: a field goes on until line {rows.line_num}; mend its "
+                    f"quotes, or take the line breaks out of it"
                 )
-            yield row[position]
+            before = rows.line_num
+            yield rows.line_num, row
+
+    try:
+        yield from _column(file, column, numbered(), "quote the fields that contain a comma")
     except csv.Error as error:
         raise UserError(
             f"{file}:{rows.line_num}: not valid csv ({error}); mend its quotes"
         ) from error
+
+
+def _read_tsv(file: Path, column: str) -> Iterator[str]:
+    # A quote is a character like any other: most .tsv files are written without
+    # quoting, and hold quotes that nobody closes.
+    rows = (line.rstrip("\r\n") for line in _lines(file))
+    split = ((number, row.split("\t") if row else []) for number, row in enumerate(rows, 1))
+    yield from _column(file, column, split, "take the tabs out of the fields")
+
+
+def _column(
+    file: Path, column: str, rows: Iterator[tuple[int, list[str]]], remedy: str
+) -> Iterator[str]:
+    """One column of a table of (line number, fields); the first row that is not empty
+    has the names."""
+    header = next((row for _, row in rows if row), [])
+    if column not in header:
+        raise _unknown_column(column, header, str(file))
+    position = header.index(column)
+    for number, row in rows:
+        if row and len(row) != len(header):
+            raise UserError(
+                f"{file}:{number}: {len(row)} fields where the header has {len(header)}; {remedy}"
+            )
+        yield row[position] if row else ""
 
 
 def _read_parquet(file: Path, column: str) -> Iterator[str]:
@@ -431,7 +483,7 @@ _READERS = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".tsv": _read_csv,
+    ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
 

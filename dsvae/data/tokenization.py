@@ -40,7 +40,7 @@ from dsvae.data.corpora import SPLITS, Corpus, fingerprint, load_corpus
 from dsvae.errors import UserError
 
 # Raise it whenever the same sentences and options would give other files.
-_FORMAT = 2
+_FORMAT = 3
 _BATCH_ROWS = 10_000
 _TOKENIZER_SENTENCES = 1_000_000
 _STALE_SECONDS = 24 * 3600
@@ -391,6 +391,8 @@ def _tokenize(
         "unk": figures["unk"],
         "truncated": figures["truncated"],
         "skipped_blank": corpus.skipped_blank[name] + figures["blank"],
+        "repeated": corpus.repeated[name],
+        **({"in_train": corpus.in_train[name]} if name in corpus.in_train else {}),
         "held_out": name in corpus.held_out,
     }
 

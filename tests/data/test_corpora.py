@@ -104,19 +104,32 @@ def test_json_array(tmp_path):
     assert texts(three(path, text_column="s")) == ["a", "b"]
 
 
-def test_csv_and_tsv(tmp_path):
-    path = write(tmp_path / "a.csv", '\ufeffn,text\n1,NA\n2,"a, ""b""\nc"\n\n3,None\n4,12\n5,\n')
+def test_csv(tmp_path):
+    path = write(tmp_path / "a.csv", '\ufeffn,text\n1,NA\n2,"a, ""b"" c"\n\n3,None\n4,12\n5,\n')
     corpus = load_corpus(three(path), seed=0)
-    assert corpus.splits["train"]["text"][:] == ["NA", 'a, "b"\nc', "None", "12"]
+    assert corpus.splits["train"]["text"][:] == ["NA", 'a, "b" c', "None", "12"]
     assert corpus.skipped_blank["train"] == 2
-    assert texts(three(write(tmp_path / "a.tsv", "text\tn\na, b\t1\n"))) == ["a, b"]
+
+
+def test_quotes_of_tsv_are_characters(tmp_path):
+    """With csv's quoting, the second row and the third become one sentence."""
+    rows = 'text\tn\r\na, b\t1\n"open\t2\nshut"\t2\n\n"closed" or not\t3\n""\t4\n'
+    corpus = load_corpus(three(write(tmp_path / "a.tsv", rows)), seed=0)
+    assert corpus.splits["train"]["text"][:] == [
+        "a, b",
+        '"open',
+        'shut"',
+        '"closed" or not',
+        '""',
+    ]
+    assert corpus.skipped_blank["train"] == 1
 
 
 def test_long_csv_fields(tmp_path):
     """The csv module refuses more than 131,072 characters, in any column."""
     long = "word " * 100_000
-    path = write(tmp_path / "a.csv", f'page,text\n{long},a\nb,"{long}, and\nmore"\n')
-    assert texts(three(path)) == ["a", f"{long}, and\nmore"]
+    path = write(tmp_path / "a.csv", f'page,text\n{long},a\nb,"{long}, and more"\n')
+    assert texts(three(path)) == ["a", f"{long}, and more"]
 
 
 def test_a_csv_quote_that_is_never_closed_does_not_swallow_any_file(tmp_path, monkeypatch):
@@ -186,6 +199,32 @@ def test_held_out_is_disjoint_complete_and_seeded(tmp_path):
     assert parts["train"] == [line for line in LINES if line in set(parts["train"])]
 
 
+def test_copies_of_a_sentence_stay_together(tmp_path):
+    """60 texts, number k comes 1 + k % 5 times, spread over the file: no text is in two
+    splits, and none gets lost."""
+    lines = [f"text {k}" for copy in range(5) for k in range(60) if copy <= k % 5]
+    data = DataConfig(train_file=write(tmp_path / "a.txt", "\n".join(lines)))
+    for seed in range(5):
+        corpus = load_corpus(data, seed)
+        parts = {name: corpus.splits[name]["text"][:] for name in corpora.SPLITS}
+        assert [len(set(parts[name])) for name in corpora.SPLITS] == [54, 3, 3]
+        assert len(set(itertools.chain(*map(set, parts.values())))) == 60
+        assert sorted(itertools.chain(*parts.values())) == sorted(lines)
+        assert corpus.repeated == {name: len(part) - len(set(part)) for name, part in parts.items()}
+        assert corpus.in_train == {"valid": 0, "test": 0}
+
+
+def test_copies_between_named_files_are_counted(tmp_path):
+    data = DataConfig(
+        train_file=write(tmp_path / "a.txt", "a\nb\na\nc"),
+        valid_file=write(tmp_path / "v.txt", "a\nx\na"),
+        test_file=write(tmp_path / "t.txt", "y\nz"),
+    )
+    corpus = load_corpus(data, seed=0)
+    assert corpus.repeated == {"train": 1, "valid": 1, "test": 0}
+    assert corpus.in_train == {"valid": 2, "test": 0}
+
+
 def test_only_the_missing_split_is_held_out(tmp_path):
     data = DataConfig(
         train_file=write(tmp_path / "a.txt", "\n".join(LINES)),
@@ -215,6 +254,8 @@ def test_too_few_to_hold_out(tmp_path):
     message = error_of(DataConfig(train_file=write(tmp_path / "a.txt", "a\nb\n")))
     assert "a.txt has 2 sentences" in message
     assert "at least 3" in message
+    message = error_of(DataConfig(train_file=write(tmp_path / "b.txt", "a\nb\na\nb\n")))
+    assert "b.txt has 2 different sentences" in message
     assert "built-in" in error_of(DataConfig(builtin_size=2))
     assert "built-in" in error_of(DataConfig(builtin_size=0))
 
@@ -261,6 +302,9 @@ def test_the_corpus_keeps_its_files(tmp_path):
         ("a.csv", b"text,n\nhello, world,1\n", ["a.csv:2", "3 fields", "header has 2"]),
         ("a.csv", b"n,text\n1,a\n2\n", ["a.csv:3", "1 fields"]),
         ("a.csv", b'n,text\n1,"a\n2,b\n', ["a.csv", "csv"]),
+        ("a.csv", b'n,text\n1,x\n2,"a\n3,b"\n', ["a.csv:3", "until line 4", "quotes"]),
+        ("a.csv", b'n,text\n"1\n2",b\n', ["a.csv:2", "until line 3"]),
+        ("a.tsv", b"text\tn\na\tb\t1\n", ["a.tsv:2", "3 fields", "header has 2", "tabs"]),
         ("a.csv", b"sentence,n\na,1\n", ["a.csv", "'sentence', 'n'", "--text_column"]),
         ("a.csv", b"text,n\n", ["a.csv", "no sentences"]),
         ("a.parquet", b"no parquet", ["a.parquet", "parquet"]),

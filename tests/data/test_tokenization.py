@@ -235,9 +235,11 @@ def test_prepared_split(tmp_path, trained):
         "unk": sum(ids.count(2) for ids in expected),
         "truncated": 1,
         "skipped_blank": 1,
+        "repeated": 1,
         "held_out": False,
     }
     assert figures["unk"] == 2
+    assert prepared.report["splits"]["test"]["in_train"] == 4  # it is the same file
     assert prepared.report["source"] == "lines.txt"
     with pytest.raises(IndexError):
         split.ids(4)
