@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
+from dsvae import private_names
 from dsvae.data.tokenization import load_tokenizer
 from dsvae.errors import UserError
 from dsvae.modeling.origin import PICKLES, refuse_pickles
@@ -25,9 +26,11 @@ def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
         model_dir: a directory, or a hub id.
 
     Raises:
-        UserError: no such directory or hub model, no T5VAE in it, or weights or
-            tokenizer missing, damaged or not its own.
+        UserError: no such directory or hub model, no T5VAE in it, weights or tokenizer
+            missing, damaged or not its own, or a release of transformers that does not
+            fit.
     """
+    private_names.check(private_names.TRANSFORMERS)
     directory = _directory(str(model_dir))
     kind = _model_type(directory)
     if kind != T5VAEConfig.model_type:

@@ -44,7 +44,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from transformers.utils import logging as transformers_logging
 
 from dsvae import config as configuration
-from dsvae import output
+from dsvae import output, private_names
 from dsvae.card import write_card
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         stopping.install()
         config = configuration.read(words)
         raw = ds_config.load(str(config.ds_config))
+        private_names.check()
         reading = False
         world = distributed.start(config.hang_timeout)
         run(config, raw, world, stopping)

@@ -1,0 +1,244 @@
+"""Names of transformers and DeepSpeed that are not public, and on which dsvae depends.
+
+A release may rename them without notice. A method that is replaced under a name that
+nothing calls any more, or an argument that an unknown keyword swallows, fails silently:
+the decoder no longer sees z, or a checkpoint holds the wrong states. Therefore every
+such name is looked up before a run begins.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import CodeType
+from typing import Any
+
+from dsvae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Name:
+    """An attribute, and what must hold of it."""
+
+    path: str
+    """`package.module:Class.attribute`."""
+    parameters: tuple[str, ...] | None = None
+    """Names of parameters that the function must have. It may have others, but they
+    must have defaults. None: not checked."""
+    mentions: tuple[str, ...] = ()
+    """Names that the body of the function must use."""
+
+    def problem(self) -> str | None:
+        """What does not hold, None if everything does."""
+        module, _, attributes = self.path.partition(":")
+        try:
+            value: Any = importlib.import_module(module)
+            for attribute in attributes.split("."):
+                value = getattr(value, attribute)
+        except (ImportError, AttributeError):
+            return "does not exist"
+        value = _undecorated(value)
+        if self.parameters is not None:
+            if not callable(value):
+                return "is not a function"
+            named = {
+                name: parameter
+                for name, parameter in inspect.signature(value).parameters.items()
+                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            }
+            if missing := [name for name in self.parameters if name not in named]:
+                return f"has no parameter {missing[0]}"
+            required = [name for name, p in named.items() if p.default is p.empty]
+            if more := [name for name in required if name not in self.parameters]:
+                return f"has another required parameter, {more[0]}"
+        if self.mentions:
+            used = set(_words(value.__code__)) if inspect.isfunction(value) else set()
+            if unused := [name for name in self.mentions if name not in used]:
+                return f"does not use {unused[0]}"
+        return None
+
+
+def _undecorated(value: Any) -> Any:
+    """The function below its decorators, those of DeepSpeed included, which hide its
+    signature."""
+    value = inspect.unwrap(value)
+    while inspect.isfunction(value) and value.__code__.co_freevars == ("func",):
+        value = inspect.unwrap(inspect.getclosurevars(value).nonlocals["func"])
+    return value
+
+
+def _words(code: CodeType) -> Iterator[str]:
+    """The names and string constants of a function and of the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _words(constant)
+        # the names of keyword arguments are a tuple
+        for word in constant if isinstance(constant, tuple) else (constant,):
+            if isinstance(word, str):
+                yield word
+
+
+_MODELS = (
+    ("transformers.models.t5.modeling_t5", "T5"),
+    ("transformers.models.mt5.modeling_mt5", "MT5"),
+    ("transformers.models.umt5.modeling_umt5", "UMT5"),
+)
+
+TRANSFORMERS = (
+    # modeling/attention.py: memory slots
+    *(
+        Name(
+            f"{module}:{kind}Attention.forward",
+            mentions=(
+                "ALL_ATTENTION_FUNCTIONS",
+                "_attn_implementation",
+                "layer_idx",
+                "position_bias",
+            ),
+        )
+        for module, kind in _MODELS
+    ),
+    *(
+        Name(
+            f"{module}:{kind}Stack.forward",
+            parameters=("self", "inputs_embeds", "attention_mask", "use_cache"),
+            mentions=("create_causal_mask",),
+        )
+        for module, kind in _MODELS
+    ),
+    Name("transformers:PreTrainedConfig._attn_implementation"),
+    Name(
+        "transformers.integrations.sdpa_attention:sdpa_attention_forward",
+        parameters=(
+            "module",
+            "query",
+            "key",
+            "value",
+            "attention_mask",
+            "is_causal",
+            "position_bias",
+        ),
+    ),
+    Name(
+        "transformers.masking_utils:sdpa_mask",
+        parameters=(
+            "batch_size",
+            "q_length",
+            "kv_length",
+            "q_offset",
+            "kv_offset",
+            "attention_mask",
+            "allow_is_causal_skip",
+            "device",
+        ),
+    ),
+    # modeling/t5_vae.py: what transformers reads off a model class
+    *(
+        Name(f"transformers:PreTrainedModel.{name}")
+        for name in (
+            "_input_embed_layer",
+            "_keep_in_fp32_modules",
+            "_keep_in_fp32_modules_strict",
+            "_no_split_modules",
+            "_supports_sdpa",
+            "_tied_weights_keys",
+        )
+    ),
+    Name("transformers:PreTrainedModel._init_weights", parameters=("self", "module")),
+    # modeling/origin.py: which files hold the weights
+    Name(
+        "transformers.utils.hub:cached_files",
+        parameters=("path_or_repo_id", "filenames", "_raise_exceptions_for_missing_entries"),
+    ),
+)
+
+_ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
+_STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
+_SWAPPER = "deepspeed.runtime.swap_tensor.optimizer_utils:OptimizerSwapper"
+_WRITER = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine"
+
+DEEPSPEED = (
+    # engine/checkpoint.py: failures to write are collected
+    Name(f"{_ENGINE}._save_checkpoint", mentions=("checkpoint_engine", "save")),
+    Name(f"{_ENGINE}._save_zero_checkpoint", mentions=("checkpoint_engine", "save")),
+    Name(f"{_WRITER}.save", parameters=("self", "state_dict", "path")),
+    # engine/universal.py: the section `load_universal` of a ds_config, for one load
+    Name(f"{_ENGINE}.load_universal_checkpoint", parameters=("self",), mentions=("_config",)),
+    Name(f"{_ENGINE}.load_checkpoint", mentions=("load_universal_checkpoint",)),
+    Name(
+        "deepspeed.runtime.config:DeepSpeedConfig._initialize_params",
+        mentions=("load_universal_checkpoint",),
+    ),
+    Name("deepspeed.checkpoint.ds_to_universal:main", parameters=("args",)),
+    Name(
+        "deepspeed.checkpoint.ds_to_universal:parse_arguments",
+        mentions=(
+            "--input_folder",
+            "--output_folder",
+            "--num_extract_workers",
+            "--num_merge_workers",
+            "--keep_temp_folder",
+            "strict",
+            "--inject_missing_state",
+        ),
+    ),
+    # engine/nvme.py: gradients at aligned addresses, states as though in memory
+    Name(f"{_ENGINE}.zero_nvme_offload_optimizer", parameters=("self",)),
+    Name(f"{_ENGINE}.save_checkpoint", mentions=("zero_nvme_offload_optimizer",)),
+    Name(f"{_ENGINE}.load_checkpoint", mentions=("zero_nvme_offload_optimizer",)),
+    Name(f"{_ENGINE}._load_zero_checkpoint", mentions=("load_state_dict",)),
+    Name(f"{_WRITER}.load", parameters=("self", "path", "map_location")),
+    Name(f"{_STAGE3}.state_dict", parameters=("self",)),
+    Name(f"{_STAGE3}.load_state_dict", mentions=("_rigid_load_state_dict",)),
+    Name(
+        f"{_STAGE3}._rigid_load_state_dict",
+        parameters=("self", "state_dict", "load_optimizer_states"),
+    ),
+    *(
+        Name(f"{_STAGE3}.{name}", parameters=("self", *parameters))
+        for name, *parameters in (
+            ("_rigid_state_dict",),
+            ("_set_fp32_optimizer_param_groups",),
+            ("_clear_fp32_optimizer_param_groups",),
+            ("_swappable_optimizer_subgroup", "sub_group_id"),
+            ("_prepare_sub_group", "sub_group_id", "timer_names"),
+            ("_release_sub_group", "sub_group_id", "timer_names"),
+            ("_reassign_or_swap_out_partitioned_parameters", "sub_group_id"),
+        )
+    ),
+    Name(f"{_SWAPPER}._adjust_for_misaligned_lengths", parameters=("self", "tensors", "offsets")),
+    Name(f"{_SWAPPER}._swap_out_gradients", mentions=("_adjust_for_misaligned_lengths",)),
+    Name(f"{_SWAPPER}.is_swappable_tensor", parameters=("self", "tensor", "numel")),
+    # engine/build.py: parameters join a partitioned model one by one
+    Name(
+        "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
+        mentions=("convert_to_zero_parameters",),
+    ),
+    # engine/engine.py: gradients of exact scale
+    Name(
+        f"{_ENGINE}.backward",
+        parameters=("self", "loss", "scale_wrt_gas"),
+    ),
+    # engine/distributed.py: no kernel is compiled for the CPU
+    Name("deepspeed.ops:__compatible_ops__"),
+    Name("deepspeed.comm.torch:build_shm_op", mentions=("__compatible_ops__",)),
+)
+
+
+def check(names: tuple[Name, ...] = TRANSFORMERS + DEEPSPEED) -> None:
+    """Looks all names up; loads their modules.
+
+    Raises:
+        UserError: one is missing, or has another signature.
+    """
+    for name in names:
+        if problem := name.problem():
+            package = name.path.partition(".")[0].partition(":")[0]
+            raise UserError(
+                f"{package} {version(package)} does not fit dsvae: {name.path.replace(':', '.')} "
+                f"{problem}; install a version that dsvae's pyproject.toml allows"
+            )
