@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -167,24 +166,6 @@ class Reporter:
         assert self._jsonl is not None
         self._jsonl.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
         self._jsonl.flush()
-
-
-class Speed:
-    """Tokens a second between two readings."""
-
-    def __init__(self) -> None:
-        self._since, self._tokens = time.monotonic(), 0
-
-    def count(self, tokens: int) -> None:
-        """Adds the tokens of one optimizer step (of all ranks)."""
-        self._tokens += tokens
-
-    def read(self) -> float:
-        """Tokens a second since the last reading."""
-        now = time.monotonic()
-        rate = self._tokens / max(now - self._since, 1e-9)
-        self._since, self._tokens = now, 0
-        return rate
 
 
 OF_A_RUN = (

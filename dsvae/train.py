@@ -69,7 +69,8 @@ from dsvae.metrics.evaluate import against_entropy, evaluate
 from dsvae.metrics.kept import Kept
 from dsvae.metrics.text import samples
 from dsvae.objective.schedules import beta_at
-from dsvae.reporting import Reporter, Speed, result_table
+from dsvae.reporting import Reporter, result_table
+from dsvae.throughput import Speed
 from dsvae.usage import help_text
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -299,7 +300,7 @@ def train_phase(
     valid = data.splits["valid"]
     # any order of the file
     watched = valid.select(np.sort(np.argsort(valid.content_keys)[: config.eval.sentences]))
-    speed = Speed()
+    speed = Speed(engine.module, engine.precision)
 
     def decode(ids: list[int]) -> str:
         return str(data.tokenizer.decode(ids, skip_special_tokens=True))
@@ -313,7 +314,7 @@ def train_phase(
         lr = engine.lr
         step = batches.step(index)
         sums = engine.train_step(index, step, beta)
-        speed.count(step.tokens)
+        speed.count(step)
         reporter.advance()
 
         done = index + 1
@@ -333,8 +334,8 @@ def train_phase(
                 "lr": lr,
                 "grad_norm": engine.grad_norm,
                 "skipped_steps": float(engine.skipped_steps),
-                "tokens_per_s": speed.read(),
                 "epoch": done / batches.steps_per_epoch,
+                **speed.read(),
             }
             reporter.scalars(offset + done, phase, values, kl.tolist())
         if last or (config.eval_every and done % config.eval_every == 0):
