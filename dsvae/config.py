@@ -202,6 +202,10 @@ class RunConfig:
     ds_config says auto. auto: bf16."""
     log_every: int = 10
     """Optimizer steps between two logged ones."""
+    verbose: bool = False
+    """Prints the DeepSpeed configuration of each phase as it was resolved. It is
+    written to output_dir/ds_config.phase1.json and ds_config.phase2.json in any
+    case."""
     eval_every: int = 500
     """Optimizer steps between two evaluations on validation text; 0: only at the end of
     each phase."""
@@ -254,6 +258,7 @@ RESUMABLE = (
     "resume",
     "phase",
     "log_every",
+    "verbose",
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",

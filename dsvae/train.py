@@ -69,7 +69,7 @@ from dsvae.metrics.evaluate import against_entropy, evaluate
 from dsvae.metrics.kept import Kept
 from dsvae.metrics.text import samples
 from dsvae.objective.schedules import beta_at
-from dsvae.reporting import Reporter, result_table
+from dsvae.reporting import Reporter, data_lines, result_table
 from dsvae.throughput import Speed
 from dsvae.usage import help_text
 
@@ -199,7 +199,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
             be saved.
     """
     out = Path(config.output_dir)
-    reporter = Reporter(out, world.is_main)
+    reporter = Reporter(config, world.is_main)
     lock: list[Any] = []  # held by rank 0 until the run leaves this function
     world.on_main(lambda: lock.append(output.claim(out)))
     start = world.on_main(lambda: output.find_start(config, reporter.say))
@@ -216,7 +216,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
         lambda: prepare(config.data, tokenizer=source, vocab_size=vocab_size, seed=config.seed)
     )
     data = world.on_all(lambda: load_prepared(path))
-    reporter.say(f"{world.size} rank(s); data: {json.dumps(data.report, ensure_ascii=False)}")
+    reporter.say(data_lines(data.report, world.size))
     for split in ("valid", "test"):
         if copies := data.report["splits"][split]["in_train"]:
             reporter.say(
@@ -270,7 +270,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
                     config, engine, data, world, reporter, stopping, offset + config.phase2.steps
                 )
             engine.close()
-    reporter.close(config, metrics)
+    reporter.close(metrics)
     world.on_main(lambda: _say_finished(config, reporter))
 
 
@@ -501,7 +501,6 @@ def _engine(
         config.model, data.tokenizer, weights_from, config.seed, world, resolved
     )
     model.config.max_tokens = config.data.max_tokens  # goes into the exported config.json
-    reporter.say(f"phase {phase}: ds_config as resolved\n{json.dumps(resolved, indent=2)}")
     batches = TrainingBatches(
         train,
         batch_size=config.data.batch_size,
@@ -527,9 +526,13 @@ def _engine(
         gradient_checkpointing=config.model.gradient_checkpointing,
         seed=config.seed * 2 + phase - 1,
     )
-    world.on_main(
-        lambda: write_json(Path(config.output_dir) / f"ds_config.phase{phase}.json", resolved)
+    resolved_file = Path(config.output_dir) / f"ds_config.phase{phase}.json"
+    world.on_main(lambda: write_json(resolved_file, resolved))
+    reporter.say(
+        f"phase {phase}: {settings.steps:,} steps of {config.data.batch_size} sentences, ZeRO "
+        f"{engine.zero_stage}, {engine.precision}; its ds_config is {resolved_file}"
     )
+    reporter.detail(json.dumps(resolved, indent=2))
     return engine, batches
 
 

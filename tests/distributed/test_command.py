@@ -108,11 +108,16 @@ def test_one_step_axis_in_jsonl_and_tensorboard(finished):
     ]
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
+    assert [e.step for e in events.Scalars("main/loss")] == list(range(1, 9))
     logged = [row["loss"] for row in rows(out)]
-    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)
+    assert [e.value for e in events.Scalars("main/loss")] == pytest.approx(logged, rel=1e-6)
     assert [e.step for e in events.Scalars("valid/rec")] == [3, 4, 7, 8]
-    assert "kl_per_dim_train/005" in events.Tags()["scalars"]
+    assert [e.step for e in events.Images("valid/kl_per_dim")] == [3, 4, 7, 8]
+    for row in rows(out):
+        assert row["tokens_per_s"] > 0
+        assert row["flops_per_s"] > 0
+        # torch alone takes a tenth of a gigabyte
+        assert 0.1 < row["peak_memory_gb"] < 100
     assert {"reconstruction/text_summary", "prior/text_summary"} <= set(events.Tags()["tensors"])
     assert any("_hparams_" in name for name in events.PluginTagToContent("hparams"))
 
