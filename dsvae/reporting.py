@@ -228,16 +228,16 @@ def data_lines(report: dict[str, Any], ranks: int) -> str:
         f"{name} {part['sentences']:,}{' (held out)' if part['held_out'] else ''}"
         for name, part in splits.items()
     )
-    blank, cut, unk = (
+    blank, cut, unk, repeated = (
         sum(part[name] for part in splits.values())
-        for name in ("skipped_blank", "truncated", "unk")
+        for name in ("skipped_blank", "truncated", "unk", "repeated")
     )
     return (
         f"data: {report['source']}; {ranks} rank{'s' if ranks > 1 else ''}\n"
         f"      sentences: {', '.join(parts)}; {splits['train']['tokens']:,} tokens to train on, "
         f"of {report['vocab_size']:,} pieces\n"
         f"      {blank:,} blank lines skipped, {cut:,} sentences truncated to "
-        f"{report['max_tokens']} tokens, {unk:,} unknown tokens"
+        f"{report['max_tokens']} tokens, {unk:,} unknown tokens, {repeated:,} repeated sentences"
     )
 
 

@@ -378,7 +378,13 @@ def test_the_progress_line_of_a_gpu(more, expected):
 
 def test_the_data_in_lines_for_people():
     def split(sentences, held_out, **counts):
-        zero = {"skipped_blank": 0, "truncated": 0, "unk": 0, "tokens": 10 * sentences}
+        zero = {
+            "repeated": 0,
+            "skipped_blank": 0,
+            "truncated": 0,
+            "unk": 0,
+            "tokens": 10 * sentences,
+        }
         return {"sentences": sentences, "held_out": held_out, **zero, **counts}
 
     report = {
@@ -386,7 +392,7 @@ def test_the_data_in_lines_for_people():
         "vocab_size": 32100,
         "max_tokens": 64,
         "splits": {
-            "train": split(12345, False, skipped_blank=3, truncated=1000),
+            "train": split(12345, False, skipped_blank=3, truncated=1000, repeated=7),
             "valid": split(650, True, truncated=35, unk=2),
             "test": split(99, False),
         },
@@ -396,7 +402,8 @@ def test_the_data_in_lines_for_people():
         "data: train.txt; 2 ranks",
         "sentences: train 12,345, valid 650 (held out), test 99; 123,450 tokens to train on, of "
         "32,100 pieces",
-        "3 blank lines skipped, 1,035 sentences truncated to 64 tokens, 2 unknown tokens",
+        "3 blank lines skipped, 1,035 sentences truncated to 64 tokens, 2 unknown tokens, "
+        "7 repeated sentences",
     ]
 
 

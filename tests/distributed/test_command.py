@@ -84,6 +84,10 @@ def test_what_a_run_leaves(finished):
     assert metrics["above_entropy"] == pytest.approx(gap)
     for shown in (str(out / "model"), "rec_shuffled", "tensorboard --logdir"):
         assert shown in run.stdout
+    assert "data: the built-in corpus (600 sentences, seed 0); 2 ranks\n" in run.stdout
+    assert "phase 2: 4 steps of 32 sentences, ZeRO 2, bf16" in run.stdout
+    assert "zero_optimization" not in run.stdout  # of the resolved ds_config, which is in its file
+    assert json.loads((out / "ds_config.phase2.json").read_text())["zero_optimization"]
     checkpoints = {path.parent.name for path in (out / "checkpoints").glob("*/COMPLETE")}
     assert checkpoints == {"phase2-step00000003", "phase2-step00000004"}  # the newest two
 
@@ -145,15 +149,17 @@ def test_the_written_config_repeats_the_run(finished, tmp_path):
 
 @pytest.mark.parametrize("launcher", ["python", "torchrun"])
 def test_other_launchers(launcher, tiny, tmp_path):
-    train(
+    run = train(
         "--ds_config",
         CONFIGS / "zero1.json",
         "--config",
         tiny,
         "--output_dir",
         tmp_path / "run",
+        "--verbose",
         launcher=launcher,
     )
+    assert '"zero_optimization": {' in run.stdout
     assert (tmp_path / "run" / "metrics.json").exists()
 
 
