@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import make_t5, make_vae
+from transformers.utils import logging as transformers_logging
 
 from dsvae import cli, command_line
 from dsvae.cli import COMMANDS, main
@@ -126,6 +127,27 @@ def stdin(monkeypatch, data):
 
 
 # What the commands print
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sample", "-n", "1", "--seed", "0", *FEW),
+        ("reconstruct", "text.txt", *FEW),
+        ("interpolate", "a tea", "abe", "--steps", "2", *FEW),
+        ("encode", "text.txt", "--output", "latents.safetensors", "--device", "cpu"),
+        ("evaluate", "--test_file", "text.txt", "--output", "evaluation"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_no_command_shows_the_bar_of_transformers(
+    words, model_dir, corpus, tmp_path, monkeypatch, capsys
+):
+    transformers_logging.enable_progress_bar()  # as in a fresh process
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(corpus / "text.txt", tmp_path)
+    assert main([words[0], model_dir, *words[1:]]) == 0
+    assert "Loading weights" not in capsys.readouterr().err
 
 
 def test_sample_repeats_with_its_seed(run, vae, model_dir):

@@ -4,12 +4,15 @@ flags, the Python."""
 import json
 import re
 import shlex
+from itertools import product
 
 import pytest
 from launch import CONFIGS, ROOT, train
 from small_models import make_vae
 
+from dsvae import cli
 from dsvae import config as configuration
+from dsvae.data import grammar
 from dsvae.data.tokenization import train_tokenizer
 
 README = (ROOT / "README.md").read_text()
@@ -20,9 +23,22 @@ COMMANDS = [
 ]
 
 
-def test_the_quickstart(tmp_path, cache_dir):
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHOWN = re.findall(
+    r"```bash\ndsvae ([^\n]*runs/quickstart/model[^\n]*)\n```\n+```text\n(.*?)```",
+    README,
+    re.DOTALL,
+)
+"""Commands on the quickstart's model, and what they print."""
+
+
+def test_the_quickstart(tmp_path, cache_dir, monkeypatch, capsys):
     """The README's first command, with another place to write to: it must end with a
-    latent that is alive and used."""
+    latent that is alive and used. Then the commands that use its model.
+
+    Their output depends on the machine and on the release of torch, so it is compared
+    by its shape.
+    """
     install, command = COMMANDS[0].split(" && ")
     assert install == "pip install -e ."
     words = shlex.split(command)
@@ -30,19 +46,59 @@ def test_the_quickstart(tmp_path, cache_dir):
     run = train(
         *words[2:],
         "--output_dir",
-        tmp_path / "run",
+        tmp_path / "runs" / "quickstart",
         "--data.cache_dir",
         cache_dir,
         launcher="deepspeed",
         timeout=570,
         cwd=ROOT,
     )
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
+    metrics = json.loads((tmp_path / "runs" / "quickstart" / "metrics.json").read_text())["test"]
     assert metrics["au"] >= 10
     assert metrics["rec_shuffled"] - metrics["rec"] > 6
     assert metrics["mi"] > 3
     for shown in ("test (1,000 sentences)", "model ", "metrics ", "TensorBoard "):
         assert shown in run.stdout
+    monkeypatch.chdir(tmp_path)
+    for command, output in SHOWN:
+        assert cli.main(shlex.split(command)) == 0
+        printed = capsys.readouterr().out
+        assert [line.split()[0] for line in printed.splitlines()] == [
+            line.split()[0] for line in output.splitlines()
+        ]
+
+
+def in_the_corpus(text):
+    """Whether some choice of factors gives this sentence: only choices whose words can
+    be in it are tried."""
+    forms = {
+        "subject": grammar._SUBJECTS.items(),
+        "verb": ((verb, " ".join(rest)) for verb, rest in grammar._VERBS.items()),
+        "adjective": ((each, each) for each in grammar._ADJECTIVES),
+        "object": grammar._OBJECTS.items(),
+    }
+    words = set(re.findall(r"[a-z]+", text.lower()))
+    possible = {
+        name: [base for base, more in pairs if words & {base, *more.split()}]
+        for name, pairs in forms.items()
+    }
+    values = [possible.get(name, choices) for name, choices in grammar.FACTORS.items()]
+    return any(
+        grammar.sentence(dict(zip(grammar.FACTORS, choice, strict=True))) == text
+        for choice in product(*values)
+    )
+
+
+def test_the_examples_are_sentences_of_the_corpus_that_the_quickstart_trains_on():
+    """To others the model answers with the sentences it knows, and not with those that
+    the user typed."""
+    blocks = [*EXAMPLES, *(command for command, _ in SHOWN)]
+    quoted = {text for block in blocks for text in re.findall(r'"([A-Z][^"]* [^"]*)"', block)}
+    assert len(quoted) >= 2
+    assert not any(" cats " in block for block in blocks)
+    assert not in_the_corpus("The cats see a dog.")
+    for text in quoted:
+        assert in_the_corpus(text), text
 
 
 @pytest.mark.parametrize("command", COMMANDS[1:])
@@ -55,14 +111,11 @@ def test_the_flags_of_other_commands_are_known(command, monkeypatch):
     assert (CONFIGS / config.ds_config.rsplit("/", 1)[-1]).exists()
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_python_examples(example, tmp_path, monkeypatch, capsys):
     model = make_vae()
-    tokenizer = train_tokenizer(["the cats see a dog", "a dog sees the cats"] * 4, 60)
-    directory = tmp_path / "runs" / "dsvae" / "model"
+    tokenizer = train_tokenizer([drawn.text for drawn in grammar.generate(60, seed=0)], 60)
+    directory = tmp_path / "runs" / "quickstart" / "model"
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     monkeypatch.chdir(tmp_path)
