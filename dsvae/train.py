@@ -381,6 +381,7 @@ def train_phase(
                     meta=meta,
                     keep=config.keep_checkpoints,
                     keep_best=config.keep_best,
+                    report=reporter.say,
                 )
             except checkpoint.SaveFailed as failure:
                 if stop or config.on_save_error == "stop":

@@ -1,8 +1,11 @@
 """Checkpoints that are either complete or never used.
 
-All ranks write, all ranks check what was written, rank 0 records sizes and checksums in
-a file called COMPLETE, which appears at once; only then `latest` moves. (DeepSpeed
-alone moves `latest` before the other ranks have finished.)
+Every rank writes its files, puts them on the disk, and takes their checksums. Rank 0
+records sizes and checksums in a file called COMPLETE, which appears at once. Only then
+`latest` moves. (DeepSpeed alone moves `latest` before the other ranks have finished.)
+
+The checksum is of what the kernel has taken, and it is read from memory: it says what
+must be on the disk, and not what is there. A resume compares the two.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +76,7 @@ def save(
     meta: dict[str, Any],
     keep: int,
     keep_best: bool,
+    report: Callable[[str], Any],
 ) -> Checkpoint:
     """Saves the state of a DeepSpeed engine after optimizer step `step`. Collective.
 
@@ -80,74 +85,97 @@ def save(
             best is known, the smaller the better.
         keep: the newest that stay.
         keep_best: whether the best of this phase stays too.
+        report: gets a warning where older checkpoints could not be removed.
 
     Raises:
         SaveFailed: on every rank: the disk is full, or takes no more for another
             reason.
     """
-    tag = f"phase{phase}-step{step:08d}"
-    directory = root / tag
+    name = tag(phase, step)
+    directory = root / name
 
     def begin() -> None:
         shutil.rmtree(directory, ignore_errors=True)  # what an earlier, cut save may have left
         directory.mkdir(parents=True)
 
-    def commit(listing: dict[str, Any]) -> None:
-        write_text(directory / COMPLETE, json.dumps({"meta": meta, "files": listing}, indent=1))
-        write_text(root / "latest", tag)
-        _sync(root)
-        prune(root, keep, keep_best)
+    def commit(files: dict[str, Any]) -> None:
+        _sync(directory)
+        write_text(directory / COMPLETE, json.dumps({"meta": meta, "files": files}, indent=1))
+        _sync(directory)
 
-    problem: str | None = None
+    def tidy() -> str | None:
+        try:
+            write_text(root / "latest", name)
+            _sync(root)
+            prune(root, keep, keep_best)
+        except OSError as error:
+            return (
+                f"warning: checkpoint {directory} is complete, but the older ones or `latest` "
+                f"could not be put in order: {error}"
+            )
+        return None
+
     try:
         world.on_main(begin)
-        with _failures_of(engine) as failures:
-            engine.save_checkpoint(
-                str(root), tag=tag, client_state={"phase": phase, "step": step}, save_latest=False
-            )
-        world.beat(f"checkpoint {tag}")
-        problem = next((f for f in world.gather(failures[0] if failures else None) if f), None)
-        if problem is None:
-            # Every rank reads back a part of the files.
-            files = sorted(path for path in directory.rglob("*") if path.is_file())
-            own = {
-                str(path.relative_to(directory)): {
-                    "bytes": path.stat().st_size,
-                    "sha256": _sha256(path, sync=True),
-                }
-                for path in files[world.rank :: world.size]
-            }
-            listing = {name: entry for part in world.gather(own) for name, entry in part.items()}
-            world.on_main(lambda: commit(listing))
+        problem = None
     except OSError as error:  # of `on_main`, and so on every rank
         problem = str(error)
+    if problem is None:
+        with _failures_of(engine) as writer:
+            engine.save_checkpoint(
+                str(root), tag=name, client_state={"phase": phase, "step": step}, save_latest=False
+            )
+        world.beat(f"checkpoint {name}")
+        with world.patient():  # a disk may be slow
+            own = writer.checksums(directory)
+        parts = world.gather((own, writer.failures))
+        problem = next((failures[0] for _, failures in parts if failures), None)
+    if problem is None:
+        try:
+            world.on_main(
+                lambda: commit({name: entry for files, _ in parts for name, entry in files.items()})
+            )
+        except OSError as error:
+            problem = str(error)
     if problem is not None:
-        world.on_main(lambda: _remove_incomplete(directory))
+        world.on_main(lambda: _remove(directory, ignore_errors=True))
         raise SaveFailed(
             f"checkpoint {directory} cannot be written ({problem}); those before it are as they "
             f"were"
         )
+    if warning := world.on_main(tidy):
+        report(warning)
     return Checkpoint(phase, step, directory)
 
 
-def _remove_incomplete(directory: Path) -> None:
-    # else it was `latest` that could not be moved: what is complete stays
-    if not (directory / COMPLETE).exists():
-        shutil.rmtree(directory, ignore_errors=True)
+def _remove(directory: Path, ignore_errors: bool = False) -> None:
+    """Removes a checkpoint, which is incomplete from the first moment on, whatever
+    happens to the rest."""
+    with suppress(OSError) if ignore_errors else nullcontext():
+        (directory / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors)
 
 
 def prune(root: Path, keep: int, keep_best: bool) -> None:
     """Removes all but the newest `keep` complete checkpoints and, with `keep_best`, the
-    best of the newest one's phase."""
+    best of the newest one's phase.
+
+    Raises:
+        OSError: one of them stays; the others are removed all the same.
+    """
     complete = find(root)
     spared = set(complete[-keep:])
     if keep_best and (best := best_of(complete)):
         spared.add(best)
+    problem: OSError | None = None
     for old in complete:
         if old not in spared:
-            # incomplete from here on, whatever happens to the rest
-            (old.directory / COMPLETE).unlink()
-            shutil.rmtree(old.directory)
+            try:
+                _remove(old.directory)
+            except OSError as error:
+                problem = error
+    if problem is not None:
+        raise problem
 
 
 def best_of(complete: list[Checkpoint]) -> Checkpoint | None:
@@ -161,35 +189,71 @@ def best_of(complete: list[Checkpoint]) -> Checkpoint | None:
     return min(measured, default=(None, None), key=lambda pair: pair[0])[1]
 
 
-@contextmanager
-def _failures_of(engine: Any) -> Iterator[list[str]]:
-    """Collects what goes wrong while DeepSpeed writes on this rank.
+class _Writer:
+    """DeepSpeed's writer of files, which remembers what goes wrong instead of raising
+    it.
 
     Raised in the midst of `save_checkpoint`, it would leave the other ranks waiting in
     its barriers.
     """
-    failures: list[str] = []
-    writer = engine.checkpoint_engine
 
-    class Guarded:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(writer, name)
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self._paths: list[Path] = []
+        self.failures: list[str] = []
 
-        def save(self, state_dict: Any, path: str) -> None:
-            try:
-                writer.save(state_dict, path)
-            # torch's own writer raises RuntimeError on a full disk
-            except (OSError, RuntimeError) as error:
-                free = shutil.disk_usage(Path(path).parent).free
-                failures.append(
-                    f"{str(error).strip().splitlines()[0]}: {path}, {free / 2**20:.0f} MiB free"
-                )
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
 
-    engine.checkpoint_engine = Guarded()
+    def save(self, state_dict: Any, path: str) -> None:
+        self.attempt(path, lambda: self._writer.save(state_dict, path))
+        self._paths.append(Path(path))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self.attempt(path, lambda: self._writer.makedirs(path, exist_ok=exist_ok))
+
+    def attempt(self, path: str | Path, write: Callable[[], None]) -> None:
+        """Does something with a file."""
+        try:
+            write()
+        except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+            room = ""
+            with suppress(OSError):
+                room = f", {shutil.disk_usage(Path(path).parent).free / 2**20:.0f} MiB free"
+            self.failures.append(f"{str(error).strip().splitlines()[0]}: {path}{room}")
+
+    def checksums(self, directory: Path) -> dict[str, dict[str, Any]]:
+        """Size and checksum of every file that this rank has written, by its name in
+        `directory`. They are on the disk by then.
+
+        The rank that has written a file does it: on file systems of several nodes,
+        another node would put nothing on the disk, and may not even see the file yet.
+        """
+        found: dict[str, dict[str, Any]] = {}
+
+        def add(path: Path) -> None:
+            checksum = _sha256(path, sync=True)
+            entry = {"bytes": path.stat().st_size, "sha256": checksum}
+            found[str(path.relative_to(directory))] = entry
+
+        for path in self._paths:
+            if not self.failures:
+                self.attempt(path, partial(add, path))
+        return found
+
+
+@contextmanager
+def _failures_of(engine: Any) -> Iterator[_Writer]:
+    """Collects what goes wrong while DeepSpeed writes on this rank."""
+    writer, copy_script = engine.checkpoint_engine, engine._copy_recovery_script
+    guarded = _Writer(writer)
+    engine.checkpoint_engine = guarded
+    # rank 0 copies it between two barriers
+    engine._copy_recovery_script = lambda path: guarded.attempt(path, lambda: copy_script(path))
     try:
-        yield failures
+        yield guarded
     finally:
-        engine.checkpoint_engine = writer
+        engine.checkpoint_engine, engine._copy_recovery_script = writer, copy_script
 
 
 def find(root: Path) -> list[Checkpoint]:
@@ -276,8 +340,8 @@ def load(
 
 
 def _sha256(path: Path, sync: bool = False) -> str:
-    """The checksum; with `sync` of what is on the disk by then, not only on its way
-    there."""
+    """The checksum; with `sync` the file is put on the disk first, which is where late
+    errors of the disk come up."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         if sync:

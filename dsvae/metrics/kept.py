@@ -4,9 +4,11 @@ where it stood, and ends with the same numbers."""
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,8 @@ class Kept:
     """What the passes of one evaluation of one model have found so far.
 
     A pass is known by what it computes, and not by its place among the others. Rank 0
-    alone reads and writes.
+    alone reads and writes. A full disk is no error: what it does not take is computed
+    again by the next start.
 
     Args:
         root: the directory, which holds one evaluation at a time.
@@ -39,7 +42,8 @@ class Kept:
         def make() -> None:
             if not self._directory.is_dir():
                 self.remove()  # the evaluation of other weights
-                self._directory.mkdir(parents=True)
+                with suppress(OSError):
+                    self._directory.mkdir(parents=True)
 
         world.on_main(make)
 
@@ -75,12 +79,18 @@ class Kept:
         Collective."""
 
         def write() -> None:
+            content = io.BytesIO()
+            torch.save({"batches": batches, "result": result.cpu()}, content)
             temporary = self._directory / f".{key}.tmp"
-            with temporary.open("wb") as file:
-                torch.save({"batches": batches, "result": result.cpu()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._directory / key)
+            with suppress(OSError):
+                try:
+                    with temporary.open("wb") as file:
+                        file.write(content.getbuffer())
+                        file.flush()
+                        os.fsync(file.fileno())
+                    temporary.replace(self._directory / key)
+                finally:
+                    temporary.unlink(missing_ok=True)
 
         self._world.on_main(write)
 

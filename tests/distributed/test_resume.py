@@ -1,6 +1,7 @@
 """Invariant 5: a run cut at any moment and resumed gives the losses, and the weights,
 of the uncut one: bit by bit."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -70,6 +71,11 @@ def same_as_uncut(cut, uncut):
 def test_cut_in_both_phases(stage, cuts, tiny, tmp_path):
     common = ("--config", tiny, "--ds_config", CONFIGS / f"{stage}.json", *ARGUMENTS)
     train(*common, "--output_dir", tmp_path / "uncut", ranks=2)
+
+    for saved in (tmp_path / "uncut" / "checkpoints").glob("phase*"):
+        files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+        listed = json.loads((saved / "COMPLETE").read_text())["files"]
+        assert files == {"COMPLETE", *listed}
 
     cut = tmp_path / "cut"
     for moment, number, ranks in cuts:

@@ -85,3 +85,15 @@ def test_what_other_weights_gave_is_not_taken_over(split, tmp_path):
     assert counting.count > 0
     assert of(second, "second") == evaluate(second, split, ALONE, **OPTIONS)
     assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+def test_a_disk_that_takes_nothing_changes_no_number(split, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    model = make_vae()
+    kept = Kept(tmp_path / "kept", "these weights", ALONE, lambda: None)
+    found = evaluate(model, split, ALONE, kept=kept, **OPTIONS)
+    assert found == evaluate(model, split, ALONE, **OPTIONS)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
