@@ -65,9 +65,18 @@ def claim(directory: Path) -> TextIO:
     return lock
 
 
-def find_start(config: RunConfig, report: Callable[[str], Any]) -> Start:
+def find_start(
+    config: RunConfig,
+    report: Callable[[str], Any],
+    sentences: Callable[[], dict[str, Any]] | None = None,
+) -> Start:
     """Where the run of `config` begins: afresh, at a checkpoint, between the phases, or
     nowhere because it is finished.
+
+    Args:
+        report: gets a line for every damaged checkpoint.
+        sentences: `data_of(config)`, where the caller needs it too; it is asked for
+            where a run is there.
 
     Raises:
         UserError: `resume` never and a run lies there; auto and it was another
@@ -101,7 +110,7 @@ def find_start(config: RunConfig, report: Callable[[str], Any]) -> Start:
             _compare(directory, config, mine=directory == own)
     if source == own and is_finished(own, config.phase):
         return Start([])
-    _compare_data(source, config)
+    _compare_data(source, sentences or (lambda: data_of(config)))
     between = source / "phase1" / "model"
     tokenizer = source / "tokenizer" if (source / "tokenizer").is_dir() else None
     newest = checkpoint.newest_sound(source / "checkpoints", report)
@@ -140,13 +149,13 @@ def _compare(directory: Path, config: RunConfig, mine: bool) -> None:
         )
 
 
-def _compare_data(directory: Path, config: RunConfig) -> None:
+def _compare_data(directory: Path, sentences: Callable[[], dict[str, Any]]) -> None:
     """Raises UserError where the sentences are no longer those that the run in a
     directory began with."""
     path = directory / DATA
     if not path.is_file():
         return
-    old, new = json.loads(path.read_text(encoding="utf-8")), data_of(config)
+    old, new = json.loads(path.read_text(encoding="utf-8")), sentences()
     if old != new:
         before, now = old.get("files", {}), new.get("files", {})
         changed = sorted(entry[0] for split, entry in now.items() if before.get(split) != entry)

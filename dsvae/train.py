@@ -9,7 +9,9 @@ alone goes through `world.on_main`.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -202,7 +204,8 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     reporter = Reporter(config, world.is_main)
     lock: list[Any] = []  # held by rank 0 until the run leaves this function
     world.on_main(lambda: lock.append(output.claim(out)))
-    start = world.on_main(lambda: output.find_start(config, reporter.say))
+    sentences = functools.cache(lambda: output.data_of(config))  # reads the files once
+    start = world.on_main(lambda: output.find_start(config, reporter.say, sentences))
     if not start.phases:
         world.on_main(lambda: _say_finished(config, reporter))
         return
@@ -213,7 +216,13 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     source = config.model.name or (str(start.tokenizer) if start.tokenizer else None)
     vocab_size = None if source else config.model.vocab_size
     path = world.on_main(
-        lambda: prepare(config.data, tokenizer=source, vocab_size=vocab_size, seed=config.seed)
+        lambda: prepare(
+            config.data,
+            tokenizer=source,
+            vocab_size=vocab_size,
+            seed=config.seed,
+            corpus=sentences(),
+        )
     )
     data = world.on_all(lambda: load_prepared(path))
     reporter.say(data_lines(data.report, world.size))
@@ -245,7 +254,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
             if phase == start.phases[0]:
                 # Only now: a mistake until here leaves nothing in output_dir that the
                 # corrected command would stumble over.
-                world.on_main(lambda: _write_down(config, raw, data, out))
+                world.on_main(lambda: _write_down(config, raw, data, sentences(), out))
                 reporter.open(first_step + 1)
             if resumed:
                 with world.patient():
@@ -544,16 +553,23 @@ def _save_tokenizer(data: Prepared) -> Callable[[Path], None]:
     return save
 
 
-def _write_down(config: RunConfig, raw: dict[str, Any], data: Prepared, out: Path) -> None:
+def _write_down(
+    config: RunConfig,
+    raw: dict[str, Any],
+    data: Prepared,
+    sentences: dict[str, Any],
+    out: Path,
+) -> None:
     """Puts configuration, tokenizer and what tells the sentences from others into the
     output directory."""
     write_json(out / "ds_config.json", raw)
-    write_json(out / output.DATA, output.data_of(config))
+    write_json(out / output.DATA, sentences)
     if not (out / "tokenizer").is_dir():
         data.tokenizer.save_pretrained(out / ".tokenizer.tmp")
         (out / ".tokenizer.tmp").rename(out / "tokenizer")
-    config.ds_config = str(out / "ds_config.json")
-    write_text(out / "config.yaml", configuration.to_yaml(config))
+    # a copy: the configuration stays the same on all ranks
+    written = dataclasses.replace(config, ds_config=str(out / "ds_config.json"))
+    write_text(out / "config.yaml", configuration.to_yaml(written))
 
 
 def _say_finished(config: RunConfig, reporter: Reporter) -> None:

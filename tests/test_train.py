@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from dsvae import train
+from dsvae.config import build, load_tree
+from dsvae.data import corpora
+from dsvae.data.grammar import generate
 from dsvae.engine.distributed import World
 from dsvae.errors import EXIT_DEFECT, EXIT_RANK_LOST, EXIT_RESUMABLE
 
@@ -133,3 +136,37 @@ def test_a_stack_that_all_ranks_have_is_shown_once(monkeypatch, capsys):
 
     assert ended(monkeypatch, other, Others(shown=first.shown), rank=1) == EXIT_DEFECT
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_start_reads_its_files_once_and_leaves_the_configuration_alone(tmp_path, monkeypatch):
+    """A first start, and one that goes on in the same directory."""
+    texts = [drawn.text for drawn in generate(200, seed=1)]
+    (tmp_path / "train.txt").write_text("\n".join(texts) + "\n")
+    config = build(
+        {
+            "ds_config": "x.json",
+            "output_dir": str(tmp_path / "run"),
+            "data": {
+                "train_file": str(tmp_path / "train.txt"),
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "model": {"vocab_size": 260},
+        },
+        where="test",
+    )
+    read, hash_file = [], corpora._hash_file
+    monkeypatch.setattr(corpora, "_hash_file", lambda file: read.append(file) or hash_file(file))
+    monkeypatch.setattr(train, "_engine", lambda *_: (None, None))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_phase", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, {}, World(0, 0, 1, torch.device("cpu")), train.Stopping())
+        assert [file.name for file in read] == ["train.txt"]
+        assert config.ds_config == "x.json"
+        read.clear()
+    written = build(load_tree(str(tmp_path / "run" / "config.yaml")), where="test")
+    assert written.ds_config == str(tmp_path / "run" / "ds_config.json")

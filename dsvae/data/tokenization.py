@@ -270,13 +270,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def prepare(data: DataConfig, *, tokenizer: str | None, vocab_size: int | None, seed: int) -> Path:
+def prepare(
+    data: DataConfig,
+    *,
+    tokenizer: str | None,
+    vocab_size: int | None,
+    seed: int,
+    corpus: dict[str, Any] | None = None,
+) -> Path:
     """The directory with the tokenizer, the tokenized splits and the report, made
     unless it is there; for one process.
 
     `tokenizer` names one to load; where it is None, one of `vocab_size` pieces is
     trained on the training sentences. The directory's name is a hash of all that
-    decides its content. It appears complete, by a rename, or not at all. Raises
+    decides its content; `corpus` is the `fingerprint` of the sentences, where it is
+    known already. It appears complete, by a rename, or not at all. Raises
     UserError for a fault of the source, the tokenizer or the cache directory.
     """
     if (tokenizer is None) == (vocab_size is None):
@@ -284,7 +292,7 @@ def prepare(data: DataConfig, *, tokenizer: str | None, vocab_size: int | None, 
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     identity = {
         "format": _FORMAT,
-        "corpus": fingerprint(data, seed),
+        "corpus": fingerprint(data, seed) if corpus is None else corpus,
         "tokenizer": {"trained": vocab_size} if loaded is None else _tokenizer_identity(loaded),
         "max_tokens": data.max_tokens,
     }

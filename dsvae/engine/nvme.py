@@ -86,24 +86,27 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
                     f"ds_config: zero_optimization.stage3_{name} must be 0 with weights on a "
                     f"disk, not {value:g}"
                 )
-    own = "dsvae-" + hashlib.sha256(str(Path(output_dir).resolve()).encode()).hexdigest()[:12]
+    # With its node's name: some nodes share the directory, and must not share these.
+    host = socket.gethostname()
+    run = f"{Path(output_dir).resolve()} {host}"
+    own = "dsvae-" + hashlib.sha256(run.encode()).hexdigest()[:12]
     for section in sections.values():
         section["nvme_path"] = str(Path(section["nvme_path"]) / own)
     places = sorted({Path(section["nvme_path"]) for section in sections.values()})
+    # Not by LOCAL_RANK: it is 0 on all ranks of a node where each sees one GPU.
+    first = bool(places) and world.gather(host).index(host) == world.rank
     try:
         if places:
             # One rank a node makes the directories, and compiles what is not compiled
             # yet; then each tries them.
             with world.patient():
-                _agree(
-                    (_compile() or _first(_make, places)) if world.local_rank == 0 else None, world
-                )
+                _agree((_compile() or _first(_make, places)) if first else None, world)
                 _agree(
                     _first(lambda directory: _try(directory, resolved, world.rank), places), world
                 )
         yield
     finally:
-        if world.local_rank == 0:
+        if first:
             for directory in places:
                 shutil.rmtree(directory, ignore_errors=True)
 

@@ -24,8 +24,8 @@ class Kept:
     """What the passes of one evaluation of one model have found so far.
 
     A pass is known by what it computes, and not by its place among the others. Rank 0
-    alone reads and writes. A full disk is no error: what it does not take is computed
-    again by the next start.
+    alone reads and writes. A full disk is no error: all that was kept makes room then,
+    and the next start computes it again.
 
     Args:
         root: the directory, which holds one evaluation at a time.
@@ -82,15 +82,14 @@ class Kept:
             content = io.BytesIO()
             torch.save({"batches": batches, "result": result.cpu()}, content)
             temporary = self._directory / f".{key}.tmp"
-            with suppress(OSError):
-                try:
-                    with temporary.open("wb") as file:
-                        file.write(content.getbuffer())
-                        file.flush()
-                        os.fsync(file.fileno())
-                    temporary.replace(self._directory / key)
-                finally:
-                    temporary.unlink(missing_ok=True)
+            try:
+                with temporary.open("wb") as file:
+                    file.write(content.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self._directory / key)
+            except OSError:
+                self.remove()
 
         self._world.on_main(write)
 

@@ -5,6 +5,7 @@ import contextlib
 import os
 import shutil
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -93,6 +94,33 @@ def test_runs_have_directories_of_their_own_and_leave_none(tmp_path, compiled):
         assert os.listdir(where(one)) == []
         raise RunStopped(75, "told to stop")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_rank_of_each_node_has_the_directories(tmp_path, compiled, monkeypatch):
+    """Whatever LOCAL_RANK says, which is 0 everywhere where each rank sees one GPU."""
+
+    class Rank(World):
+        def gather(self, value):
+            return HOSTS if value in HOSTS else [value]
+
+    found = {}
+    for rank, host in enumerate(HOSTS):
+        made: list = []
+        monkeypatch.setattr(nvme.socket, "gethostname", lambda host=host: host)
+        monkeypatch.setattr(nvme, "_make", lambda path, made=made: made.append(path))
+        config = resolved(tmp_path)
+        with nvme.place(config, "run", Rank(rank, 0, 4, torch.device("cpu"))):
+            Path(where(config)).mkdir()
+        found[rank] = (bool(made), Path(where(config)).exists())
+        shutil.rmtree(where(config), ignore_errors=True)
+        monkeypatch.undo()
+        monkeypatch.setattr(nvme, "_compile", lambda: None)
+        monkeypatch.setattr(nvme, "_try", lambda *_: None)
+    # (made, still there): ranks 1 and 3 leave what their nodes' first ranks have made
+    assert found == {0: (True, False), 1: (False, True), 2: (True, False), 3: (False, True)}
+
+
+HOSTS = ["node1", "node1", "node2", "node2"]
 
 
 def test_a_disk_without_room_stops_the_run_before_it_begins(tmp_path, monkeypatch):
