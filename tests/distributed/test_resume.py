@@ -53,7 +53,7 @@ def same_as_uncut(cut, uncut):
         assert rows(cut, split) == rows(uncut, split)
     events = EventAccumulator(str(cut / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    found = [(event.step, event.value) for event in events.Scalars("train/rec")]
+    found = [(event.step, event.value) for event in events.Scalars("main/rec")]
     assert found == [(row["step"], pytest.approx(row["rec"], rel=1e-6)) for row in expected]
     assert (cut / "metrics.json").read_text() == (uncut / "metrics.json").read_text()
     assert not (cut / ".evaluation").exists()
