@@ -440,6 +440,7 @@ def finish(
             samples=config.eval.samples,
             iw_samples=config.eval.iw_samples,
             token_budget=config.eval.batch_tokens,
+            more=data.splits["train"],
             kept=kept,
         )
         if stop := stopping.agreed(world):

@@ -33,7 +33,7 @@ from dsvae.evaluation.sentences import Sentences
 from dsvae.evaluation.table import table
 from dsvae.files import make_writable, write_json
 from dsvae.generation.sentence_vae import check_seed
-from dsvae.metrics import likelihood, passes
+from dsvae.metrics import passes
 from dsvae.metrics.disentanglement import disentanglement
 from dsvae.metrics.evaluate import (
     Measured,
@@ -43,7 +43,7 @@ from dsvae.metrics.evaluate import (
     measure,
     summarize,
 )
-from dsvae.metrics.information import active_unit_curve, near_cap
+from dsvae.metrics.information import active_unit_curve
 from dsvae.metrics.probes import probe
 from dsvae.metrics.reconstruction import compare, reconstruct
 from dsvae.metrics.text import samples as text_samples
@@ -51,10 +51,6 @@ from dsvae.modeling.t5_vae import T5VAE
 
 SHOWN = 20
 """Reconstructions and prior samples in the report."""
-
-NO_USE = 0.01
-"""Share of rec below which, three standard errors included, what another text's z costs
-is nothing: z is not used."""
 
 T = TypeVar("T")
 
@@ -199,7 +195,7 @@ def evaluate_sentences(
         "estimators": _estimators(samples, iw_samples, model.config.latent_dim),
         "policies": _policies(max_tokens),
     }
-    metrics["warnings"] = _warnings(metrics, measured)
+    metrics["warnings"] = warnings_of(metrics, measured)
     return Evaluation(metrics, measured, pairs, prior)
 
 
@@ -267,32 +263,6 @@ def _policies(max_tokens: int) -> dict[str, str]:
             "(delta method)"
         ),
     }
-
-
-def _warnings(metrics: dict[str, Any], measured: Measured) -> list[str]:
-    """What a reader of the numbers must know."""
-    if not metrics["latent_dim"]:
-        return []
-    found = [near_cap(metrics["mi"], metrics["sentences"])]
-    gain, error = likelihood.mean(measured.rec_shuffled - measured.rec)
-    if gain <= 3 * error:  # false for NaN: no other text, nothing to say
-        told = f"rec_shuffled - rec = {gain:.3f} ± {error:.3f} nats: "
-        if gain + 3 * error < NO_USE * metrics["rec"]:
-            found.append(f"{told}another text's z does as well, the decoder does not use z")
-        else:
-            found.append(
-                f"{told}not distinguishable from 0 on {metrics['sentences']:,} sentences; "
-                f"evaluate on more"
-            )
-    if metrics["unk"] > 0.01 * metrics["tokens"]:
-        found.append(
-            f"{metrics['unk'] / metrics['tokens']:.1%} of the tokens are unknown pieces: "
-            f"likelihoods are too good"
-        )
-    if metrics["truncated"] > 0.01 * metrics["sentences"]:
-        share = metrics["truncated"] / metrics["sentences"]
-        found.append(f"{share:.1%} of the sentences are truncated: give a larger --max_tokens")
-    return [warning for warning in found if warning]
 
 
 def _default_output(model_dir: str) -> Path:

@@ -5,7 +5,8 @@ of z. Perplexities and bits come from the ELBO, so they are upper bounds: `ppl_t
 per predicted token (EOS in numerator and denominator), `ppl_word` per whitespace word
 with one more for the end of the sentence, `bits_per_byte` per UTF-8 byte with one more
 for the line's end. `se` holds the standard error over sentences of every one of them,
-under the same name.
+under the same name. `warnings` says in words which of the numbers must not be taken as
+they are.
 """
 
 from __future__ import annotations
@@ -22,11 +23,20 @@ from torch import Tensor
 from dsvae.data.noise import LATENT, PRIOR
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine.distributed import World
-from dsvae.metrics import likelihood, passes
-from dsvae.metrics.information import active_units, mutual_information
+from dsvae.metrics import information, likelihood, passes
+from dsvae.metrics.information import active_units, mutual_information, near_cap
 from dsvae.metrics.kept import Kept
 from dsvae.modeling.posterior import Gaussian
 from dsvae.modeling.t5_vae import T5VAE
+
+
+NO_USE = 0.01
+"""Share of rec below which, three standard errors included, what another text's z costs
+is nothing: z is not used."""
+
+LOW_ESS = 0.25
+"""Share of its samples below which the effective sample size of the importance-weighted
+bound is small."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,12 @@ class Measured:
     """(S, N) float64: log p(x|z_s) for S samples z_s ~ q(z|x)."""
     kl: Tensor
     """(N, Z) float64."""
-    mi_terms: Tensor
-    """(N,) float64, whose mean is the mutual information."""
+    mi_rows: Tensor
+    """(J,), the sentences whose terms of the mutual information were computed."""
+    mi_terms: information.Terms
+    """Of these J sentences."""
+    mi_posteriors: int
+    """P, the posteriors in the aggregate."""
     rec_shuffled: Tensor
     """(N,) float64: -log p(x|z) under the z of a sentence of another text; NaN where
     there is none."""
@@ -63,29 +77,33 @@ def evaluate(
     token_budget: int,
     iw_samples: int = 0,
     seed: int = passes.EVALUATION_SEED,
+    more: TokenizedSplit | None = None,
     kept: Kept | None = None,
 ) -> dict[str, Any]:
     """The metrics of `model` on `split` that take a few passes; the same on every rank.
     Collective.
 
     Args:
-        samples: z drawn a sentence for `rec`.
+        samples: z drawn per sentence for `rec`.
         token_budget: most padded tokens of one forward pass on one rank; changes the
             speed only.
-        iw_samples: z drawn a sentence for the importance-weighted bound; 0: not
+        iw_samples: z drawn per sentence for the importance-weighted bound; 0: not
             measured.
         seed: of the draws of z.
+        more: other sentences of the same kind, such as training ones. Their posteriors
+            join the aggregate, and mi is bounded more closely.
         kept: makes the evaluation one that can be cut and goes on.
 
     Raises:
         RunStopped: on every rank: told to stop; only with `kept`.
     """
     options: dict[str, Any] = {"token_budget": token_budget, "seed": seed, "kept": kept}
-    measured = measure(model, split, world, samples=samples, **options)
+    measured = measure(model, split, world, samples=samples, more=more, **options)
     metrics = summarize(measured, split)
     if iw_samples and model.config.latent_dim:
         options["count"] = iw_samples
         add(metrics, importance_weighted(model, split, measured.posterior, world, **options))
+    metrics["warnings"] = warnings_of(metrics, measured)
     return metrics
 
 
@@ -97,6 +115,7 @@ def measure(
     samples: int,
     token_budget: int,
     seed: int,
+    more: TokenizedSplit | None = None,
     kept: Kept | None = None,
 ) -> Measured:
     """The passes of `evaluate`; its arguments. Collective."""
@@ -114,11 +133,22 @@ def measure(
     draws = (posterior.sample(passes.noise_of(keys, LATENT, s, dim, seed)) for s in range(samples))
     first = next(draws)
     log_px_z = torch.stack([-rec_of(first), *(-rec_of(latent) for latent in draws)])
+    # Content keys look random: the sentences with the smallest are a random subset that
+    # is the same in every order of the file.
+    chosen = torch.from_numpy(np.argsort(keys)[: information.POSTERIORS])
+    parameters = posterior.parameters[chosen]
+    room = information.POSTERIORS - len(chosen)
+    if more is not None and dim and room:
+        others = passes.encode(model, _sample(more, room), world, token_budget, kept)
+        parameters = torch.cat([parameters, others.parameters])
+    rows = chosen[: information.SENTENCES]
     found = Measured(
         posterior=posterior,
         log_px_z=log_px_z,
         kl=posterior.kl().double(),
-        mi_terms=mutual_information(posterior, first, world),
+        mi_rows=rows,
+        mi_terms=mutual_information(Gaussian.from_parameters(parameters), first[rows], world),
+        mi_posteriors=len(parameters),
         rec_shuffled=torch.full((len(split),), math.nan).double()
         if other is None
         else rec_of(first[other]),
@@ -136,14 +166,20 @@ def summarize(found: Measured, split: TokenizedSplit) -> dict[str, Any]:
         "rec": found.rec,
         "kl": kl,
         "elbo": bound,
-        "mi": found.mi_terms,
-        "marginal_kl": kl - found.mi_terms,
+        "mi": found.mi_terms.lower,
+        "mi_upper": found.mi_terms.upper,
+        "marginal_kl": kl[found.mi_rows] - found.mi_terms.lower,
         "rec_shuffled": found.rec_shuffled,
         "rec_prior": found.rec_prior,
     }
     value, se = {}, {}
     for name, per_sentence in means.items():
         value[name], se[name] = likelihood.mean(per_sentence)
+    if not value["mi_upper"] < value["kl"]:  # kl = I(x; z) + KL(q(z) || p(z)) bounds it, too
+        value["mi_upper"], se["mi_upper"] = value["kl"], se["kl"]
+    cap = math.log(found.mi_posteriors)
+    if near_cap(value["mi"], cap):
+        value["marginal_kl"] = se["marginal_kl"] = math.nan
     units, units_se = likelihood.per_unit(-bound, split)
     sentences = len(split)
     return {
@@ -153,7 +189,10 @@ def summarize(found: Measured, split: TokenizedSplit) -> dict[str, Any]:
         "samples": len(found.log_px_z),
         **units,
         "mi": value["mi"],
-        "mi_cap": math.log(sentences),
+        "mi_cap": cap,
+        "mi_upper": value["mi_upper"],
+        "mi_sentences": len(found.mi_rows),
+        "mi_posteriors": found.mi_posteriors,
         "marginal_kl": value["marginal_kl"],
         "au": active_units(found.posterior),
         "kl_per_dim": found.kl.mean(0).tolist(),
@@ -223,10 +262,63 @@ def against_entropy(metrics: dict[str, Any], entropy: float | None, unk: int) ->
     return {"entropy": entropy, "above_entropy": -metrics["elbo"] - entropy}
 
 
+def warnings_of(metrics: dict[str, Any], measured: Measured) -> list[str]:
+    """What a reader of the numbers must know, a sentence each.
+
+    Args:
+        metrics: of `summarize`, with those of `importance_weighted`, if measured; and
+            `unk` and the settings, where `dsvae evaluate` has them.
+    """
+    if not metrics["kl_per_dim"]:
+        return []
+    found = []
+    mi, cap = metrics["mi"], metrics["mi_cap"]
+    if near_cap(mi, cap):
+        found.append(
+            f"mi {mi:.2f} is near its cap, ln({metrics['mi_posteriors']:,}) = {cap:.2f}: "
+            f"the information lies between it and mi_upper {metrics['mi_upper']:.2f}, and "
+            f"marginal_kl is not known; evaluate on more sentences"
+        )
+    gain, error = likelihood.mean(measured.rec_shuffled - measured.rec)
+    if gain <= 3 * error:  # false for NaN: no other text, nothing to say
+        told = f"rec_shuffled - rec = {gain:.3f} ± {error:.3f} nats: "
+        if gain + 3 * error < NO_USE * metrics["rec"]:
+            found.append(f"{told}another text's z does as well, the decoder does not use z")
+        else:
+            found.append(
+                f"{told}not distinguishable from 0 on {metrics['sentences']:,} sentences; "
+                f"evaluate on more"
+            )
+    size, count = metrics.get("iw_ess", math.nan), metrics.get("iw_samples", 0)
+    if size < LOW_ESS * count:
+        found.append(
+            f"iw_ess {size:.1f} of {count} samples: few of them carry the importance-weighted "
+            f"bound, and nll_iw is too high; take more samples"
+        )
+    if metrics.get("unk", 0) > 0.01 * metrics["tokens"]:
+        found.append(
+            f"{metrics['unk'] / metrics['tokens']:.1%} of the tokens are unknown pieces: "
+            f"likelihoods are too good"
+        )
+    if metrics["truncated"] > 0.01 * metrics["sentences"]:
+        share = metrics["truncated"] / metrics["sentences"]
+        found.append(f"{share:.1%} of the sentences are truncated: give a larger max_tokens")
+    return found
+
+
 def add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
     """Adds metrics with their standard errors, which stand under `se`."""
     metrics["se"] |= more.pop("se")
     metrics |= more
+
+
+def _sample(split: TokenizedSplit, count: int) -> TokenizedSplit:
+    """`count` sentences of a split at random, the same at every call; all, if it has no
+    more."""
+    if len(split) <= count:
+        return split
+    rng = np.random.default_rng(passes.EVALUATION_SEED)
+    return split.select(np.sort(rng.choice(len(split), count, replace=False)))
 
 
 def another_sentence(

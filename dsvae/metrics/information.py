@@ -4,11 +4,13 @@ posterior, active units."""
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsvae.engine.distributed import World
+from dsvae.metrics.progress import progress
 from dsvae.modeling.posterior import Gaussian
 
 ACTIVE_UNIT_VARIANCE = 0.01
@@ -17,50 +19,70 @@ ACTIVE_UNIT_VARIANCE = 0.01
 CURVE_THRESHOLDS = tuple(float(f"{10 ** (step / 4 - 4):.4g}") for step in range(21))
 """Thresholds of the active-unit curve: four a decade from 1e-4 to 10."""
 
-NEAR_CAP = 0.95
-"""Share of its cap from which on an estimate of the mutual information is not to be
-trusted."""
+NEAR_CAP = math.log(2)
+"""Nats below its cap within which the lower bound of the mutual information says little:
+there a sentence's own posterior is more than half of the aggregate at its z."""
+
+SENTENCES = 2**11
+"""Most sentences whose terms are computed."""
+
+POSTERIORS = 2**16
+"""Most posteriors in the aggregate."""
 
 PAIRS = 2**22
 """Entries of the pairwise matrix at a time, float64."""
 
 
-def mutual_information(posterior: Gaussian, latent: Tensor, world: World) -> Tensor:
-    """The terms of I(x; z) in nats, (N,) float64, whose mean is the estimate (Hoffman &
-    Johnson 2016). Collective.
+@dataclass(frozen=True)
+class Terms:
+    """Per sentence, what two estimates of I(x; z) are the means of; (J,) float64, in
+    nats."""
 
-    The aggregate posterior is q(z) = (1/N) sum_i q(z|x_i) over the full set, and a term
-    is log q(z_j|x_j) - log q(z_j) for one z_j ~ q(z|x_j). Each term, and so the
-    estimate, is at most ln N.
+    lower: Tensor
+    """log q(z_j|x_j) - log of the mean density of all P posteriors at z_j."""
+    upper: Tensor
+    """The same without the sentence's own posterior in the mean: infinite where there is
+    no other."""
+
+
+def mutual_information(aggregate: Gaussian, latent: Tensor, world: World) -> Terms:
+    """A lower and an upper bound of I(x; z) from pairs of sentences and posteriors.
+    Collective.
+
+    Both hold in expectation over sentences that are drawn independently (Poole et al.
+    2019, On Variational Bounds of Mutual Information): with a sentence's own posterior in
+    the aggregate q(z) the terms are at most ln P, and their mean is too low; without it
+    the mean is too high. The two meet where P is far above exp(I).
 
     Args:
-        posterior: of all N sentences.
-        latent: (N, Z), one sample of each.
+        aggregate: of P sentences of one distribution; that of sentence j is the j-th.
+        latent: (J, Z), one sample of each of the first J posteriors.
     """
-    count = len(latent)
-    terms = torch.zeros(count, dtype=torch.float64)
+    count, all_posteriors = len(latent), len(aggregate.mean)
+    terms = torch.zeros(2, count, dtype=torch.float64, device=world.device)
     if latent.shape[1] == 0:
-        return terms
-    rows_at_a_time = max(1, PAIRS // count)
-    for start in range(world.rank * rows_at_a_time, count, world.size * rows_at_a_time):
-        rows = torch.arange(start, min(start + rows_at_a_time, count))
-        pairwise = posterior.pairwise_log_prob(latent[rows])  # (J, N)
-        own = pairwise[torch.arange(len(rows)), rows]
-        terms[rows] = own - (torch.logsumexp(pairwise, dim=1) - math.log(count))
-    return world.sum(terms.to(world.device)).cpu()
+        return Terms(*terms.cpu())
+    aggregate = Gaussian.from_parameters(aggregate.parameters.to(world.device))
+    latent = latent.to(world.device)
+    rows_at_a_time = max(1, PAIRS // all_posteriors)
+    starts = range(world.rank * rows_at_a_time, count, world.size * rows_at_a_time)
+    for start in progress(starts, world, "mutual information"):
+        rows = torch.arange(start, min(start + rows_at_a_time, count), device=world.device)
+        pairwise = aggregate.pairwise_log_prob(latent[rows])  # (rows, P)
+        own = pairwise.gather(1, rows[:, None])[:, 0]
+        # Left out, and not subtracted from the sum of all: where it is nearly the whole
+        # sum, nothing of the others would be left.
+        others = pairwise.scatter(1, rows[:, None], -math.inf).logsumexp(1)
+        terms[0, rows] = own - torch.logaddexp(own, others) + math.log(all_posteriors)
+        terms[1, rows] = own - others + math.log(max(1, all_posteriors - 1))
+        world.beat("mutual information")
+    return Terms(*world.sum(terms).cpu())
 
 
-def near_cap(mi: float, sentences: int) -> str | None:
-    """A warning where an estimate of the mutual information of so many sentences is
-    near its cap, ln N."""
-    cap = math.log(sentences)
-    if not mi > NEAR_CAP * cap:  # or not a number
-        return None
-    return (
-        f"mi {mi:.2f} is near its cap, ln({sentences:,}) = {cap:.2f}: the true value may be "
-        f"higher, and marginal_kl lower; "
-        "evaluate on more sentences"
-    )
+def near_cap(mi: float, cap: float) -> bool:
+    """Whether a lower bound of the mutual information says little more than that there
+    are exp(cap) posteriors in the aggregate."""
+    return mi > cap - NEAR_CAP
 
 
 def mean_variance(posterior: Gaussian) -> Tensor:

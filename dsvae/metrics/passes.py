@@ -20,6 +20,7 @@ from dsvae.data.noise import generator
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine.distributed import World
 from dsvae.metrics.kept import Kept
+from dsvae.metrics.progress import progress
 from dsvae.modeling.posterior import Gaussian
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.objective.elbo import reconstruction_nats
@@ -112,7 +113,10 @@ def _over(
     if kept is not None:
         key = kept.key(split, latent, token_budget)
         done = kept.load(key, result)
-    for number, (indices, weight) in enumerate(batches[done:], start=done + 1):
+    name = "encoding" if latent is None else "decoding"
+    for number, (indices, weight) in enumerate(
+        progress(batches[done:], world, name), start=done + 1
+    ):
         batch = _batch(model, split, indices, weight).to(world.device)
         rows, real = torch.from_numpy(indices), batch.weight.bool()
         found = compute(batch, rows)

@@ -25,7 +25,7 @@ def samples(
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """(sentence, reconstruction) of the first `count` sentences, decoded greedily from
     the posterior mean, and as many greedy sentences of z drawn from the prior. Every
-    rank decodes the same, so that sharded weights stay in step.
+    rank decodes the same sentences. Collective.
 
     A language model has no z to tell its sentences apart: no pairs, and the one
     sentence that it decodes greedily.
@@ -45,7 +45,22 @@ def samples(
         originals.append(str(tokenizer.decode(ids[0], skip_special_tokens=True)))
         means.append(model(ids, encode_only=True).posterior.mean)
     both = torch.cat([*means, prior.to(world.device)])
-    decoded = model.generate(latent=both, max_new_tokens=max_tokens, do_sample=False)
+    decoded = model.generate(
+        latent=both,
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        synced_gpus=world.size > 1 and _partitioned(model),
+    )
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in decoded]
     model.train(training)
     return list(zip(originals, texts[: len(means)], strict=True)), texts[len(means) :]
+
+
+def _partitioned(model: T5VAE) -> bool:
+    """Whether the ranks hold a part of each weight (ZeRO 3).
+
+    Every forward pass then gathers the weights from all ranks. A rank whose rounding
+    ends a sentence sooner must go on with empty passes, or the others wait for it
+    forever. `generate` detects this only where transformers itself set up DeepSpeed.
+    """
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -1,0 +1,44 @@
+"""Text samples at ZeRO 3 on ranks that decode sentences of different lengths."""
+
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from dsvae.data.grammar import generate
+from dsvae.data.tokenization import tokenize, train_tokenizer
+from dsvae.engine import distributed
+from dsvae.metrics import text
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from small_models import SMALL, make_vae  # noqa: E402
+
+world = distributed.start()
+sentences = [drawn.text for drawn in generate(20, seed=3)]
+tokenizer = train_tokenizer(sentences, SMALL["vocab_size"])
+split = tokenize(sentences, tokenizer, 64, "test")[0]
+model, *_ = deepspeed.initialize(
+    model=make_vae(),
+    config={
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    },
+)
+passes = []
+model.module.register_forward_hook(lambda *_: passes.append(0))
+eos = model.module.config.eos_token_id
+
+
+def diverge(module, arguments, output):
+    """What rounding does to a close argmax: rank 0 sees EOS at once, rank 1 never."""
+    if output.logits is not None:
+        output.logits[..., eos] = torch.inf if world.rank == 0 else -torch.inf
+    return output
+
+
+model.module.register_forward_hook(diverge)
+pairs, prior = text.samples(model.module, split, tokenizer, world, 2, 12)
+print(f"rank {world.rank}: {len(passes)} passes, {max(map(len, prior))} characters")
+sys.stdout.flush()
+distributed.stop(world)
