@@ -194,8 +194,13 @@ OF_A_RUN = (
     "ppl_token",
     "ppl_word",
     "bits_per_byte",
+    "nll_iw",
+    "iw_samples",
+    "iw_ess",
     "mi",
+    "mi_upper",
     "mi_cap",
+    "marginal_kl",
     "au",
     "rec_shuffled",
     "rec_prior",
@@ -205,7 +210,7 @@ OF_A_RUN = (
 
 def result_table(title: str, metrics: dict[str, Any]) -> str:
     """The final metrics as lines for people: those of OF_A_RUN, of a language model its
-    exact likelihood alone.
+    exact likelihood alone; then what must be known about them.
 
     Args:
         metrics: of `dsvae.metrics.evaluate`, or the same read back from metrics.json.
@@ -214,6 +219,7 @@ def result_table(title: str, metrics: dict[str, Any]) -> str:
     rows = described([(name, *MEANING[name]) for name in OF_A_RUN] if latent else BASELINE, metrics)
     lines = [f"{title} ({metrics['sentences']:,} sentences)"]
     lines += [f"  {row.name:<13}{row.value:>10} {row.unit:<14} {row.meaning}" for row in rows]
+    lines += [f"warning: {warning}" for warning in metrics.get("warnings", [])]
     return "\n".join(lines)
 
 

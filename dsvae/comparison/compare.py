@@ -15,7 +15,19 @@ from dsvae.errors import UserError
 from dsvae.metrics import meanings
 from dsvae.metrics.meanings import NATS
 
-SHOWN = ("rec", "kl", "elbo", "nll_iw", "ppl_token", "bits_per_byte", "mi", "au", USE)
+SHOWN = (
+    "rec",
+    "kl",
+    "elbo",
+    "nll_iw",
+    "iw_ess",
+    "ppl_token",
+    "bits_per_byte",
+    "mi",
+    "mi_upper",
+    "au",
+    USE,
+)
 """The metrics of the table; the files hold all."""
 BETTER = {
     "rec": "lower",
@@ -58,7 +70,7 @@ class Comparison:
     tokenizer: dict[str, str]
     """Run -> letter of its tokenizer; empty where all have the same."""
     warnings: list[str]
-    """What may not be compared."""
+    """What may not be compared, and what each run's evaluation says of its numbers."""
 
 
 def compare_runs(directories: Sequence[Path], sort_by: str | None = None) -> Comparison:
@@ -78,7 +90,10 @@ def compare_runs(directories: Sequence[Path], sort_by: str | None = None) -> Com
         runs = _sorted(runs, sort_by, settings, metrics)
     text, about_text = _texts(runs)
     tokenizer, about_tokenizers = _tokenizers(runs)
-    return Comparison(runs, settings, metrics, text, tokenizer, about_text + about_tokenizers)
+    of_runs = [f"{run.name}: {warning}" for run in runs for warning in run.warnings]
+    return Comparison(
+        runs, settings, metrics, text, tokenizer, about_text + about_tokenizers + of_runs
+    )
 
 
 def _differing(runs: list[Run]) -> list[str]:

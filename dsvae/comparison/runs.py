@@ -24,7 +24,19 @@ from dsvae.errors import UserError
 USE = "rec_shuffled-rec"
 """What another sentence's z costs: the one metric here that metrics.json does not
 name."""
-_OF_THE_LATENT = ("kl", "mi", "mi_cap", "marginal_kl", "au", "rec_shuffled", "rec_prior", USE)
+_OF_THE_LATENT = (
+    "kl",
+    "mi",
+    "mi_upper",
+    "mi_cap",
+    "mi_sentences",
+    "mi_posteriors",
+    "marginal_kl",
+    "au",
+    "rec_shuffled",
+    "rec_prior",
+    USE,
+)
 # Settings of a run that say nothing about what it learns; ds_config is a path, whose
 # content is compared.
 _NO_SETTINGS = {*RESUMABLE, "ds_config"} - {"phase"}
@@ -59,6 +71,8 @@ class Run:
     latent none that speak of one."""
     tokenizer: str | None = None
     """A hash of the run's tokenizer; None: there is none to read."""
+    warnings: list[str] = field(default_factory=list)
+    """What the evaluation itself says of its numbers, a line each."""
     problems: list[str] = field(default_factory=list)
     """What could not be read, a line each."""
 
@@ -279,6 +293,8 @@ def _take(run: Run, evaluation: dict[str, Any]) -> None:
             if name.removeprefix("se.") not in _OF_THE_LATENT
         }
     run.metrics = found
+    told = evaluation.get("warnings", [])
+    run.warnings = [str(line) for line in told] if isinstance(told, list) else []
 
 
 def _done(run: Run, rows: _Rows) -> dict[int, int]:

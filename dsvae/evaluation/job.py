@@ -42,6 +42,7 @@ from dsvae.metrics.evaluate import (
     importance_weighted,
     measure,
     summarize,
+    warnings_of,
 )
 from dsvae.metrics.information import active_unit_curve
 from dsvae.metrics.probes import probe

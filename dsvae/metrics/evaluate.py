@@ -29,7 +29,6 @@ from dsvae.metrics.kept import Kept
 from dsvae.modeling.posterior import Gaussian
 from dsvae.modeling.t5_vae import T5VAE
 
-
 NO_USE = 0.01
 """Share of rec below which, three standard errors included, what another text's z costs
 is nothing: z is not used."""

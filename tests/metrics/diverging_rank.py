@@ -12,7 +12,7 @@ from dsvae.engine import distributed
 from dsvae.metrics import text
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from small_models import SMALL, make_vae  # noqa: E402
+from small_models import SMALL, make_vae
 
 world = distributed.start()
 sentences = [drawn.text for drawn in generate(20, seed=3)]

@@ -25,11 +25,17 @@ from dsvae.data.tokenization import tokenize, train_tokenizer
 from dsvae.engine.distributed import World
 from dsvae.errors import UserError
 from dsvae.evaluation import evaluate_model, html
-from dsvae.evaluation.job import _warnings
 from dsvae.evaluation.plots import plots
 from dsvae.evaluation.sentences import read
 from dsvae.metrics import passes
-from dsvae.metrics.evaluate import Measured, against_entropy, another_sentence, measure
+from dsvae.metrics.evaluate import (
+    Measured,
+    against_entropy,
+    another_sentence,
+    evaluate,
+    measure,
+    warnings_of,
+)
 from dsvae.metrics.likelihood import draw_log_weights
 from dsvae.metrics.reconstruction import compare, reconstruct
 from dsvae.modeling.posterior import Gaussian
@@ -170,7 +176,14 @@ def test_what_is_in_the_metrics(metrics, split):
     assert metrics["tokens"] == np.minimum(split.lengths, 24).sum()
     assert metrics["truncated"] == (split.lengths > 24).sum()
     assert metrics["elbo"] == pytest.approx(-metrics["rec"] - metrics["kl"])
-    assert metrics["kl"] == pytest.approx(metrics["mi"] + metrics["marginal_kl"])
+    # 60 sentences: all that mi can say is that there are so many
+    assert (
+        metrics["mi_cap"] - 0.69 < metrics["mi"] <= metrics["mi_cap"] == pytest.approx(np.log(60))
+    )
+    assert metrics["mi"] < metrics["mi_upper"] <= metrics["kl"]
+    assert math.isnan(metrics["marginal_kl"])
+    assert any("mi_upper" in warning for warning in metrics["warnings"])
+    assert (metrics["mi_sentences"], metrics["mi_posteriors"]) == (60, 60)
     assert metrics["kl"] == pytest.approx(sum(metrics["kl_per_dim"]))
     assert metrics["ppl_token"] == pytest.approx(np.exp(-metrics["elbo"] * 60 / metrics["tokens"]))
     assert 1 <= metrics["iw_ess_min"] <= metrics["iw_ess"] <= 3
@@ -183,7 +196,6 @@ def test_what_is_in_the_metrics(metrics, split):
         "elbo",
         "nll_iw",
         "mi",
-        "marginal_kl",
         "rec_shuffled",
         "rec_prior",
         "exact_match",
@@ -319,18 +331,41 @@ def test_a_collapse_is_told_from_too_few_sentences(gain, deviation, said):
     unit = (unit - unit.mean()) / unit.std()
     rec = torch.full((100,), 40.0, dtype=torch.float64)
     nothing = torch.zeros(100)
-    measured = Measured(None, -rec[None], nothing, nothing, rec + gain + deviation * unit, nothing)
+    measured = Measured(
+        None, -rec[None], nothing, nothing, None, 0, rec + gain + deviation * unit, nothing
+    )
     metrics = {
-        "latent_dim": 6,
+        "kl_per_dim": [1.0],
         "mi": 1.0,
+        "mi_cap": 4.6,
         "sentences": 100,
         "rec": 40.0,
         "unk": 0,
         "tokens": 9,
         "truncated": 0,
     }
-    assert _warnings(metrics, measured) == ([] if said is None else [said])
-    assert _warnings(metrics | {"mi": float("nan")}, measured) == ([] if said is None else [said])
+    assert warnings_of(metrics, measured) == ([] if said is None else [said])
+    assert len(warnings_of(metrics | {"iw_ess": 2.0, "iw_samples": 10}, measured)) == 1 + bool(said)
+    assert warnings_of(metrics | {"iw_ess": 3.0, "iw_samples": 10}, measured) == (
+        [] if said is None else [said]
+    )
+    assert warnings_of(metrics | {"mi": float("nan")}, measured) == ([] if said is None else [said])
+
+
+def test_other_posteriors_of_the_same_text_raise_the_cap(tokenizer, monkeypatch):
+    """Ten sentences beside the training ones, and no more of those than fit."""
+    split = tokenize(SENTENCES[:10], tokenizer, 64, "test")[0]
+    more = tokenize(SENTENCES[10:], tokenizer, 64, "train")[0]
+    model, options = make_vae(), {"samples": 1, "token_budget": 512}
+    alone, both = (evaluate(model, split, ALONE, more=m, **options) for m in (None, more))
+    assert alone["mi"] <= np.log(10) + 1e-9
+    assert alone["mi"] < both["mi"] <= both["mi_cap"] == pytest.approx(np.log(60))
+    assert (both["mi_sentences"], both["mi_posteriors"]) == (10, 60)
+    monkeypatch.setattr("dsvae.metrics.information.POSTERIORS", 30)
+    monkeypatch.setattr("dsvae.metrics.information.SENTENCES", 4)
+    few = evaluate(model, split, ALONE, more=more, **options)
+    assert (few["mi_sentences"], few["mi_posteriors"]) == (4, 30)
+    assert few["rec"] == alone["rec"]
 
 
 def test_what_is_left_behind(directory, metrics):

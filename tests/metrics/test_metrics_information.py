@@ -193,5 +193,7 @@ def test_no_latent_and_a_single_sentence():
     assert active_units(Gaussian(torch.ones(1, 3), torch.zeros(1, 3))) == 0
     nothing = Gaussian(torch.zeros(5, 0), torch.zeros(5, 0))
     assert mutual_information(nothing, torch.zeros(5, 0), ALONE).lower.tolist() == [0] * 5
-    alone = mutual_information(Gaussian(torch.ones(1, 3), torch.zeros(1, 3)), torch.ones(1, 3), ALONE)
+    alone = mutual_information(
+        Gaussian(torch.ones(1, 3), torch.zeros(1, 3)), torch.ones(1, 3), ALONE
+    )
     assert (alone.lower.tolist(), alone.upper.tolist()) == ([0], [math.inf])
