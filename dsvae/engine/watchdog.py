@@ -27,8 +27,9 @@ import torch.distributed as dist
 
 from dsvae.errors import EXIT_DEFECT, EXIT_RANK_LOST, EXIT_USER_ERROR
 
-_COLLECTIVE = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}")
-"""Code that a thread is in while it waits for other ranks."""
+_COLLECTIVE = ("torch.distributed.", "deepspeed.")
+"""Packages whose code a thread is in while it waits for other ranks. Names of modules:
+a path can lead through a folder of any name."""
 _STORE_ANSWERS = 5.0
 """Seconds within which the store gives an answer while rank 0 lives."""
 _DEVICE_ANSWERS = 1.0
@@ -273,9 +274,8 @@ class Watchdog:
         if self._waiting:
             return True
         for number, frame in sys._current_frames().items():
-            if number != threading.get_ident() and any(
-                part in frame.f_code.co_filename for part in _COLLECTIVE
-            ):
+            module = f"{frame.f_globals.get('__name__')}."
+            if number != threading.get_ident() and module.startswith(_COLLECTIVE):
                 return True
         return self._device_waits()
 
@@ -391,7 +391,9 @@ class Watchdog:
 
 def advice(code: int) -> str:
     """What to do where another rank has left with a code, or is lost."""
-    return _ADVICE.get(code, "the same command goes on from the last complete checkpoint")
+    return _ADVICE.get(
+        code, "repeat the command: a training run goes on from the last complete checkpoint"
+    )
 
 
 def _silence(who: str, where: str | None = None) -> tuple[str, int]:
