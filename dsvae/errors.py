@@ -52,3 +52,16 @@ class RunStopped(BaseException):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(code, message)  # both: exceptions travel between ranks by their arguments
         self.code, self.message = code, message
+
+
+def exit_code(error: BaseException) -> int:
+    """The code with which a process leaves that an exception ends."""
+    if isinstance(error, RunStopped):
+        return error.code
+    if isinstance(error, UserError):
+        return EXIT_USER_ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return EXIT_DEFECT

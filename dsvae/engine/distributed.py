@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from traceback import walk_tb
@@ -19,8 +19,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from dsvae.engine.watchdog import Watchdog
-from dsvae.errors import EXIT_RANK_LOST, RunStopped, UserError
+from dsvae.engine.watchdog import Watchdog, advice
+from dsvae.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, RunStopped, UserError, exit_code
 
 T = TypeVar("T")
 
@@ -42,6 +42,9 @@ class World:
     device: torch.device
     watchdog: Watchdog | None = None
     """None in a run of one process."""
+    lent: Mapping[str, str | None] = field(default_factory=dict)
+    """Variables that `start` has put into the environment, with their values before;
+    None: it was not set."""
 
     @property
     def is_main(self) -> bool:
@@ -140,15 +143,21 @@ class World:
 def start(hang_timeout: float = HANG_TIMEOUT) -> World:
     """Joins the processes that the launcher started: deepspeed, torchrun or srun (RANK,
     LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment), or a run of
-    one process where none of these is set.
+    one process where RANK is not set. That one has these variables from here to `stop`.
 
     Args:
         hang_timeout: seconds after which a rank that gets nowhere is given up, and the
             others leave with its number.
     """
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    lent = {} if "RANK" in os.environ else _lend_environment()
+    try:
+        return _join(hang_timeout, lent)
+    except BaseException:
+        _set_environment(lent)
+        raise
+
+
+def _join(hang_timeout: float, lent: dict[str, str | None]) -> World:
     try:
         rank, local_rank, size = (
             int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -165,27 +174,62 @@ def start(hang_timeout: float = HANG_TIMEOUT) -> World:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         device = torch.device("cpu")
     else:
-        if local_rank >= accelerator.device_count():
-            raise UserError(
-                f"rank {rank} has LOCAL_RANK {local_rank}, but this node has "
-                f"{accelerator.device_count()} GPUs: "
-                "start one process a GPU"
-            )
-        accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
         synchronize = partial(accelerator.synchronize, local_rank)
     watchdog = (
         Watchdog(_meet(hang_timeout), rank, size, hang_timeout, synchronize) if size > 1 else None
     )
+    # From here on the others notice if this rank leaves.
+    if device.type != "cpu":
+        if local_rank >= (count := accelerator.device_count()):
+            if watchdog is not None:
+                watchdog.close(EXIT_USER_ERROR)
+            raise RunStopped(
+                EXIT_USER_ERROR,
+                f"error: rank {rank} has LOCAL_RANK {local_rank}, but this node has {count} GPUs: "
+                "start one process per GPU",
+            )
+        accelerator.set_device(local_rank)
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
-    return World(rank, local_rank, size, device, watchdog)
+    return World(rank, local_rank, size, device, watchdog, lent)
 
 
-def stop(world: World) -> None:
-    """Leaves the process group. All ranks together."""
+def stop(world: World, group: bool = True) -> None:
+    """Undoes `start`; with `group` leaves the process group, too. All ranks together."""
     if world.watchdog is not None:
         world.watchdog.close()
-    dist.destroy_process_group()
+    if group:
+        dist.destroy_process_group()
+    _set_environment(world.lent)
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """`start` before and `stop` after a block that all ranks run. A process group that
+    the caller has made is used and kept.
+
+    If this rank alone meets an error, the others leave at once, with its exit code and
+    a line that names this rank.
+
+    Raises:
+        RunStopped: an operation with the other ranks failed, because one of them has
+            gone.
+    """
+    ours = not dist.is_initialized()
+    world = start()
+    try:
+        yield world
+    except BaseException as error:
+        if world.watchdog is None or getattr(error, "shared", False):
+            stop(world, ours)
+            raise
+        lost = world.watchdog.lost() if is_of_the_others(error) else None
+        world.watchdog.close(lost[1] if lost else exit_code(error))
+        if lost is None:
+            raise
+        line = f"error: rank {world.rank}: {lost[0]}; {advice(lost[1])}"
+        raise RunStopped(lost[1], line) from None
+    stop(world, ours)
 
 
 def shared(error: Any) -> Any:
@@ -225,6 +269,29 @@ def _meet(hang_timeout: float) -> dist.Store:
             f"within {hang_timeout:g} s ({reason})",
         ) from None
     return dist.PrefixStore("dsvae", store)
+
+
+def _lend_environment() -> dict[str, str | None]:
+    """Sets the variables of a run of one process, which DeepSpeed reads; what they were
+    before."""
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    before = {name: os.environ.get(name) for name in alone}
+    _set_environment(alone)
+    return before
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _free_port() -> int:

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import datasets
 import numpy as np
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -116,9 +115,7 @@ def evaluate_model(
     _check(samples, iw_samples, batch_tokens, max_tokens, seed)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    joined = not dist.is_initialized()
-    world = distributed.start()
-    try:
+    with distributed.joined() as world:
         model, tokenizer = _main_first(world, lambda: pretrained.load(model_dir))
         limit = max_tokens or model.config.max_tokens or DataConfig.max_tokens
         text = _main_first(
@@ -143,9 +140,6 @@ def evaluate_model(
         found.metrics["model"] = str(model_dir)
         world.on_main(lambda: _write(directory, found, text, tokenizer))
         return found.metrics
-    finally:
-        if joined:
-            distributed.stop(world)
 
 
 def evaluate_sentences(
@@ -274,11 +268,11 @@ def _default_output(model_dir: str) -> Path:
 
 
 def _main_first(world: World, load: Callable[[], T]) -> T:
-    """`load()` on every rank, on rank 0 first: its UserError is everyone's. The result
-    stays where it was made."""
+    """`load()` on every rank, on rank 0 first. A UserError of any rank is everyone's.
+    The result stays where it was made."""
     box: list[T] = []
     world.on_main(lambda: box.append(load()))
-    return box[0] if world.is_main else load()
+    return world.on_all(lambda: box[0] if world.is_main else load())
 
 
 def _check(

@@ -1,0 +1,45 @@
+"""`dsvae` with a fault of rank 1 built in, which the environment names.
+
+FAULT=load: the rank finds no weights. FAULT=error: in the middle of the measurements it
+lacks memory, as torch says it. FAULT=killed: there the kernel ends it. FAULT=gpu: it
+has a LOCAL_RANK that its node has no GPU for.
+"""
+
+import os
+import signal
+import sys
+from unittest import mock
+
+from dsvae import cli, pretrained
+from dsvae.engine import distributed
+from dsvae.errors import UserError
+from dsvae.evaluation import job
+
+fault = os.environ["FAULT"]
+
+
+def no_weights(*args, **kwargs):
+    raise UserError("model: no weights")
+
+
+def no_memory(*args, **kwargs):
+    raise RuntimeError("out of memory")
+
+
+def killed(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if os.environ["RANK"] == "1":
+    if fault == "load":
+        pretrained.load = no_weights
+    elif fault == "error":
+        job.reconstruct = no_memory
+    elif fault == "killed":
+        job.reconstruct = killed
+    elif fault == "gpu":
+        accelerator = mock.Mock()
+        accelerator.device_name = lambda index=None: "cuda"
+        accelerator.device_count = lambda: 1
+        distributed.get_accelerator = lambda: accelerator
+sys.exit(cli.main())
