@@ -3,7 +3,8 @@
 #
 # Start: snapshot of code and configuration, preflight, one srun task a rank. End, by the exit code of the ranks (dsvae/errors.py):
 #   0            done-marker; the same command finds it and leaves at once
-#   75           saved after a signal: requeued, and the next start goes on from there
+#   75           stopped by a signal: requeued, and the next start goes on from what was saved
+#   130          stopped by SIGINT, which is sent by hand: the job ends with that code
 #   69, signals  a rank was lost: requeued, at most DSVAE_MAX_FAILURES times
 #   others       the job ends with that code
 set -u
@@ -52,7 +53,7 @@ srun_pid='' interrupted='' warned=''
 # shellcheck disable=SC2317  # called by trap
 forward() {
     interrupted=1 warned=1
-    say "signal: the ranks save at the next step"
+    say "signal: the ranks are told to save and to leave"
     if [ -n "$srun_pid" ]; then kill -USR1 "$srun_pid" 2>/dev/null; fi
 }
 trap forward USR1 TERM
@@ -103,11 +104,11 @@ activate || die 2 "the environment was not made: see dsvae_activate in $code/slu
 
 # ---- Preflight.
 if [ "$DSVAE_PREFLIGHT" != 0 ]; then
-    bash "$code/slurm/preflight.sh" "$run"
+    DSVAE_ACTIVATED=1 bash "$code/slurm/preflight.sh" "$run"
     status=$?
-    if [ -n "$warned" ]; then requeue "a signal came before training began" 75; fi
-    [ "$status" -eq 0 ] || leave "$status"
+    if [ -z "$warned" ] && [ "$status" -ne 0 ]; then leave "$status"; fi
 fi
+if [ -n "$warned" ]; then requeue "a signal came before training began" 75; fi
 
 # ---- The ranks.
 : >> "$dir/rank-0.log"
@@ -131,8 +132,11 @@ if [ "$status" -eq 0 ]; then
     leave 0
 fi
 say "exit code $status; logs of all ranks: $dir/rank-*.log"
-if [ "$status" -eq 75 ] || { [ -n "$warned" ] && [ "$status" -ge 128 ]; }; then # 128 and more: so early that there was nothing to save
-    requeue "saved" 75
+if [ "$status" -eq 130 ]; then
+    say "interrupted. The same sbatch command goes on from here."
+    leave "$status"
+elif [ "$status" -eq 75 ] || { [ -n "$warned" ] && [ "$status" -ge 128 ]; }; then # 128 and more: so early that there was nothing to save
+    requeue "stopped by a signal" 75
 elif [ "$status" -eq 69 ] || [ "$status" -ge 128 ]; then
     date +%FT%T >> "$dir/failures"
     failures=$(wc -l < "$dir/failures")

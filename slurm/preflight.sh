@@ -22,7 +22,8 @@ fi
 . "$root/slurm/lib.sh"
 layout
 export DSVAE_CONTAINER DSVAE_PYTHON PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} MASTER_PORT=$((MASTER_PORT + 1))
-[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || activate || exit 2
+# job.sh has made the environment already. VIRTUAL_ENV or CONDA_PREFIX would not tell: sbatch hands on those of the shell that calls it.
+[ -n "${DSVAE_ACTIVATED:-}" ] || activate || die 2 "the environment was not made: see dsvae_activate in $root/slurm/site.sh"
 
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
@@ -30,8 +31,10 @@ trap 'rm -f "$report"' EXIT
 begin='trap "" TERM USR1
 [ -f "$1" ] || { echo "preflight: BAD $SLURMD_NODENAME: rank $SLURM_PROCID: does not see $1: it must lie on a shared file system"; exit 78; }
 exec bash "$@"'
-# A warning (preemption, time limit) is for the training that comes next: the ranks of this step ignore it. They have time limits of their own; the outer one is for a step that srun cannot even start.
-timeout --kill-after=15 "$((DSVAE_PREFLIGHT_SECONDS + 60))" "${SRUN[@]}" --wait="$((DSVAE_PREFLIGHT_SECONDS + 30))" \
+# A warning (preemption, time limit) is for the training that comes next: the ranks of this step ignore it. They have time limits of their own
+# from their first check on. The outer one is for a step that srun cannot even start, and leaves time for imports from a cold file system.
+longest=$((DSVAE_PREFLIGHT_SECONDS + 300))
+timeout --kill-after=15 "$longest" "${SRUN[@]}" --wait="$longest" \
     bash -c "$begin" _ "$root/slurm/rank.sh" -m dsvae.preflight \
     --output_dir "$1" --seconds "$DSVAE_PREFLIGHT_SECONDS" --min_free_gb "$DSVAE_MIN_FREE_GB" \
     --nodes "$(IFS=,; echo "${NODES[*]}")" 2>&1 | tee "$report"

@@ -5,7 +5,7 @@
 #   lab.sh run                  start it, print READY; everything ends at EOF on stdin, or when this process dies
 #   lab.sh exec CMD...          run a client (sbatch, scontrol ...) on the controller
 #   lab.sh node-exec NODE CMD.. run a command on a node, outside any job
-#   lab.sh kill-node NODE       SIGKILL for slurmd and everything that runs on the node
+#   lab.sh kill-node NODE       SIGKILL for slurmd and everything that runs on the node, which SLURM then knows to be down
 #   lab.sh start-node NODE      boot it again
 #   lab.sh stop                 end it and remove its directory
 #
@@ -53,9 +53,9 @@ MpiDefault=none
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=6
+SlurmdTimeout=300
 InactiveLimit=0
-KillWait=8
+KillWait=60
 MinJobAge=3600
 JobRequeue=1
 SchedulerType=sched/backfill
@@ -65,8 +65,8 @@ SelectTypeParameters=CR_Core
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
-PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=1 GraceTime=120
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=9
+PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=9
 CONF
     for i in "${!NODES[@]}"; do
         echo "NodeName=${NODES[i]} NodeHostname=${NODES[i]} NodeAddr=$NET.$((i + 1)) Port=6818 CPUs=$CPUS RealMemory=8000 Gres=gpu:$GPUS State=UNKNOWN" >> "$L/etc/slurm.conf"
@@ -99,7 +99,7 @@ init() { # pid 1 of the lab
     daemon munged munged --foreground --force --key-file="$L/munge/key" --socket="$L/munge/sock" \
         --pid-file="$L/munge/pid" --log-file="$L/munge/log" --seed-file="$L/munge/seed"
     local node
-    for _ in $(seq 100); do [ ! -S "$L/munge/sock" ] || break; sleep 0.05; done
+    for _ in $(seq 600); do [ ! -S "$L/munge/sock" ] || break; sleep 0.05; done
     export SLURM_CONF=$L/etc/slurm.conf
     daemon slurmctld slurmctld -D -c -f "$SLURM_CONF"
     for node in "${NODES[@]}"; do boot "$node"; done
@@ -150,7 +150,7 @@ case $cmd in
         echo $! > "$L/outer.pid"
         exec 0< /dev/null 3<&-
         disown # its end is no news
-        for _ in $(seq 300); do
+        for _ in $(seq 1200); do
             alive || { cat "$L"/log/init >&2; die "the lab died at its start"; }
             if [ -e "$L/up" ] && [ "$(enter timeout 5 sinfo -h -N -o '%N %t' 2> /dev/null | sort -u | grep -c ' idle$')" = ${#NODES[@]} ]; then
                 echo READY
@@ -160,7 +160,7 @@ case $cmd in
             sleep 0.1
         done
         tail -n 20 "$L"/log/* >&2
-        die "the nodes are not idle after 30 s" ;;
+        die "the nodes are not idle after 120 s" ;;
     exec) enter "$@" ;;
     node-exec | kill-node | start-node) enter "$SELF" "_$cmd" "$@" ;;
     stop)
@@ -179,7 +179,11 @@ case $cmd in
         # shellcheck disable=SC2046
         kill -9 $(holder "$1")
         ip netns del "$1"
-        ip link del "v$1" 2> /dev/null ;;
-    _start-node) boot "$1" ;;
+        ip link del "v$1" 2> /dev/null
+        # What SLURM does by itself after SlurmdTimeout, which is long here: a busy machine is no lost node.
+        scontrol update "nodename=$1" state=down reason=killed ;;
+    _start-node)
+        boot "$1"
+        scontrol update "nodename=$1" state=resume ;;
     *) sed -n '2,16p' "$SELF" && exit 2 ;;
 esac

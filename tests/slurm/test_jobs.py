@@ -129,18 +129,21 @@ def test_more_tasks_than_gpus_is_refused(cluster, checkout, stand_in):
     assert not stand_in.records(job)
 
 
-@pytest.mark.parametrize("code", [2, 65, 74])
-def test_an_exit_code_that_asks_for_nothing_ends_the_job_with_it(code, cluster, checkout, stand_in):
-    job = cluster.sbatch(
-        "slurm/train.sbatch",
-        "--output_dir",
-        f"runs/code{code}",
-        cwd=checkout,
-        **stand_in.variables,
-        STAND_IN_CODES=str(code),
-    )
-    ended = cluster.wait(job)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", "0")
+def test_an_exit_code_that_asks_for_nothing_ends_the_job_with_it(cluster, checkout, stand_in):
+    """130 too: a SIGINT is sent by someone who wants the run to end."""
+    jobs = {
+        code: cluster.sbatch(
+            *("slurm/train.sbatch", "--output_dir", f"runs/code{code}"),
+            cwd=checkout,
+            **stand_in.variables,
+            STAND_IN_CODES=",".join([str(code)] * 9),
+        )
+        for code in (2, 65, 74, 130)
+    }
+    for code, job in jobs.items():
+        ended = cluster.wait(job)
+        found = (ended["JobState"], ended["ExitCode"], ended["Restarts"])
+        assert found == ("FAILED", f"{code}:0", "0")
 
 
 def test_restarts_run_the_first_code_and_configuration(tmp_path, cluster, checkout, stand_in):
@@ -312,9 +315,12 @@ def test_a_cancelled_job_is_not_requeued(cluster, checkout, stand_in, tmp_path):
     )
     cluster.wait_for(tmp_path / "there", job)
     cluster.run("scancel", job)
-    assert cluster.wait(job, timeout=15)["JobState"] == "CANCELLED"
-    time.sleep(3)
-    ended = cluster.job(job)
+    log, decided = checkout / f"dsvae-{job}.out", "SLURM is ending the job"
+    end = time.monotonic() + 300
+    while decided not in log.read_text():  # the script's last line
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+    ended = cluster.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
 
 
@@ -324,20 +330,27 @@ def test_the_environment_is_made_where_site_says(cluster, checkout, stand_in, tm
     (venv / "activate").write_text("export VIRTUAL_ENV=made\n")
     modules = tmp_path / "modules.sh"
     modules.write_text('module() { export LOADED="$LOADED $*"; }\n')
-    job = cluster.sbatch(
-        *("slurm/train.sbatch", "--output_dir", "runs/site"),
-        cwd=checkout,
-        **stand_in.variables,
-        BASH_ENV=str(modules),
-        DSVAE_MODULES="python/3.11 cuda/12.8",
-        DSVAE_VENV=str(venv.parent),
-        DSVAE_CONTAINER="env IN_CONTAINER=1",
-    )
-    assert cluster.wait(job)["JobState"] == "COMPLETED"
-    found = stand_in.records(job)[0, 0]["environment"]
-    assert found["VIRTUAL_ENV"] == "made"
-    assert found["LOADED"].strip() == "load python/3.11 cuda/12.8"
-    assert found["IN_CONTAINER"] == "1"
+    scripts = (("slurm/train.sbatch", "--output_dir", "runs/site"), ("slurm/preflight.sh", "runs"))
+    for script in scripts:
+        job = cluster.sbatch(
+            *script,
+            cwd=checkout,
+            **stand_in.variables,
+            # as sbatch finds it in the shell of someone who has conda
+            VIRTUAL_ENV="/home/me/other",
+            CONDA_PREFIX="/home/me/conda/base",
+            BASH_ENV=str(modules),
+            DSVAE_MODULES="python/3.11 cuda/12.8",
+            DSVAE_VENV=str(venv.parent),
+            DSVAE_CONTAINER="env IN_CONTAINER=1",
+            DSVAE_PREFLIGHT="1",
+        )
+        assert cluster.wait(job)["JobState"] == "COMPLETED"
+        found = stand_in.records(job)[0, 0]
+        assert ("dsvae.preflight" in found["arguments"]) == (script[0] == "slurm/preflight.sh")
+        assert found["environment"]["VIRTUAL_ENV"] == "made"
+        assert found["environment"]["LOADED"].strip() == "load python/3.11 cuda/12.8"  # once
+        assert found["environment"]["IN_CONTAINER"] == "1"
 
 
 def words(line):

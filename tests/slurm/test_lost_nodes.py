@@ -1,21 +1,31 @@
 """Two nodes, two ranks each: the losses of local ranks, and the same losses after a
 preemption and after the loss of a node."""
 
+import sys
+
 import pytest
 import yaml
-from launch import CONFIGS, TINY, numbers, rows, train
+from launch import CONFIGS, ROOT, TINY, numbers, rows, train
 
+PATCHED = ROOT / "tests" / "distributed" / "patched_train.py"
 STEPS = (
     "--phase1.steps",
-    "40",
+    "20",
     "--phase2.steps",
-    "60",
+    "20",
     "--checkpoint_every",
     "10",
     "--phase1.deletion",
     "0.2",
 )
 NODES = ("--nodes=2", "--ntasks-per-node=2")
+WAITING = """#!/bin/bash
+# In python's place: the first start stands still behind the checkpoint WHEN until it gets a signal.
+export FAULT="pause 0"
+if [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ]; then exec {python} {patched} "${{@:2}}"; fi
+exec {python} "$@"
+"""
+CHECKPOINT = "run/checkpoints/phase1-step00000010/COMPLETE"
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +49,28 @@ def undisturbed(arguments, cluster, checkout, tmp_path_factory):
 
 def test_the_losses_of_local_ranks(arguments, undisturbed, tmp_path):
     train(*arguments, "--output_dir", tmp_path / "local", ranks=4)
-    assert len(numbers(undisturbed)) == 100
+    assert len(numbers(undisturbed)) == 40
     assert numbers(undisturbed) == numbers(tmp_path / "local")
 
 
-def test_preempted(arguments, undisturbed, cluster, checkout, tmp_path):
+@pytest.fixture
+def waiting(tmp_path):
+    """Variables of a job whose first start never ends by itself."""
+    path = tmp_path / "python"
+    path.write_text(WAITING.format(python=sys.executable, patched=PATCHED))
+    path.chmod(0o755)
+    return {"DSVAE_PYTHON": str(path), "WHEN": str(tmp_path / CHECKPOINT)}
+
+
+def test_preempted(waiting, arguments, undisturbed, cluster, checkout, tmp_path):
     """A job of a higher partition takes both nodes: SIGTERM to the ranks, a save, back
     into the queue, and on from there."""
     job = cluster.sbatch(
-        *NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run", cwd=checkout
+        *(*NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run"),
+        cwd=checkout,
+        **waiting,
     )
-    cluster.wait_for(tmp_path / "run/checkpoints/phase1-step00000010/COMPLETE", job)
+    cluster.wait_for(tmp_path / CHECKPOINT, job)
     urgent = cluster.sbatch(
         "--nodes=2", "--exclusive", "--partition=urgent", "--wrap=sleep 1", cwd=tmp_path
     )
@@ -61,17 +82,19 @@ def test_preempted(arguments, undisturbed, cluster, checkout, tmp_path):
     )
     assert "SIGTERM: saved" in log
     assert "going on from" in log
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 101))
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 41))
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
 
-def test_a_node_dies(arguments, undisturbed, cluster, checkout, tmp_path):
-    """SIGKILL of everything on the node that the batch script runs on; SLURM notices
-    and requeues."""
+def test_a_node_dies(waiting, arguments, undisturbed, cluster, checkout, tmp_path):
+    """SIGKILL of everything on the node that the batch script runs on; SLURM learns of
+    it and requeues."""
     job = cluster.sbatch(
-        *NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run", cwd=checkout
+        *(*NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run"),
+        cwd=checkout,
+        **waiting,
     )
-    cluster.wait_for(tmp_path / "run/checkpoints/phase1-step00000010/COMPLETE", job)
+    cluster.wait_for(tmp_path / CHECKPOINT, job)
     cluster.lab("kill-node", "node1")
     cluster.wait(job, {"PENDING"})
     cluster.lab("start-node", "node1")

@@ -2,6 +2,7 @@
 node without what SLURM promised."""
 
 import re
+import sys
 
 import pytest
 
@@ -9,10 +10,33 @@ from dsvae.errors import EXIT_PREFLIGHT
 from dsvae.preflight import odd_ones
 
 NODES = ("--nodes=2", "--ntasks-per-node=2")
+TOGETHER = """#!{python}
+# In python's place: imports as it does, waits for the imports of EXPECTED ranks, and goes on as
+# `python -m`. How long the ranks then wait for each other does not depend on a busy machine.
+import os, runpy, sys, time
+import dsvae.preflight
+arrived = os.environ["ARRIVED"]
+os.makedirs(arrived, exist_ok=True)
+open(os.path.join(arrived, os.environ["RANK"]), "w").close()
+while len(os.listdir(arrived)) < int(os.environ["EXPECTED"]):
+    time.sleep(0.05)
+assert sys.argv[1] == "-m"
+del sys.modules["dsvae.preflight"], sys.argv[:2]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 FAILED = ("FAILED", f"{EXIT_PREFLIGHT}:0")
 
 
-def preflight(cluster, checkout, directory, *options, seconds=60, **variables):
+def together(tmp_path, ranks):
+    """Variables with which a job's ranks begin their preflight at the same time."""
+    path = tmp_path / "python"
+    path.write_text(TOGETHER.format(python=sys.executable))
+    path.chmod(0o755)
+    arrived = str(tmp_path / "arrived")
+    return {"DSVAE_PYTHON": str(path), "ARRIVED": arrived, "EXPECTED": str(ranks)}
+
+
+def preflight(cluster, checkout, directory, *options, seconds=300, **variables):
     """(job as it ended, its log)."""
     job = cluster.sbatch(
         *(*NODES, *options, "slurm/preflight.sh", directory),
@@ -75,7 +99,8 @@ def test_a_node_with_a_directory_of_its_own(hidden, cluster, checkout, tmp_path)
     place = run if hidden == "run" else checkout / "slurm"
     cluster.lab("node-exec", "node2", "mount", "-t", "tmpfs", "tmpfs", place)
     try:
-        ended, log = preflight(cluster, checkout, run, seconds=15)
+        there = together(tmp_path, 4 if hidden == "run" else 2)
+        ended, log = preflight(cluster, checkout, run, seconds=10, **there)
     finally:
         cluster.lab("node-exec", "node2", "umount", place)
     assert (ended["JobState"], ended["ExitCode"]) == FAILED, log
@@ -92,14 +117,15 @@ def test_a_node_that_is_cut_off(cluster, checkout, tmp_path):
     )
     cluster.lab("node-exec", "node2", "ip", "rule", "add", *rule)
     try:
-        ended, log = preflight(cluster, checkout, tmp_path / "run", seconds=15)
+        there = together(tmp_path, 4)
+        ended, log = preflight(cluster, checkout, tmp_path / "run", seconds=10, **there)
     finally:
         cluster.lab("node-exec", "node2", "ip", "rule", "del", *rule)
         cluster.lab("node-exec", "node2", "ip", "route", "flush", "table", "100")
     assert (ended["JobState"], ended["ExitCode"]) == FAILED, log
     assert blamed(log) == {"node2"}
-    assert "rank 0: rank(s) 2, 3 did not arrive within 15 s" in log
-    assert re.search(r"BAD node2: rank 3: cannot reach node1 \(node1:\d+\) within 15 s", log)
+    assert "rank 0: rank(s) 2, 3 did not arrive within 10 s" in log
+    assert re.search(r"BAD node2: rank 3: cannot reach node1 \(node1:\d+\) within 10 s", log)
 
 
 def test_no_gpu_and_no_space(cluster, checkout, tmp_path):
