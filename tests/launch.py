@@ -185,11 +185,11 @@ class Run:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGABRT)  # PYTHONFAULTHANDLER answers
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    found += f"process {process.pid}\n{process.communicate(timeout=10)[1]}"
+                    found += f"process {process.pid}\n{process.communicate(timeout=60)[1]}"
         self.kill()
         return found
 
-    def wait_for(self, path: Path, timeout: float = 120) -> None:
+    def wait_for(self, path: Path, timeout: float = 400) -> None:
         """Until a file exists."""
         end = time.monotonic() + timeout
         while not path.exists():
@@ -216,7 +216,7 @@ def train(
     *arguments: str,
     ranks: int = 1,
     launcher: str = "forked",
-    timeout: float = 180,
+    timeout: float = 400,
     code: int = 0,
     cwd: Path | None = None,
     script: Path = TRAIN,

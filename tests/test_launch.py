@@ -38,7 +38,7 @@ def outcome(launcher, end, tmp_path):
         script=tmp_path / "script.py",
         MORE="of it",
     )
-    run.wait(60)
+    run.wait(300)
     return run, [json.loads(line) for line in run.stdout.splitlines()]
 
 
@@ -61,8 +61,12 @@ def test_a_forked_rank_is_like_a_process_of_its_own(end, code, tmp_path):
 
 @pytest.mark.skipif(not FORKS, reason="nothing is forked here")
 def test_a_forked_rank_that_does_not_end_is_shown_and_killed(tmp_path):
-    (tmp_path / "script.py").write_text("import time\ndef waits():\n    time.sleep(600)\nwaits()\n")
+    there = tmp_path / "there"
+    (tmp_path / "script.py").write_text(
+        f"import time\ndef waits():\n    open({str(there)!r}, 'w')\n    time.sleep(6000)\nwaits()\n"
+    )
     run = start(script=tmp_path / "script.py")
+    run.wait_for(there)
     with pytest.raises(AssertionError, match="in waits"):
         run.wait(2)
     assert run.processes[0].returncode == -signal.SIGABRT

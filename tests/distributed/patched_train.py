@@ -3,15 +3,19 @@ strikes come from the environment.
 
 FAULT=hang RANK STEP: the rank's main thread sleeps at that optimizer step (from 0, of
 its phase), the process lives. FAULT=device RANK STEP: the same with a stand-in for
-GPUs: the others' devices wait for the rank's, and their hosts for those. FAULT=error
-RANK STEP: the rank lacks memory at that optimizer step, as torch says it. FAULT=model
+GPUs: the others' devices wait for the rank's, and their hosts for those. FAULT=stand
+RANK STEP: the rank's process stands still there (SIGSTOP). FAULT=error RANK STEP:
+the rank lacks memory at that optimizer step, as torch says it. FAULT=model
 RANK, refuse RANK, stop RANK: while its engine is built, the rank finds no model in the
 directory MODEL, meets a UserError in the midst of it, or stands still (SIGSTOP).
 FAULT=slow RANK: the rank takes SECONDS for the first of several files of an export, for
 all of its tensors, and for loading a checkpoint. FAULT=non_finite RANK STEP [STEP ...]:
 what the rank's sentences cost is not a number at these steps. FAULT=told RANK BATCH:
-the rank gets a SIGTERM at that batch (from 1) of the final evaluation. WEIGHTS=DIRECTORY: the
-whole model's checksum after every optimizer step goes into DIRECTORY/phase.step.
+the rank gets a SIGTERM at that batch (from 1) of the final evaluation. FAULT=pause RANK:
+all ranks wait before the next step once the file WHEN is there, until one of them gets
+a signal or the file UNTIL is there.
+WEIGHTS=DIRECTORY: the whole model's checksum after every optimizer step goes into
+DIRECTORY/phase.step.
 """
 
 import dataclasses
@@ -22,11 +26,14 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 from dsvae import train
 from dsvae.engine import build, distributed, weights
 from dsvae.engine import engine as engine_module
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.model_directory import ModelDirectory
+from dsvae.engine.stopping import Stopping
 from dsvae.engine.watchdog import Watchdog
 from dsvae.engine.weights import full_weights
 from dsvae.errors import UserError
@@ -51,6 +58,10 @@ def observed_step(self, index, step, beta):
     current["step"] = index
     if mine and kind == "hang" and index in steps:
         time.sleep(600)
+    if mine and kind == "stand" and index in steps:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while kind == "pause" and not self.world.max(torch.tensor(int(not paused()))):
+        time.sleep(0.01)
     if kind == "device" and index in steps:
         if mine:
             time.sleep(600)
@@ -68,6 +79,20 @@ def observed_step(self, index, step, beta):
             number = len(list(Path(directory).iterdir()))
             (Path(directory) / f"{number:03d}").write_text(digest.hexdigest())
     return sums
+
+
+told = threading.Event()
+handle = Stopping._handle
+
+
+def noted(self, number, frame):
+    told.set()
+    handle(self, number, frame)
+
+
+def paused():
+    until = os.environ.get("UNTIL", "")
+    return os.path.exists(os.environ["WHEN"]) and not told.is_set() and not os.path.exists(until)
 
 
 device = threading.Event()  # set: it has nothing to do
@@ -131,6 +156,7 @@ if kind == "device":
     distributed.Watchdog = with_device
 if kind == "slow":
     weights.export.__defaults__ = (20_000,)  # bytes of a file
+Stopping._handle = noted
 ModelDirectory._flush = slow_flush
 weights.safe_get_full_fp32_param = slow_weight
 PhaseEngine.__init__ = observed_engine

@@ -274,7 +274,7 @@ def test_mistakes(tmp_path, cache_dir):
             "600",
             ranks=ranks,
         )
-        assert run.wait(120) == 2, f"{name}: {run.stderr[-3000:]}"
+        assert run.wait(300) == 2, f"{name}: {run.stderr[-3000:]}"
         assert [p.returncode for p in run.processes] == [2] * ranks, name
         lines = [line for line in run.stderr.splitlines() if line.startswith("dsvae: error:")]
         assert len(lines) == 1, f"{name}: {run.stderr[-3000:]}"
@@ -299,10 +299,10 @@ def test_a_live_output_dir_is_refused(tiny, tmp_path):
         "--output_dir",
         tmp_path / "run",
     )
-    first = start(*common, "--phase1.steps", "4000")
+    first = start(*common, "--phase1.steps", "1000000")
     try:
         first.wait_for(tmp_path / "run" / "metrics.jsonl")
-        refused = train(*common, "--phase1.steps", "4000", code=2)
+        refused = train(*common, "--phase1.steps", "1000000", code=2)
         assert "still alive" in refused.stderr
     finally:
         first.kill()

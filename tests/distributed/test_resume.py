@@ -43,6 +43,18 @@ TOLD = (
 CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 
+def complete(directory, checkpoint):
+    return directory / "checkpoints" / checkpoint / "COMPLETE"
+
+
+def pause_after(directory, checkpoint):
+    """Variables of a run that waits behind the checkpoint after this one: it does not
+    come to its end before the test has cut it."""
+    phase, step = checkpoint.split("-step")
+    following = f"{phase}-step{int(step) + 5:08d}"
+    return {"FAULT": "pause 0", "WHEN": str(complete(directory, following))}
+
+
 def same_as_uncut(cut, uncut):
     """Every step once, in metrics.jsonl and TensorBoard, with the uncut run's numbers;
     its final metrics, and its weights."""
@@ -79,10 +91,14 @@ def test_cut_in_both_phases(stage, cuts, tiny, tmp_path):
 
     cut = tmp_path / "cut"
     for moment, number, ranks in cuts:
-        run = start(*common, "--output_dir", cut, ranks=2)
-        run.wait_for(cut / "checkpoints" / moment / "COMPLETE")
+        run = start(
+            *common, "--output_dir", cut, ranks=2, script=PATCHED, **pause_after(cut, moment)
+        )
+        run.wait_for(complete(cut, moment))
         run.signal(number, ranks)
-        run.wait(30)  # seconds: also a rank that was sent nothing leaves by itself
+        # Also a rank that was sent nothing leaves by itself, and not because it gives up
+        # after ten minutes.
+        run.wait(300)
         if number == signal.SIGKILL:
             assert [code for code in run.codes if code != -signal.SIGKILL] == [69] * (
                 2 - len(ranks)
@@ -123,22 +139,19 @@ def test_resume_from_another_directory(tiny, tmp_path):
     after."""
     common = ("--config", tiny, "--ds_config", CONFIGS / "zero1.json", *ARGUMENTS)
     train(*common, "--output_dir", tmp_path / "uncut")
-    run = start(*common, "--output_dir", tmp_path / "first")
-    run.wait_for(tmp_path / "first" / "checkpoints" / "phase2-step00000005" / "COMPLETE")
+    first, own = tmp_path / "first", tmp_path / "second"
+    pause = {"script": PATCHED, **pause_after(first, "phase2-step00000005")}
+    run = start(*common, "--output_dir", first, **pause)
+    run.wait_for(complete(first, "phase2-step00000005"))
     run.kill()
-    own = tmp_path / "second"
-    again = (*common, "--output_dir", own, "--resume", tmp_path / "first")
-    run = start(*again)
-    run.wait_for(own / "config.yaml")  # written before the first step
+    again = (*common, "--output_dir", own, "--resume", first)
+    written = own / "config.yaml"  # before the first step
+    run = start(*again, script=PATCHED, FAULT="pause 0", WHEN=str(written))
+    run.wait_for(written)
     run.kill()
     assert not list(own.glob("checkpoints/*/COMPLETE"))
-    run = start(*again)
-    for step in (10, 15, 20):  # the first directory's last may be later than this test's
-        if not (
-            tmp_path / "first" / "checkpoints" / f"phase2-step{step:08d}" / "COMPLETE"
-        ).exists():
-            run.wait_for(own / "checkpoints" / f"phase2-step{step:08d}" / "COMPLETE")
-            break
+    run = start(*again, script=PATCHED, **pause_after(own, "phase2-step00000015"))
+    run.wait_for(complete(own, "phase2-step00000015"))
     run.kill()
     assert not (own / "metrics.json").exists()
     assert f"going on from {own}" in train(*again).stdout
@@ -158,8 +171,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tiny, tmp_path):
         "--output_dir",
         tmp_path / "run",
     )
-    run = start(*common)
-    run.wait_for(tmp_path / "run" / "checkpoints" / "phase1-step00000015" / "COMPLETE")
+    pause = pause_after(tmp_path / "run", "phase1-step00000015")
+    run = start(*common, script=PATCHED, **pause)
+    run.wait_for(complete(tmp_path / "run", "phase1-step00000015"))
     run.kill()
     newest = sorted(
         d for d in (tmp_path / "run" / "checkpoints").glob("phase1-*") if (d / "COMPLETE").exists()
