@@ -63,7 +63,7 @@ class Evaluation:
     """Of metrics.json, the same on every rank."""
     measured: Measured
     pairs: list[tuple[str, str]]
-    """(sentence, greedy reconstruction of its posterior mean)."""
+    """(sentence as the user wrote it, greedy reconstruction of its posterior mean)."""
     prior: list[str]
     """Greedy sentences of z from the prior."""
 
@@ -138,7 +138,7 @@ def evaluate_model(
             seed=seed,
         )
         found.metrics["model"] = str(model_dir)
-        world.on_main(lambda: _write(directory, found, text, tokenizer))
+        world.on_main(lambda: _write(directory, found, text))
         return found.metrics
 
 
@@ -174,9 +174,12 @@ def evaluate_sentences(
             token_budget=token_budget,
             max_tokens=max_tokens,
         )
-        add(metrics, world.on_main(lambda: compare(split, decoded, tokenizer)))
-        shown = split.select(np.argsort(split.content_keys)[:SHOWN])
-        pairs, prior = text_samples(model, shown, tokenizer, world, len(shown), max_tokens)
+        add(metrics, world.on_main(lambda: compare(split, text.texts, decoded, tokenizer)))
+        shown = np.argsort(split.content_keys)[:SHOWN]
+        pairs, prior = text_samples(
+            model, split.select(shown), tokenizer, world, len(shown), max_tokens
+        )
+        pairs = [(text.texts[i], found) for i, (_, found) in zip(shown, pairs, strict=True)]
         metrics |= world.on_main(lambda: _use_of_latents(measured, text, seed))
     metrics |= {"unk": text.counts["unk"], "skipped_blank": text.counts["skipped_blank"]}
     known = None if text.factors is None else grammar.ENTROPY
@@ -188,7 +191,7 @@ def evaluate_sentences(
         "precision": "fp32",
         "evaluator": f"dsvae {version('dsvae')}",
         "estimators": _estimators(samples, iw_samples, model.config.latent_dim),
-        "policies": _policies(max_tokens),
+        "policies": _policies(max_tokens, tokenizer.is_fast),
     }
     metrics["warnings"] = warnings_of(metrics, measured)
     return Evaluation(metrics, measured, pairs, prior)
@@ -236,7 +239,7 @@ def _estimators(samples: int, iw_samples: int | None, latent_dim: int) -> dict[s
     return found
 
 
-def _policies(max_tokens: int) -> dict[str, str]:
+def _policies(max_tokens: int, offsets: bool) -> dict[str, str]:
     """What was counted, in words."""
     return {
         "end of sentence": (
@@ -251,6 +254,15 @@ def _policies(max_tokens: int) -> dict[str, str]:
             "tokens outside the vocabulary are predicted as one unknown piece and counted in "
             "unk: with many of them likelihoods are too good, and compare only between models "
             "with the same tokenizer"
+        ),
+        "reconstruction": (
+            "exact_match, bleu and chrf compare with the sentence as it stands in the source; "
+            + (
+                "of a truncated one, with its text up to the end of the last token"
+                if offsets
+                else "of a truncated one, with its tokens decoded, since this tokenizer does not "
+                "say where in the text they end"
+            )
         ),
         "blank": "blank lines are skipped and counted in skipped_blank",
         "standard errors": (
@@ -289,12 +301,10 @@ def _check(
     check_seed(seed)
 
 
-def _write(
-    directory: Path, found: Evaluation, text: Sentences, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _write(directory: Path, found: Evaluation, text: Sentences) -> None:
     """Everything that is left behind; metrics.json last, so that it says that all is
     there."""
-    write_projector(directory / "projector", found.measured.posterior, text, tokenizer)
+    write_projector(directory / "projector", found.measured.posterior, text)
     write_report(
         directory / "report.html", found.metrics, found.measured, text, found.pairs, found.prior
     )

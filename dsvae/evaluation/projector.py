@@ -8,19 +8,15 @@ from pathlib import Path
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedTokenizerBase
 
 from dsvae.evaluation.sentences import Sentences
-from dsvae.metrics.reconstruction import texts
 from dsvae.modeling.posterior import Gaussian
 
 POINTS = 10_000
 """What the projector shows without stuttering."""
 
 
-def write_projector(
-    directory: Path, posterior: Gaussian, text: Sentences, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def write_projector(directory: Path, posterior: Gaussian, text: Sentences) -> None:
     """Writes the posterior means of at most `POINTS` sentences as a TensorBoard log
     directory, whole or not at all.
 
@@ -31,7 +27,7 @@ def write_projector(
     if posterior.mean.shape[1]:
         chosen = np.sort(np.argsort(text.split.content_keys)[:POINTS])
         columns = {
-            "sentence": texts(text.split.rows(chosen), tokenizer),
+            "sentence": [text.texts[i] for i in chosen],
             "tokens": text.split.lengths[chosen].tolist(),
             **{name: values[chosen].tolist() for name, values in text.labels.items()},
         }

@@ -15,6 +15,7 @@ from dsvae.data.corpora import read_file, read_labels
 from dsvae.data.tokenization import TokenizedSplit, tokenize
 from dsvae.errors import UserError
 from dsvae.metrics.probes import usable_labels
+from dsvae.metrics.reconstruction import texts as decoded
 
 BUILTIN_SENTENCES = 5_000
 BUILTIN_SEED = 1_000_003
@@ -26,6 +27,9 @@ class Sentences:
     """N sentences."""
 
     split: TokenizedSplit
+    texts: list[str]
+    """As the user wrote them, without white space around; truncated ones up to the end
+    of their last token."""
     source: str
     """Where they come from, in words."""
     counts: dict[str, int]
@@ -59,11 +63,12 @@ def read(
     texts = list(read_file(path, "--test_file", text_column))
     labels = None if labels_file is None else _labels(Path(labels_file).expanduser(), path, texts)
     split, kept, counts = tokenize(texts, tokenizer, max_tokens, str(path))
+    seen = _as_seen([texts[i] for i in kept], split, tokenizer)
     if labels is None:
-        return Sentences(split, path.name, counts)
+        return Sentences(split, seen, path.name, counts)
     # Before hours of work; equal sentences are those of equal tokens.
     usable_labels(zip(labels[kept].tolist(), split.hashes.tolist(), strict=True), str(labels_file))
-    return Sentences(split, path.name, counts, {"label": labels[kept]})
+    return Sentences(split, seen, path.name, counts, {"label": labels[kept]})
 
 
 def check_factors(text: Sentences) -> None:
@@ -94,13 +99,41 @@ def _labels(path: Path, sentences: Path, texts: list[str]) -> NDArray[np.str_]:
     return np.array(labels)
 
 
+def _as_seen(
+    texts: list[str], split: TokenizedSplit, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """What the model sees of each text: all of it, or what stands before the end of the
+    last token.
+
+    Only a fast tokenizer knows where a token ends. The tokens of another one are
+    decoded.
+    """
+    texts = [text.strip() for text in texts]
+    for i in np.flatnonzero(split.truncated).tolist():
+        ids = split.ids(i)[:-1]  # without EOS
+        if tokenizer.is_fast:
+            spans = tokenizer(
+                texts[i],
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_offsets_mapping=True,
+                verbose=False,
+            )["offset_mapping"]
+            texts[i] = texts[i][: spans[len(ids) - 1][1]]
+        else:
+            texts[i] = decoded([ids], tokenizer)[0]
+    return texts
+
+
 def _builtin(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Sentences:
     drawn = grammar.generate(BUILTIN_SENTENCES, BUILTIN_SEED)
     source = f"the built-in corpus ({BUILTIN_SENTENCES} sentences, seed {BUILTIN_SEED})"
-    split, kept, counts = tokenize((item.text for item in drawn), tokenizer, max_tokens, source)
+    texts = [item.text for item in drawn]
+    split, kept, counts = tokenize(texts, tokenizer, max_tokens, source)
+    seen = _as_seen([texts[i] for i in kept], split, tokenizer)
     factors = np.array([item.factors for item in drawn], dtype=np.int64)[kept]
     labels = {
         name: np.array(values)[factors[:, k]]
         for k, (name, values) in enumerate(grammar.FACTORS.items())
     }
-    return Sentences(split, source, counts, labels, factors)
+    return Sentences(split, seen, source, counts, labels, factors)

@@ -67,7 +67,7 @@ SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("rec_prior", NATS, "rec with a z from the prior"),
     ),
     "Reconstruction (greedy, from the posterior mean)": (
-        ("exact_match", "share", "sentences that come back token by token"),
+        ("exact_match", "share", "sentences whose text comes back"),
         ("token_accuracy", "share", "tokens (EOS included) at their place in the reconstruction"),
         ("bleu", "0-100", "corpus BLEU (sacrebleu)"),
         ("chrf", "0-100", "corpus chrF (sacrebleu)"),

@@ -10,6 +10,7 @@ from dsvae.data.noise import PRIOR
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine.distributed import World
 from dsvae.metrics.passes import noise_of
+from dsvae.metrics.reconstruction import texts
 from dsvae.modeling.posterior import Gaussian
 from dsvae.modeling.t5_vae import T5VAE
 
@@ -38,11 +39,10 @@ def samples(
         return [], []
     training = model.training
     model.eval()
-    originals, means = [], []
+    means = []
     prior = Gaussian.from_prior(noise_of(split.content_keys[:count], PRIOR, 0, latent_dim))
     for i in range(count if latent_dim else 0):
         ids = torch.from_numpy(split.ids(i))[None].to(world.device)
-        originals.append(str(tokenizer.decode(ids[0], skip_special_tokens=True)))
         means.append(model(ids, encode_only=True).posterior.mean)
     both = torch.cat([*means, prior.to(world.device)])
     decoded = model.generate(
@@ -51,9 +51,10 @@ def samples(
         do_sample=False,
         synced_gpus=world.size > 1 and _partitioned(model),
     )
-    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in decoded]
     model.train(training)
-    return list(zip(originals, texts[: len(means)], strict=True)), texts[len(means) :]
+    originals = texts(split.rows(range(len(means))), tokenizer)
+    found = texts(list(decoded[:, 1:].cpu().numpy()), tokenizer)  # the start token first
+    return list(zip(originals, found[: len(means)], strict=True)), found[len(means) :]
 
 
 def _partitioned(model: T5VAE) -> bool:

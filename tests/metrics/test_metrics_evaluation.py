@@ -14,9 +14,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 from launch import ROOT, environment, start
 from small_models import SMALL, make_t5, make_vae
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from dsvae.data import grammar
 from dsvae.data.grammar import generate
@@ -413,20 +416,56 @@ def test_reconstructions_are_those_of_single_sentences(split):
 
 
 def test_reconstruction_scores_by_hand(tokenizer):
-    split = tokenize(["the king sold the hat", "the lady"], tokenizer, 64, "test")[0]
+    texts = ["the king sold the hat", "the lady"]
+    split = tokenize(texts, tokenizer, 64, "test")[0]
     rows = split.rows([0, 1])
-    perfect = compare(split, rows, tokenizer)
+    perfect = compare(split, ["the king  sold the\that", "the lady"], rows, tokenizer)
     assert [perfect[name] for name in ("exact_match", "token_accuracy")] == [1, 1]
     assert [perfect["bleu"], perfect["chrf"]] == pytest.approx([100, 100])
     # One token inserted in front moves all others; a reconstruction that stops early
     # lacks the rest.
     shifted = np.concatenate([[5], rows[0]])
     same = int((shifted[: len(rows[0])] == rows[0]).sum())
-    found = compare(split, [shifted, rows[1][:1]], tokenizer)
+    found = compare(split, texts, [shifted, rows[1][:1]], tokenizer)
     assert found["exact_match"] == 0
     assert found["token_accuracy"] == pytest.approx((same + 1) / split.lengths.sum())
-    # EOS belongs to it
-    assert compare(split, [rows[0], rows[1][:-1]], tokenizer)["exact_match"] == 0.5
+
+
+def word_tokenizer():
+    """One piece per word, with unknown ones, that asks for a cleaned-up decoding."""
+    words = ["<pad>", "</s>", "<unk>", "the", "king", "did", "n't", "go", "home", "."]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=True,
+    )
+
+
+def test_reconstructions_are_compared_with_the_users_text():
+    """All tokens come back, but what an unknown piece stood for does not."""
+    texts = ["the king did n't go home .", "the zebra did n't go home ."]
+    tokenizer = word_tokenizer()
+    split = tokenize(texts, tokenizer, 64, "test")[0]
+    found = compare(split, texts, split.rows([0, 1]), tokenizer)
+    assert (found["token_accuracy"], found["exact_match"]) == (1, 0.5)
+    back = [texts[0], "the <unk> did n't go home ."]
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(back, [texts]).score)
+    assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(back, [texts]).score)
+    assert found["bleu"] < 90
+
+
+def test_a_truncated_sentence_is_what_its_tokens_cover(tmp_path):
+    (tmp_path / "t.txt").write_text("  the zebra did  n't go home .\n\nthe king .\n")
+    found = read(str(tmp_path / "t.txt"), None, "text", word_tokenizer(), 5)
+    assert found.texts == ["the zebra did  n't", "the king ."]
+    # This tokenizer does not say where its tokens end.
+    (tmp_path / "t.txt").write_text("the zebra\n\nking\n")
+    found = read(str(tmp_path / "t.txt"), None, "text", ByT5Tokenizer(), 6)
+    assert found.texts == ["the z", "king"]
 
 
 def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split):
@@ -503,7 +542,7 @@ def test_without_output_nothing_is_written_where_a_hub_model_would_be_looked_for
 
 def test_markup_in_sentences_stays_text(directory, tmp_path):
     (tmp_path / "t.txt").write_text(
-        "".join(f"the <b>king</b> sold $ {SENTENCES[i]} $\n" for i in range(20))
+        "".join(f"the <b>king</b> sold ﬁne $ {SENTENCES[i]} $\n" for i in range(20))
     )
     (tmp_path / "t.labels").write_text("".join(f"<b>$x_{i % 2}$</b>\n" for i in range(20)))
     evaluate_model(
@@ -514,6 +553,10 @@ def test_markup_in_sentences_stays_text(directory, tmp_path):
     )
     report = (tmp_path / "out" / "report.html").read_text()
     assert "<b>" not in report
+    # as the user wrote it, where the tokenizer has two letters for the ligature
+    assert report.count("king&lt;/b&gt; sold ﬁne $") == 20
+    metadata = tmp_path / "out" / "projector" / "00000" / "posterior_mean" / "metadata.tsv"
+    assert metadata.read_text().count("<b>king</b> sold ﬁne $") == 20
 
 
 def test_nothing_but_results_goes_to_stdout(directory, tmp_path):
