@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsvae.modeling.posterior import Gaussian
+    from dsvae.modeling.families import Gaussian
     from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig, T5VAEOutput
 
 __all__ = ["Gaussian", "T5VAE", "T5VAEConfig", "T5VAEOutput"]
@@ -17,6 +17,6 @@ def __getattr__(name: str) -> Any:
     for torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dsvae.modeling import posterior, t5_vae
+    from dsvae.modeling import families, t5_vae
 
-    return getattr(posterior if name == "Gaussian" else t5_vae, name)
+    return getattr(families if name == "Gaussian" else t5_vae, name)

@@ -74,8 +74,16 @@ class ModelConfig:
     """Pieces of the tokenizer that is trained on the corpus for a new T5."""
     dropout: float | None = None
     """Dropout rate of the T5. None: the model's own."""
+    family: Literal["gaussian", "spike_slab", "categorical"] = "gaussian"
+    """What z is: gaussian, a diagonal Gaussian; spike_slab, a sparse vector (Prokhorov
+    et al. 2021); categorical, variables of `categories` values each."""
     latent_dim: int = 32
-    """Z, the dimensions of z."""
+    """The units of the latent: dimensions of z, or categorical variables."""
+    categories: int = 16
+    """Values of each variable, for categorical."""
+    spike_prior: list[float] = field(default_factory=lambda: [4.0, 1.0])
+    """a and b of the Beta(a, b) that the weight of the spike has under the prior, for
+    spike_slab. (4, 1): a unit is off in four of five sentences."""
     pooling: Literal["mean", "max", "first", "attention"] = "mean"
     """How the encoder's states become one vector."""
     injection: Literal["memory", "embedding", "both", "none"] = "memory"
@@ -93,11 +101,15 @@ class BetaConfig:
     """Weight of the KL term, by optimizer step of the phase (see
     `dsvae.objective.schedules`)."""
 
-    kind: Literal["constant", "linear", "cyclic"] = "linear"
+    kind: Literal["constant", "linear", "cyclic", "target"] = "linear"
     """constant: `max` throughout. linear: one rise over the phase. cyclic: `cycles`
-    equal rises (Fu et al. 2019)."""
+    equal rises (Fu et al. 2019). target: beta moves until the KL is `target`."""
     max: float = 1.0
-    """The value that is reached."""
+    """The value that is reached; for target the largest."""
+    target: float | None = None
+    """The KL to hold, in nats per sentence, for target."""
+    gain: float = 1e-3
+    """How much beta moves per step and nat of distance from the target."""
     zero: float = 0.0
     """Share of the phase (of each cycle) that beta stays at 0 before it rises."""
     rise: float = 0.5
@@ -131,6 +143,10 @@ class PhaseConfig:
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm; 0: not clipped."""
+    draws: int = 1
+    """Samples of z per sentence of which the one with the best reconstruction trains
+    (speculative sampling, Sato et al. 2021). The logged training rec is then too good by
+    up to ln(draws); evaluation always draws once."""
     deletion: float = 0.0
     """Share of the tokens deleted from the encoder's input while training (never EOS;
     the decoder's side stays clean)."""
@@ -154,9 +170,13 @@ class Phase2Config(PhaseConfig):
     """Weight of the KL term."""
     free_bits: float = 0.0
     """KL threshold in nats; below it the KL has no gradient. 0: none."""
-    free_bits_mode: Literal["dimension", "total"] = "dimension"
-    """Whether `free_bits` holds for each dimension or for their sum (on the mean over
-    the global batch)."""
+    total_correlation: float = 0.0
+    """Weight of the pairwise total correlation of the variables, for model.family
+    categorical; the KL holds it once already."""
+    free_bits_mode: Literal["dimension", "total", "sentence"] = "dimension"
+    """What `free_bits` holds for. dimension: the mean KL of each unit over the global
+    batch. total: the mean of their sum. sentence: the KL of each unit of each sentence,
+    as in the code of Optimus and of Park & Lee."""
 
 
 @dataclass
@@ -416,6 +436,17 @@ def check(config: RunConfig) -> None:
         f"data.micro_batch_tokens ({config.data.micro_batch_tokens}) is less than one sentence of "
         f"data.max_tokens ({config.data.max_tokens})",
     )
+    need(config.model.categories >= 2, "model.categories must be at least 2")
+    need(
+        len(config.model.spike_prior) == 2
+        and all(0.5 < each <= 100 for each in config.model.spike_prior),
+        "model.spike_prior must be two numbers above 0.5 and at most 100",
+    )
+    need(
+        config.phase2.total_correlation == 0 or config.model.family == "categorical",
+        "phase2.total_correlation needs model.family categorical",
+    )
+    need(config.phase2.total_correlation >= 0, "phase2.total_correlation must not be negative")
     for name in ("latent_dim", "memory_slots", "vocab_size"):
         need(getattr(config.model, name) >= 1, f"model.{name} must be at least 1")
     need(
@@ -436,6 +467,7 @@ def check(config: RunConfig) -> None:
             f"{name}.steps must be at least 1 (to leave a phase out: --phase 1 or --phase 2)",
         )
         need(phase.lr > 0, f"{name}.lr must be positive")
+        need(phase.draws >= 1, f"{name}.draws must be at least 1")
         need(
             0 <= phase.warmup_steps <= phase.steps,
             f"{name}.warmup_steps ({phase.warmup_steps}) must lie between 0 and {name}.steps "
@@ -467,6 +499,19 @@ def check(config: RunConfig) -> None:
     need(
         beta.zero >= 0 and beta.rise >= 0 and beta.zero + beta.rise <= 1,
         "phase2.beta.zero and phase2.beta.rise are shares: not negative, and at most 1 together",
+    )
+    need(
+        (beta.kind == "target") == (beta.target is not None),
+        "phase2.beta.kind target and phase2.beta.target (nats per sentence) go together",
+    )
+    need(
+        beta.target is None or beta.target > 0 and beta.gain > 0,
+        "phase2.beta.target and phase2.beta.gain must be positive",
+    )
+    need(
+        beta.kind != "target" or config.phase2.free_bits == 0,
+        "phase2.free_bits holds the KL up, and phase2.beta.kind target holds it at a value: "
+        "use one of them",
     )
     need(beta.cycles >= 1, "phase2.beta.cycles must be at least 1")
     need(

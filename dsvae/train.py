@@ -54,6 +54,7 @@ from dsvae.data.corpora import entropy
 from dsvae.data.tokenization import Prepared, load_prepared, prepare
 from dsvae.engine import checkpoint, distributed, ds_config, nvme, universal, watchdog, weights
 from dsvae.engine.build import build_model
+from dsvae.engine.checkpoint import Checkpoint
 from dsvae.engine.distributed import World
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.non_finite import SkippedSteps
@@ -70,7 +71,8 @@ from dsvae.files import write_json, write_text
 from dsvae.metrics.evaluate import against_entropy, evaluate
 from dsvae.metrics.kept import Kept
 from dsvae.metrics.text import samples
-from dsvae.objective.schedules import beta_at
+from dsvae.objective.schedules import next_beta
+from dsvae.phases import Phase
 from dsvae.reporting import Reporter, data_lines, result_table
 from dsvae.throughput import Speed
 from dsvae.usage import help_text
@@ -244,14 +246,15 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
         before_phase2 if start.phases[0] == 2 else 0
     )
     metrics = None
-    for phase in start.phases:
-        resumed = start.checkpoint if start.checkpoint and start.checkpoint.phase == phase else None
+    for number in start.phases:
+        phase = Phase(number, config, before_phase2 if number == 2 else 0)
+        resumed = (
+            start.checkpoint if start.checkpoint and start.checkpoint.phase == number else None
+        )
         with ExitStack() as held:
             with world.patient():
-                engine, batches = _engine(
-                    config, raw, phase, weights_from, data, world, reporter, held
-                )
-            if phase == start.phases[0]:
+                engine, batches = _engine(phase, raw, weights_from, data, world, reporter, held)
+            if number == start.phases[0]:
                 # Only now: a mistake until here leaves nothing in output_dir that the
                 # corrected command would stumble over.
                 world.on_main(lambda: _write_down(config, raw, data, sentences(), out))
@@ -264,48 +267,41 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
                 if converted:
                     reporter.say(converted)
                 reporter.say(f"going on from {resumed.directory}")
-            done, offset = resumed.step if resumed else 0, before_phase2 if phase == 2 else 0
             with stopping.between_steps():
-                train_phase(
-                    config, phase, engine, batches, data, world, reporter, stopping, done, offset
-                )
-            if phase == 1:
+                train_phase(phase, engine, batches, data, world, reporter, stopping, resumed)
+            if number == 1:
                 weights_from = out / "phase1" / "model"
                 weights.export(
                     engine.module, engine.origin, world, weights_from, _save_tokenizer(data)
                 )
             else:
-                metrics = finish(
-                    config, engine, data, world, reporter, stopping, offset + config.phase2.steps
-                )
+                metrics = finish(phase, engine, data, world, reporter, stopping)
             engine.close()
     reporter.close(metrics)
     world.on_main(lambda: _say_finished(config, reporter))
 
 
 def train_phase(
-    config: RunConfig,
-    phase: int,
+    phase: Phase,
     engine: PhaseEngine,
     batches: TrainingBatches,
     data: Prepared,
     world: World,
     reporter: Reporter,
     stopping: Stopping,
-    done: int,
-    offset: int,
+    resumed: Checkpoint | None,
 ) -> None:
-    """The optimizer steps of one phase from step `done` on, with what is logged,
-    evaluated and saved between them.
+    """The optimizer steps of one phase, with what is logged, evaluated and saved between
+    them.
 
     Args:
-        offset: steps of the phases before, on the axis of what is reported.
+        resumed: the checkpoint that the engine was loaded from; None: a fresh phase.
 
     Raises:
         RunStopped: on every rank: told to stop and saved; no checkpoint could be saved;
             or nothing finite came for too long.
     """
-    settings = config.phase1 if phase == 1 else config.phase2
+    config, offset = phase.config, phase.offset
     valid = data.splits["valid"]
     # any order of the file
     watched = valid.select(np.sort(np.argsort(valid.content_keys)[: config.eval.sentences]))
@@ -315,38 +311,46 @@ def train_phase(
         return str(data.tokenizer.decode(ids, skip_special_tokens=True))
 
     skipped = SkippedSteps(
-        config.max_skipped_steps, Path(config.output_dir), phase, decode, reporter.say
+        config.max_skipped_steps, Path(config.output_dir), phase.number, decode, reporter.say
     )
-    reporter.start_phase(phase, settings.steps, done)
-    for index in range(done, settings.steps):
-        beta = beta_at(index, settings.steps, config.phase2.beta) if phase == 2 else 0.0
+    done, beta = resumed.step if resumed else 0, 0.0
+    if phase.controlled and resumed:
+        beta = world.on_main(lambda: resumed.meta["beta"])
+    reporter.start_phase(phase.number, phase.steps, done)
+    for index in range(done, phase.steps):
+        penalty = phase.penalty(index, beta)
         lr = engine.lr
         step = batches.step(index)
-        sums = engine.train_step(index, step, beta)
+        sums = engine.train_step(index, step, penalty)
         speed.count(step)
         reporter.advance()
 
         done = index + 1
-        last = done == settings.steps
+        last = done == phase.steps
         skipped.count(engine, world, index, step, sums)
         stop = stopping.agreed(world)
         valid_loss = None
-        if done % config.log_every == 0 or last:
-            rec, kl = sums.means(world)
+        logged = done % config.log_every == 0 or last
+        if logged or phase.controlled:
+            rec, statistics = sums.means(world)
+            kl = statistics[: engine.units]
+        if phase.controlled and not sums.skipped:
+            beta = next_beta(beta, float(kl.sum()), config.phase2.beta)
+        if logged:
             values = {
-                "loss": engine.loss(rec, kl, beta),
+                "loss": rec + float(penalty(statistics, engine.units)),
                 "rec": rec,
                 # free of how long the sentences of this step happen to be
                 "rec_per_token": rec * step.sentences / step.tokens,
                 "kl": float(kl.sum()),
-                "beta": beta,
+                "beta": penalty.beta,
                 "lr": lr,
                 "grad_norm": engine.grad_norm,
                 "skipped_steps": float(engine.skipped_steps),
                 "epoch": done / batches.steps_per_epoch,
                 **speed.read(),
             }
-            reporter.scalars(offset + done, phase, values, kl.tolist())
+            reporter.scalars(offset + done, phase.number, values, kl.tolist())
         if last or (config.eval_every and done % config.eval_every == 0):
             found = evaluate(
                 engine.module,
@@ -355,8 +359,8 @@ def train_phase(
                 samples=config.eval.samples,
                 token_budget=config.eval.batch_tokens,
             )
-            reporter.evaluation(offset + done, phase, "valid", found)
-            valid_loss = found["rec"] + (found["kl"] if phase == 2 else 0.0)
+            reporter.evaluation(offset + done, phase.number, "valid", found)
+            valid_loss = found["rec"] + (found["kl"] if phase.number == 2 else 0.0)
             reporter.say(
                 f"step {offset + done}: valid rec {found['rec']:.2f} kl {found['kl']:.2f} mi "
                 f"{found['mi']:.2f} "
@@ -379,13 +383,14 @@ def train_phase(
                 "frozen": engine.frozen,
                 "valid": valid_loss,
                 "steps_before": offset,
+                "beta": beta,
             }
             try:
                 checkpoint.save(
                     engine.deepspeed,
                     world,
                     Path(config.output_dir) / "checkpoints",
-                    phase=phase,
+                    phase=phase.number,
                     step=done,
                     meta=meta,
                     keep=config.keep_checkpoints,
@@ -408,24 +413,21 @@ def train_phase(
 
 
 def finish(
-    config: RunConfig,
+    phase: Phase,
     engine: PhaseEngine,
     data: Prepared,
     world: World,
     reporter: Reporter,
     stopping: Stopping,
-    step: int,
 ) -> dict[str, Any]:
     """The final evaluation on all test sentences, and the export; metrics.json comes
     last and says that all is there.
-
-    Args:
-        step: the last one of the run.
 
     Raises:
         RunStopped: on every rank: told to stop. What the evaluation has found so far is
             kept, and the next start goes on from there.
     """
+    config = phase.config
     out = Path(config.output_dir)
     # float32 under autocast, which is for training
     precision = PRECISIONS[next(engine.module.parameters()).dtype]
@@ -448,7 +450,7 @@ def finish(
     unk = data.report["splits"]["test"]["unk"]
     metrics |= against_entropy(metrics, entropy(config.data), unk)
     metrics["precision"] = precision
-    reporter.evaluation(step, 2, "test", metrics)
+    reporter.evaluation(phase.offset + phase.steps, phase.number, "test", metrics)
     pairs, prior = samples(
         engine.module,
         data.splits["test"],
@@ -469,9 +471,8 @@ def finish(
 
 
 def _engine(
-    config: RunConfig,
+    phase: Phase,
     raw: dict[str, Any],
-    phase: int,
     weights_from: Path | None,
     data: Prepared,
     world: World,
@@ -484,7 +485,7 @@ def _engine(
     Args:
         held: what the engine has on a disk goes with it.
     """
-    settings = config.phase1 if phase == 1 else config.phase2
+    config = phase.config
     train = data.splits["train"]
     given = raw.get("gradient_accumulation_steps", "auto")
     most = most_micro_batches(
@@ -493,7 +494,7 @@ def _engine(
     accelerator = get_accelerator()
     resolved = ds_config.resolve(
         raw,
-        phase=settings,
+        phase=phase.settings,
         precision=config.precision,
         batch_size=config.data.batch_size,
         micro_batches=most,
@@ -517,30 +518,19 @@ def _engine(
         batch_size=config.data.batch_size,
         token_budget=config.data.micro_batch_tokens,
         micro_batches=None if given == "auto" else given,
-        latent_dim=model.config.latent_dim,
-        deletion=settings.deletion,
-        seed=config.seed * 2 + phase - 1,  # each phase its own order and noise
+        noise_width=model.family.noise_width,
+        draws=phase.settings.draws,
+        deletion=phase.settings.deletion,
+        seed=phase.seed,
         rank=world.rank,
         world_size=world.size,
         pad_id=model.config.pad_token_id,
     )
-    engine = PhaseEngine(
-        model,
-        world,
-        settings,
-        resolved,
-        origin=origin,
-        sample_latent=config.phase1.sample_latent if phase == 1 else True,
-        freeze=config.phase1.freeze_decoder if phase == 1 else False,
-        free_bits=config.phase2.free_bits if phase == 2 else 0.0,
-        free_bits_mode=config.phase2.free_bits_mode,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        seed=config.seed * 2 + phase - 1,
-    )
-    resolved_file = Path(config.output_dir) / f"ds_config.phase{phase}.json"
+    engine = PhaseEngine(model, world, phase, resolved, origin=origin)
+    resolved_file = Path(config.output_dir) / f"ds_config.phase{phase.number}.json"
     world.on_main(lambda: write_json(resolved_file, resolved))
     reporter.say(
-        f"phase {phase}: {settings.steps:,} steps of {config.data.batch_size} sentences, ZeRO "
+        f"phase {phase.number}: {phase.steps:,} steps of {config.data.batch_size} sentences, ZeRO "
         f"{engine.zero_stage}, {engine.precision}; its ds_config is {resolved_file}"
     )
     reporter.detail(json.dumps(resolved, indent=2))

@@ -39,7 +39,7 @@ class MicroBatch:
     labels: Tensor
     """(B, T) int64, the clean sentence, -100 behind EOS."""
     noise: Tensor
-    """(B, Z) float32, standard normal."""
+    """(B, K, E) float32, standard normal: the noise of K draws of z."""
     weight: Tensor
     """(B,) float32, 1 for a sentence, 0 for a filler (a rank that got no sentence must
     still take part)."""
@@ -172,7 +172,8 @@ class TrainingBatches:
         *,
         batch_size: int,
         token_budget: int,
-        latent_dim: int,
+        noise_width: int,
+        draws: int = 1,
         deletion: float,
         seed: int,
         rank: int,
@@ -196,7 +197,8 @@ class TrainingBatches:
             token_budget,
             micro_batches,
         )
-        self.latent_dim, self.deletion, self.seed, self.pad_id = latent_dim, deletion, seed, pad_id
+        self.noise_shape, self.deletion = (draws, noise_width), deletion
+        self.seed, self.pad_id = seed, pad_id
         self.rank, self.world_size = rank, world_size
 
     @property
@@ -221,10 +223,11 @@ class TrainingBatches:
         own, weight = share(sentences, self.rank, self.world_size)
         keys = list(zip(share(epochs, self.rank, self.world_size)[0].tolist(), own, strict=True))
         rows = self.split.rows(own)
+        # The first draw has the same numbers whatever the number of draws.
         noise = np.stack(
             [
                 generator(self.seed, LATENT, epoch, sentence).standard_normal(
-                    self.latent_dim, dtype=np.float32
+                    self.noise_shape, dtype=np.float32
                 )
                 for epoch, sentence in keys
             ]

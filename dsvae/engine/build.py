@@ -22,7 +22,15 @@ from dsvae.errors import UserError
 from dsvae.modeling.origin import Origin, slots
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig, read_config
 
-LATENT_FIELDS = ("latent_dim", "pooling", "injection", "memory_slots")
+LATENT_FIELDS = (
+    "family",
+    "latent_dim",
+    "categories",
+    "spike_prior",
+    "pooling",
+    "injection",
+    "memory_slots",
+)
 
 
 def build_model(

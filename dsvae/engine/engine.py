@@ -15,23 +15,16 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from dsvae.config import PhaseConfig
 from dsvae.data.batches import MicroBatch, Step
 from dsvae.engine import ds_config as ds_configs
 from dsvae.engine import nvme
 from dsvae.engine.distributed import World
 from dsvae.engine.weights import freeze_decoder, frozen_digest, parameter_groups
 from dsvae.modeling.origin import Origin
-from dsvae.modeling.posterior import Gaussian
 from dsvae.modeling.t5_vae import T5VAE
-from dsvae.objective.elbo import (
-    FreeBitsMode,
-    kl_gates,
-    loss_share,
-    reconstruction_nats,
-    thresholded_kl,
-)
+from dsvae.objective.elbo import Penalty, loss_share, reconstruction_nats, slopes
 from dsvae.objective.schedules import lr_factor
+from dsvae.phases import Phase
 
 
 @dataclass
@@ -40,8 +33,8 @@ class StepSums:
 
     rec: Tensor
     """Scalar, nats."""
-    kl: Tensor
-    """(Z,), nats."""
+    statistics: Tensor
+    """(S,), of the penalty; the first U are the KL of the units in nats."""
     sentences: int
     """N of the global batch."""
     skipped: bool
@@ -49,12 +42,10 @@ class StepSums:
     finite."""
 
     def means(self, world: World) -> tuple[float, Tensor]:
-        """(rec, kl (Z,)): means per sentence of the global batch, in nats.
-        Collective."""
-        sums = (
-            world.sum(torch.cat([self.rec[None].double(), self.kl.double()])).cpu() / self.sentences
-        )
-        return float(sums[0]), sums[1:]
+        """The means of (rec, statistics (S,)) over the global batch. Collective."""
+        sums = torch.cat([self.rec[None].double(), self.statistics.double()])
+        means = world.sum(sums).cpu() / self.sentences
+        return float(means[0]), means[1:]
 
 
 class PhaseEngine:
@@ -62,49 +53,35 @@ class PhaseEngine:
 
     Args:
         model: from `build_model`; the engine casts and shards it in place.
-        phase: optimizer, schedule and clipping.
+        phase: what trains, how, and with which random numbers.
         ds_config: resolved.
         origin: what the model started from, for the export of frozen weights; None on
             the other ranks.
-        sample_latent: decode a sample of the posterior, or its mean.
-        freeze: train the encoder and the latent path only.
-        free_bits, free_bits_mode: the KL threshold.
-        gradient_checkpointing: recompute the blocks' activations in backward.
-        seed: of dropout; every (step, micro-batch, rank) starts from its own state, so
-            a resumed run repeats it.
+
+    Every (step, micro-batch, rank) starts dropout from its own state, so that a resumed
+    run repeats it.
     """
 
     def __init__(
         self,
         model: T5VAE,
         world: World,
-        phase: PhaseConfig,
+        phase: Phase,
         ds_config: dict[str, Any],
         *,
         origin: Origin | None,
-        sample_latent: bool,
-        freeze: bool,
-        free_bits: float,
-        free_bits_mode: FreeBitsMode,
-        gradient_checkpointing: bool,
-        seed: int,
     ) -> None:
         self.zero_stage, self.precision = (
             ds_configs.zero_stage(ds_config),
             ds_configs.precision_of(ds_config),
         )
-        self.world, self.seed, self._norm = world, seed, math.nan
-        self.sample_latent, self.free_bits, self.free_bits_mode = (
-            sample_latent,
-            free_bits,
-            free_bits_mode,
-        )
-        self.origin = origin
+        self.world, self.phase, self.origin, self._norm = world, phase, origin, math.nan
+        self.units = model.family.units
         model.requires_grad_(True)
-        if freeze:
+        if phase.freeze_decoder:
             freeze_decoder(model)
         self.frozen = frozen_digest(model, origin, world)
-        if gradient_checkpointing:
+        if phase.config.model.gradient_checkpointing:
             # reentrant: no gradient through keyword arguments
             model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer_params = ds_config["optimizer"]["params"]
@@ -118,7 +95,7 @@ class PhaseEngine:
             fused=True,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor(step, phase)
+            optimizer, lambda step: lr_factor(step, phase.settings)
         )
         # DeepSpeed builds an optimizer of its own from this section; ours is given.
         without_optimizer = {key: value for key, value in ds_config.items() if key != "optimizer"}
@@ -153,48 +130,46 @@ class PhaseEngine:
         step was skipped."""
         return self._norm if self.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())
 
-    def train_step(self, index: int, step: Step, beta: float) -> StepSums:
+    def train_step(self, index: int, step: Step, penalty: Penalty) -> StepSums:
         """One optimizer step on the global batch that `step` is this rank's part of.
 
         Args:
             index: the optimizer step of the phase, from 0.
-            beta: weight of the KL term.
+            penalty: T of the loss (1/N) sum_i rec_i + T(mean statistics).
 
-        The gradient is that of (1/N) sum_i [rec_i + beta * kl_i] over all ranks and
-        micro-batches: DeepSpeed averages over the W ranks, so each share is multiplied
-        by W, and its own scaling by accumulation steps is off.
+        The gradient is that of the loss over all ranks and micro-batches: DeepSpeed
+        averages over the W ranks, so each share is multiplied by W, and DeepSpeed's
+        scaling by accumulation steps is off.
         """
         self.deepspeed.train()
         batches = [batch.to(self.world.device) for batch in step.micro_batches]
-        thresholded = beta > 0 and self.free_bits > 0
-        gates = None
-        if thresholded and len(batches) > 1:
-            gates = self._gates(self._kl_ahead(index, batches), step.sentences)
+        prior = self.module.prior()
+        slope = None
+        if not penalty.linear and len(batches) > 1:
+            ahead = self._statistics_ahead(index, batches, penalty)
+            slope = slopes(penalty, self.world.sum(ahead) / step.sentences, self.units)
         self.world.beat(f"step {index + 1}")
         rec_sum = torch.zeros((), device=self.world.device)
-        kl_sum = torch.zeros(self.module.config.latent_dim, device=self.world.device)
+        statistics_sum = torch.zeros((), device=self.world.device)
         for i, batch in enumerate(batches):
             self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            noise = self._choose_noise(batch)
             self._seed(index, i)
-            noise = batch.noise if self.sample_latent else torch.zeros_like(batch.noise)
-            out = self.deepspeed(
-                batch.input_ids, batch.attention_mask, labels=batch.labels, noise=noise
-            )
+            out = self._forward(self.deepspeed, batch, noise)
             rec = reconstruction_nats(out.logits, batch.labels)
-            kl = out.posterior.kl()
-            kl_now = (batch.weight @ kl).detach()
-            if gates is None:
-                gates = (
-                    self._gates(kl_now.clone(), step.sentences)
-                    if thresholded
-                    else torch.ones_like(kl_now)
-                )
-            share = loss_share(rec, kl, batch.weight, beta, gates, step.sentences)
+            statistics = penalty.statistics(self.module.family.of(out.posterior_parameters), prior)
+            statistics_now = (batch.weight @ statistics).detach()
+            if slope is None and penalty.active:
+                mean = statistics_now.clone()
+                if not penalty.linear:
+                    mean = self.world.sum(mean) / step.sentences
+                slope = slopes(penalty, mean, self.units)
+            share = loss_share(rec, statistics, batch.weight, slope, step.sentences)
             self.deepspeed.backward(share * self.world.size, scale_wrt_gas=False)
             rec_sum += torch.dot(batch.weight, rec.detach())
-            kl_sum += kl_now
+            statistics_sum = statistics_sum + statistics_now
             self.world.beat(f"step {index + 1}, micro-batch {i + 1} of {len(batches)}")
-        return StepSums(rec_sum, kl_sum, step.sentences, skipped=not self._update())
+        return StepSums(rec_sum, statistics_sum, step.sentences, skipped=not self._update())
 
     @torch.no_grad()
     def inspect(self, index: int, step: Step) -> list[dict[str, Any]]:
@@ -202,18 +177,17 @@ class PhaseEngine:
         takes. Collective at ZeRO 3.
 
         `input_ids` are those of the encoder (deletion noise included), `labels` those
-        of the decoder, `noise` is that of z = mean + std * noise; rec and kl in nats.
+        of the decoder, `noise` is what z was drawn with; rec and kl in nats.
         """
         rows = []
         for i, given in enumerate(step.micro_batches):
             batch = given.to(self.world.device)
+            noise = self._choose_noise(batch)
             self._seed(index, i)
-            noise = batch.noise if self.sample_latent else torch.zeros_like(batch.noise)
             with self._autocast():
-                out = self.module(
-                    batch.input_ids, batch.attention_mask, labels=batch.labels, noise=noise
-                )
-            rec, kl = reconstruction_nats(out.logits, batch.labels), out.posterior.kl()
+                out = self._forward(self.module, batch, noise)
+            rec = reconstruction_nats(out.logits, batch.labels)
+            kl = self.module.family.of(out.posterior_parameters).kl(self.module.prior())
             for row in range(len(rec)):
                 if batch.weight[row]:
                     rows.append(
@@ -255,37 +229,61 @@ class PhaseEngine:
         self.deepspeed.lr_scheduler.step()
         return False
 
-    def loss(self, rec: float, kl: Tensor, beta: float) -> float:
-        """The loss of a global batch from its means: rec in nats, kl (Z,) in nats."""
-        return (
-            rec + beta * float(thresholded_kl(kl, self.free_bits, self.free_bits_mode))
-            if beta
-            else rec
-        )
-
     def close(self) -> None:
         """Frees the engine's buffers and hooks."""
         self.deepspeed.destroy()
 
-    def _gates(self, kl_sum: Tensor, sentences: int) -> Tensor:
-        """The gates of the global batch from this rank's sum of KL, (Z,).
-        Collective."""
-        return kl_gates(self.world.sum(kl_sum) / sentences, self.free_bits, self.free_bits_mode)
+    @torch.no_grad()
+    def _choose_noise(self, batch: MicroBatch) -> Tensor:
+        """The noise of each sentence's z, (B, E): of K draws the one under which the
+        sentence is likeliest (speculative sampling, Sato et al. 2021).
+
+        The draws are scored without dropout. Every rank decodes K times, fillers
+        included: ZeRO 3 needs the same passes everywhere.
+        """
+        draws = batch.noise.shape[1]
+        if draws == 1 or not self.phase.sample_latent:
+            return batch.noise[:, 0]
+        self.module.eval()
+        with self._autocast():
+            out = self.module(batch.input_ids, batch.attention_mask, encode_only=True)
+            posterior = self.module.family.of(out.posterior_parameters)
+            rec = [
+                reconstruction_nats(
+                    self.module(labels=batch.labels, latent=posterior.sample(noise)).logits,
+                    batch.labels,
+                )
+                for noise in batch.noise.unbind(1)
+            ]
+        self.module.train()
+        best = torch.stack(rec).argmin(0)  # (B,)
+        return batch.noise[torch.arange(len(best), device=best.device), best]
+
+    def _forward(self, model: Any, batch: MicroBatch, noise: Tensor) -> Any:
+        """The pass of a micro-batch, through the engine or through the bare model."""
+        return model(
+            batch.input_ids,
+            batch.attention_mask,
+            labels=batch.labels,
+            noise=noise,
+            sample_latent=self.phase.sample_latent,
+        )
 
     @torch.no_grad()
-    def _kl_ahead(self, index: int, batches: list[MicroBatch]) -> Tensor:
-        """This rank's sum of KL over all micro-batches, (Z,), with the dropout that the
-        training passes will draw.
+    def _statistics_ahead(self, index: int, batches: list[MicroBatch], penalty: Penalty) -> Tensor:
+        """This rank's sums of the statistics over all micro-batches, (S,), with the
+        dropout that the training passes will draw.
 
-        The threshold needs the batch mean before the first backward; with one
-        micro-batch its forward pass gives it.
+        A penalty that is not linear needs the batch mean before the first backward; with
+        one micro-batch the training pass itself gives it.
         """
-        total = torch.zeros(self.module.config.latent_dim, device=self.world.device)
+        total = torch.zeros((), device=self.world.device)
         for i, batch in enumerate(batches):
             self._seed(index, i)
             with self._autocast():
                 out = self.module(batch.input_ids, batch.attention_mask, encode_only=True)
-            total += batch.weight @ Gaussian.from_parameters(out.posterior_parameters).kl()
+            posterior = self.module.family.of(out.posterior_parameters)
+            total = total + batch.weight @ penalty.statistics(posterior, self.module.prior())
         return total
 
     def _autocast(self) -> torch.autocast:
@@ -298,7 +296,7 @@ class PhaseEngine:
     def _seed(self, index: int, micro_batch: int) -> None:
         """Random state of the model's own draws (dropout), from where it is and nothing
         else."""
-        mixed = self.seed
+        mixed = self.phase.seed
         for part in (index, micro_batch, self.world.rank):
             mixed = (mixed * 1_000_003 + part + 1) % (1 << 63)
         torch.manual_seed(mixed)

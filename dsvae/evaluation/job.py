@@ -169,7 +169,7 @@ def evaluate_sentences(
         decoded = reconstruct(
             model,
             split,
-            measured.posterior.mean,
+            measured.posterior.point,
             world,
             token_budget=token_budget,
             max_tokens=max_tokens,
@@ -199,7 +199,7 @@ def evaluate_sentences(
 
 def _use_of_latents(measured: Measured, text: Sentences, seed: int) -> dict[str, Any]:
     """Probes for every label, and disentanglement where the factors are known."""
-    means = measured.posterior.mean.double().numpy()
+    means = measured.posterior.point.double().numpy()
     found: dict[str, Any] = {}
     if text.labels:
         hashes = text.split.hashes

@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from dsvae.evaluation.figures import COLOR, STYLE, legend, new_figure, short, svg
 from dsvae.evaluation.sentences import Sentences
 from dsvae.metrics.evaluate import Measured
-from dsvae.metrics.information import ACTIVE_UNIT_VARIANCE
+from dsvae.modeling.families import ACTIVE
 
 POINTS = 5_000
 """Sentences in a scatter."""
@@ -38,7 +38,7 @@ def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[
                     metrics["au_curve"], metrics["latent_dim"]
                 ),
                 "Latents": _latents(
-                    measured.posterior.mean.numpy()[chosen], *_colours(metrics, text, chosen)
+                    measured.posterior.point.numpy()[chosen], *_colours(metrics, text, chosen)
                 ),
             } | found
         if scores := metrics.get("disentanglement"):
@@ -64,10 +64,10 @@ def _kl(kl: list[float]) -> str:
 def _active_units(curve: dict[str, list], dims: int) -> str:
     figure, axes = new_figure()
     axes.step(curve["threshold"], curve["units"], where="post", color=COLOR)
-    axes.axvline(ACTIVE_UNIT_VARIANCE, color="black", linestyle=":", linewidth=1)
+    axes.axvline(ACTIVE, color="black", linestyle=":", linewidth=1)
     axes.annotate(
-        f"au, at {ACTIVE_UNIT_VARIANCE}",
-        (ACTIVE_UNIT_VARIANCE, 0),
+        f"au, at {ACTIVE}",
+        (ACTIVE, 0),
         xytext=(4, 6),
         textcoords="offset points",
         fontsize=8,

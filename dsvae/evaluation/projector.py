@@ -10,13 +10,13 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from dsvae.evaluation.sentences import Sentences
-from dsvae.modeling.posterior import Gaussian
+from dsvae.modeling.families import Distribution
 
 POINTS = 10_000
 """What the projector shows without stuttering."""
 
 
-def write_projector(directory: Path, posterior: Gaussian, text: Sentences) -> None:
+def write_projector(directory: Path, posterior: Distribution, text: Sentences) -> None:
     """Writes the posterior means of at most `POINTS` sentences as a TensorBoard log
     directory, whole or not at all.
 
@@ -24,7 +24,7 @@ def write_projector(directory: Path, posterior: Gaussian, text: Sentences) -> No
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    if posterior.mean.shape[1]:
+    if posterior.point.shape[1]:
         chosen = np.sort(np.argsort(text.split.content_keys)[:POINTS])
         columns = {
             "sentence": [text.texts[i] for i in chosen],
@@ -34,7 +34,7 @@ def write_projector(directory: Path, posterior: Gaussian, text: Sentences) -> No
         rows = [[_cell(value) for value in row] for row in zip(*columns.values(), strict=True)]
         with SummaryWriter(str(temporary)) as writer:
             writer.add_embedding(
-                posterior.mean[chosen],
+                posterior.point[chosen],
                 metadata=rows,
                 metadata_header=list(columns),
                 tag="posterior_mean",

@@ -9,7 +9,6 @@ memory than a batch.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from typing import IO
 import numpy as np
 
 from dsvae.errors import UserError
-from dsvae.modeling.posterior import Gaussian
+from dsvae.modeling.families import Distribution
 
 _DTYPES = {"<i8": "I64", "<f4": "F32"}
 
@@ -54,16 +53,13 @@ class LatentsFile:
         except OSError as error:
             raise self._failure(error) from error
 
-    def add(self, lines: Sequence[int], posterior: Gaussian) -> None:
+    def add(self, lines: Sequence[int], posterior: Distribution) -> None:
         """Appends the posteriors of a batch, and the numbers of their sentences in the
         source."""
         try:
             self._append("line", np.asarray(lines, dtype="<i8"))
-            for field in dataclasses.fields(posterior):
-                self._append(
-                    field.name,
-                    getattr(posterior, field.name).cpu().numpy().astype("<f4", copy=False),
-                )
+            for name, tensor in posterior.tensors().items():
+                self._append(name, tensor.cpu().numpy().astype("<f4", copy=False))
         except OSError as error:
             raise self._failure(error) from error
         self.rows += len(lines)

@@ -23,7 +23,7 @@ from dsvae.errors import UserError
 from dsvae.generation import geometry
 from dsvae.generation.options import refusal
 from dsvae.generation.reading import Line, not_blank, windows
-from dsvae.modeling.posterior import Gaussian
+from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
 
 MAX_NEW_TOKENS = 128
@@ -123,12 +123,12 @@ class SentenceVAE:
 
     @property
     def latent_dim(self) -> int:
-        """Z."""
-        return self.model.config.latent_dim
+        """Z, the numbers of one z."""
+        return self.model.family.latent_width
 
     # Encoding and decoding
 
-    def encode(self, texts: Sequence[str]) -> Gaussian:
+    def encode(self, texts: Sequence[str]) -> Distribution:
         """q(z|x) of N sentences, on CPU: mean and logvar, (N, Z) float32."""
         return self._encode(self._meant(texts))
 
@@ -146,7 +146,7 @@ class SentenceVAE:
         """The sentences as the decoder gives them back from their posterior means."""
         return self._reconstruct(self._meant(texts), options)
 
-    def encode_stream(self, texts: Iterable[str]) -> Iterator[tuple[list[Line], Gaussian]]:
+    def encode_stream(self, texts: Iterable[str]) -> Iterator[tuple[list[Line], Distribution]]:
         """(sentences, q(z|x) of them on CPU), window by window."""
         for lines, rows in self._rows_of_stream(texts):
             yield lines, self._encode(rows)
@@ -197,7 +197,7 @@ class SentenceVAE:
         """Sentences of `count` z from the prior, one by one."""
         for start in range(0, count, self.batch_size):
             noise = self._noise(seed, PRIOR, range(start, min(start + self.batch_size, count)))
-            yield from self.decode(Gaussian.from_prior(noise), **options)
+            yield from self.decode(self.model.family.prior().sample(noise), **options)
 
     def posterior_stream(
         self, lines: Iterable[Line], *, seed: int, **options: Any
@@ -227,13 +227,13 @@ class SentenceVAE:
         """
         if steps < 2:
             raise UserError(f"steps is {steps}: a path needs at least 2, its two ends")
-        mean = self.encode([a, b]).mean
-        return self.decode(geometry.interpolate(mean[0], mean[1], steps, path), **options)
+        point = self.encode([a, b]).point
+        return self.decode(geometry.interpolate(point[0], point[1], steps, path), **options)
 
     def analogy(self, a: str, b: str, c: str, **options: Any) -> str:
         """The sentence that is to `c` as `b` is to `a`: of z_b - z_a + z_c."""
-        mean = self.encode([a, b, c]).mean
-        return self.decode(geometry.analogy(*mean)[None], **options)[0]
+        point = self.encode([a, b, c]).point
+        return self.decode(geometry.analogy(*point)[None], **options)[0]
 
     def traversal(
         self, text: str, dim: int, *, steps: int = 7, width: float = 3.0, scale: str = "prior"
@@ -260,12 +260,12 @@ class SentenceVAE:
         if scale not in SCALES:
             raise UserError(f"scale {scale!r} is not one of {', '.join(SCALES)}")
         offsets = torch.linspace(-width, width, steps)
-        noise = torch.zeros(steps, self.latent_dim)
+        noise = torch.zeros(steps, self.model.family.noise_width)
         noise[:, dim] = offsets
         posterior = self._encode(self._meant([text]) * steps)
-        latent = posterior.mean.clone()
-        moved = posterior.sample(noise) if scale == "posterior" else Gaussian.from_prior(noise)
-        latent[:, dim] = moved[:, dim]
+        latent = posterior.point.clone()
+        about = posterior if scale == "posterior" else self.model.family.prior()
+        latent[:, dim] = about.sample(noise)[:, dim]
         return offsets.tolist(), latent
 
     def traverse(
@@ -319,7 +319,7 @@ class SentenceVAE:
 
         for lines, posterior in self.encode_stream(labelled()):
             side = torch.tensor([label_of(line) == toward for line in lines]).long()  # 1: toward
-            sums.index_add_(0, side, posterior.mean.double())
+            sums.index_add_(0, side, posterior.point.double())
             for each in side.tolist():
                 counts[each] += 1
         if not all(counts):
@@ -332,7 +332,7 @@ class SentenceVAE:
     def edit(self, text: str, direction: Tensor, *, strength: float = 1.0, **options: Any) -> str:
         """The sentence of z + strength * direction, for z the posterior mean of `text`
         and a direction (Z,)."""
-        return self.decode(self.encode([text]).mean + strength * direction, **options)[0]
+        return self.decode(self.encode([text]).point + strength * direction, **options)[0]
 
     # Batches
 
@@ -396,25 +396,25 @@ class SentenceVAE:
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
 
-    def _encode(self, rows: list[list[int]]) -> Gaussian:
+    def _encode(self, rows: list[list[int]]) -> Distribution:
         parameters: list[Tensor] = [torch.empty(0)] * len(rows)
         for part in self._by_length(rows):
             for i, row in zip(
                 part, self._encode_batch([rows[i] for i in part]).parameters.cpu(), strict=True
             ):
                 parameters[i] = row
-        return Gaussian.from_parameters(torch.stack(parameters))
+        return self.model.family.of(torch.stack(parameters))
 
     def _reconstruct(self, rows: list[list[int]], options: dict[str, Any]) -> list[str]:
         texts = [""] * len(rows)
         for part in self._by_length(rows):
-            mean = self._encode_batch([rows[i] for i in part]).mean
-            for i, text in zip(part, self._decode_batch(mean, options), strict=True):
+            point = self._encode_batch([rows[i] for i in part]).point
+            for i, text in zip(part, self._decode_batch(point, options), strict=True):
                 texts[i] = text
         return texts
 
     @torch.no_grad()
-    def _encode_batch(self, rows: list[list[int]]) -> Gaussian:
+    def _encode_batch(self, rows: list[list[int]]) -> Distribution:
         ids = pad_sequence(
             [torch.tensor(row) for row in rows],
             batch_first=True,
@@ -442,11 +442,11 @@ class SentenceVAE:
         )
 
     def _noise(self, seed: int, purpose: int, numbers: Iterable[int]) -> Tensor:
-        """Standard normal noise of samples by their numbers, (N, Z): each has its own
+        """Standard normal noise of samples by their numbers, (N, E): each has its own
         stream, whatever the batch."""
+        width = self.model.family.noise_width
         rows = [
-            generator(seed, purpose, 0, i).standard_normal(self.latent_dim, dtype=np.float32)
-            for i in numbers
+            generator(seed, purpose, 0, i).standard_normal(width, dtype=np.float32) for i in numbers
         ]
         return torch.from_numpy(np.stack(rows))
 

@@ -26,7 +26,7 @@ from dsvae.engine.distributed import World
 from dsvae.metrics import information, likelihood, passes
 from dsvae.metrics.information import active_units, mutual_information, near_cap
 from dsvae.metrics.kept import Kept
-from dsvae.modeling.posterior import Gaussian
+from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
 
 NO_USE = 0.01
@@ -43,8 +43,8 @@ class Measured:
     """What the passes over N sentences found, a row a sentence, in nats; the same on
     every rank."""
 
-    posterior: Gaussian
-    """q(z|x), (N, Z), on CPU."""
+    posterior: Distribution
+    """q(z|x) of all sentences, on CPU."""
     log_px_z: Tensor
     """(S, N) float64: log p(x|z_s) for S samples z_s ~ q(z|x)."""
     kl: Tensor
@@ -121,7 +121,8 @@ def measure(
     training = model.training
     model.eval()
     keys = split.content_keys
-    dim = model.config.latent_dim
+    family = model.family
+    prior = family.prior()
     posterior = passes.encode(model, split, world, token_budget, kept)
 
     other = another_sentence(split.text_keys, keys)
@@ -129,7 +130,10 @@ def measure(
     def rec_of(latent: Tensor) -> Tensor:
         return passes.decode(model, split, latent, world, token_budget, kept).double()
 
-    draws = (posterior.sample(passes.noise_of(keys, LATENT, s, dim, seed)) for s in range(samples))
+    def noise(purpose: int, sample: int) -> Tensor:
+        return passes.noise_of(keys, purpose, sample, family.noise_width, seed)
+
+    draws = (posterior.sample(noise(LATENT, s)) for s in range(samples))
     first = next(draws)
     log_px_z = torch.stack([-rec_of(first), *(-rec_of(latent) for latent in draws)])
     # Content keys look random: the sentences with the smallest are a random subset that
@@ -137,21 +141,21 @@ def measure(
     chosen = torch.from_numpy(np.argsort(keys)[: information.POSTERIORS])
     parameters = posterior.parameters[chosen]
     room = information.POSTERIORS - len(chosen)
-    if more is not None and dim and room:
+    if more is not None and family.units and room:
         others = passes.encode(model, _sample(more, room), world, token_budget, kept)
         parameters = torch.cat([parameters, others.parameters])
     rows = chosen[: information.SENTENCES]
     found = Measured(
         posterior=posterior,
         log_px_z=log_px_z,
-        kl=posterior.kl().double(),
+        kl=posterior.kl(prior).double(),
         mi_rows=rows,
-        mi_terms=mutual_information(Gaussian.from_parameters(parameters), first[rows], world),
+        mi_terms=mutual_information(family.of(parameters), first[rows], world),
         mi_posteriors=len(parameters),
         rec_shuffled=torch.full((len(split),), math.nan).double()
         if other is None
         else rec_of(first[other]),
-        rec_prior=rec_of(Gaussian.from_prior(passes.noise_of(keys, PRIOR, 0, dim, seed))),
+        rec_prior=rec_of(prior.sample(noise(PRIOR, 0))),
     )
     model.train(training)
     return found
@@ -209,7 +213,7 @@ def summarize(found: Measured, split: TokenizedSplit) -> dict[str, Any]:
 def importance_weighted(
     model: T5VAE,
     split: TokenizedSplit,
-    posterior: Gaussian,
+    posterior: Distribution,
     world: World,
     *,
     count: int,

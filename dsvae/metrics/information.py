@@ -11,10 +11,7 @@ from torch import Tensor
 
 from dsvae.engine.distributed import World
 from dsvae.metrics.progress import progress
-from dsvae.modeling.posterior import Gaussian
-
-ACTIVE_UNIT_VARIANCE = 0.01
-"""A unit is active if Var_x[E q(z|x)] exceeds this (Burda et al. 2016)."""
+from dsvae.modeling.families import ACTIVE, Distribution
 
 CURVE_THRESHOLDS = tuple(float(f"{10 ** (step / 4 - 4):.4g}") for step in range(21))
 """Thresholds of the active-unit curve: four a decade from 1e-4 to 10."""
@@ -45,7 +42,7 @@ class Terms:
     no other."""
 
 
-def mutual_information(aggregate: Gaussian, latent: Tensor, world: World) -> Terms:
+def mutual_information(aggregate: Distribution, latent: Tensor, world: World) -> Terms:
     """A lower and an upper bound of I(x; z) from pairs of sentences and posteriors.
     Collective.
 
@@ -58,11 +55,11 @@ def mutual_information(aggregate: Gaussian, latent: Tensor, world: World) -> Ter
         aggregate: of P sentences of one distribution; that of sentence j is the j-th.
         latent: (J, Z), one sample of each of the first J posteriors.
     """
-    count, all_posteriors = len(latent), len(aggregate.mean)
+    count, all_posteriors = len(latent), len(aggregate.parameters)
     terms = torch.zeros(2, count, dtype=torch.float64, device=world.device)
     if latent.shape[1] == 0:
         return Terms(*terms.cpu())
-    aggregate = Gaussian.from_parameters(aggregate.parameters.to(world.device))
+    aggregate = aggregate.to(world.device)
     latent = latent.to(world.device)
     rows_at_a_time = max(1, PAIRS // all_posteriors)
     starts = range(world.rank * rows_at_a_time, count, world.size * rows_at_a_time)
@@ -85,26 +82,17 @@ def near_cap(mi: float, cap: float) -> bool:
     return mi > cap - NEAR_CAP
 
 
-def mean_variance(posterior: Gaussian) -> Tensor:
-    """Var_x[E q(z|x)] of every dimension over the sentences (sample variance), (Z,)
-    float64; zeros for a single sentence."""
-    mean = posterior.mean.double()
-    if len(mean) < 2 or mean.shape[1] == 0:
-        return torch.zeros(mean.shape[1], dtype=torch.float64)
-    return mean.var(dim=0)
+def active_units(posterior: Distribution, threshold: float = ACTIVE) -> int:
+    """Units whose activity over the sentences exceeds `threshold` (Burda et al.
+    2016)."""
+    return int((posterior.activity() > threshold).sum())
 
 
-def active_units(posterior: Gaussian, threshold: float = ACTIVE_UNIT_VARIANCE) -> int:
-    """Dimensions whose posterior mean varies over the sentences by more than
-    `threshold` (Burda et al. 2016)."""
-    return int((mean_variance(posterior) > threshold).sum())
-
-
-def active_unit_curve(posterior: Gaussian) -> dict[str, list]:
+def active_unit_curve(posterior: Distribution) -> dict[str, list]:
     """Active units at every one of `CURVE_THRESHOLDS`: a count that hangs on its
     threshold is no property of the model."""
-    variance = mean_variance(posterior)
+    activity = posterior.activity()
     return {
         "threshold": list(CURVE_THRESHOLDS),
-        "units": [int((variance > threshold).sum()) for threshold in CURVE_THRESHOLDS],
+        "units": [int((activity > threshold).sum()) for threshold in CURVE_THRESHOLDS],
     }

@@ -27,7 +27,7 @@ from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine.distributed import World
 from dsvae.metrics import passes
 from dsvae.metrics.kept import Kept
-from dsvae.modeling.posterior import Gaussian
+from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
 
 
@@ -68,7 +68,7 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 def draw_log_weights(
     model: T5VAE,
     split: TokenizedSplit,
-    posterior: Gaussian,
+    posterior: Distribution,
     world: World,
     *,
     count: int,
@@ -84,16 +84,17 @@ def draw_log_weights(
     Args:
         posterior: q(z|x) of all N sentences, from `passes.encode`.
     """
+    prior = model.family.prior()
     rows = []
     for sample in range(count):
-        noise = passes.noise_of(split.content_keys, LATENT, sample, model.config.latent_dim, seed)
+        noise = passes.noise_of(split.content_keys, LATENT, sample, model.family.noise_width, seed)
         latent = posterior.sample(noise)
         log_px_z = -passes.decode(model, split, latent, world, token_budget, kept)
         # In float64: the terms are large, of opposite signs, and a sentence's weight is
         # the exponential of their sum.
         exact = latent.double()
         rows.append(
-            log_importance_weights(log_px_z, posterior.log_prior(exact), posterior.log_prob(exact))
+            log_importance_weights(log_px_z, prior.log_prob(exact), posterior.log_prob(exact))
         )
     return torch.stack(rows)
 

@@ -21,7 +21,7 @@ from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine.distributed import World
 from dsvae.metrics.kept import Kept
 from dsvae.metrics.progress import progress
-from dsvae.modeling.posterior import Gaussian
+from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.objective.elbo import reconstruction_nats
 
@@ -45,7 +45,7 @@ def noise_of(
 
 def encode(
     model: T5VAE, split: TokenizedSplit, world: World, token_budget: int, kept: Kept | None = None
-) -> Gaussian:
+) -> Distribution:
     """q(z|x) of all N sentences, in the split's order, on CPU. Collective."""
 
     def parameters(batch: MicroBatch, _: Tensor) -> Tensor:
@@ -54,10 +54,8 @@ def encode(
         ).posterior_parameters
         return found
 
-    size = (2 * model.config.latent_dim,)
-    return Gaussian.from_parameters(
-        _over(model, split, world, token_budget, kept, parameters, size)
-    )
+    size = (model.family.parameter_width,)
+    return model.family.of(_over(model, split, world, token_budget, kept, parameters, size))
 
 
 def decode(

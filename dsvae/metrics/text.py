@@ -11,7 +11,6 @@ from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine.distributed import World
 from dsvae.metrics.passes import noise_of
 from dsvae.metrics.reconstruction import texts
-from dsvae.modeling.posterior import Gaussian
 from dsvae.modeling.t5_vae import T5VAE
 
 
@@ -40,10 +39,11 @@ def samples(
     training = model.training
     model.eval()
     means = []
-    prior = Gaussian.from_prior(noise_of(split.content_keys[:count], PRIOR, 0, latent_dim))
+    noise = noise_of(split.content_keys[:count], PRIOR, 0, model.family.noise_width)
+    prior = model.family.prior().sample(noise)
     for i in range(count if latent_dim else 0):
         ids = torch.from_numpy(split.ids(i))[None].to(world.device)
-        means.append(model(ids, encode_only=True).posterior.mean)
+        means.append(model.family.of(model(ids, encode_only=True).posterior_parameters).point)
     both = torch.cat([*means, prior.to(world.device)])
     decoded = model.generate(
         latent=both,

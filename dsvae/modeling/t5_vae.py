@@ -28,9 +28,10 @@ from transformers.models.umt5.modeling_umt5 import UMT5Stack
 from transformers.utils import can_return_tuple
 
 from dsvae.modeling.attention import LATENT_ATTENTION
+from dsvae.modeling.families import Distribution, Family, make_family
 from dsvae.modeling.injection import make_injection
 from dsvae.modeling.origin import Origin, SafetensorsFiles, refuse_pickles
-from dsvae.modeling.posterior import Gaussian, GaussianPosterior
+from dsvae.modeling.posterior import PosteriorHead
 
 STACKS: dict[str, type[PreTrainedModel]] = {"t5": T5Stack, "mt5": MT5Stack, "umt5": UMT5Stack}
 """The encoder/decoder stack of every supported `model_type` (ByT5 is a t5 or mt5 with a
@@ -85,7 +86,11 @@ class T5VAEConfig(PreTrainedConfig):
     Args:
         t5: the configuration of the T5 (`model_type` t5, mt5 or umt5), as an object or
             a dict.
-        latent_dim: Z, the dimensions of z.
+        family: gaussian, spike_slab or categorical (see `dsvae.modeling.families`).
+        latent_dim: the units of the latent: dimensions of z, or categorical variables.
+        categories: values of each variable of the categorical family.
+        spike_prior: a and b of the prior's Beta(a, b) of the spike's weight, for
+            spike_slab.
         pooling: mean, max, first or attention.
         injection: memory, embedding or both; none: a language model without a latent (Z
             = 0, and no encoder).
@@ -101,7 +106,10 @@ class T5VAEConfig(PreTrainedConfig):
     sub_configs = {"t5": AutoConfig}
 
     t5: Any = None
+    family: str = "gaussian"
     latent_dim: int = 32
+    categories: int = 16
+    spike_prior: Any = (4.0, 1.0)
     pooling: str = "mean"
     injection: str = "memory"
     memory_slots: int = 1
@@ -160,21 +168,14 @@ class T5VAEConfig(PreTrainedConfig):
 class T5VAEOutput(CausalLMOutputWithPast):
     """What `T5VAE.forward` returns.
 
-    logits (B, T, V); latent (B, Z), the z that was decoded; posterior_parameters (B,
-    2Z) of q(z|x), None when `latent` was given; the decoder's cache when `use_cache`,
-    under the name that the installed transformers gives it (`CACHE`). `loss`,
-    `hidden_states` and `attentions` stay None.
+    logits (B, T, V); latent (B, Z), the z that was decoded; posterior_parameters (B, P)
+    of q(z|x), for `T5VAE.family.of`, None when `latent` was given; the decoder's cache
+    when `use_cache`, under the name that the installed transformers gives it (`CACHE`).
+    `loss`, `hidden_states` and `attentions` stay None.
     """
 
     latent: Tensor | None = None
     posterior_parameters: Tensor | None = None
-
-    @property
-    def posterior(self) -> Gaussian:
-        """q(z|x) of the batch."""
-        if self.posterior_parameters is None:
-            raise ValueError("no posterior: the latent was given, so nothing was encoded")
-        return Gaussian.from_parameters(self.posterior_parameters)
 
 
 class T5VAE(PreTrainedModel, GenerationMixin):
@@ -200,14 +201,15 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def __init__(self, config: T5VAEConfig) -> None:
         super().__init__(config)
         t5 = config.t5
+        self.family: Family = make_family(config)
         stack = STACKS[t5.model_type]
         self.shared = nn.Embedding(t5.vocab_size, t5.d_model)
         if config.injection != "none":
             self.encoder = stack(_stack_config(t5, is_decoder=False))
-            self.posterior = GaussianPosterior(t5.d_model, config.latent_dim, config.pooling)
+            self.posterior = PosteriorHead(t5.d_model, self.family.parameter_width, config.pooling)
             del self.encoder.embed_tokens  # both stacks are fed embeddings from `shared`
         self.injection = make_injection(
-            config.injection, t5, config.latent_dim, config.memory_slots
+            config.injection, t5, self.family.latent_width, config.memory_slots
         )
         self.decoder = stack(_stack_config(t5, is_decoder=True))
         for block in cast(nn.ModuleList, self.decoder.block):
@@ -326,16 +328,21 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             if module.bias is not None:
                 module.bias.zero_()
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Gaussian:
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Distribution:
         """q(z|x) of a batch of sentences.
 
         Args:
             input_ids: (B, S).
             attention_mask: (B, S), 1 = token, 0 = padding; None = no padding.
 
-        Returns: mean and logvar, (B, Z) each, float32.
+        Returns: a distribution of the model's family; of the Gaussian, mean and logvar,
+            (B, Z) each, float32.
         """
-        return Gaussian.from_parameters(self._posterior_parameters(input_ids, attention_mask))
+        return self.family.of(self._posterior_parameters(input_ids, attention_mask))
+
+    def prior(self) -> Distribution:
+        """p(z), as one row that serves every sentence, on the model's device."""
+        return self.family.prior(self.device)
 
     def _posterior_parameters(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         if self.config.injection == "none":
@@ -356,6 +363,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         *,
         latent: Tensor | None = None,
         noise: Tensor | None = None,
+        sample_latent: bool = True,
         decoder_input_ids: Tensor | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
@@ -370,9 +378,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             labels: (B, T), the sentence to reconstruct, -100 where there is none;
                 shifted right it is the decoder's input.
             latent: (B, Z), decoded as it is; the encoder is skipped.
-            noise: (B, Z), what the family's reparametrized sample is made of (standard
-                normal for the Gaussian). None: drawn here while training, zeros (the
-                posterior mean) in evaluation.
+            noise: (B, E), standard normal, of which the family makes its sample. None:
+                drawn here while training; in evaluation nothing is drawn, and the
+                posterior's point is decoded (the mean of a Gaussian).
+            sample_latent: False decodes the posterior's point while training, too.
             decoder_input_ids: (B, T), instead of labels.
             cache, past_key_values: the decoder's cache, by its name in transformers
                 5.24 or by the older one.
@@ -400,14 +409,14 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             parameters = self._posterior_parameters(input_ids, attention_mask)
             if encode_only:
                 return T5VAEOutput(posterior_parameters=parameters)
-            posterior = Gaussian.from_parameters(parameters)
-            if noise is None:
-                noise = (
-                    torch.randn_like(posterior.mean)
-                    if self.training
-                    else torch.zeros_like(posterior.mean)
+            posterior = self.family.of(parameters)
+            if noise is None and self.training:
+                noise = torch.randn(
+                    len(parameters), self.family.noise_width, device=parameters.device
                 )
-            latent = posterior.sample(noise)
+            latent = (
+                posterior.sample(noise) if sample_latent and noise is not None else posterior.point
+            )
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("T5VAE needs labels, or decoder_input_ids, to decode")
@@ -467,7 +476,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if latent is None:
             if input_ids is None:
                 raise ValueError("generate needs a latent, or input_ids to encode")
-            latent = self.encode(input_ids, attention_mask).mean
+            latent = self.encode(input_ids, attention_mask).point
         start = torch.full(
             (latent.shape[0], 1),
             self.config.decoder_start_token_id,

@@ -1,26 +1,37 @@
-"""The loss: negative ELBO with a weighted, thresholded KL.
+"""The loss: reconstruction, and a penalty on the batch means of latent statistics.
 
-    loss = (1/N) sum_i rec_i + beta * T((1/N) sum_i kl_i)
+    loss = (1/N) sum_i rec_i + T(m),    m = (1/N) sum_i s_i
 
 over the N sentences of the global batch (all ranks, all micro-batches of an optimizer
 step). rec_i is -log p(x_i|z_i) in nats, summed over the tokens of sentence i, EOS
-included; kl_i is KL(q(z|x_i) || p(z)) in nats, one number a dimension; T is the
-threshold of free bits (Kingma et al. 2016), which acts on the batch mean and sums over
-the dimensions.
+included. s_i are statistics of sentence i (S numbers), the KL of each unit in nats first.
+T, the penalty, is any differentiable function of their means: beta times the KL with
+free bits (Kingma et al. 2016) here.
+
+The gradient is exact however the batch is split, because
+
+    d loss = (1/N) sum_i [d rec_i + <w, d s_i>],    w = dT/dm at m.
+
+Once m is known (one all-reduce of S numbers), w is constant, and every micro-batch can
+go backward alone. Where T is linear, w does not depend on m, and nothing is reduced.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE = -100
-"""Label of the positions that are no token of the sentence."""
+from dsvae.modeling.families import Distribution
 
-FreeBitsMode = Literal["dimension", "total"]
+IGNORE = -100
+"""Label of the positions that hold no token of the sentence."""
+
+FreeBitsMode = Literal["dimension", "total", "sentence"]
 
 
 def reconstruction_nats(logits: Tensor, labels: Tensor) -> Tensor:
@@ -37,47 +48,120 @@ def reconstruction_nats(logits: Tensor, labels: Tensor) -> Tensor:
     return nats.view(labels.shape).sum(1)
 
 
-def thresholded_kl(mean_kl: Tensor, free_bits: float, mode: FreeBitsMode) -> Tensor:
-    """T: the KL of a batch in nats with free bits, a scalar.
+@dataclass(frozen=True)
+class Penalty:
+    """T, the part of the loss that acts on the means of the batch.
 
     Args:
-        mean_kl: (Z,), the batch mean of every dimension's KL.
-        free_bits: lambda in nats. `dimension`: sum_d max(lambda, kl_d). `total`:
-            max(lambda, sum_d kl_d).
+        beta: weight of the KL.
+        free_bits: lambda, the KL threshold in nats; 0: none.
+        mode: what the threshold holds for. `dimension`: sum_u max(lambda, mean_i
+            kl_iu). `total`: max(lambda, sum_u mean_i kl_iu). `sentence`: mean_i sum_u
+            max(lambda, kl_iu), as in Optimus (Li et al. 2020) and in the code of Park &
+            Lee 2021.
+        total_correlation: weight of the pairwise total correlation of the categories,
+            sum over pairs of variables of their mutual information under the mean of
+            q(z|x) (beta-TCVAE, Chen et al. 2018; for two variables it is the total
+            correlation itself). Only the categorical family has one.
     """
-    if mode == "dimension":
-        return mean_kl.clamp(min=free_bits).sum()
-    return mean_kl.sum().clamp(min=free_bits)
+
+    beta: float = 0.0
+    free_bits: float = 0.0
+    mode: FreeBitsMode = "dimension"
+    total_correlation: float = 0.0
+
+    @property
+    def active(self) -> bool:
+        """Whether it adds anything to the loss."""
+        return self.beta != 0 or self.total_correlation != 0
+
+    @property
+    def linear(self) -> bool:
+        """Whether the slopes are the same for every mean."""
+        thresholded = self.beta != 0 and self.free_bits != 0 and self.mode != "sentence"
+        return not thresholded and self.total_correlation == 0
+
+    def statistics(self, posterior: Distribution, prior: Distribution) -> Tensor:
+        """s of every sentence, (B, S): the KL of each of the U units in nats, then what
+        else the penalty needs."""
+        kl = posterior.kl(prior)
+        parts = [kl]
+        if self.mode == "sentence":
+            parts.append(kl.clamp(min=self.free_bits).sum(-1, keepdim=True))
+        if self.total_correlation:
+            parts.append(pair_statistics(posterior.tensors()["probabilities"]))
+        return torch.cat(parts, dim=-1)
+
+    def __call__(self, mean: Tensor, units: int) -> Tensor:
+        """T in nats, a scalar, of the mean statistics (S,) of U units."""
+        kl, rest = mean[:units], mean[units:]
+        if self.mode == "sentence":
+            penalized, rest = rest[0], rest[1:]
+        elif self.mode == "total":
+            penalized = kl.sum().clamp(min=self.free_bits)
+        else:
+            penalized = kl.clamp(min=self.free_bits).sum()
+        penalty = self.beta * penalized
+        if self.total_correlation:
+            penalty = penalty + self.total_correlation * pairwise_total_correlation(rest, units)
+        return penalty
 
 
-def kl_gates(mean_kl: Tensor, free_bits: float, mode: FreeBitsMode) -> Tensor:
-    """dT / d mean_kl: 1 for the dimensions whose KL has a gradient, 0 for those under
-    the threshold, (Z,).
+def slopes(penalty: Penalty, mean: Tensor, units: int) -> Tensor:
+    """dT/dm at the mean statistics m (S,) of U units, (S,)."""
+    with torch.enable_grad():
+        point = mean.detach().requires_grad_()
+        (found,) = torch.autograd.grad(penalty(point, units), point)
+    return found
 
-    The threshold acts on the mean over the whole global batch, which no rank and no
-    micro-batch has alone. With the mean known (it takes one all-reduce), the loss is
-    linear in each sentence's KL, so every micro-batch can go backward on its own and
-    the sum of the gradients is exact, however the batch is split.
+
+def pair_statistics(probabilities: Tensor) -> Tensor:
+    """What the pairwise total correlation needs of every sentence.
+
+    Args:
+        probabilities: (B, D, K), q(z_d = k|x).
+
+    Returns: (B, D * K + D * (D - 1) / 2 * K^2): the probabilities, and their products for
+        every pair of variables.
     """
-    if mode == "dimension":
-        return (mean_kl > free_bits).to(mean_kl.dtype)
-    return (mean_kl.sum() > free_bits).to(mean_kl.dtype).expand_as(mean_kl)
+    variables = probabilities.shape[1]
+    first, second = torch.triu_indices(variables, variables, offset=1)
+    products = probabilities[:, first, :, None] * probabilities[:, second, None, :]
+    return torch.cat([probabilities.flatten(1), products.flatten(1)], dim=-1)
+
+
+def pairwise_total_correlation(mean: Tensor, variables: int) -> Tensor:
+    """The sum of the mutual information of every pair of variables in nats, a scalar.
+
+    Args:
+        mean: the batch mean of `pair_statistics`, of `variables` D.
+    """
+    pairs = variables * (variables - 1) // 2
+    # D K + pairs K^2 numbers.
+    root = math.isqrt(variables**2 + 4 * pairs * len(mean))
+    categories = (root - variables) // (2 * pairs) if pairs else len(mean) // variables
+    alone = mean[: variables * categories].view(variables, categories)
+    joint = mean[variables * categories :].view(pairs, categories, categories)
+    first, second = torch.triu_indices(variables, variables, offset=1)
+    independent = alone[first, :, None] * alone[second, None, :]
+    tiny = torch.finfo(mean.dtype).tiny
+    return (joint * (joint.clamp(min=tiny).log() - independent.clamp(min=tiny).log())).sum()
 
 
 def loss_share(
-    rec: Tensor, kl: Tensor, weight: Tensor, beta: float, gates: Tensor, sentences: int
+    rec: Tensor, statistics: Tensor, weight: Tensor, slopes: Tensor | None, sentences: int
 ) -> Tensor:
-    """What a micro-batch adds to the loss, as a scalar to go backward from; the shares
-    of a global batch sum to it.
+    """What a micro-batch adds to the loss, as a scalar to go backward from.
+
+    The gradients of the shares of a global batch sum to that of the loss; constant
+    terms of the penalty have none and are left out.
 
     Args:
-        rec: (B,) nats. kl: (B, Z) nats.
-        weight: (B,), 1 for a sentence, 0 for a filler that only keeps the ranks in
-            step.
-        gates: (Z,) from `kl_gates`.
+        rec: (B,) nats.
+        statistics: (B, S) from `Penalty.statistics`.
+        weight: (B,), 1 for a sentence, 0 for a filler that only keeps the ranks in step.
+        slopes: (S,) from `slopes`; None where nothing is penalized.
         sentences: N, the sentences of the global batch.
-
-    (Constant terms of the threshold are left out: they have no gradient.)
     """
-    per_sentence = rec if beta == 0 else rec + beta * (kl * gates).sum(-1)
+    per_sentence = rec if slopes is None else rec + (statistics * slopes).sum(-1)
     return torch.dot(weight, per_sentence) / sentences

@@ -29,6 +29,22 @@ def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
     return beta.max * (position - beta.zero) / beta.rise
 
 
+def next_beta(beta: float, kl: float, settings: BetaConfig) -> float:
+    """beta of the next optimizer step where the KL is held at a target.
+
+    An integral controller in velocity form, whose state is beta itself, so that nothing
+    winds up at the bounds (after ControlVAE, Shao et al. 2020):
+    beta + gain * (kl - target), between 0 and `max`.
+
+    Args:
+        kl: the mean KL of the last step's global batch in nats per sentence, before any
+            threshold.
+    """
+    assert settings.target is not None  # checked with the configuration
+    moved = beta + settings.gain * (kl - settings.target)
+    return min(max(moved, 0.0), settings.max)
+
+
 def lr_factor(step: int, phase: PhaseConfig) -> float:
     """The learning rate at optimizer step `step` as a share of `phase.lr`.
 

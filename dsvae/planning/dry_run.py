@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from dsvae.modeling.families import make_family
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 from dsvae.objective.elbo import loss_share, reconstruction_nats
 from dsvae.planning.live import LiveBytes
@@ -156,8 +157,8 @@ def dry_run(
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
             out = model(batch["ids"], batch["mask"], labels=batch["labels"], noise=batch["noise"])
         rec = reconstruction_nats(out.logits, batch["labels"])
-        kl = out.posterior.kl()
-        share = loss_share(rec, kl, batch["weight"], 1.0, torch.ones(kl.shape[1]), rows)
+        kl = model.family.of(out.posterior_parameters).kl(model.prior())
+        share = loss_share(rec, kl, batch["weight"], torch.ones(kl.shape[1]), rows)
         record("loss")
         share.backward()
         record("end")
@@ -224,7 +225,7 @@ def _batch(rows: int, tokens: int, config: T5VAEConfig) -> dict[str, Tensor]:
         "ids": torch.zeros(rows, tokens, dtype=torch.int64),
         "mask": mask,
         "labels": labels,
-        "noise": torch.zeros(rows, config.latent_dim),
+        "noise": torch.zeros(rows, make_family(config).noise_width),
         "weight": torch.ones(rows),
     }
 

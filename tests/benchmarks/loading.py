@@ -140,19 +140,24 @@ def worker(
     """One rank."""
     import torch
 
-    from dsvae.config import ModelConfig, Phase2Config
+    from dsvae.config import ModelConfig, Phase1Config, RunConfig
     from dsvae.data.batches import MicroBatch, Step
     from dsvae.data.tokenization import load_tokenizer
     from dsvae.engine import distributed, weights
     from dsvae.engine import ds_config as ds_configs
     from dsvae.engine.build import build_model
     from dsvae.engine.engine import PhaseEngine
+    from dsvae.objective.elbo import Penalty
+    from dsvae.phases import Phase
 
     world = distributed.start()
-    phase = Phase2Config(lr=1e-4)
+    config = RunConfig(
+        phase1=Phase1Config(lr=1e-4, freeze_decoder=bool(int(freeze))),
+        model=ModelConfig(name=model, gradient_checkpointing=True),
+    )
     resolved = ds_configs.resolve(
         ds_configs.load(ds_config),
-        phase=phase,
+        phase=config.phase1,
         precision=precision,
         batch_size=2 * world.size,
         micro_batches=1,
@@ -172,22 +177,16 @@ def worker(
         engine = PhaseEngine(
             built,
             world,
-            phase,
+            Phase(1, config, 0),
             resolved,
             origin=origin,
-            sample_latent=True,
-            freeze=bool(int(freeze)),
-            free_bits=0.5,
-            free_bits_mode="dimension",
-            gradient_checkpointing=True,
-            seed=0,
         )
         found["initialize"] = peaks.read()
         ids = torch.tensor([[3, 4, 5, 6, 1], [5, 4, 3, 7, 1]])
         batch = MicroBatch(
-            ids, torch.ones_like(ids), ids, torch.zeros(2, 32), torch.ones(2), ids[:, 0].numpy()
+            ids, torch.ones_like(ids), ids, torch.zeros(2, 1, 32), torch.ones(2), ids[:, 0].numpy()
         )
-        engine.train_step(0, Step([batch], 2 * world.size, 10 * world.size), 1.0)
+        engine.train_step(0, Step([batch], 2 * world.size, 10 * world.size), Penalty(1.0, 0.5))
         found["step"] = peaks.read()
         directory = Path(out) / "model"
         weights.export(engine.module, engine.origin, world, directory, lambda _: None)

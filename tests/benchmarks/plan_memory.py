@@ -149,11 +149,13 @@ def work(job: dict[str, Any]) -> None:
     import torch
     from deepspeed.utils import logger
 
-    from dsvae.config import ModelConfig, PhaseConfig
+    from dsvae.config import ModelConfig, Phase1Config, RunConfig
     from dsvae.data.batches import MicroBatch, Step
     from dsvae.engine import distributed
     from dsvae.engine.build import build_model
     from dsvae.engine.engine import PhaseEngine
+    from dsvae.objective.elbo import Penalty
+    from dsvae.phases import Phase
     from dsvae.planning.live import LiveBytes
 
     logger.setLevel("ERROR")
@@ -169,36 +171,34 @@ def work(job: dict[str, Any]) -> None:
             ids,
             (ids != 0).long(),
             ids.masked_fill(ids == 0, -100),
-            torch.randn(rows, 32),
+            torch.randn(rows, 1, 32),
             torch.ones(rows),
             np.arange(rows),
         )
 
     count = job.get("micro_batches", 1)
     with live:
-        settings = ModelConfig(t5=job["t5"], latent_dim=32)
+        settings = ModelConfig(
+            t5=job["t5"], latent_dim=32, gradient_checkpointing=job.get("checkpointing", False)
+        )
+        frozen = Phase1Config(freeze_decoder=job.get("freeze", False))
+        config = RunConfig(model=settings, phase1=frozen)
         model, origin = build_model(
             settings, Pieces(job["t5"]["vocab_size"]), None, 0, world, resolved(job)
         )  # type: ignore[arg-type]
         engine = PhaseEngine(
             model,
             world,
-            PhaseConfig(),
+            Phase(1, config, 0),
             resolved(job),
             origin=origin,
-            sample_latent=True,
-            freeze=job.get("freeze", False),
-            free_bits=0.0,
-            free_bits_mode="dimension",
-            gradient_checkpointing=job.get("checkpointing", False),
-            seed=0,
         )
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
         live.restart()
         for index in range(3):
             step = Step([micro_batch() for _ in range(count)], rows * world.size * count, 1)
-            engine.train_step(index, step, 1.0)
+            engine.train_step(index, step, Penalty(1.0))
         peak = live.restart()
     if world.is_main:
         print(json.dumps({"live": peak, "resident": _resident("VmHWM") - before}))

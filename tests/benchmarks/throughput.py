@@ -70,12 +70,12 @@ def bare_step(model, optimizer, step, beta, free_bits, dtype):
     from torch.nn import functional as F
 
     (batch,) = step.micro_batches
-    out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=batch.noise)
+    out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=batch.noise[:, 0])
     rec = (
         F.cross_entropy(out.logits.float().flatten(0, 1), batch.labels.flatten(), reduction="sum")
         / step.sentences
     )
-    kl = out.posterior.kl().mean(0)
+    kl = model.family.of(out.posterior_parameters).kl(model.prior()).mean(0)
     loss = rec + beta * kl.clamp(min=free_bits).sum()
     optimizer.zero_grad()
     loss.backward()
@@ -84,11 +84,13 @@ def bare_step(model, optimizer, step, beta, free_bits, dtype):
 
 
 def engine_ratio(args: argparse.Namespace, data, world) -> None:
-    from dsvae.config import Phase2Config
+    from dsvae.config import Phase2Config, RunConfig
     from dsvae.data.batches import TrainingBatches
     from dsvae.engine import ds_config
     from dsvae.engine.engine import PhaseEngine
     from dsvae.engine.weights import parameter_groups
+    from dsvae.objective.elbo import Penalty
+    from dsvae.phases import Phase
 
     phase = Phase2Config(lr=1e-4, free_bits=0.5)
     split = data.splits["train"]
@@ -96,7 +98,7 @@ def engine_ratio(args: argparse.Namespace, data, world) -> None:
         split,
         batch_size=args.batch_size,
         token_budget=10**6,
-        latent_dim=32,
+        noise_width=32,
         deletion=0.0,
         seed=0,
         rank=0,
@@ -127,15 +129,9 @@ def engine_ratio(args: argparse.Namespace, data, world) -> None:
         engine = PhaseEngine(
             copy.deepcopy(initial),
             world,
-            phase,
+            Phase(2, RunConfig(phase2=phase), 0),
             resolved,
             origin=None,
-            sample_latent=True,
-            freeze=False,
-            free_bits=0.5,
-            free_bits_mode="dimension",
-            gradient_checkpointing=False,
-            seed=0,
         )
         rates: dict[str, list[float]] = {"bare": [], "engine": []}
         index = 0
@@ -147,7 +143,7 @@ def engine_ratio(args: argparse.Namespace, data, world) -> None:
                     if side == "bare":
                         bare_step(bare, optimizer, step, 0.5, 0.5, dtype)
                     else:
-                        engine.train_step(i, step, 0.5)
+                        engine.train_step(i, step, Penalty(0.5, 0.5))
                     tokens += step.tokens
                 if block:  # the first one warms up
                     rates[side].append(tokens / (time.perf_counter() - start))
@@ -179,7 +175,7 @@ def padding_ratio(args: argparse.Namespace, data, world) -> None:
         data.splits["train"],
         batch_size=args.batch_size,
         token_budget=10**6,
-        latent_dim=32,
+        noise_width=32,
         deletion=0.0,
         seed=0,
         rank=0,

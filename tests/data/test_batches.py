@@ -43,7 +43,7 @@ def batches(split, rank=0, world_size=1, **options):
     defaults = {
         "batch_size": 16,
         "token_budget": 64,
-        "latent_dim": 4,
+        "noise_width": 4,
         "deletion": 0.4,
         "seed": 3,
         "pad_id": PAD,
@@ -62,7 +62,7 @@ def drawn(steps):
     return sorted(
         (
             index,
-            tuple(micro.noise[row].tolist()),
+            tuple(micro.noise[row, 0].tolist()),
             tuple(micro.input_ids[row][micro.attention_mask[row].bool()].tolist()),
         )
         for step in steps
@@ -249,10 +249,13 @@ def test_without_deletion_encoder_and_labels_agree():
 def test_noise_is_standard_normal_and_new_at_every_step():
     split = sentences(64)
     first, second = (
-        {i: noise for i, (noise, _) in by_sentence([batches(split, latent_dim=64).step(s)]).items()}
+        {
+            i: noise
+            for i, (noise, _) in by_sentence([batches(split, noise_width=64).step(s)]).items()
+        }
         for s in (0, 4)
     )
-    second_epoch = by_sentence([batches(split, latent_dim=64, batch_size=64).step(1)])
+    second_epoch = by_sentence([batches(split, noise_width=64, batch_size=64).step(1)])
     assert all(noise != second_epoch[i][0] for i, noise in first.items())
     values = np.array([*first.values(), *second.values()])  # (32, 64)
     assert abs(values.mean()) < 5 / np.sqrt(values.size)
@@ -324,3 +327,11 @@ def test_more_ranks_than_sentences_is_an_error():
 def test_a_batch_smaller_than_the_ranks_is_an_error():
     with pytest.raises(UserError, match=r"data\.batch_size 4 is less than the 5 ranks"):
         batches(sentences(50), world_size=5, batch_size=4)
+
+
+def test_the_first_of_several_draws_is_the_only_one_of_one():
+    split = sentences(64)
+    (one,), (five,) = (batches(split, draws=k).step(3).micro_batches[:1] for k in (1, 5))
+    assert five.noise.shape == (len(one.noise), 5, 4)
+    assert torch.equal(one.noise[:, 0], five.noise[:, 0])
+    assert five.noise.unique().numel() == five.noise.numel()

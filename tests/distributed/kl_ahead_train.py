@@ -4,21 +4,21 @@ that of the passes that train."""
 from dsvae import train
 from dsvae.engine.engine import PhaseEngine
 
-kl_ahead, train_step = PhaseEngine._kl_ahead, PhaseEngine.train_step
+kl_ahead, train_step = PhaseEngine._statistics_ahead, PhaseEngine.train_step
 ahead = []
 
 
-def remember(self, index, batches):
-    found = kl_ahead(self, index, batches)
+def remember(self, index, batches, penalty):
+    found = kl_ahead(self, index, batches, penalty)
     ahead.append(found.clone())  # it is summed over the ranks in place
     return found
 
 
-def compare(self, index, step, beta):
+def compare(self, index, step, penalty):
     before = len(ahead)
-    sums = train_step(self, index, step, beta)
+    sums = train_step(self, index, step, penalty)
     if len(ahead) > before:
-        error = float((ahead[-1] - sums.kl).abs().max())
+        error = float((ahead[-1] - sums.statistics).abs().max())
         print(
             f"rank {self.world.rank}: {len(step.micro_batches)} micro-batches, largest "
             f"difference {error}",
@@ -27,5 +27,5 @@ def compare(self, index, step, beta):
     return sums
 
 
-PhaseEngine._kl_ahead, PhaseEngine.train_step = remember, compare
+PhaseEngine._statistics_ahead, PhaseEngine.train_step = remember, compare
 train.leave(train.main())

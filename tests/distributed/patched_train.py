@@ -54,7 +54,7 @@ def faulty_reconstruction(logits, labels):
     return rec * float("nan") if mine and kind == "non_finite" and current["step"] in steps else rec
 
 
-def observed_step(self, index, step, beta):
+def observed_step(self, index, step, penalty):
     current["step"] = index
     if mine and kind == "hang" and index in steps:
         time.sleep(600)
@@ -69,7 +69,7 @@ def observed_step(self, index, step, beta):
         device.wait()  # no line of torch.distributed's or DeepSpeed's
     if mine and kind == "error" and index in steps:
         raise RuntimeError("out of memory")
-    sums = train_step(self, index, step, beta)
+    sums = train_step(self, index, step, penalty)
     if directory := os.environ.get("WEIGHTS"):
         digest = hashlib.sha256()
         for name, tensor in full_weights(self.module, self.origin, self.world):

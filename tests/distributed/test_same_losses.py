@@ -2,11 +2,13 @@
 of plain torch."""
 
 import json
+import math
 
 import pytest
 import torch
 import yaml
 from launch import CONFIGS, ROOT, TINY, rows, train
+from torch.distributions import Beta, Normal, kl_divergence
 from torch.nn import functional as F
 
 from dsvae import T5VAE, T5VAEConfig
@@ -27,7 +29,20 @@ def prepared(cache_dir):
     )
 
 
-def start_model(injection, prepared, directory):
+SYSTEMS = {
+    "memory": {},
+    "embedding": {"injection": "embedding"},
+    "both": {"injection": "both"},
+    "spike_slab": {"family": "spike_slab"},
+    "categorical": {"family": "categorical", "categories": 3},
+}
+"""The latent path of each system."""
+DRAWS = {"spike_slab": 3}
+TOTAL_CORRELATION = {"categorical": 2.0}
+FREE_BITS = {"categorical": 0.065, "spike_slab": 1.7}
+
+
+def start_model(system, prepared, directory):
     torch.manual_seed(11)
     t5 = {
         **TINY["model"]["t5"],
@@ -38,8 +53,8 @@ def start_model(injection, prepared, directory):
         T5VAEConfig(
             t5={**t5, "decoder_start_token_id": 0},
             latent_dim=6,
-            injection=injection,
             memory_slots=2,
+            **SYSTEMS[system],
         )
     )
     model.save_pretrained(directory)
@@ -47,7 +62,43 @@ def start_model(injection, prepared, directory):
     return directory
 
 
-def reference(directory, prepared):
+def kl_by_hand(model, parameters):
+    """KL of every sentence and unit from the head's output, by torch.distributions."""
+    if model.config.family == "categorical":
+        log_q = parameters.view(-1, 6, 3).log_softmax(-1)
+        return (log_q.exp() * (log_q + math.log(3))).sum(-1)
+    mean, logvar, *raw = parameters.split(6, dim=-1)
+    gaussian = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0))
+    if model.config.family == "gaussian":
+        return gaussian
+    a, b = (0.5 + F.softplus(each) for each in raw)
+    return b / (a + b) * gaussian + kl_divergence(Beta(a, b), Beta(4.0, 1.0))
+
+
+def information_by_hand(parameters):
+    """The sum of the mutual information of every pair of variables."""
+    p = parameters.view(-1, 6, 3).softmax(-1)
+    joint = torch.einsum("ndj,nek->dejk", p, p) / len(p)
+    alone = p.mean(0)
+    ratio = joint / torch.einsum("dj,ek->dejk", alone, alone)
+    return (joint * ratio.log()).sum((2, 3)).triu(1).sum()
+
+
+def best_noise(model, batch, draws):
+    """Of several draws the one under which each sentence is likeliest, by as many
+    separate passes."""
+    rec = []
+    for draw in range(draws):
+        out = model(
+            batch.input_ids, batch.attention_mask, labels=batch.labels, noise=batch.noise[:, draw]
+        )
+        nats = F.cross_entropy(out.logits.transpose(1, 2), batch.labels, reduction="none")
+        rec.append(nats.sum(1))
+    best = torch.stack(rec).argmin(0)
+    return torch.stack([batch.noise[row, draw] for row, draw in enumerate(best)])
+
+
+def reference(system, directory, prepared):
     """The losses and the final weights of plain torch on one process: each global batch
     at once, the contract's formula."""
     model = T5VAE.from_pretrained(directory, dtype=torch.float32).train()
@@ -55,7 +106,8 @@ def reference(directory, prepared):
         prepared.splits["train"],
         batch_size=32,
         token_budget=10**6,
-        latent_dim=6,
+        noise_width=model.family.noise_width,
+        draws=DRAWS.get(system, 1),
         deletion=0.3,
         seed=1,
         rank=0,
@@ -73,24 +125,23 @@ def reference(directory, prepared):
         {"params": [named[n] for n in plain], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    losses, below = [], []
+    losses, below, free_bits = [], [], FREE_BITS.get(system, 0.2)
     for index in range(STEPS):
         (batch,) = batches.step(index).micro_batches
         beta = min(1.0, index / STEPS / 0.5)
-        out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=batch.noise)
-        rec = F.cross_entropy(out.logits.transpose(1, 2), batch.labels, reduction="sum") / len(
-            batch.labels
-        )
-        kl = (
-            0.5 * (out.posterior.mean**2 + out.posterior.logvar.exp() - 1 - out.posterior.logvar)
-        ).mean(0)
-        loss = rec + beta * torch.maximum(kl, torch.tensor(0.2)).sum()
+        noise = best_noise(model, batch, DRAWS.get(system, 1))
+        out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=noise)
+        rec = F.cross_entropy(out.logits.transpose(1, 2), batch.labels, reduction="sum") / 32
+        kl = kl_by_hand(model, out.posterior_parameters).mean(0)
+        loss = rec + beta * torch.maximum(kl, torch.tensor(free_bits)).sum()
+        if weight := TOTAL_CORRELATION.get(system):
+            loss = loss + weight * information_by_hand(out.posterior_parameters)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-        below.append(int((kl < 0.2).sum()))
+        below.append(int((kl < free_bits).sum()))
     # free bits are at work, and not everywhere: else they would be compared with
     # nothing
     assert 0 < sum(below) < STEPS * 6
@@ -156,7 +207,7 @@ def test_yelp_cpu_agrees_at_zero_1_2_and_3(cache_dir, tmp_path):
 
 
 SPLITS = [
-    # injection, ds_config, ranks, micro_batch_tokens
+    # system, ds_config, ranks, micro_batch_tokens
     ("memory", "zero0", 1, 10**6),
     ("memory", "zero0", 2, 150),
     ("memory", "zero1", 2, 150),
@@ -169,29 +220,42 @@ SPLITS = [
     ("embedding", "zero3", 2, 150),
     ("both", "zero2", 2, 150),
     ("both", "zero3", 2, 150),
+    ("spike_slab", "zero0", 1, 10**6),
+    ("spike_slab", "zero2", 2, 150),
+    ("spike_slab", "zero3", 2, 150),
+    ("categorical", "zero2", 1, 150),
+    ("categorical", "zero1", 2, 10**6),
+    ("categorical", "zero3", 2, 150),
 ]
 
 
 @pytest.fixture(scope="module")
 def references(prepared, tmp_path_factory):
-    """By injection: the start model's directory and what plain torch makes of it."""
+    """By system: the start model's directory and what plain torch makes of it."""
     found = {}
-    for injection in ("memory", "embedding", "both"):
-        directory = start_model(injection, prepared, tmp_path_factory.mktemp(injection))
-        found[injection] = (directory, *reference(directory, prepared))
+    for system in SYSTEMS:
+        directory = start_model(system, prepared, tmp_path_factory.mktemp(system))
+        found[system] = (directory, *reference(system, directory, prepared))
     return found
 
 
-@pytest.mark.parametrize(("injection", "ds_config", "ranks", "tokens"), SPLITS)
+@pytest.mark.parametrize(("system", "ds_config", "ranks", "tokens"), SPLITS)
 def test_losses_and_weights_are_those_of_plain_torch(
-    injection, ds_config, ranks, tokens, references, prepared, cache_dir, tmp_path
+    system, ds_config, ranks, tokens, references, prepared, cache_dir, tmp_path
 ):
-    start, losses, weights = references[injection]
+    start, losses, weights = references[system]
     config = {
         **TINY,
         "data": {**TINY["data"], "cache_dir": str(cache_dir), "micro_batch_tokens": tokens},
-        "model": {"name": str(start), "latent_dim": 6, "injection": injection, "memory_slots": 2},
-        "phase2": {**TINY["phase2"], "steps": STEPS, "deletion": 0.3},
+        "model": {"name": str(start), "latent_dim": 6, "memory_slots": 2, **SYSTEMS[system]},
+        "phase2": {
+            **TINY["phase2"],
+            "steps": STEPS,
+            "deletion": 0.3,
+            "free_bits": FREE_BITS.get(system, 0.2),
+            "draws": DRAWS.get(system, 1),
+            "total_correlation": TOTAL_CORRELATION.get(system, 0.0),
+        },
         "phase": "2",
         "precision": "fp32",
         "output_dir": str(tmp_path / "run"),

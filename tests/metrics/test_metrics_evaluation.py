@@ -41,7 +41,7 @@ from dsvae.metrics.evaluate import (
 )
 from dsvae.metrics.likelihood import draw_log_weights
 from dsvae.metrics.reconstruction import compare, reconstruct
-from dsvae.modeling.posterior import Gaussian
+from dsvae.modeling.families import GaussianFamily
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 SENTENCES = [drawn.text for drawn in generate(60, seed=3)]
@@ -400,7 +400,7 @@ def test_weights_are_those_of_single_sentences(split):
         z = q.sample(noise[i : i + 1])
         logits = model(labels=ids, latent=z).logits
         log_px_z = torch.log_softmax(logits, -1)[0, torch.arange(ids.shape[1]), ids[0]].sum()
-        expected = log_px_z + Gaussian.log_prior(z)[0] - q.log_prob(z)[0]
+        expected = log_px_z + GaussianFamily(z.shape[1]).prior().log_prob(z)[0] - q.log_prob(z)[0]
         assert float(found[1, i]) == pytest.approx(float(expected), abs=1e-3)
 
 

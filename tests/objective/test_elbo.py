@@ -1,11 +1,22 @@
 """The loss against its formula: a loop for the reconstruction, autograd of the contract
 for the whole."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from dsvae.objective.elbo import IGNORE, kl_gates, loss_share, reconstruction_nats, thresholded_kl
+from dsvae.modeling.families import Categorical, CategoricalFamily, Gaussian, GaussianFamily
+from dsvae.objective.elbo import (
+    IGNORE,
+    Penalty,
+    loss_share,
+    pair_statistics,
+    pairwise_total_correlation,
+    reconstruction_nats,
+    slopes,
+)
 
 EOS = 1
 MEAN_KL = torch.tensor([0.1, 0.5, 2.0])
@@ -57,7 +68,7 @@ def test_padding_changes_neither_the_reconstruction_nor_its_weight_against_the_k
             if wide
             else reconstruction_nats(x, labels)
         )
-        loss_share(rec, kl, torch.ones(4), 0.5, torch.ones(3), 4).backward()
+        loss_share(rec, kl, torch.ones(4), torch.full((3,), 0.5), 4).backward()
         grads.append((rec.detach(), x.grad, kl.grad))
     for narrow, wide in zip(*grads, strict=True):
         torch.testing.assert_close(narrow, wide)
@@ -102,7 +113,8 @@ def test_low_precision_logits_are_summed_in_float32():
     ],
 )
 def test_threshold_by_hand(mode, free_bits, expected):
-    assert thresholded_kl(MEAN_KL, free_bits, mode).item() == pytest.approx(expected)
+    penalty = Penalty(0.5, free_bits, mode)
+    assert penalty(MEAN_KL, 3).item() == pytest.approx(0.5 * expected)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +126,28 @@ def test_threshold_by_hand(mode, free_bits, expected):
         ("total", 3.0, [0, 0, 0]),
     ],
 )
-def test_gates_by_hand(mode, free_bits, expected):
-    assert kl_gates(MEAN_KL, free_bits, mode).tolist() == expected
+def test_slopes_by_hand(mode, free_bits, expected):
+    penalty = Penalty(0.5, free_bits, mode)
+    assert slopes(penalty, MEAN_KL, 3).tolist() == [0.5 * each for each in expected]
+    assert not penalty.linear
+
+
+def test_free_bits_of_a_sentence_by_hand():
+    """max(lambda, kl) of each sentence's each unit; a gradient where the KL is above."""
+    mean = torch.tensor([[1.0, 0.2, 3.0], [0.1, 0.3, 2.0]], requires_grad=True)
+    penalty = Penalty(0.5, 0.25, "sentence")
+    statistics = penalty.statistics(Gaussian(mean, torch.zeros(2, 3)), GaussianFamily(3).prior())
+    kl = mean.detach().square() / 2
+    torch.testing.assert_close(statistics[:, :3].detach(), kl)
+    assert penalty.linear
+    loss = loss_share(
+        torch.zeros(2), statistics, torch.ones(2), slopes(penalty, torch.ones(4), 3), 2
+    )
+    expected = 0.5 * torch.maximum(kl, torch.tensor(0.25)).sum() / 2
+    assert penalty(statistics.mean(0), 3).item() == pytest.approx(expected.item())
+    loss.backward()
+    by_hand = torch.tensor([[1.0, 0, 3.0], [0, 0, 2.0]]) * 0.5 / 2
+    torch.testing.assert_close(mean.grad, by_hand)
 
 
 class Linear:
@@ -152,12 +184,12 @@ class Linear:
         """The sum of the gradients of the shares; each split is (rows, weight)."""
         count = len(self.inputs)
         with torch.no_grad():
-            gates = kl_gates(self(slice(None))[1].mean(0), free_bits, mode)
+            slope = slopes(Penalty(beta, free_bits, mode), self(slice(None))[1].mean(0), 3)
         total = [torch.zeros_like(self.for_rec), torch.zeros_like(self.for_kl)]
         for rows, weight in splits:
             rec, kl = self(rows)
             for sum_, part in zip(
-                total, self.gradient(loss_share(rec, kl, weight, beta, gates, count)), strict=True
+                total, self.gradient(loss_share(rec, kl, weight, slope, count)), strict=True
             ):
                 sum_ += 0 if part is None else part
         return total
@@ -204,14 +236,57 @@ def test_shares_of_any_split_sum_to_the_gradient_of_the_contract(mode, where):
 
 def test_a_filler_has_no_gradient():
     rec, kl = torch.rand(3, requires_grad=True), torch.rand(3, 2, requires_grad=True)
-    loss_share(rec, kl, torch.tensor([1.0, 0.0, 1.0]), 0.5, torch.ones(2), 4).backward()
+    loss_share(rec, kl, torch.tensor([1.0, 0.0, 1.0]), torch.full((2,), 0.5), 4).backward()
     assert rec.grad.tolist() == [0.25, 0, 0.25]
     assert kl.grad.tolist() == [[0.125, 0.125], [0, 0], [0.125, 0.125]]
 
 
-def test_beta_0_leaves_the_kl_without_a_gradient_even_where_it_is_infinite():
+def test_without_a_penalty_the_kl_has_no_gradient_even_where_it_is_infinite():
+    assert not Penalty().active
     rec, kl = torch.rand(3, requires_grad=True), torch.full((3, 2), torch.inf)
-    loss = loss_share(rec, kl, torch.ones(3), 0.0, torch.ones(2), 3)
+    loss = loss_share(rec, kl, torch.ones(3), None, 3)
     loss.backward()
     assert loss.item() == pytest.approx(rec.mean().item())
     torch.testing.assert_close(rec.grad, torch.full((3,), 1 / 3))
+
+
+# Total correlation
+
+
+def test_the_pairwise_total_correlation_of_two_variables_by_enumeration():
+    """TC = KL(q(z) || prod_d q(z_d)), and the identity: mean KL = I(x; z) + TC + the sum of
+    the marginals' KLs."""
+    q = Categorical(2 * torch.randn(6, 2, 3, dtype=torch.float64))
+    p = q.probabilities
+    joint = torch.einsum("nj,nk->njk", p[:, 0], p[:, 1])  # q(z|x_n)
+    mean, alone = joint.mean(0), p.mean(0)
+    tc = (mean * (mean / (alone[0][:, None] * alone[1][None])).log()).sum()
+    found = pairwise_total_correlation(pair_statistics(p).mean(0), 2)
+    torch.testing.assert_close(found, tc)
+    information = (joint * (joint / mean).log()).sum((1, 2)).mean()
+    marginals = (alone * (alone * 3).log()).sum()
+    kl = q.kl(CategoricalFamily(2, 3).prior()).double().sum(-1).mean()
+    torch.testing.assert_close(information + tc + marginals, kl)
+
+
+def test_shares_with_total_correlation_sum_to_the_gradient_of_the_undivided_batch():
+    torch.manual_seed(5)
+    penalty, prior = Penalty(0.7, 0.2, "dimension", 3.0), CategoricalFamily(4, 3).prior()
+    logits = (2 * torch.randn(13, 4, 3, dtype=torch.float64)).requires_grad_()
+    p = logits.softmax(-1)
+    kl = (p * (p.log() + math.log(3))).sum(-1).mean(0)
+    joint = torch.einsum("ndj,nek->dejk", p, p) / 13
+    alone = p.mean(0)
+    information = (joint * (joint / torch.einsum("dj,ek->dejk", alone, alone)).log()).sum((2, 3))
+    loss = 0.7 * torch.maximum(kl, torch.tensor(0.2)).sum() + 3 * information.triu(1).sum()
+    (expected,) = torch.autograd.grad(loss, logits)
+    statistics = penalty.statistics(Categorical(logits), prior)
+    slope = slopes(penalty, statistics.detach().mean(0), 4)
+    for parts in ([slice(0, 13)], [slice(0, 4), slice(4, 5), slice(5, 13)]):
+        got = torch.zeros_like(logits)
+        for part in parts:
+            own = penalty.statistics(Categorical(logits[part]), prior)
+            zeros, ones = own.new_zeros(len(own)), own.new_ones(len(own))
+            share = loss_share(zeros, own, ones, slope.to(own), 13)
+            got += torch.autograd.grad(share, logits)[0]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from dsvae.config import BetaConfig, PhaseConfig
-from dsvae.objective.schedules import beta_at, lr_factor
+from dsvae.objective.schedules import beta_at, lr_factor, next_beta
 
 
 def betas(steps, **fields):
@@ -117,3 +117,19 @@ def test_every_step_learns_and_none_above_the_peak(schedule, warmup):
     assert values[warmup:] == sorted(values[warmup:], reverse=True)
     if schedule != "constant" and warmup < 50:
         assert values[-1] <= 1 / (50 - warmup) + 1e-12
+
+
+def test_the_target_is_reached_on_a_plant():
+    """KL = 20 (1 - beta): the KL settles at the target, and beta stays inside its
+    bounds even where the target cannot be reached."""
+    settings = BetaConfig(kind="target", target=8.0, gain=1e-2)
+    beta = 0.0
+    for _ in range(500):
+        beta = next_beta(beta, 20 * (1 - beta), settings)
+    assert 20 * (1 - beta) == pytest.approx(8.0, abs=1e-6)
+    for kl, bound in ((100.0, 1.0), (0.0, 0.0)):
+        for _ in range(500):
+            beta = next_beta(beta, kl, settings)
+        assert beta == bound
+    # Nothing has wound up: the first step in the other direction moves it.
+    assert next_beta(0.0, 9.0, settings) == pytest.approx(0.01)

@@ -121,7 +121,7 @@ def test_a_gpu_for_every_sentence_of_a_step_is_planned_and_run(capsys, tiny_yaml
     split = TokenizedSplit(datasets.Dataset.from_dict({"input_ids": [[5, 1]] * 40}))
     batches = {
         "token_budget": 64,
-        "latent_dim": 2,
+        "noise_width": 2,
         "deletion": 0.0,
         "seed": 0,
         "rank": 0,

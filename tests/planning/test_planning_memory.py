@@ -193,7 +193,8 @@ def real_step(config, rows, tokens, *, checkpointing):
         mask, labels = (ids != 0).long(), ids.masked_fill(ids == 0, -100)
         live.restart()
         out = model(ids, mask, labels=labels, noise=torch.randn(rows, config.latent_dim))
-        rec, kl = reconstruction_nats(out.logits, labels), out.posterior.kl()
+        rec = reconstruction_nats(out.logits, labels)
+        kl = model.family.of(out.posterior_parameters).kl(model.prior())
         loss_share(rec, kl, torch.ones(rows), 1.0, torch.ones(config.latent_dim), rows).backward()
         training = live.restart() - base
         del out, rec, kl

@@ -1,0 +1,451 @@
+"""Latent families: what z is, how it is drawn, and what its KL costs.
+
+A family is a small value made from the configuration: it knows the widths of everything.
+A distribution is a batch of parameters of one family: the posterior q(z|x) of a batch of
+sentences, or a prior p(z), which is a distribution of the same class with one row that
+serves every sentence. Nothing outside `dsvae.modeling` knows which family it has.
+
+All noise is standard normal. A family transforms it into what it needs, so that the
+random numbers of a sentence stay its own whatever the family.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from dsvae.modeling.t5_vae import T5VAEConfig
+
+ACTIVE = 0.01
+"""A unit is active if its `activity` exceeds this (Burda et al. 2016)."""
+
+
+class Distribution(Protocol):
+    """A batch of distributions over z, in float32.
+
+    Widths: U units, Z numbers of z, E noise numbers (see `Family`).
+    """
+
+    @property
+    def parameters(self) -> Tensor:
+        """(B, P), the inverse of `Family.of`."""
+
+    @property
+    def point(self) -> Tensor:
+        """The z to decode where nothing is drawn, (B, Z)."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """z of standard normal `noise` (B, E), (B, Z), reparametrized."""
+
+    def kl(self, prior: Self) -> Tensor:
+        """KL(self || prior) of every unit in nats, (B, U); never negative."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log q(z_i|x_i) in nats, (B,), for z (B, Z)."""
+
+    def pairwise_log_prob(self, z: Tensor) -> Tensor:
+        """log q(z_j|x_i) in nats of every pair, (J, B) float64, for z (J, Z)."""
+
+    def activity(self) -> Tensor:
+        """How much each unit varies over the batch, (U,) float64; compare with
+        `ACTIVE`."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters by their names, (B, ...) each, for files that others read."""
+
+    def units_used(self) -> Tensor | None:
+        """The expected number of units that each sentence uses, (B,); None where every
+        sentence uses all."""
+
+
+class Family(Protocol):
+    """The widths of a family, and how its distributions are made."""
+
+    @property
+    def units(self) -> int:
+        """U: the parts of z whose KL is counted one by one."""
+
+    @property
+    def latent_width(self) -> int:
+        """Z: the numbers of z that the decoder reads."""
+
+    @property
+    def parameter_width(self) -> int:
+        """P: the numbers that the posterior's head puts out per sentence."""
+
+    @property
+    def noise_width(self) -> int:
+        """E: the standard normal numbers of one draw."""
+
+    def of(self, parameters: Tensor) -> Distribution:
+        """The distributions of a head's output (B, P)."""
+
+    def prior(self, device: torch.device | str = "cpu") -> Distribution:
+        """The fixed prior: one row, which broadcasts against any batch."""
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A batch of diagonal Gaussians N(mean, diag(exp(logvar))), in float32."""
+
+    mean: Tensor
+    """(B, Z)"""
+    logvar: Tensor
+    """(B, Z), natural logarithm of the variance."""
+
+    @property
+    def parameters(self) -> Tensor:
+        """(B, 2Z): means, then log-variances."""
+        return torch.cat([self.mean, self.logvar], dim=-1)
+
+    @property
+    def point(self) -> Tensor:
+        """The mean, (B, Z)."""
+        return self.mean
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """z = mean + std * noise (Kingma & Welling 2014), (B, Z)."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
+
+    def kl(self, prior: Gaussian) -> Tensor:
+        """KL(self || prior) of every dimension in nats, (B, Z); closed form."""
+        squared = (self.mean - prior.mean).square() * torch.exp(-prior.logvar)
+        ratio = self.logvar - prior.logvar
+        # Near the prior exp(ratio) - 1 would cancel, and round the KL below 0.
+        return 0.5 * (squared + torch.expm1(ratio) - ratio)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log N(z_i; mean_i, var_i) in nats, (B,), for z (B, Z)."""
+        squared = (z - self.mean).square() * torch.exp(-self.logvar)
+        return -0.5 * (squared + self.logvar + math.log(2 * math.pi)).sum(-1)
+
+    def pairwise_log_prob(self, z: Tensor) -> Tensor:
+        """log q(z_j|x_i) in nats of every pair, (J, B) float64, for z (J, Z).
+
+        The square is expanded into matrix products, in float64 because its terms
+        cancel.
+        """
+        mean, logvar, z = self.mean.double(), self.logvar.double(), z.double()
+        precision = torch.exp(-logvar)  # (B, Z)
+        constant = (mean.square() * precision + logvar).sum(-1)  # (B,)
+        constant = constant + mean.shape[-1] * math.log(2 * math.pi)
+        squared = z.square() @ precision.T - 2 * (z @ (mean * precision).T)  # (J, B)
+        return -0.5 * (squared + constant)
+
+    def activity(self) -> Tensor:
+        """Var_x[E q(z|x)] of every dimension (sample variance), (Z,) float64; zeros for
+        a single sentence."""
+        mean = self.mean.double()
+        if len(mean) < 2 or mean.shape[1] == 0:
+            return torch.zeros(mean.shape[1], dtype=torch.float64)
+        return mean.var(dim=0)
+
+    def to(self, device: torch.device | str) -> Gaussian:
+        return Gaussian(self.mean.to(device), self.logvar.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`mean` and `logvar`, (B, Z) each."""
+        return {"mean": self.mean, "logvar": self.logvar}
+
+    def units_used(self) -> None:
+        """Every dimension is used in every sentence."""
+
+
+@dataclass(frozen=True)
+class GaussianFamily:
+    """Diagonal Gaussians with the prior N(0, I): every dimension is a unit."""
+
+    units: int
+
+    @property
+    def latent_width(self) -> int:
+        return self.units
+
+    @property
+    def parameter_width(self) -> int:
+        return 2 * self.units
+
+    @property
+    def noise_width(self) -> int:
+        return self.units
+
+    def of(self, parameters: Tensor) -> Gaussian:
+        return Gaussian(*parameters.float().chunk(2, dim=-1))
+
+    def prior(self, device: torch.device | str = "cpu") -> Gaussian:
+        zeros = torch.zeros(1, self.units, device=device)
+        return Gaussian(zeros, zeros)
+
+
+SPIKE = 0.05
+"""Standard deviation of the spike of `SpikeSlab` (Prokhorov et al. 2021)."""
+
+
+@dataclass(frozen=True)
+class SpikeSlab:
+    """A batch of hierarchical spike-and-slab distributions, in float32.
+
+    For each dimension: a weight g ~ Beta(a, b), a selector s ~ Bernoulli(g), and
+    z ~ N(0, SPIKE^2) where s = 1 (the spike), N(mean, exp(logvar)) where s = 0 (the
+    slab). After Prokhorov et al. 2021, with the selector kept as a latent: the KL of
+    (g, s, z) is then closed and never negative, and bounds theirs from above. G = a/(a+b)
+    is the probability of the spike.
+    """
+
+    parameters: Tensor
+    """(B, 4Z): mean and logvar of the slab, then raw a and b: a = 0.5 + softplus(raw), at
+    most 100."""
+
+    @property
+    def slab(self) -> Gaussian:
+        """N(mean, exp(logvar)) of every dimension."""
+        return Gaussian(*self.parameters.chunk(4, dim=-1)[:2])
+
+    @property
+    def beta(self) -> tuple[Tensor, Tensor]:
+        """a and b of the Beta distribution of g, (B, Z) each."""
+        a, b = (_beta_parameter(raw) for raw in self.parameters.chunk(4, dim=-1)[2:])
+        return a, b
+
+    @property
+    def spike(self) -> Tensor:
+        """G, the probability of the spike, (B, Z)."""
+        a, b = self.beta
+        return a / (a + b)
+
+    @property
+    def point(self) -> Tensor:
+        """The slab's mean where the slab is likelier than the spike, 0 elsewhere,
+        (B, Z)."""
+        return torch.where(self.spike < 0.5, self.slab.mean, 0.0)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """z of noise (B, 2Z), one number for the selector and one for the value.
+
+        The selector is a hard binary concrete variable (Maddison et al. 2017) with a
+        straight-through gradient.
+        """
+        selector, value = noise.to(self.parameters).chunk(2, dim=-1)
+        a, b = self.beta
+        logistic = torch.special.log_ndtr(selector) - torch.special.log_ndtr(-selector)
+        soft = torch.sigmoid((a.log() - b.log() + logistic) / SELECTOR_TEMPERATURE)
+        spiked = (soft > 0.5).to(soft) + (soft - soft.detach())
+        return spiked * SPIKE * value + (1 - spiked) * self.slab.sample(value)
+
+    def kl(self, prior: SpikeSlab) -> Tensor:
+        """KL of the joint latents (g, s, z) of every dimension in nats, (B, Z)."""
+        slab = (1 - self.spike) * self.slab.kl(prior.slab)
+        # In float64: the terms of the Beta's KL are large near the prior, and cancel.
+        (a, b), (a0, b0) = ((x.double(), y.double()) for x, y in (self.beta, prior.beta))
+        weight = (
+            _log_beta(a0, b0)
+            - _log_beta(a, b)
+            + (a - a0) * torch.digamma(a)
+            + (b - b0) * torch.digamma(b)
+            + (a0 - a + b0 - b) * torch.digamma(a + b)
+        )
+        return slab + weight.clamp(min=0).to(slab)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log q(z_i|x_i) in nats, (B,): the selector is summed and g integrated out."""
+        return self._log_density(z).sum(-1)
+
+    def pairwise_log_prob(self, z: Tensor) -> Tensor:
+        """log q(z_j|x_i) in nats of every pair, (J, B) float64, for z (J, Z)."""
+        exact = SpikeSlab(self.parameters.double())
+        total = torch.zeros(len(z), len(self.parameters), dtype=torch.float64, device=z.device)
+        for dim in range(z.shape[1]):  # (J, B, Z) at once would not fit
+            one = SpikeSlab(torch.stack([p[:, dim] for p in exact.parameters.chunk(4, -1)], -1))
+            total += one._log_density(z[:, None, dim, None].double())[..., 0]
+        return total
+
+    def activity(self) -> Tensor:
+        """Var_x[E q(z|x)] of every dimension (sample variance), (Z,) float64."""
+        mean = (1 - self.spike) * self.slab.mean
+        return Gaussian(mean, torch.zeros_like(mean)).activity()
+
+    def to(self, device: torch.device | str) -> SpikeSlab:
+        return SpikeSlab(self.parameters.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`mean` and `logvar` of the slab and `spike`, (B, Z) each."""
+        return {**self.slab.tensors(), "spike": self.spike}
+
+    def units_used(self) -> Tensor:
+        """The expected number of dimensions in the slab, (B,)."""
+        return (1 - self.spike).sum(-1)
+
+    def _log_density(self, z: Tensor) -> Tensor:
+        a, b = self.beta
+        slab = self.slab
+        log_total = (a + b).log()
+        spike = -0.5 * (z / SPIKE).square() - math.log(SPIKE)
+        width = -0.5 * ((z - slab.mean).square() * torch.exp(-slab.logvar) + slab.logvar)
+        either = torch.logaddexp(a.log() - log_total + spike, b.log() - log_total + width)
+        return either - 0.5 * math.log(2 * math.pi)
+
+
+SELECTOR_TEMPERATURE = 0.5
+"""Of the selector's gradient; it changes no value."""
+
+
+def _beta_parameter(raw: Tensor) -> Tensor:
+    return (0.5 + torch.nn.functional.softplus(raw)).clamp(max=100)
+
+
+def _log_beta(a: Tensor, b: Tensor) -> Tensor:
+    return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+
+
+@dataclass(frozen=True)
+class SpikeSlabFamily:
+    """Spike-and-slab distributions; the prior's slab is N(0, 1), its weight
+    Beta(*spike_prior)."""
+
+    units: int
+    spike_prior: tuple[float, float]
+
+    @property
+    def latent_width(self) -> int:
+        return self.units
+
+    @property
+    def parameter_width(self) -> int:
+        return 4 * self.units
+
+    @property
+    def noise_width(self) -> int:
+        return 2 * self.units
+
+    def of(self, parameters: Tensor) -> SpikeSlab:
+        return SpikeSlab(parameters.float())
+
+    def prior(self, device: torch.device | str = "cpu") -> SpikeSlab:
+        raw = [math.log(math.expm1(each - 0.5)) for each in self.spike_prior]
+        row = torch.tensor([0.0, 0.0, *raw], device=device)
+        return SpikeSlab(row.repeat_interleave(self.units)[None])
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """A batch of independent categorical variables, D of K values each, as one-hot
+    vectors side by side."""
+
+    logits: Tensor
+    """(B, D, K) float32."""
+
+    @property
+    def parameters(self) -> Tensor:
+        """(B, D * K)."""
+        return self.logits.flatten(1)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """q(z_d = k|x), (B, D, K)."""
+        return self.logits.softmax(-1)
+
+    @property
+    def point(self) -> Tensor:
+        """The likeliest value of every variable, (B, D * K)."""
+        return _one_hot(self.logits).flatten(1)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """One-hot vectors (B, D * K) of noise (B, D * K), with the gradient of the
+        softmax: straight-through Gumbel-softmax (Jang et al. 2017)."""
+        normal = noise.to(self.logits).view(len(noise), *self.logits.shape[1:])
+        gumbel = -torch.log(-torch.special.log_ndtr(normal))
+        soft = ((self.logits + gumbel) / SOFTMAX_TEMPERATURE).softmax(-1)
+        return (_one_hot(soft) + (soft - soft.detach())).flatten(1)
+
+    def kl(self, prior: Categorical) -> Tensor:
+        """KL(self || prior) of every variable in nats, (B, D); closed form."""
+        q, p = self.logits.double().log_softmax(-1), prior.logits.double().log_softmax(-1)
+        # In float64: near the prior the terms of the sum cancel.
+        return (q.exp() * (q - p)).sum(-1).clamp(min=0).to(self.logits)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log q(z_i|x_i) in nats, (B,), for one-hot z (B, D * K)."""
+        return (z * self.logits.log_softmax(-1).flatten(1)).sum(-1)
+
+    def pairwise_log_prob(self, z: Tensor) -> Tensor:
+        """log q(z_j|x_i) in nats of every pair, (J, B) float64, for z (J, D * K)."""
+        return z.double() @ self.logits.double().log_softmax(-1).flatten(1).T
+
+    def activity(self) -> Tensor:
+        """The information of every variable about the sentence, H(mean q) - mean H(q)
+        in nats, (D,) float64."""
+        probabilities = self.logits.double().softmax(-1)
+        return _entropy(probabilities.mean(0)) - _entropy(probabilities).mean(0)
+
+    def to(self, device: torch.device | str) -> Categorical:
+        return Categorical(self.logits.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`probabilities`, (B, D, K)."""
+        return {"probabilities": self.probabilities}
+
+    def units_used(self) -> None:
+        """Every variable has a value in every sentence."""
+
+
+SOFTMAX_TEMPERATURE = 1.0
+"""Of the categories' gradient; it changes no value."""
+
+
+def _one_hot(scores: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return -torch.special.xlogy(probabilities, probabilities).sum(-1)
+
+
+@dataclass(frozen=True)
+class CategoricalFamily:
+    """`units` variables of `categories` values each; the prior is uniform."""
+
+    units: int
+    categories: int
+
+    @property
+    def latent_width(self) -> int:
+        return self.units * self.categories
+
+    @property
+    def parameter_width(self) -> int:
+        return self.latent_width
+
+    @property
+    def noise_width(self) -> int:
+        return self.latent_width
+
+    def of(self, parameters: Tensor) -> Categorical:
+        return Categorical(parameters.float().view(-1, self.units, self.categories))
+
+    def prior(self, device: torch.device | str = "cpu") -> Categorical:
+        return Categorical(torch.zeros(1, self.units, self.categories, device=device))
+
+
+FAMILIES = ("gaussian", "spike_slab", "categorical")
+
+
+def make_family(config: T5VAEConfig) -> Family:
+    """The family that a model's configuration names."""
+    if config.family == "gaussian":
+        return GaussianFamily(config.latent_dim)
+    if config.family == "spike_slab":
+        a, b = config.spike_prior
+        return SpikeSlabFamily(config.latent_dim, (a, b))
+    if config.family == "categorical":
+        return CategoricalFamily(config.latent_dim, config.categories)
+    raise ValueError(f"family {config.family!r} is not one of {', '.join(FAMILIES)}")

@@ -1,0 +1,63 @@
+"""What a phase of training is: one value, made from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsvae.config import PhaseConfig, RunConfig
+from dsvae.objective.elbo import Penalty
+from dsvae.objective.schedules import beta_at
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Phase 1, a plain autoencoder, or phase 2, with the KL term (Park & Lee 2021)."""
+
+    number: int
+    config: RunConfig
+    offset: int
+    """Optimizer steps of the phases before, on the axis of what is reported."""
+
+    @property
+    def settings(self) -> PhaseConfig:
+        """Steps, optimizer, learning rate and input noise."""
+        return self.config.phase1 if self.number == 1 else self.config.phase2
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the phase."""
+        return self.settings.steps
+
+    @property
+    def seed(self) -> int:
+        """Of the order of the sentences, their noise and dropout: each phase its own."""
+        return self.config.seed * 2 + self.number - 1
+
+    @property
+    def sample_latent(self) -> bool:
+        """Whether a sample of the posterior is decoded, or its point."""
+        return self.config.phase1.sample_latent if self.number == 1 else True
+
+    @property
+    def freeze_decoder(self) -> bool:
+        """Whether only the encoder and the latent path train."""
+        return self.config.phase1.freeze_decoder if self.number == 1 else False
+
+    @property
+    def controlled(self) -> bool:
+        """Whether beta follows the KL instead of the step."""
+        return self.number == 2 and self.config.phase2.beta.kind == "target"
+
+    def penalty(self, step: int, controlled_beta: float) -> Penalty:
+        """What optimizer step `step` of the phase (from 0) adds to the reconstruction.
+
+        Args:
+            controlled_beta: beta where it is `controlled`.
+        """
+        if self.number == 1:
+            return Penalty()
+        settings = self.config.phase2
+        beta = controlled_beta if self.controlled else beta_at(step, settings.steps, settings.beta)
+        return Penalty(
+            beta, settings.free_bits, settings.free_bits_mode, settings.total_correlation
+        )
