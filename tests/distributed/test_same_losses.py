@@ -285,6 +285,7 @@ def test_losses_and_weights_are_those_of_plain_torch(
         samples=1,
         iw_samples=10,
         token_budget=700,
+        more=prepared.splits["train"],
     )
     final = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
     for name in (

@@ -96,7 +96,7 @@ def test_information_above_the_log_of_the_sentences_lies_between_the_bounds():
     lower, upper = bounds(few, 100)
     assert lower < math.log(100) + 1e-9 < math.log(KINDS) < upper
     assert near_cap(lower, math.log(100))
-    both = Gaussian.from_parameters(torch.cat([few.parameters, more.parameters]))
+    both = GaussianFamily(few.mean.shape[1]).of(torch.cat([few.parameters, more.parameters]))
     lower, upper = bounds(both, 100)
     # The kinds of 100 sentences are somewhat commoner or rarer than 1/400 among 20,100.
     assert lower == pytest.approx(math.log(KINDS), abs=0.05)
