@@ -225,6 +225,7 @@ class SentenceVAE:
         Args:
             path: linear or slerp (see `dsvae.generation.geometry`).
         """
+        self._need_continuous("a path between two sentences")
         if steps < 2:
             raise UserError(f"steps is {steps}: a path needs at least 2, its two ends")
         point = self.encode([a, b]).point
@@ -232,6 +233,7 @@ class SentenceVAE:
 
     def analogy(self, a: str, b: str, c: str, **options: Any) -> str:
         """The sentence that is to `c` as `b` is to `a`: of z_b - z_a + z_c."""
+        self._need_continuous("an analogy")
         point = self.encode([a, b, c]).point
         return self.decode(geometry.analogy(*point)[None], **options)[0]
 
@@ -249,6 +251,7 @@ class SentenceVAE:
                 whatever the sentence; posterior: it moves about the sentence's own
                 value.
         """
+        self._need_continuous("a traversal")
         if not 0 <= dim < self.latent_dim:
             raise UserError(
                 f"dim is {dim}: the model's latent has dimensions 0 to {self.latent_dim - 1}"
@@ -260,12 +263,10 @@ class SentenceVAE:
         if scale not in SCALES:
             raise UserError(f"scale {scale!r} is not one of {', '.join(SCALES)}")
         offsets = torch.linspace(-width, width, steps)
-        noise = torch.zeros(steps, self.model.family.noise_width)
-        noise[:, dim] = offsets
         posterior = self._encode(self._meant([text]) * steps)
         latent = posterior.point.clone()
         about = posterior if scale == "posterior" else self.model.family.prior()
-        latent[:, dim] = about.sample(noise)[:, dim]
+        latent[:, dim] = about.along(dim, offsets)[0]
         return offsets.tolist(), latent
 
     def traverse(
@@ -294,6 +295,7 @@ class SentenceVAE:
             UserError: more labels than sentences or fewer, or none on one of the two
                 sides.
         """
+        self._need_continuous("a direction")
         sums = torch.zeros(2, self.latent_dim, dtype=torch.float64)
         counts = [0, 0]
         # numbers and labels of the sentences that are read and not yet encoded
@@ -333,6 +335,12 @@ class SentenceVAE:
         """The sentence of z + strength * direction, for z the posterior mean of `text`
         and a direction (Z,)."""
         return self.decode(self.encode([text]).point + strength * direction, **options)[0]
+
+    def _need_continuous(self, what: str) -> None:
+        if not self.model.family.continuous:
+            raise UserError(
+                f"{what} needs a continuous latent, and this model's is {self.model.config.family}"
+            )
 
     # Batches
 

@@ -181,7 +181,7 @@ def summarize(found: Measured, split: TokenizedSplit) -> dict[str, Any]:
     if not value["mi_upper"] < value["kl"]:  # kl = I(x; z) + KL(q(z) || p(z)) bounds it, too
         value["mi_upper"], se["mi_upper"] = value["kl"], se["kl"]
     cap = math.log(found.mi_posteriors)
-    if near_cap(value["mi"], cap):
+    if near_cap(value["mi"], cap) or not found.posterior.kl_of_z:
         value["marginal_kl"] = se["marginal_kl"] = math.nan
     units, units_se = likelihood.per_unit(-bound, split)
     sentences = len(split)

@@ -41,6 +41,10 @@ class Distribution(Protocol):
     def point(self) -> Tensor:
         """The z to decode where nothing is drawn, (B, Z)."""
 
+    @property
+    def kl_of_z(self) -> bool:
+        """Whether `kl` is that of z alone, so that kl - mi is KL(q(z) || p(z))."""
+
     def sample(self, noise: Tensor) -> Tensor:
         """z of standard normal `noise` (B, E), (B, Z), reparametrized."""
 
@@ -49,6 +53,10 @@ class Distribution(Protocol):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log q(z_i|x_i) in nats, (B,), for z (B, Z)."""
+
+    def along(self, unit: int, offsets: Tensor) -> Tensor:
+        """The values of one dimension at `offsets` (J,) standard deviations from its
+        mean, (B, J); of continuous families alone."""
 
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
         """log q(z_j|x_i) in nats of every pair, (J, B) float64, for z (J, Z)."""
@@ -70,6 +78,10 @@ class Distribution(Protocol):
 
 class Family(Protocol):
     """The widths of a family, and how its distributions are made."""
+
+    @property
+    def continuous(self) -> bool:
+        """Whether sums and multiples of z are z: paths and directions make sense."""
 
     @property
     def units(self) -> int:
@@ -104,6 +116,10 @@ class Gaussian:
     """(B, Z), natural logarithm of the variance."""
 
     @property
+    def kl_of_z(self) -> bool:
+        return True
+
+    @property
     def parameters(self) -> Tensor:
         """(B, 2Z): means, then log-variances."""
         return torch.cat([self.mean, self.logvar], dim=-1)
@@ -123,6 +139,10 @@ class Gaussian:
         ratio = self.logvar - prior.logvar
         # Near the prior exp(ratio) - 1 would cancel, and round the KL below 0.
         return 0.5 * (squared + torch.expm1(ratio) - ratio)
+
+    def along(self, unit: int, offsets: Tensor) -> Tensor:
+        """mean + std * offset, (B, J)."""
+        return self.mean[:, unit, None] + torch.exp(0.5 * self.logvar[:, unit, None]) * offsets
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log N(z_i; mean_i, var_i) in nats, (B,), for z (B, Z)."""
@@ -166,6 +186,10 @@ class GaussianFamily:
     """Diagonal Gaussians with the prior N(0, I): every dimension is a unit."""
 
     units: int
+
+    @property
+    def continuous(self) -> bool:
+        return True
 
     @property
     def latent_width(self) -> int:
@@ -224,6 +248,10 @@ class SpikeSlab:
         return a / (a + b)
 
     @property
+    def kl_of_z(self) -> bool:
+        return False
+
+    @property
     def point(self) -> Tensor:
         """The slab's mean where the slab is likelier than the spike, 0 elsewhere,
         (B, Z)."""
@@ -255,6 +283,10 @@ class SpikeSlab:
             + (a0 - a + b0 - b) * torch.digamma(a + b)
         )
         return slab + weight.clamp(min=0).to(slab)
+
+    def along(self, unit: int, offsets: Tensor) -> Tensor:
+        """The slab's mean + std * offset, (B, J)."""
+        return self.slab.along(unit, offsets)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log q(z_i|x_i) in nats, (B,): the selector is summed and g integrated out."""
@@ -316,6 +348,10 @@ class SpikeSlabFamily:
     spike_prior: tuple[float, float]
 
     @property
+    def continuous(self) -> bool:
+        return True
+
+    @property
     def latent_width(self) -> int:
         return self.units
 
@@ -345,6 +381,10 @@ class Categorical:
     """(B, D, K) float32."""
 
     @property
+    def kl_of_z(self) -> bool:
+        return True
+
+    @property
     def parameters(self) -> Tensor:
         """(B, D * K)."""
         return self.logits.flatten(1)
@@ -372,6 +412,9 @@ class Categorical:
         q, p = self.logits.double().log_softmax(-1), prior.logits.double().log_softmax(-1)
         # In float64: near the prior the terms of the sum cancel.
         return (q.exp() * (q - p)).sum(-1).clamp(min=0).to(self.logits)
+
+    def along(self, unit: int, offsets: Tensor) -> Tensor:
+        raise TypeError("categories have no standard deviation")
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log q(z_i|x_i) in nats, (B,), for one-hot z (B, D * K)."""
@@ -416,6 +459,10 @@ class CategoricalFamily:
 
     units: int
     categories: int
+
+    @property
+    def continuous(self) -> bool:
+        return False
 
     @property
     def latent_width(self) -> int:

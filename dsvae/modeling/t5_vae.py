@@ -132,7 +132,7 @@ class T5VAEConfig(PreTrainedConfig):
             # `scale_decoder_outputs`, and the released mT5 and umT5 are all untied.
             self.tie_word_embeddings = self.t5.model_type == "t5" and self.t5.scale_decoder_outputs
         if self.injection == "none":
-            self.latent_dim = 0
+            self.latent_dim, self.family = 0, "gaussian"
         kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
         kwargs.setdefault("eos_token_id", self.t5.eos_token_id)
         start = getattr(self.t5, "decoder_start_token_id", None)
