@@ -56,9 +56,11 @@ TEMPLATE = """<!doctype html>
 {% endfor %}
 {% if m.disentanglement %}
 <h3>Disentanglement by factor</h3>
+<p class="about">Of the posterior means; in brackets of draws, and by chance.</p>
 <table><tr><th>factor</th>{% for name in factor_columns %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for factor, row in m.disentanglement.per_factor.items() %}<tr><td class="name">{{ factor }}</td>
-{% for name in factor_columns %}<td>{{ number(row[name]) }}</td>{% endfor %}</tr>
+{% for name in factor_columns %}<td>{{ number(row[name]) }}
+({{ number(m.disentanglement.draws.per_factor[factor][name]) }}, {{ number(m.disentanglement.chance.per_factor[factor][name]) }})</td>{% endfor %}</tr>
 {% endfor %}</table>
 {% endif %}
 

@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 
 import datasets
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dsvae import pretrained
 from dsvae.config import DataConfig
 from dsvae.data import grammar
+from dsvae.data.noise import LATENT
 from dsvae.engine import distributed
 from dsvae.engine.distributed import World
 from dsvae.errors import UserError
@@ -47,6 +48,7 @@ from dsvae.metrics.information import active_unit_curve
 from dsvae.metrics.probes import probe
 from dsvae.metrics.reconstruction import compare, reconstruct
 from dsvae.metrics.text import samples as text_samples
+from dsvae.modeling.families import ACTIVE, Distribution
 from dsvae.modeling.t5_vae import T5VAE
 
 SHOWN = 20
@@ -180,7 +182,9 @@ def evaluate_sentences(
             model, split.select(shown), tokenizer, world, len(shown), max_tokens
         )
         pairs = [(text.texts[i], found) for i, (_, found) in zip(shown, pairs, strict=True)]
-        metrics |= world.on_main(lambda: _use_of_latents(measured, text, seed))
+        noise = passes.noise_of(split.content_keys, LATENT, 0, model.family.noise_width, seed)
+        draws = measured.posterior.sample(noise)
+        metrics |= world.on_main(lambda: _use_of_latents(measured.posterior, draws, text, seed))
     metrics |= {"unk": text.counts["unk"], "skipped_blank": text.counts["skipped_blank"]}
     known = None if text.factors is None else grammar.ENTROPY
     metrics |= against_entropy(metrics, known, text.counts["unk"])
@@ -194,23 +198,52 @@ def evaluate_sentences(
         "policies": _policies(max_tokens, tokenizer.is_fast),
     }
     metrics["warnings"] = warnings_of(metrics, measured)
+    if None in [*metrics.get("probes", {}).values(), metrics.get("disentanglement", 0)]:
+        metrics["warnings"].append(
+            "no unit of z is active: there is nothing to probe, and the probes and the scores of "
+            "disentanglement are null"
+        )
     return Evaluation(metrics, measured, pairs, prior)
 
 
-def _use_of_latents(measured: Measured, text: Sentences, seed: int) -> dict[str, Any]:
-    """Probes for every label, and disentanglement where the factors are known."""
-    means = measured.posterior.point.double().numpy()
+def _use_of_latents(
+    posterior: Distribution, draws: Tensor, text: Sentences, seed: int
+) -> dict[str, Any]:
+    """Probes for every label, and disentanglement where the factors are known, from the
+    active units; null where there are none.
+
+    Args:
+        posterior: q(z|x) of N sentences.
+        draws: (N, Z), one draw of each.
+    """
+    active = (posterior.activity() > ACTIVE).numpy()
+    # of a family with several numbers per unit, they stand side by side
+    dimensions = np.flatnonzero(np.repeat(active, draws.shape[1] // len(active)))
+    means, drawn = (z.double().numpy()[:, dimensions] for z in (posterior.point, draws))
+    # What is drawn below follows the order of the rows: make it one of the content.
+    keys, hashes = text.split.content_keys, text.split.hashes
     found: dict[str, Any] = {}
-    if text.labels:
-        hashes = text.split.hashes
-        found["probes"] = {
-            name: probe(means, values, hashes, seed) for name, values in text.labels.items()
-        }
+    if text.labels and not len(dimensions):
+        found["probes"] = dict.fromkeys(text.labels)
+    elif text.labels:
+        # Equal sentences have the same posterior. Which of their labels has which of
+        # their draws must not depend on the order of the file either.
+        drawn_in_order = drawn[np.lexsort((keys, hashes))]
+        found["probes"] = {}
+        for name, values in text.labels.items():
+            order = np.lexsort((values, hashes))
+            found["probes"][name] = probe(
+                means[order], drawn_in_order, values[order], hashes[order], seed
+            )
     if text.factors is not None:
-        # the splits and pairs that are drawn follow the order of the rows
-        order = np.argsort(text.split.content_keys)
-        found["disentanglement"] = disentanglement(
-            means[order], text.factors[order], list(grammar.FACTORS), seed
+        names, order = list(grammar.FACTORS), np.argsort(keys)
+        found["disentanglement"] = (
+            {
+                **disentanglement(means[order], drawn[order], text.factors[order], names, seed),
+                "dimensions": dimensions.tolist(),
+            }
+            if len(dimensions)
+            else None
         )
     return found
 

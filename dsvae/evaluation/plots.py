@@ -43,7 +43,9 @@ def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[
             } | found
         if scores := metrics.get("disentanglement"):
             names = list(scores["per_factor"])
-            found["Information about the factors"] = _matrix(np.array(scores["information"]), names)
+            found["Information about the factors"] = _matrix(
+                np.array(scores["information"]), names, scores["dimensions"]
+            )
         return found
 
 
@@ -148,7 +150,7 @@ def _colours(
     probes = {
         name: found
         for name, found in metrics.get("probes", {}).items()
-        if len(np.unique(text.labels[name])) <= CLASSES
+        if found is not None and len(np.unique(text.labels[name])) <= CLASSES
     }
     if not probes:
         return "tokens", text.split.lengths[chosen]
@@ -156,12 +158,14 @@ def _colours(
     return best, text.labels[best][chosen]
 
 
-def _matrix(information: NDArray[np.float64], names: list[str]) -> str:
-    """I(z_i; v_k), a row a factor, a column a dimension."""
+def _matrix(information: NDArray[np.float64], names: list[str], dimensions: list[int]) -> str:
+    """I(z_i; v_k): one row per factor, one column per dimension of an active unit."""
     figure, axes = new_figure()
     image = axes.imshow(information.T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("dimension of z")
+    shown = range(0, len(dimensions), max(1, len(dimensions) // 32))
+    axes.set_xticks(shown, [str(dimensions[i]) for i in shown], fontsize=7)
+    axes.set_xlabel("dimension of z, active units alone")
     axes.grid(visible=False)
     figure.colorbar(image, label="I(z_i; factor) (nats)")
     return svg(figure)

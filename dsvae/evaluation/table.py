@@ -11,10 +11,13 @@ DISENTANGLEMENT = (
     ("mig", "mutual information gap (Chen et al. 2018)"),
     ("dci_disentanglement", "each dimension for one factor (Eastwood & Williams 2018)"),
     ("dci_completeness", "each factor in one dimension"),
-    ("dci_informativeness", "held-out accuracy of the factors from z"),
+    ("dci_informativeness", "held-out accuracy of random forests that read the factors"),
     ("z_diff", "beta-VAE metric (Higgins et al. 2017)"),
-    ("z_diff_chance", "... of a classifier that guesses"),
-    ("sap", "separated attribute predictability (Kumar et al. 2018)"),
+    (
+        "sap",
+        "SAP, categorical: held-out balanced accuracy of tree thresholds on the best dimension "
+        "minus the second best (after Kumar et al. 2018)",
+    ),
 )
 
 
@@ -48,23 +51,40 @@ def table(metrics: dict[str, Any]) -> str:
 
 def _use_of_latents(metrics: dict[str, Any]) -> Iterator[tuple[str, list[Row]]]:
     if probes := metrics.get("probes"):
-        rows = []
-        for label, found in probes.items():
-            value, se = found["linear"], found["se"]["linear"]
-            knn = f"{number(found['knn'])} ± {error(found['knn'], found['se']['knn'])}"
-            about = (
-                f"majority {number(found['majority'])}, nearest neighbours {knn}; "
-                f"{found['classes']} classes"
-            )
-            about += (
-                f", {found['left_out']:,} sentences of rare labels left out"
-                if found["left_out"]
-                else ""
-            )
-            rows.append(Row(label, number(value), error(value, se), "accuracy", about))
+        rows = [_probe_row(label, found) for label, found in probes.items()]
         yield "Linear probe of the posterior means, held out", rows
-    if scores := metrics.get("disentanglement"):
+    if "disentanglement" in metrics:
+        scores = metrics["disentanglement"]
         rows = [
-            Row(name, number(scores[name]), "", "0-1", meaning) for name, meaning in DISENTANGLEMENT
+            Row(name, "-", "", "0-1", f"no active unit; {meaning}")
+            if scores is None
+            else Row(
+                name,
+                number(scores[name]),
+                error(scores[name], scores["se"].get(name)),
+                "0-1",
+                f"draws {number(scores['draws'][name])}, chance {number(scores['chance'][name])}; "
+                f"{meaning}",
+            )
+            for name, meaning in DISENTANGLEMENT
         ]
-        yield "Disentanglement against the factors", rows
+        yield "Disentanglement against the factors, posterior means", rows
+
+
+def _probe_row(label: str, found: dict[str, Any] | None) -> Row:
+    if found is None:
+        return Row(label, "-", "", "accuracy", "no active unit")
+
+    def with_error(name: str) -> str:
+        return f"{number(found[name])} ± {error(found[name], found['se'][name])}"
+
+    about = (
+        f"draws {with_error('linear_draws')}, chance {number(found['linear_chance'])}, "
+        f"majority {number(found['majority'])}; nearest neighbours {with_error('knn')}, "
+        f"draws {with_error('knn_draws')}, chance {number(found['knn_chance'])}; "
+        f"{found['classes']} classes"
+    )
+    if found["left_out"]:
+        about += f", {found['left_out']:,} sentences of rare labels left out"
+    se = error(found["linear"], found["se"]["linear"])
+    return Row(label, number(found["linear"]), se, "accuracy", about)

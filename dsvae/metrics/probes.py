@@ -1,5 +1,5 @@
 """What can be read off the latents: probes that predict a label of the sentence from
-its posterior mean."""
+its posterior mean, and from a draw."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ ITERATIONS = 1000
 
 
 def probe(
-    features: NDArray[np.floating], labels: NDArray[np.str_], groups: NDArray[np.uint64], seed: int
+    means: NDArray[np.floating],
+    draws: NDArray[np.floating],
+    labels: NDArray[np.str_],
+    groups: NDArray[np.uint64],
+    seed: int,
 ) -> dict[str, Any]:
     """Accuracy of a linear and of a nearest-neighbour probe on held-out sentences,
-    beside the majority baseline.
+    beside the majority baseline and chance.
 
     Every sentence is held out once: five stratified folds, equal sentences in the same
     one, so that no probe has seen what it is asked. Features are standardized by the
@@ -39,38 +43,47 @@ def probe(
     the commonest label of the training folds.
 
     Args:
-        features: (N, Z), posterior means.
+        means, draws: (N, Z), of q(z|x), one draw per sentence. A mean can be read
+            however wide its posterior is; a draw shows what is left of it in z.
         labels: (N,), any strings; sentences of a label that fewer than five different
             sentences have are left out.
         groups: (N,), equal for equal sentences.
-        seed: of the folds, not negative.
+        seed: of the folds and of the permutation, not negative.
 
-    Returns: `linear`, `knn` and `majority` as accuracies in [0, 1], their standard
-        errors sqrt(p (1 - p) / n) in `se`, and the `classes`, `sentences` and
-        `left_out` that they are about.
+    Returns: `linear`, `knn` and `majority` as accuracies in [0, 1]; `linear_draws` and
+        `knn_draws`, of the draws; `linear_chance` and `knn_chance`, of the means of
+        other sentences, permuted; the standard errors sqrt(p (1 - p) / n) of all in
+        `se`, and the `classes`, `sentences` and `left_out` that they are about.
 
     Raises:
         UserError: fewer than two labels that five different sentences have.
     """
     # The folds follow the order of the rows: make it one of the content.
     order = np.lexsort((labels, groups))
-    features, labels, groups = features[order].astype(np.float64), labels[order], groups[order]
+    means, draws = means[order].astype(np.float64), draws[order].astype(np.float64)
+    labels, groups = labels[order], groups[order]
     common = usable_labels(zip(labels.tolist(), groups.tolist(), strict=True), "the labels")
     keep = np.isin(labels, common)
-    features, labels, groups = features[keep], labels[keep], groups[keep]
+    means, draws, labels, groups = means[keep], draws[keep], labels[keep], groups[keep]
     # scikit-learn takes no more
     folds = StratifiedGroupKFold(n_splits=FOLDS, shuffle=True, random_state=seed % 2**32)
-    splits = list(folds.split(features, labels, groups))
+    splits = list(folds.split(means, labels, groups))
     neighbors = min(NEIGHBORS, min(len(train) for train, _ in splits))
-    models = {
-        "linear": make_pipeline(StandardScaler(), LogisticRegression(max_iter=ITERATIONS)),
-        "knn": make_pipeline(StandardScaler(), KNeighborsClassifier(n_neighbors=neighbors)),
-        "majority": DummyClassifier(strategy="most_frequent"),
-    }
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=ITERATIONS))
+    knn = make_pipeline(StandardScaler(), KNeighborsClassifier(n_neighbors=neighbors))
     count = len(labels)
+    permuted = means[np.random.default_rng(seed).permutation(count)]
     found: dict[str, Any] = {}
     se = {}
-    for name, model in models.items():
+    for name, model, features in (
+        ("linear", linear, means),
+        ("linear_draws", linear, draws),
+        ("linear_chance", linear, permuted),
+        ("knn", knn, means),
+        ("knn_draws", knn, draws),
+        ("knn_chance", knn, permuted),
+        ("majority", DummyClassifier(strategy="most_frequent"), means),
+    ):
         with warnings.catch_warnings():
             # an accuracy that a longer fit would not change
             warnings.simplefilter("ignore", ConvergenceWarning)

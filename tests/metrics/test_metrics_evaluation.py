@@ -496,6 +496,26 @@ def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch
     assert len(found["probes"]) == len(found["disentanglement"]["per_factor"]) == 9
     assert 0 <= found["disentanglement"]["mig"] <= 1
     assert "nll_iw" not in found
+    assert not any("no unit" in warning for warning in found["warnings"])
+
+
+def test_a_collapsed_latent_has_nothing_to_probe(tmp_path, tokenizer, monkeypatch, capsys):
+    """The means tell sentences apart, but their scale is next to nothing."""
+    monkeypatch.setattr("dsvae.evaluation.sentences.BUILTIN_SENTENCES", 100)
+    model = make_vae()
+    with torch.no_grad():
+        head = model.posterior.head
+        head.weight[: model.config.latent_dim] *= 1e-3
+        head.bias[: model.config.latent_dim] *= 1e-3
+    save(tmp_path, model, tokenizer)
+    found = evaluate_model(str(tmp_path / "model"), output=str(tmp_path / "out"))
+    assert found["au"] == 0
+    assert found["disentanglement"] is None
+    assert len(found["probes"]) == 9
+    assert set(found["probes"].values()) == {None}
+    assert any("no unit of z is active" in warning for warning in found["warnings"])
+    assert "no active unit; mutual information gap" in capsys.readouterr().out
+    assert "no active unit" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

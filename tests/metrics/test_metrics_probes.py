@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 
 from dsvae.errors import UserError
-from dsvae.metrics.probes import probe
+from dsvae.metrics import probes
 
 N = 600
+
+
+def probe(features, labels, groups, seed):
+    """Of posteriors without a width: a draw is the mean."""
+    return probes.probe(features, features, labels, groups, seed)
 
 
 @pytest.fixture
@@ -33,6 +38,17 @@ def test_a_label_that_is_not_there_is_not_read(features):
     labels = np.random.default_rng(1).choice(["a", "b", "b"], size=N)
     found = probe(features, labels, GROUPS, seed=0)
     assert found["linear"] < found["majority"] + 3 * found["se"]["linear"]
+
+
+def test_a_draw_does_not_hold_what_is_lost_in_the_width_of_the_posterior(features):
+    """Means times 0.01 with unit variance: 0.0002 nats of KL."""
+    labels = np.where(features[:, 1] > 0, "good", "bad")
+    draws = 0.01 * features + np.random.default_rng(5).normal(size=features.shape)
+    found = probes.probe(0.01 * features, draws, labels, GROUPS, seed=0)
+    assert found["linear"] > 0.97
+    for name in ("linear_draws", "knn_draws", "linear_chance", "knn_chance"):
+        assert found[name] == pytest.approx(0.5, abs=4 * np.sqrt(0.25 / N)), name
+        assert found["se"][name] == pytest.approx(np.sqrt(0.25 / N), rel=0.05)
 
 
 def test_a_ring_is_for_the_neighbours(features):
