@@ -70,8 +70,9 @@ class ModelConfig:
     t5: dict[str, Any] = field(default_factory=dict)
     """Fields of transformers' T5 configuration for a new T5; `model_type` may be t5,
     mt5 or umt5."""
-    vocab_size: int = 4000
-    """Pieces of the tokenizer that is trained on the corpus for a new T5."""
+    vocab_size: int = 4256
+    """Pieces of the tokenizer that is trained on the corpus for a new T5, the 256 bytes
+    that spell every other character among them; at least 260."""
     dropout: float | None = None
     """Dropout rate of the T5. None: the model's own."""
     family: Literal["gaussian", "spike_slab", "categorical"] = "gaussian"

@@ -25,7 +25,7 @@ CONFIGS = ROOT / "ds_configs"
 TINY = {
     "data": {"builtin_size": 600, "batch_size": 32, "max_tokens": 24},
     "model": {
-        "vocab_size": 260,
+        "vocab_size": 516,
         "latent_dim": 6,
         "t5": {
             "d_model": 32,

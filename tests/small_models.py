@@ -2,7 +2,14 @@
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, UMT5Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    MT5Config,
+    PreTrainedTokenizerFast,
+    T5Config,
+    UMT5Config,
+)
 
 from dsvae import T5VAE, T5VAEConfig
 
@@ -69,3 +76,26 @@ def make_vae(kind="t5 v1.0", seed=0, **latent):
             if "layer_norm" not in name:
                 weight.normal_(0.0, 0.25)
     return model.eval()
+
+
+def small_tokenizer(texts, size=SMALL["vocab_size"]):
+    """A tokenizer in T5's manner of at most `size` pieces; a character that the texts
+    do not have is unknown."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )

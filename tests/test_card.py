@@ -6,13 +6,13 @@ import shlex
 
 import pytest
 import torch
-from small_models import SMALL, make_vae
+from small_models import SMALL, make_vae, small_tokenizer
 
 from dsvae.card import write_card, write_checkpoint_card
 from dsvae.cli import main
 from dsvae.config import RunConfig
 from dsvae.data.grammar import generate
-from dsvae.data.tokenization import tokenize, train_tokenizer
+from dsvae.data.tokenization import tokenize
 from dsvae.engine.distributed import World
 from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.text import samples
@@ -30,7 +30,7 @@ def card(request, tmp_path, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
-    tokenizer = train_tokenizer(TEXTS, SMALL["vocab_size"])
+    tokenizer = small_tokenizer(TEXTS, SMALL["vocab_size"])
     split = tokenize(TEXTS, tokenizer, 64, "test")[0]
     model = make_vae(injection=request.param)
     metrics = evaluate(model, split, ALONE, samples=1, token_budget=4096) | {"precision": "fp32"}

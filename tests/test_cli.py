@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import make_t5, make_vae
+from small_models import make_t5, make_vae, small_tokenizer
 from transformers.utils import logging as transformers_logging
 
 from dsvae import cli, command_line
 from dsvae.cli import COMMANDS, main
-from dsvae.data.tokenization import train_tokenizer
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE
 
@@ -55,7 +54,7 @@ LITERAL = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([*TEXTS, "1, 2 None [ok] True - = ( ) { } ' : \" . x"] * 3, 60)
+    return small_tokenizer([*TEXTS, "1, 2 None [ok] True - = ( ) { } ' : \" . x"] * 3, 60)
 
 
 def save(directory, tokenizer, **latent):

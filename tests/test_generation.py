@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_models import make_vae
+from small_models import make_vae, small_tokenizer
 from transformers import GenerationConfig
 
 from dsvae.data.noise import LATENT, PRIOR, generator
-from dsvae.data.tokenization import tokenize, train_tokenizer
+from dsvae.data.tokenization import tokenize
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE, geometry, options
 from dsvae.generation.latents_file import LatentsFile
@@ -33,7 +33,7 @@ FEW = {"max_new_tokens": 7}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(TEXTS * 3, 60)
+    return small_tokenizer(TEXTS * 3, 60)
 
 
 @pytest.fixture(scope="module")

@@ -150,7 +150,7 @@ def test_a_start_reads_its_files_once_and_leaves_the_configuration_alone(tmp_pat
                 "train_file": str(tmp_path / "train.txt"),
                 "cache_dir": str(tmp_path / "cache"),
             },
-            "model": {"vocab_size": 260},
+            "model": {"vocab_size": 516},
         },
         where="test",
     )

@@ -40,12 +40,16 @@ from dsvae.data.corpora import SPLITS, Corpus, fingerprint, load_corpus
 from dsvae.errors import UserError
 
 # Raise it whenever the same sentences and options would give other files.
-_FORMAT = 3
+_FORMAT = 4
 _BATCH_ROWS = 10_000
 _TOKENIZER_SENTENCES = 1_000_000
 _STALE_SECONDS = 24 * 3600
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")
+# How `tokenizers` spells a byte that no piece covers.
+_BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+# Stands for a space while pieces are chosen. In the finished tokenizer a space is a
+# space, so that this character is one like any other.
 _SPACE = "▁"
 # A word with the space before it and an apostrophe ("▁the", "'s"), a run of other
 # characters ("▁."), or a space alone: like T5's own pieces, none mixes letters and
@@ -58,8 +62,8 @@ _WORD = (
 _COVERAGE = 0.9995
 _PROPOSALS = 2
 _LONGEST_PIECE = 16
-# Of the special pieces in a trained model: so low that the text "</s>" is always
-# spelled out with other pieces.
+# Score of the special pieces and the bytes. `_WORD` cuts the text "</s>" or "<0x41>"
+# apart, so that it never matches one of them.
 _NEVER = -100.0
 
 _FEATURES = datasets.Features(
@@ -223,24 +227,34 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A Unigram tokenizer in T5's manner of at most `vocab_size` pieces: <pad> 0, </s>
-    1 (appended), <unk> 2.
+    1 (appended), <unk> 2 (never used), those of the text, and 256 bytes.
 
-    Deterministic: the same sentences give the same tokenizer, byte for byte. Holds the
-        sentences in memory. Raises
-    UserError where `vocab_size` is too small for the characters of the text.
+    It spells every text and reads it back exactly: a character that has no piece is
+    spelled in its UTF-8 bytes. Deterministic: the same sentences give the same
+    tokenizer, byte for byte. Holds the sentences in memory. Raises UserError where
+    `vocab_size` leaves no room for pieces of the text.
     """
+    size = vocab_size - len(_BYTES)
+    room = size - len(_SPECIAL)
+    if room < 1:
+        least = len(_BYTES) + len(_SPECIAL) + 1
+        raise UserError(
+            f"a vocabulary of {vocab_size} pieces is too small: the {len(_BYTES)} bytes and the "
+            f"{len(_SPECIAL)} special pieces are part of it; give --model.vocab_size {least} or "
+            f"more"
+        )
     # `tokenizers`' own Unigram trainer walks hash maps of random order: its scores
     # differ from run to run, and so would the cached corpus and the losses. Its
     # byte-pair trainer breaks ties by rule. So byte-pair merges propose pieces, the
     # pieces that its segmentation uses most are kept, and their frequencies are the
     # Unigram's probabilities.
     sentences = list(texts)
-    alphabet = _alphabet(sentences, vocab_size)
-    proposal = _pipeline(models.BPE(unk_token=_SPECIAL[2]))
+    alphabet = _alphabet(sentences, size)[:room]
+    proposal = _pipeline(models.BPE(unk_token=_SPECIAL[2]), _SPACE)
     proposal.train_from_iterator(
         sentences,
         trainers.BpeTrainer(
-            vocab_size=vocab_size * _PROPOSALS,
+            vocab_size=size * _PROPOSALS,
             special_tokens=list(_SPECIAL),
             initial_alphabet=alphabet,
             limit_alphabet=len(alphabet),
@@ -252,11 +266,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     merged = sorted(
         counts.keys() - {*alphabet, *_SPECIAL}, key=lambda piece: (-counts[piece], piece)
     )
-    pieces = [*alphabet, *merged[: vocab_size - len(_SPECIAL) - len(alphabet)]]
+    pieces = [*alphabet, *merged[: room - len(alphabet)]]
     # Count anew with the kept pieces alone: what the dropped ones stood for is now
     # spelled with others.
-    counts = _piece_counts(_unigram(pieces, counts), sentences)
-    tokenizer = _unigram(sorted(pieces, key=lambda piece: (-counts[piece], piece)), counts)
+    counts = _piece_counts(_unigram(pieces, counts, _SPACE), sentences)
+    tokenizer = _unigram(sorted(pieces, key=lambda piece: (-counts[piece], piece)), counts, " ")
     eos = _SPECIAL[1]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, 1)]
@@ -505,14 +519,11 @@ def _encode(
             continue
         if kept is not None:
             kept.append(position)
-        if truncated:
-            # Figures per word and per byte must count what the model saw.
-            text = str(
-                tokenizer.decode(
-                    ids[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-            )
-        figures["unk"] += ids.count(tokenizer.unk_token_id)
+        unknown = ids.count(tokenizer.unk_token_id)
+        if truncated or unknown:
+            # Figures per word and per byte must count what the ids can spell.
+            text = _spelled(ids[:-1], tokenizer)
+        figures["unk"] += unknown
         columns["input_ids"].append(ids)
         columns["words"].append(len(text.split()))
         columns["bytes"].append(len(text.encode()))
@@ -526,26 +537,33 @@ def _encode(
     return columns
 
 
-def _alphabet(sentences: list[str], vocab_size: int) -> list[str]:
+def _spelled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that `ids` spell, without the bytes of a character that a cut goes
+    through: one such byte makes the decoder give up those before it."""
+    for end in range(len(ids), max(len(ids) - 4, -1), -1):
+        text = str(
+            tokenizer.decode(
+                ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+        if not text.endswith("\ufffd"):
+            break
+    return text
+
+
+def _alphabet(sentences: list[str], size: int) -> list[str]:
     """The characters that get a piece each, most frequent first: all, or as many as
-    half the vocabulary holds."""
-    normalizer = _normalizer()
+    half of `size` pieces holds, or nearly all the text consists of if those are more."""
     counts: Counter[str] = Counter()
     for sentence in sentences:
-        counts.update(normalizer.normalize_str(sentence).replace(" ", _SPACE))
+        counts.update(sentence.replace(" ", _SPACE))
     # a word at the start of a sentence has it too, even where no sentence has a second
     # word
     counts[_SPACE] += 1
     ranked = sorted(counts, key=lambda character: (-counts[character], character))
     covered = np.cumsum([counts[character] for character in ranked])
     needed = int(np.searchsorted(covered, _COVERAGE * covered[-1])) + 1
-    least = needed + len(_SPECIAL)
-    if vocab_size < least:
-        raise UserError(
-            f"a vocabulary of {vocab_size} pieces cannot spell the training sentences: give "
-            f"{least} or more"
-        )
-    return ranked[: max(needed, min(len(ranked), vocab_size // 2))]
+    return ranked[: max(needed, size // 2)]
 
 
 def _piece_counts(tokenizer: Tokenizer, sentences: list[str]) -> Counter[str]:
@@ -556,31 +574,35 @@ def _piece_counts(tokenizer: Tokenizer, sentences: list[str]) -> Counter[str]:
     return Counter({str(tokenizer.id_to_token(token)): count for token, count in counts.items()})
 
 
-def _unigram(pieces: list[str], counts: Counter[str]) -> Tokenizer:
-    """A Unigram tokenizer of the special pieces and `pieces`; one that never occurs
-    counts as half an occurrence."""
+def _unigram(pieces: list[str], counts: Counter[str], space: str) -> Tokenizer:
+    """A Unigram tokenizer of the special pieces, `pieces` and the bytes; a piece that
+    never occurs counts as half an occurrence."""
     total = math.log(sum(max(counts[piece], 0.5) for piece in pieces))
-    scored = [(piece, math.log(max(counts[piece], 0.5)) - total) for piece in pieces]
-    return _pipeline(models.Unigram([(piece, _NEVER) for piece in _SPECIAL] + scored, unk_id=2))
+    vocabulary = [
+        *((piece, _NEVER) for piece in _SPECIAL),
+        *(
+            (piece.replace(_SPACE, space), math.log(max(counts[piece], 0.5)) - total)
+            for piece in pieces
+        ),
+        *((piece, _NEVER) for piece in _BYTES),
+    ]
+    return _pipeline(models.Unigram(vocabulary, unk_id=2, byte_fallback=True), space)
 
 
-def _pipeline(model: models.Model) -> Tokenizer:
+def _pipeline(model: models.Model, space: str) -> Tokenizer:
+    """A tokenizer of `model`, whose pieces write a space as `space`."""
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = _normalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Metaspace(replacement=_SPACE),
-            pre_tokenizers.Split(Regex(_WORD), "isolated"),
-        ]
+    # The first word gets a space like the others, which decoding takes away again: a
+    # word has the same piece everywhere.
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(" "), normalizers.Replace(" ", space)]
     )
-    tokenizer.decoder = decoders.Metaspace(replacement=_SPACE)
+    word = Regex(_WORD.replace(_SPACE, space))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(word, "isolated")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return tokenizer
-
-
-def _normalizer() -> normalizers.Normalizer:
-    return normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-    )
 
 
 def _sample(split: datasets.Dataset) -> Iterator[str]:

@@ -53,7 +53,7 @@ def save_t5(directory: Path, size: str, max_shard_size: str) -> None:
         decoder_start_token_id=0, dropout_rate=0.0, **{"vocab_size": 32128, **SIZES[size]}
     )
     T5ForConditionalGeneration(config).save_pretrained(directory, max_shard_size=max_shard_size)
-    train_tokenizer(["a small cat sees the old dog", "an old dog sees a cat"], 40).save_pretrained(
+    train_tokenizer(["a small cat sees the old dog", "an old dog sees a cat"], 296).save_pretrained(
         directory
     )
 

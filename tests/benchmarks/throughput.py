@@ -54,7 +54,7 @@ def prepare_split(train_file: str | None):
 
     cache = tempfile.mkdtemp()
     data = DataConfig(train_file=train_file, max_tokens=32, cache_dir=cache)
-    return load_prepared(prepare(data, tokenizer=None, vocab_size=4000, seed=0))
+    return load_prepared(prepare(data, tokenizer=None, vocab_size=4256, seed=0))
 
 
 def make_model(size: str, vocab_size: int):

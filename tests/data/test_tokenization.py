@@ -30,7 +30,7 @@ SENTENCES = [item.text for item in generate(1500, seed=1)]
 
 @pytest.fixture(scope="module")
 def trained():
-    return train_tokenizer(SENTENCES, 120)
+    return train_tokenizer(SENTENCES, 376)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def entries(tmp_path) -> list[str]:
 
 def test_trained_tokenizer_spells_and_reads_back(trained):
     assert (trained.pad_token_id, trained.eos_token_id, trained.unk_token_id) == (0, 1, 2)
-    assert len(trained) == len(set(trained.get_vocab().values())) == 120
+    assert 376 == len(trained) == len(set(trained.get_vocab().values()))
     for sentence in SENTENCES[:200]:
         ids = trained(sentence)["input_ids"]
         assert ids[-1] == 1
@@ -91,26 +91,75 @@ def test_trained_tokenizer_spells_and_reads_back(trained):
         assert trained.decode(ids, skip_special_tokens=True) == sentence
     # Frequent words are pieces of their own, and a mark is no part of a word.
     assert trained.tokenize("The kings did not find the lamp.")[-1] == "."
-    assert "▁not" in trained.tokenize("The kings did not find the lamp.")
-    assert trained("日")["input_ids"][-2:] == [2, 1]
+    assert " not" in trained.tokenize("The kings did not find the lamp.")
+    # What has no piece is spelled in its UTF-8 bytes.
+    assert trained.tokenize("日")[1:] == ["<0xE6>", "<0x97>", "<0xA5>"]
 
 
-def test_trained_tokenizer_reads_back_ordinary_text():
-    text = [
-        "it 's n't good , he said .",
-        'Don\'t "quote" me: 3.50 €!',
-        "Für Élise, naïve ok",
-        "snake_case (x)",
-    ]
-    tokenizer = train_tokenizer(text * 3, 200)
-    for line in text:
-        assert tokenizer.decode(tokenizer(line)["input_ids"], skip_special_tokens=True) == line
-    assert tokenizer("a\u2028b  c")["input_ids"] == tokenizer("a b c")["input_ids"]
+ODD_TEXTS = [
+    "THE KINGS SEE A DOG",
+    "it 's n't good , he said .",
+    'Don\'t "quote" me: 3.50 €!',
+    "日本語の文、 🎉👩‍👩‍👧 naïve cafe\u0301 Привет ـمرحبا",
+    "½ ﬁ Ⅳ",  # NFKC would change each
+    " a space before, two  inside and two after  ",
+    "tab\there, a line\nand a lone \r, \x00 \u2028 \ufffd",
+    "</s> <pad> <unk> <0x41> Ġ ▁",
+    " ",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_trained_tokenizer_reads_every_text_back(trained, text):
+    """None of these characters is in the sentences that it was trained on."""
+    ((ids, truncated),) = tokenization.token_ids([text], trained, 10_000)
+    assert not truncated
+    assert not {0, 1, 2} & set(ids[:-1])
+    assert trained.decode(ids, skip_special_tokens=True) == text
+    assert trained.decode(ids[:-1]) == text
+
+
+def test_every_byte_is_predicted(tmp_path):
+    """Bits per byte divide by the bytes of the text: a word in capitals or in another
+    script must cost its own tokens, and not one unknown piece."""
+    lines = [*SENTENCES[:300], "ABRACADABRA", "абракадабра"]
+    path = prepare(config(tmp_path, lines), tokenizer=None, vocab_size=300, seed=0)
+    prepared = load_prepared(path)
+    assert prepared.report["splits"]["test"]["unk"] == 0
+    split = prepared.splits["test"]
+    assert split.bytes.tolist() == [len(line.encode()) for line in lines]
+    # 11 letters, and 22 bytes; pieces of the sentences have two capitals at most
+    assert split.lengths[-2] >= 7
+    assert split.lengths[-1] >= 12
+
+
+def test_bytes_are_those_that_the_ids_can_spell(tmp_path, t5):
+    """A pretrained tokenizer may have no piece for a character; its bytes do not
+    count."""
+    data = config(tmp_path, ["abc", "abc 日本語 def", "日本"])
+    prepared = load_prepared(prepare(data, tokenizer=t5, vocab_size=None, seed=0))
+    split = prepared.splits["train"]
+    assert prepared.report["splits"]["train"]["unk"] == 2
+    assert split.bytes[0] == 3
+    assert len("abcdef") <= split.bytes[1] <= len("abc  def")
+    assert split.bytes[2] <= 1
+
+
+@pytest.mark.parametrize("most", range(2, 12))
+def test_a_cut_through_a_character_counts_whole_ones(trained, most):
+    text = "日本語"
+    figures = tokenization.Counter()
+    columns = tokenization._encode([text], trained, most, figures)
+    assert columns["truncated"] == [len(columns["input_ids"][0]) < 11]
+    spelled = columns["bytes"][0]
+    # the space before the first word and EOS take a token each
+    assert spelled == max(0, min(most - 2, 9)) // 3 * 3
 
 
 def test_trained_tokenizer_is_the_same_in_every_process(trained):
     def serialized() -> str:
-        return train_tokenizer(iter(SENTENCES), 120).backend_tokenizer.to_str()
+        return train_tokenizer(iter(SENTENCES), 376).backend_tokenizer.to_str()
 
     expected = trained.backend_tokenizer.to_str()
     assert serialized() == expected
@@ -118,7 +167,7 @@ def test_trained_tokenizer_is_the_same_in_every_process(trained):
         "import hashlib; from dsvae.data.grammar import generate; from dsvae.data.tokenization "
         "import train_tokenizer;"
         "t = train_tokenizer([item.text for item in generate(1500, seed=1)], "
-        "120).backend_tokenizer.to_str();"
+        "376).backend_tokenizer.to_str();"
         "print(hashlib.sha256(t.encode()).hexdigest())"
     )
     environment = {
@@ -152,16 +201,23 @@ def test_trained_tokenizer_survives_saving(trained, tmp_path, beside_a_model):
 
 
 def test_vocabulary_bounds():
-    with pytest.raises(UserError, match=r"vocabulary of 10 .* give \d+ or more") as caught:
-        train_tokenizer(SENTENCES, 10)
-    least = int(str(caught.value).split()[-3])
-    assert len(train_tokenizer(SENTENCES, least)) == least
+    with pytest.raises(UserError, match=r"of 259 pieces .* give --model\.vocab_size 260 or more"):
+        train_tokenizer(SENTENCES, 259)
+    for size in range(260, 300, 3):
+        tokenizer = train_tokenizer(SENTENCES[:20], size)
+        assert len(tokenizer) == size
+        for text in SENTENCES[:20]:
+            ids = tokenizer(text)["input_ids"]
+            assert 2 not in ids
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
     small = train_tokenizer(["the cat"], 5000)
-    assert len(small) < 30
+    assert len(small) < 256 + 30
     assert small.decode(small("the cat")["input_ids"], skip_special_tokens=True) == "the cat"
     # Rare characters give way where they would fill the vocabulary.
-    many = train_tokenizer(["the cat " * 20_000, "".join(map(chr, range(0x4E00, 0x4E00 + 7)))], 12)
-    assert many("一")["input_ids"][-2] == 2
+    many = train_tokenizer(
+        ["the cat " * 20_000, "".join(map(chr, range(0x4E00, 0x4E00 + 7)))], 256 + 12
+    )
+    assert many.tokenize("一")[-3:] == ["<0xE4>", "<0xB8>", "<0x80>"]
 
 
 # Loading
@@ -238,7 +294,7 @@ def test_prepared_split(tmp_path, trained):
         "repeated": 1,
         "held_out": False,
     }
-    assert figures["unk"] == 2
+    assert figures["unk"] == 0
     assert prepared.report["splits"]["test"]["in_train"] == 4  # it is the same file
     assert prepared.report["source"] == "lines.txt"
     with pytest.raises(IndexError):
@@ -277,7 +333,7 @@ def test_rows_across_chunks(tmp_path, byt5, monkeypatch):
 def test_special_tokens_in_the_text_end_no_sentence(tmp_path, kind, request):
     lines = ["the cat </s> is <pad>", "</s>", "the </s>", "<pad></s><pad>"]
     if kind == "trained":
-        path = prepare(config(tmp_path, lines), tokenizer=None, vocab_size=60, seed=0)
+        path = prepare(config(tmp_path, lines), tokenizer=None, vocab_size=300, seed=0)
     else:
         path = prepare(
             config(tmp_path, lines),
@@ -340,8 +396,8 @@ def test_cache_hits_by_content_and_options(tmp_path, byt5, t5, monkeypatch):
         ),
         prepare(config(tmp_path, SENTENCES[:61]), tokenizer=byt5, vocab_size=None, seed=0),
         prepare(config(tmp_path, SENTENCES[:60]), tokenizer=t5, vocab_size=None, seed=0),
-        prepare(config(tmp_path, SENTENCES[:60]), tokenizer=None, vocab_size=100, seed=0),
-        prepare(config(tmp_path, SENTENCES[:60]), tokenizer=None, vocab_size=101, seed=0),
+        prepare(config(tmp_path, SENTENCES[:60]), tokenizer=None, vocab_size=300, seed=0),
+        prepare(config(tmp_path, SENTENCES[:60]), tokenizer=None, vocab_size=301, seed=0),
     ]
     assert len({first, *others}) == 6
     assert entries(tmp_path) == sorted(path.name for path in {first, *others})
@@ -349,7 +405,7 @@ def test_cache_hits_by_content_and_options(tmp_path, byt5, t5, monkeypatch):
 
 def test_entry_holds_what_it_says(tmp_path):
     data = DataConfig(builtin_size=100, cache_dir=str(tmp_path / "cache"))
-    path = prepare(data, tokenizer=None, vocab_size=90, seed=0)
+    path = prepare(data, tokenizer=None, vocab_size=300, seed=0)
     assert sorted(entry.name for entry in path.iterdir()) == [
         "report.json",
         "test",
@@ -368,8 +424,8 @@ def test_entry_holds_what_it_says(tmp_path):
         True,
         True,
     ]
-    assert prepared.report["vocab_size"] == len(prepared.tokenizer) == 90
-    assert prepare(data, tokenizer=None, vocab_size=90, seed=1) != path
+    assert prepared.report["vocab_size"] == len(prepared.tokenizer) == 300
+    assert prepare(data, tokenizer=None, vocab_size=300, seed=1) != path
 
 
 def test_default_place(tmp_path, byt5, monkeypatch):

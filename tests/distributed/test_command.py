@@ -174,10 +174,10 @@ def test_phase_1_then_phase_2_is_both(tiny, tmp_path):
 
 def test_a_pretrained_t5_directory(tmp_path, cache_dir):
     """The real loading code, on a v1.1 T5 with a tokenizer beside it."""
-    from dsvae.data.tokenization import train_tokenizer
+    from small_models import small_tokenizer
 
     source = make_t5("t5 v1.1", tmp_path)
-    train_tokenizer(["a dog sees the cat", "the cats see dogs"], 60).save_pretrained(source)
+    small_tokenizer(["a dog sees the cat", "the cats see dogs"], 60).save_pretrained(source)
     (tmp_path / "train.txt").write_text("\n".join(f"the cat sees {i} dogs" for i in range(60)))
     train(
         "--ds_config",

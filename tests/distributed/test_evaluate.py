@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 from launch import start
-from small_models import SMALL, make_vae
+from small_models import make_vae, small_tokenizer
 
 from dsvae.data.grammar import generate
-from dsvae.data.tokenization import train_tokenizer
 from dsvae.evaluation import evaluate_model
 
 PATCHED = Path(__file__).with_name("patched_evaluate.py")
@@ -22,7 +21,7 @@ def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("evaluate")
     sentences = [drawn.text for drawn in generate(40, seed=3)]
     make_vae().save_pretrained(path / "model")
-    train_tokenizer(sentences, SMALL["vocab_size"]).save_pretrained(path / "model")
+    small_tokenizer(sentences).save_pretrained(path / "model")
     (path / "test.txt").write_text("\n".join(sentences) + "\n")
     return path
 

@@ -11,12 +11,11 @@ import torch
 import yaml
 from launch import CONFIGS, TINY, environment, train
 from safetensors.torch import load_file
-from small_models import make_vae
+from small_models import make_vae, small_tokenizer
 from transformers import AutoTokenizer
 
 from dsvae import T5VAE
 from dsvae.data.grammar import draw
-from dsvae.data.tokenization import train_tokenizer
 from dsvae.engine import checkpoint
 from dsvae.engine.checkpoint import COMPLETE, find
 from dsvae.errors import UserError
@@ -44,7 +43,7 @@ def start(tmp_path_factory):
     model = make_vae("t5 v1.1")
     assert any((w != w.bfloat16().float()).any() for w in model.parameters())
     model.save_pretrained(directory)
-    train_tokenizer([sentence.text for sentence in draw(300, 0)], 60).save_pretrained(directory)
+    small_tokenizer([sentence.text for sentence in draw(300, 0)], 60).save_pretrained(directory)
     return directory
 
 

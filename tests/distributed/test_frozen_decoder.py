@@ -9,11 +9,10 @@ import torch
 import yaml
 from launch import CONFIGS, TINY, train
 from safetensors.torch import load_file
-from small_models import make_vae
+from small_models import make_vae, small_tokenizer
 
 from dsvae.config import DataConfig
 from dsvae.data.corpora import load_corpus
-from dsvae.data.tokenization import train_tokenizer
 
 
 @pytest.mark.parametrize("injection", ["memory", "embedding", "both"])
@@ -55,7 +54,7 @@ def test_phase_1_with_a_frozen_decoder(stage, injection, cache_dir, tmp_path):
 def frozen_phase_1(directory, cache_dir, injection="both"):
     """A configuration of phase 1 from a model in `directory` / start; its file."""
     texts = load_corpus(DataConfig(builtin_size=300), 0).splits["train"]["text"]
-    tokenizer = train_tokenizer(texts, 60)
+    tokenizer = small_tokenizer(texts, 60)
     model = make_vae("t5 v1.1", injection=injection)
     # Weights that bfloat16 cannot hold: a copy that went through the engine's cast
     # would show.

@@ -229,9 +229,8 @@ def test_a_model_in_a_pickle_is_refused_in_one_line(tmp_path, cache_dir):
 
 
 def save_t5_without_weights(directory):
+    from small_models import small_tokenizer
     from transformers import T5Config
-
-    from dsvae.data.tokenization import train_tokenizer
 
     T5Config(
         vocab_size=200,
@@ -242,6 +241,6 @@ def save_t5_without_weights(directory):
         num_heads=2,
         decoder_start_token_id=0,
     ).save_pretrained(directory)
-    train_tokenizer(["a small cat sees the old dog", "an old dog sees a cat"], 40).save_pretrained(
+    small_tokenizer(["a small cat sees the old dog", "an old dog sees a cat"], 40).save_pretrained(
         directory
     )

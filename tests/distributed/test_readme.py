@@ -8,12 +8,11 @@ from itertools import product
 
 import pytest
 from launch import CONFIGS, ROOT, train
-from small_models import make_vae
+from small_models import make_vae, small_tokenizer
 
 from dsvae import cli
 from dsvae import config as configuration
 from dsvae.data import grammar
-from dsvae.data.tokenization import train_tokenizer
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -115,7 +114,7 @@ def test_the_flags_of_other_commands_are_known(command, monkeypatch):
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_python_examples(example, tmp_path, monkeypatch, capsys):
     model = make_vae()
-    tokenizer = train_tokenizer([drawn.text for drawn in grammar.generate(60, seed=0)], 60)
+    tokenizer = small_tokenizer([drawn.text for drawn in grammar.generate(60, seed=0)], 60)
     directory = tmp_path / "runs" / "quickstart" / "model"
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

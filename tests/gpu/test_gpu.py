@@ -152,7 +152,7 @@ def test_a_t5_large_sized_model(tmp_path, cache_dir):
             "micro_batch_tokens": 16384,
         },
         "model": {
-            "vocab_size": 260,
+            "vocab_size": 516,
             "t5": {
                 "d_model": 1024,
                 "d_kv": 64,

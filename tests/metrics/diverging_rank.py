@@ -7,16 +7,16 @@ import deepspeed
 import torch
 
 from dsvae.data.grammar import generate
-from dsvae.data.tokenization import tokenize, train_tokenizer
+from dsvae.data.tokenization import tokenize
 from dsvae.engine import distributed
 from dsvae.metrics import text
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from small_models import SMALL, make_vae
+from small_models import make_vae, small_tokenizer
 
 world = distributed.start()
 sentences = [drawn.text for drawn in generate(20, seed=3)]
-tokenizer = train_tokenizer(sentences, SMALL["vocab_size"])
+tokenizer = small_tokenizer(sentences)
 split = tokenize(sentences, tokenizer, 64, "test")[0]
 model, *_ = deepspeed.initialize(
     model=make_vae(),

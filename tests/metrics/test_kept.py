@@ -3,10 +3,10 @@ numbers of an uncut one."""
 
 import pytest
 import torch
-from small_models import SMALL, make_vae
+from small_models import SMALL, make_vae, small_tokenizer
 
 from dsvae.data.grammar import generate
-from dsvae.data.tokenization import tokenize, train_tokenizer
+from dsvae.data.tokenization import tokenize
 from dsvae.engine.distributed import World
 from dsvae.errors import RunStopped
 from dsvae.metrics.evaluate import evaluate
@@ -19,7 +19,7 @@ OPTIONS = {"samples": 2, "token_budget": 128, "iw_samples": 3}
 
 @pytest.fixture(scope="module")
 def split():
-    return tokenize(SENTENCES, train_tokenizer(SENTENCES, SMALL["vocab_size"]), 64, "test")[0]
+    return tokenize(SENTENCES, small_tokenizer(SENTENCES, SMALL["vocab_size"]), 64, "test")[0]
 
 
 class Counting:

@@ -17,14 +17,14 @@ import pytest
 import sacrebleu
 import torch
 from launch import ROOT, environment, start
-from small_models import SMALL, make_t5, make_vae
+from small_models import SMALL, make_t5, make_vae, small_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from dsvae.data import grammar
 from dsvae.data.grammar import generate
 from dsvae.data.noise import LATENT
-from dsvae.data.tokenization import tokenize, train_tokenizer
+from dsvae.data.tokenization import tokenize
 from dsvae.engine.distributed import World
 from dsvae.errors import UserError
 from dsvae.evaluation import evaluate_model, html
@@ -51,7 +51,7 @@ SENTENCES[7] = SENTENCES[20]  # a repeated one
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(SENTENCES, SMALL["vocab_size"])
+    return small_tokenizer(SENTENCES, SMALL["vocab_size"])
 
 
 @pytest.fixture(scope="module")
