@@ -258,6 +258,22 @@ def test_recipes_are_shipped():
     assert {path.stem for path in RECIPE_FILES} >= {"quickstart", "park2021", "optimus"}
 
 
+def test_the_recipes_that_are_compared_differ_in_what_they_are_compared_for():
+    """docs/results.md reads the effect of free bits and of the two phases off them."""
+
+    def recipe(name):
+        return dict(leaves(load_tree(name)))
+
+    free_bits = {"phase2.free_bits": 0.5}
+    assert recipe("one_phase_free_bits") == recipe("vanilla") | free_bits
+    assert recipe("yelp_cpu") == recipe("two_phases_plain") | free_bits
+    both, one = recipe("yelp_cpu"), recipe("vanilla")
+    assert both["phase1.steps"] + both["phase2.steps"] == one["phase2.steps"]
+    model = [name for name in both if not name.startswith("phase")]
+    assert all(both[name] == one[name] for name in model)
+    assert both["phase1.lr"] == both["phase2.lr"] == one["phase2.lr"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

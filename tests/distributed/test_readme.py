@@ -13,6 +13,7 @@ from small_models import make_vae, small_tokenizer
 from dsvae import cli
 from dsvae import config as configuration
 from dsvae.data import grammar
+from dsvae.generation import SentenceVAE
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -53,9 +54,15 @@ def test_the_quickstart(tmp_path, cache_dir, monkeypatch, capsys):
         cwd=ROOT,
     )
     metrics = json.loads((tmp_path / "runs" / "quickstart" / "metrics.json").read_text())["test"]
-    assert metrics["au"] >= 10
-    assert metrics["rec_shuffled"] - metrics["rec"] > 6
-    assert metrics["mi"] > 3
+    # Three seeds gave 16 units, 1.81 to 1.86 nats above the entropy, 39 nats between the
+    # own and another sentence's z, and 95.8 to 98.8% exact reconstructions.
+    assert metrics["au"] == 16
+    assert metrics["above_entropy"] < 2.3
+    assert metrics["rec_shuffled"] - metrics["rec"] > 25
+    vae = SentenceVAE.from_pretrained(str(tmp_path / "runs" / "quickstart" / "model"))
+    fresh = [drawn.text for drawn in grammar.generate(200, seed=1)]
+    back = vae.reconstruct(fresh)
+    assert sum(a == b for a, b in zip(fresh, back, strict=True)) > 0.9 * len(fresh)
     for shown in (" sentences)\n  rec ", "model ", "metrics ", "TensorBoard "):
         assert shown in run.stdout
     monkeypatch.chdir(tmp_path)
