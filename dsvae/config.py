@@ -444,6 +444,21 @@ def check(config: RunConfig) -> None:
         "model.spike_prior must be two numbers above 0.5 and at most 100",
     )
     need(
+        config.model.injection != "none" or config.model.family == "gaussian",
+        f"model.family {config.model.family} is of no use where model.injection is none: there "
+        "is no latent",
+    )
+    need(
+        config.phase1.draws == 1 or config.phase1.sample_latent,
+        "phase1.draws needs phase1.sample_latent: without it nothing is drawn",
+    )
+    need(
+        config.model.injection != "none"
+        or config.phase1.draws == config.phase2.draws == 1
+        and config.phase2.beta.kind != "target",
+        "phase2.beta.kind target and several draws need a latent, and model.injection is none",
+    )
+    need(
         config.phase2.total_correlation == 0 or config.model.family == "categorical",
         "phase2.total_correlation needs model.family categorical",
     )

@@ -435,3 +435,19 @@ def test_values_that_leave_nothing_to_run(flags, message):
     with pytest.raises(UserError, match=message):
         read([*DS, *flags])
     read([*DS, "--config", "park2021", "--injection", "none", "--phase", "2"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--injection", "none", "--model.family", "categorical"), "model.family"),
+        (("--phase1.draws", "2", "--phase1.sample_latent", "false"), "phase1.draws"),
+        (
+            ("--injection", "none", "--phase2.beta.kind", "target", "--phase2.beta.target", "3"),
+            "phase2.beta.kind",
+        ),
+    ],
+)
+def test_what_the_latent_does_not_have_is_refused(words, told):
+    with pytest.raises(UserError, match=told):
+        configuration.read([*DS, "--phase2.free_bits", "0", *words])

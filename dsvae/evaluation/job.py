@@ -48,7 +48,7 @@ from dsvae.metrics.information import active_unit_curve
 from dsvae.metrics.probes import probe
 from dsvae.metrics.reconstruction import compare, reconstruct
 from dsvae.metrics.text import samples as text_samples
-from dsvae.modeling.families import ACTIVE, Distribution
+from dsvae.modeling.families import ACTIVE, Distribution, Family
 from dsvae.modeling.t5_vae import T5VAE
 
 SHOWN = 20
@@ -85,8 +85,8 @@ def evaluate_model(
     """Measures a finished model on sentences, prints a table, and writes metrics.json,
     report.html and the projector's files.
 
-        from dsvae.evaluation import evaluate_model metrics =
-        evaluate_model("runs/yelp/model", "test.txt", "test.labels", iw_samples=100)
+        from dsvae.evaluation import evaluate_model
+        metrics = evaluate_model("runs/yelp/model", "test.txt", "test.labels")
         print(metrics["elbo"], "+-", metrics["se"]["elbo"])
 
     Under deepspeed, torchrun or srun every process calls it: the work is shared out,
@@ -184,7 +184,9 @@ def evaluate_sentences(
         pairs = [(text.texts[i], found) for i, (_, found) in zip(shown, pairs, strict=True)]
         noise = passes.noise_of(split.content_keys, LATENT, 0, model.family.noise_width, seed)
         draws = measured.posterior.sample(noise)
-        metrics |= world.on_main(lambda: _use_of_latents(measured.posterior, draws, text, seed))
+        metrics |= world.on_main(
+            lambda: _use_of_latents(model.family, measured.posterior, draws, text, seed)
+        )
     metrics |= {"unk": text.counts["unk"], "skipped_blank": text.counts["skipped_blank"]}
     known = None if text.factors is None else grammar.ENTROPY
     metrics |= against_entropy(metrics, known, text.counts["unk"])
@@ -198,7 +200,12 @@ def evaluate_sentences(
         "policies": _policies(max_tokens, tokenizer.is_fast),
     }
     metrics["warnings"] = warnings_of(metrics, measured)
-    if None in [*metrics.get("probes", {}).values(), metrics.get("disentanglement", 0)]:
+    if metrics.get("disentanglement", 0) is None and not model.family.continuous:
+        metrics["warnings"].append(
+            "the scores of disentanglement are null: they compare dimensions, and this model's "
+            "latent has categories"
+        )
+    if not metrics["au"] and ("probes" in metrics or "disentanglement" in metrics):
         metrics["warnings"].append(
             "no unit of z is active: there is nothing to probe, and the probes and the scores of "
             "disentanglement are null"
@@ -207,10 +214,13 @@ def evaluate_sentences(
 
 
 def _use_of_latents(
-    posterior: Distribution, draws: Tensor, text: Sentences, seed: int
+    family: Family, posterior: Distribution, draws: Tensor, text: Sentences, seed: int
 ) -> dict[str, Any]:
     """Probes for every label, and disentanglement where the factors are known, from the
     active units; null where there are none.
+
+    The scores of disentanglement compare dimensions of z. The columns of one categorical
+    variable would compete with each other, so they are null for categories.
 
     Args:
         posterior: q(z|x) of N sentences.
@@ -242,7 +252,7 @@ def _use_of_latents(
                 **disentanglement(means[order], drawn[order], text.factors[order], names, seed),
                 "dimensions": dimensions.tolist(),
             }
-            if len(dimensions)
+            if len(dimensions) and family.continuous
             else None
         )
     return found

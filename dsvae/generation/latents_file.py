@@ -82,7 +82,8 @@ class LatentsFile:
 
     def _append(self, name: str, rows: np.ndarray) -> None:
         if name not in self._parts:
-            file = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 (closed by the stack)
+            # The stack closes it.
+            file = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
             self._parts[name] = (self._files.enter_context(file), rows.dtype.str, rows.shape[1:])
         self._parts[name][0].write(np.ascontiguousarray(rows).tobytes())
 

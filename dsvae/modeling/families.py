@@ -71,10 +71,6 @@ class Distribution(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by their names, (B, ...) each, for files that others read."""
 
-    def units_used(self) -> Tensor | None:
-        """The expected number of units that each sentence uses, (B,); None where every
-        sentence uses all."""
-
 
 class Family(Protocol):
     """The widths of a family, and how its distributions are made."""
@@ -176,9 +172,6 @@ class Gaussian:
     def tensors(self) -> dict[str, Tensor]:
         """`mean` and `logvar`, (B, Z) each."""
         return {"mean": self.mean, "logvar": self.logvar}
-
-    def units_used(self) -> None:
-        """Every dimension is used in every sentence."""
 
 
 @dataclass(frozen=True)
@@ -313,10 +306,6 @@ class SpikeSlab:
         """`mean` and `logvar` of the slab and `spike`, (B, Z) each."""
         return {**self.slab.tensors(), "spike": self.spike}
 
-    def units_used(self) -> Tensor:
-        """The expected number of dimensions in the slab, (B,)."""
-        return (1 - self.spike).sum(-1)
-
     def _log_density(self, z: Tensor) -> Tensor:
         a, b = self.beta
         slab = self.slab
@@ -436,9 +425,6 @@ class Categorical:
     def tensors(self) -> dict[str, Tensor]:
         """`probabilities`, (B, D, K)."""
         return {"probabilities": self.probabilities}
-
-    def units_used(self) -> None:
-        """Every variable has a value in every sentence."""
 
 
 SOFTMAX_TEMPERATURE = 1.0

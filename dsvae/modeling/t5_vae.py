@@ -133,6 +133,7 @@ class T5VAEConfig(PreTrainedConfig):
             self.tie_word_embeddings = self.t5.model_type == "t5" and self.t5.scale_decoder_outputs
         if self.injection == "none":
             self.latent_dim, self.family = 0, "gaussian"
+        self.spike_prior = list(self.spike_prior)  # as a file holds it
         kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
         kwargs.setdefault("eos_token_id", self.t5.eos_token_id)
         start = getattr(self.t5, "decoder_start_token_id", None)
@@ -297,7 +298,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         return Origin(make, 0, SafetensorsFiles(name_or_path))
 
     @classmethod
-    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls, name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in transformers, from safetensors alone. Raises OSError where there are
         none."""
         if kwargs.setdefault("use_safetensors", True) is not True:

@@ -1,9 +1,9 @@
 """Tokens/s of the engine against a bare loop, and of token-budget batches against
 padding to 256: ratios from one run.
 
-    python tests/benchmarks/throughput.py --size small --train_file FILE [--configs
-    zero0,zero1,zero2] [--precision fp32] python tests/benchmarks/throughput.py
-    --padding --train_file FILE
+    python tests/benchmarks/throughput.py --size small --train_file FILE
+        [--configs zero0,zero1,zero2] [--precision fp32]
+    python tests/benchmarks/throughput.py --padding --train_file FILE
 
 One rank. The two sides take turns, a block of steps each, and the ratio is the median
 over the blocks: what else the machine does then hits both. Without --train_file the

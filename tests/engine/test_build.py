@@ -1,9 +1,13 @@
 """Where a new T5's configuration is wrong, it is said before anything is built."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from small_models import make_vae
 
+from dsvae import T5VAE
 from dsvae.config import ModelConfig
 from dsvae.engine.build import find_origin
 from dsvae.errors import UserError
@@ -48,3 +52,18 @@ def test_a_field_that_is_not_one_is_told_in_one_line(field, message):
     with pytest.raises(UserError, match=message) as caught:
         find_origin(ModelConfig(t5={**SMALL, **field}), TOKENIZER, None, 0)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_saved_before_there_were_families_is_gaussian(tmp_path):
+    model = make_vae(injection="memory")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    for name in ("family", "categories", "spike_prior"):
+        del fields[name]
+    path.write_text(json.dumps(fields))
+    assert T5VAE.from_pretrained(tmp_path).config.family == "gaussian"
+    latent = {name: fields[name] for name in ("latent_dim", "injection", "pooling", "memory_slots")}
+    settings = ModelConfig(name=str(tmp_path), **latent)
+    loaded = find_origin(settings, range(60), None, 0).build()
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict())
