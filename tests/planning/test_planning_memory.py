@@ -195,7 +195,7 @@ def real_step(config, rows, tokens, *, checkpointing):
         out = model(ids, mask, labels=labels, noise=torch.randn(rows, config.latent_dim))
         rec = reconstruction_nats(out.logits, labels)
         kl = model.family.of(out.posterior_parameters).kl(model.prior())
-        loss_share(rec, kl, torch.ones(rows), 1.0, torch.ones(config.latent_dim), rows).backward()
+        loss_share(rec, kl, torch.ones(rows), torch.ones(config.latent_dim), rows).backward()
         training = live.restart() - base
         del out, rec, kl
         live.restart()

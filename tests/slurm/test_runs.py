@@ -77,8 +77,10 @@ def test_phase_2_goes_on_from_phase_1_with_resources_of_its_own(submitted, clust
     assert [(row["step"], row["phase"]) for row in rows(checkout / "runs/chain")] == [
         (i, 1 + (i > 4)) for i in range(1, 9)
     ]
-    assert "1 rank(s); data" in (checkout / f"dsvae-phase1-{submitted.chain[0]}.out").read_text()
-    assert "2 rank(s); data" in (checkout / f"dsvae-phase2-{submitted.chain[1]}.out").read_text()
+    # What a run says of its data ends in its number of ranks.
+    for phase, (job, ranks) in enumerate(zip(submitted.chain, ("1 rank", "2 ranks")), start=1):
+        log = (checkout / f"dsvae-phase{phase}-{job}.out").read_text()
+        assert re.search(rf"^data: .*; {ranks}$", log, re.MULTILINE)
     assert (checkout / "runs/chain/metrics.json").exists()
 
 
