@@ -450,7 +450,7 @@ def evaluate(
     """
     # DeepSpeed logs to the stdout that it finds when it is imported
     with contextlib.redirect_stdout(sys.stderr):
-        from dsvae.evaluation import evaluate_model
+        from dsvae.reports.evaluation import evaluate_model
 
     evaluate_model(
         model_dir,
@@ -519,10 +519,10 @@ def compare(runs: list[str], *, output: str | None = None, sort_by: str | None =
         sort_by: name of a column or of any metric, best first and finished runs before
             the others; the order given if left out.
     """
-    from dsvae.comparison.compare import compare_runs
-    from dsvae.comparison.report import place, text, write
-    from dsvae.comparison.runs import find_runs
     from dsvae.files import make_writable
+    from dsvae.reports.compare import compare_runs
+    from dsvae.reports.compare_report import place, text, write
+    from dsvae.reports.runs import find_runs
 
     directories, passed_over = find_runs(runs)
     if passed_over:

@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause and can mend, and what each exit code of
+"""The one exception for what a user can cause and can repair, and what each exit code of
 a run means."""
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ EXIT_RESUMABLE = 75
 """SIGTERM or SIGUSR1 came: saved at the next step, left (EX_TEMPFAIL). The same command
 goes on exactly there."""
 EXIT_PREFLIGHT = 78
-"""`dsvae.preflight` found a bad node and named it (EX_CONFIG). Nothing of the run was
-begun; leave the node out, or mend it."""
+"""`dsvae.parallel.preflight` found a bad node and named it (EX_CONFIG). Nothing of the run was
+begun; leave the node out, or repair it."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C: saved at the next step, left (128 + SIGINT, as shells count it). The same
 command goes on exactly there."""

@@ -17,7 +17,6 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor
 
 from dsvae import config as configuration
-from dsvae.card import write_checkpoint_card
 from dsvae.config import RunConfig
 from dsvae.data.tokenization import load_tokenizer
 from dsvae.engine import checkpoint
@@ -27,8 +26,9 @@ from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
 from dsvae.engine.weights import freeze_decoder
 from dsvae.errors import UserError
 from dsvae.files import make_writable
-from dsvae.modeling.origin import Origin
 from dsvae.modeling.t5_vae import T5VAE
+from dsvae.modeling.weight_source import Origin
+from dsvae.reports.card import write_checkpoint_card
 
 
 def export_checkpoint(

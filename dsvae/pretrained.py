@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from dsvae import private_names
 from dsvae.data.tokenization import load_tokenizer
 from dsvae.errors import UserError
-from dsvae.modeling.origin import PICKLES, refuse_pickles
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
+from dsvae.modeling.weight_source import PICKLES, refuse_pickles
 
 ADVICE = "name the `model` directory that a run left in its output_dir"
 

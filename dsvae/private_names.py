@@ -223,7 +223,7 @@ DEEPSPEED = (
         f"{_ENGINE}.backward",
         parameters=("self", "loss", "scale_wrt_gas"),
     ),
-    # engine/distributed.py: no kernel is compiled for the CPU
+    # engine/process_group.py: no kernel is compiled for the CPU
     Name("deepspeed.ops:__compatible_ops__"),
     Name("deepspeed.comm.torch:build_shm_op", mentions=("__compatible_ops__",)),
 )

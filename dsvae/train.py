@@ -3,7 +3,7 @@
     deepspeed dsvae/train.py --ds_config ds_configs/zero2.json
 
 Also under `python`, torchrun and srun. Every rank runs all of it; what rank 0 does
-alone goes through `world.on_main`.
+alone goes through `world.run_on_rank0`.
 """
 
 from __future__ import annotations
@@ -46,19 +46,16 @@ from deepspeed.utils import logger as deepspeed_logger
 from transformers.utils import logging as transformers_logging
 
 from dsvae import config as configuration
-from dsvae import output, private_names
-from dsvae.card import write_card
+from dsvae import private_names, run_directory
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.corpora import entropy
 from dsvae.data.tokenization import Prepared, load_prepared, prepare
-from dsvae.engine import checkpoint, distributed, ds_config, nvme, universal, watchdog, weights
+from dsvae.engine import checkpoint, ds_config, nvme, reshape_checkpoint, weights
 from dsvae.engine.build import build_model
 from dsvae.engine.checkpoint import Checkpoint
-from dsvae.engine.distributed import World
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.non_finite import SkippedSteps
-from dsvae.engine.stopping import Stopping
 from dsvae.errors import (
     EXIT_DEFECT,
     EXIT_DISK,
@@ -71,10 +68,14 @@ from dsvae.files import write_json, write_text
 from dsvae.metrics.evaluate import against_entropy, evaluate
 from dsvae.metrics.kept import Kept
 from dsvae.metrics.text import samples
+from dsvae.metrics.throughput import Speed
 from dsvae.objective.schedules import next_beta
+from dsvae.parallel import watchdog
+from dsvae.parallel.stopping import Stopping
+from dsvae.parallel.world import World, join, leave, may_come_from_another_rank
 from dsvae.phases import Phase
-from dsvae.reporting import Reporter, data_lines, result_table
-from dsvae.throughput import Speed
+from dsvae.reports.card import write_card
+from dsvae.reports.training_log import Reporter, data_lines, result_table
 from dsvae.usage import help_text
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         raw = ds_config.load(str(config.ds_config))
         private_names.check()
         reading = False
-        world = distributed.start(config.hang_timeout)
+        world = join(config.hang_timeout)
         run(config, raw, world, stopping)
     except BaseException as error:
         code = EXIT_INTERRUPTED  # where a second Ctrl-C cuts the lines below short
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         code = 0
         with stopping.between_steps():
-            distributed.stop(world)
+            leave(world)
     return code
 
 
@@ -140,7 +141,7 @@ def _explain(error: BaseException, world: World | None, reading: bool, stopping:
         )
         _complain_of(error, line, world, reading)
         return EXIT_DISK
-    if distributed.is_of_the_others(error):
+    if may_come_from_another_rank(error):
         if world is not None and world.watchdog is not None and (lost := world.watchdog.lost()):
             line, code = lost
             _complain(f"error: rank {world.rank}: {line}; {watchdog.advice(code)}", everywhere=True)
@@ -205,11 +206,11 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     out = Path(config.output_dir)
     reporter = Reporter(config, world.is_main)
     lock: list[Any] = []  # held by rank 0 until the run leaves this function
-    world.on_main(lambda: lock.append(output.claim(out)))
-    sentences = functools.cache(lambda: output.data_of(config))  # reads the files once
-    start = world.on_main(lambda: output.find_start(config, reporter.say, sentences))
+    world.run_on_rank0(lambda: lock.append(run_directory.claim(out)))
+    sentences = functools.cache(lambda: run_directory.data_of(config))  # reads the files once
+    start = world.run_on_rank0(lambda: run_directory.find_start(config, reporter.say, sentences))
     if not start.phases:
-        world.on_main(lambda: _say_finished(config, reporter))
+        world.run_on_rank0(lambda: _say_finished(config, reporter))
         return
 
     # Data: rank 0 tokenizes, or finds it in the cache; every rank maps the result into
@@ -217,7 +218,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     # made once and stays with the run.
     source = config.model.name or (str(start.tokenizer) if start.tokenizer else None)
     vocab_size = None if source else config.model.vocab_size
-    path = world.on_main(
+    path = world.run_on_rank0(
         lambda: prepare(
             config.data,
             tokenizer=source,
@@ -226,7 +227,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
             corpus=sentences(),
         )
     )
-    data = world.on_all(lambda: load_prepared(path))
+    data = world.run_on_all(lambda: load_prepared(path))
     reporter.say(data_lines(data.report, world.size))
     for split in ("valid", "test"):
         if copies := data.report["splits"][split]["in_train"]:
@@ -241,7 +242,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     before_phase2 = config.phase1.steps if 1 in start.phases or start.weights else 0
     if (last := start.checkpoint) and last.phase == 2:
         # begun in another directory
-        before_phase2 = world.on_main(lambda: last.meta.get("steps_before", before_phase2))
+        before_phase2 = world.run_on_rank0(lambda: last.meta.get("steps_before", before_phase2))
     first_step = (start.checkpoint.step if start.checkpoint else 0) + (
         before_phase2 if start.phases[0] == 2 else 0
     )
@@ -251,16 +252,16 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
         resumed = (
             start.checkpoint if start.checkpoint and start.checkpoint.phase == number else None
         )
-        with ExitStack() as held:
-            with world.patient():
-                engine, batches = _engine(phase, raw, weights_from, data, world, reporter, held)
+        with ExitStack() as cleanup:
+            with world.suspend_hang_detection():
+                engine, batches = _engine(phase, raw, weights_from, data, world, reporter, cleanup)
             if number == start.phases[0]:
                 # Only now: a mistake until here leaves nothing in output_dir that the
                 # corrected command would stumble over.
-                world.on_main(lambda: _write_down(config, raw, data, sentences(), out))
+                world.run_on_rank0(lambda: _write_down(config, raw, data, sentences(), out))
                 reporter.open(first_step + 1)
             if resumed:
-                with world.patient():
+                with world.suspend_hang_detection():
                     converted = checkpoint.load(
                         engine.deepspeed, resumed, world, out / "checkpoints", engine.frozen
                     )
@@ -278,7 +279,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
                 metrics = finish(phase, engine, data, world, reporter, stopping)
             engine.close()
     reporter.close(metrics)
-    world.on_main(lambda: _say_finished(config, reporter))
+    world.run_on_rank0(lambda: _say_finished(config, reporter))
 
 
 def train_phase(
@@ -315,7 +316,7 @@ def train_phase(
     )
     done, beta = resumed.step if resumed else 0, 0.0
     if phase.controlled and resumed:
-        beta = world.on_main(lambda: resumed.meta["beta"])
+        beta = world.run_on_rank0(lambda: resumed.meta["beta"])
     reporter.start_phase(phase.number, phase.steps, done)
     for index in range(done, phase.steps):
         penalty = phase.penalty(index, beta)
@@ -379,7 +380,7 @@ def train_phase(
         if last or stop or (config.checkpoint_every and done % config.checkpoint_every == 0):
             reporter.flush()
             meta = {
-                **universal.shape_of(engine.deepspeed, world),
+                **reshape_checkpoint.shape_of(engine.deepspeed, world),
                 "frozen": engine.frozen,
                 "valid": valid_loss,
                 "steps_before": offset,
@@ -432,7 +433,7 @@ def finish(
     # float32 under autocast, which is for training
     precision = PRECISIONS[next(engine.module.parameters()).dtype]
     last = out / "checkpoints" / checkpoint.tag(2, config.phase2.steps)
-    identity = world.on_main(lambda: f"{checkpoint.identity(last)} {precision}")
+    identity = world.run_on_rank0(lambda: f"{checkpoint.identity(last)} {precision}")
     kept = Kept(out / ".evaluation", identity, world, lambda: stopping.agreed(world))
     with stopping.between_steps():
         metrics = evaluate(
@@ -465,8 +466,8 @@ def finish(
         write_card(directory / "README.md", config, metrics, pairs, prior)
 
     weights.export(engine.module, engine.origin, world, out / "model", extras)
-    world.on_main(lambda: write_json(out / "metrics.json", {"test": metrics}))
-    world.on_main(kept.remove)
+    world.run_on_rank0(lambda: write_json(out / "metrics.json", {"test": metrics}))
+    world.run_on_rank0(kept.remove)
     return metrics
 
 
@@ -477,13 +478,13 @@ def _engine(
     data: Prepared,
     world: World,
     reporter: Reporter,
-    held: ExitStack,
+    cleanup: ExitStack,
 ) -> tuple[PhaseEngine, TrainingBatches]:
     """The engine of a phase around its model, and its batches, agreed on how a step is
     cut.
 
     Args:
-        held: what the engine has on a disk goes with it.
+        cleanup: what the engine has on a disk goes with it.
     """
     config = phase.config
     train = data.splits["train"]
@@ -503,7 +504,7 @@ def _engine(
         fp16_supported=accelerator.is_fp16_supported(),
     )
     ds_config.check_with_deepspeed(resolved)
-    held.enter_context(nvme.place(resolved, config.output_dir, world))
+    cleanup.enter_context(nvme.place(resolved, config.output_dir, world))
     if ds_config.precision_of(resolved) == "fp16":
         reporter.say(
             "warning: T5 was trained in bf16 and overflows easily in fp16; prefer bf16 where the "
@@ -528,7 +529,7 @@ def _engine(
     )
     engine = PhaseEngine(model, world, phase, resolved, origin=origin)
     resolved_file = Path(config.output_dir) / f"ds_config.phase{phase.number}.json"
-    world.on_main(lambda: write_json(resolved_file, resolved))
+    world.run_on_rank0(lambda: write_json(resolved_file, resolved))
     reporter.say(
         f"phase {phase.number}: {phase.steps:,} steps of {config.data.batch_size} sentences, ZeRO "
         f"{engine.zero_stage}, {engine.precision}; its ds_config is {resolved_file}"
@@ -554,7 +555,7 @@ def _write_down(
     """Puts configuration, tokenizer and what tells the sentences from others into the
     output directory."""
     write_json(out / "ds_config.json", raw)
-    write_json(out / output.DATA, sentences)
+    write_json(out / run_directory.DATA, sentences)
     if not (out / "tokenizer").is_dir():
         data.tokenizer.save_pretrained(out / ".tokenizer.tmp")
         (out / ".tokenizer.tmp").rename(out / "tokenizer")
@@ -586,7 +587,7 @@ def _say_finished(config: RunConfig, reporter: Reporter) -> None:
     )
 
 
-def leave(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
     """Ends this process with everything flushed, without taking the interpreter down.
 
     That takes a while, and now and then it aborts (three of about a hundred small
@@ -601,4 +602,4 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(main())
+    end_process(main())

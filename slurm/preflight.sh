@@ -8,7 +8,7 @@
 #   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 slurm/preflight.sh runs/large
 #
 # Every rank: GPU there and empty, output_dir writable and shared, disk space; all meet, all-reduce a known sum, have the same versions
-# (dsvae/preflight.py). Names the bad nodes and leaves with 78 (EXIT_PREFLIGHT in dsvae/errors.py).
+# (dsvae/parallel/preflight.py). Names the bad nodes and leaves with 78 (EXIT_PREFLIGHT in dsvae/errors.py).
 set -u
 if [ -z "${SLURM_JOB_ID:-}" ] || [ $# -lt 1 ]; then echo "usage: sbatch [OPTIONS] slurm/preflight.sh OUTPUT_DIR" >&2; exit 2; fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -35,7 +35,7 @@ exec bash "$@"'
 # from their first check on. The outer one is for a step that srun cannot even start, and leaves time for imports from a cold file system.
 longest=$((DSVAE_PREFLIGHT_SECONDS + 300))
 timeout --kill-after=15 "$longest" "${SRUN[@]}" --wait="$longest" \
-    bash -c "$begin" _ "$root/slurm/rank.sh" -m dsvae.preflight \
+    bash -c "$begin" _ "$root/slurm/rank.sh" -m dsvae.parallel.preflight \
     --output_dir "$1" --seconds "$DSVAE_PREFLIGHT_SECONDS" --min_free_gb "$DSVAE_MIN_FREE_GB" \
     --nodes "$(IFS=,; echo "${NODES[*]}")" 2>&1 | tee "$report"
 
@@ -49,7 +49,7 @@ for rank in $(seq 0 $((RANKS - 1))); do # a node that is gone says nothing
 done
 if [ ${#bad[@]} -gt 0 ]; then
     names=$(printf '%s\n' "${bad[@]}" | sort -u | paste -sd, -)
-    echo "preflight: failed; bad: $names. Leave them out with sbatch --exclude=$names, or mend them."
+    echo "preflight: failed; bad: $names. Leave them out with sbatch --exclude=$names, or repair them."
     exit 78
 fi
 echo "preflight: ok"

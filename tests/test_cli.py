@@ -341,11 +341,11 @@ def test_corpus_writes_sentences_and_factors(run, tmp_path):
 
 
 def test_evaluate_hands_everything_over(run, monkeypatch):
-    import dsvae.evaluation
+    import dsvae.reports.evaluation
 
     seen = {}
     monkeypatch.setattr(
-        dsvae.evaluation,
+        dsvae.reports.evaluation,
         "evaluate_model",
         lambda model_dir, **kwargs: seen.update(kwargs, model_dir=model_dir),
     )

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from dsvae import T5VAE
 from dsvae.errors import UserError
-from dsvae.evaluation import evaluate_model
 from dsvae.generation import SentenceVAE
+from dsvae.reports.evaluation import evaluate_model
 
 SYSTEMS = {
     "spike_slab": ("--model.family", "spike_slab", "--phase2.draws", "2"),

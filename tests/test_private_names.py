@@ -91,7 +91,7 @@ def test_a_run_does_not_start(monkeypatch, capsys):
     settings = types.SimpleNamespace(ds_config="x.json", hang_timeout=1.0)
     monkeypatch.setattr(train.configuration, "read", lambda _: settings)
     monkeypatch.setattr(train.ds_config, "load", lambda _: {})
-    monkeypatch.setattr(train.distributed, "start", lambda _: pytest.fail("the run has started"))
+    monkeypatch.setattr(train, "join", lambda _: pytest.fail("the run has started"))
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
     try:

@@ -11,8 +11,8 @@ from dsvae import train
 from dsvae.config import build, load_tree
 from dsvae.data import corpora
 from dsvae.data.grammar import generate
-from dsvae.engine.distributed import World
 from dsvae.errors import EXIT_DEFECT, EXIT_RANK_LOST, EXIT_RESUMABLE
+from dsvae.parallel.world import World
 
 
 class Others:
@@ -41,7 +41,7 @@ def ended(monkeypatch, error, others, rank=0):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr(train.configuration, "read", lambda _: types.SimpleNamespace(**SETTINGS))
     monkeypatch.setattr(train.ds_config, "load", lambda _: {})
-    monkeypatch.setattr(train.distributed, "start", lambda _: world)
+    monkeypatch.setattr(train, "join", lambda _: world)
     monkeypatch.setattr(train, "run", lambda *_: error())
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:

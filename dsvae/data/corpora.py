@@ -387,7 +387,7 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{where}: not valid json ({_reason(error)}); mend it (.jsonl: one object a line)"
+            f"{where}: not valid json ({_reason(error)}); repair it (.jsonl: one object a line)"
         ) from error
 
 
@@ -405,7 +405,7 @@ def _field(record: Any, column: str, where: str) -> str:
     # json can escape half a surrogate pair, which is no character
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where}: column {column} has half a surrogate pair (\\ud800 to \\udfff); mend it"
+            f"{where}: column {column} has half a surrogate pair (\\ud800 to \\udfff); repair it"
         ) from error
     return text
 
@@ -423,7 +423,7 @@ def _read_csv(file: Path, column: str) -> Iterator[str]:
             # A stray quote would otherwise merge the rows up to the next one.
             if rows.line_num > before + 1:
                 raise UserError(
-                    f"{file}:{before + 1}: a field goes on until line {rows.line_num}; mend its "
+                    f"{file}:{before + 1}: a field goes on until line {rows.line_num}; repair its "
                     f"quotes, or take the line breaks out of it"
                 )
             before = rows.line_num
@@ -433,7 +433,7 @@ def _read_csv(file: Path, column: str) -> Iterator[str]:
         yield from _column(file, column, numbered(), "quote the fields that contain a comma")
     except csv.Error as error:
         raise UserError(
-            f"{file}:{rows.line_num}: not valid csv ({error}); mend its quotes"
+            f"{file}:{rows.line_num}: not valid csv ({error}); repair its quotes"
         ) from error
 
 
@@ -536,7 +536,7 @@ def _string(value: Any, column: str, where: str) -> str:
     if isinstance(value, str):
         return value
     raise UserError(
-        f"{where}: column {column} holds {_kind(value)}, not a sentence; mend it or choose "
+        f"{where}: column {column} holds {_kind(value)}, not a sentence; repair it or choose "
         f"--text_column"
     )
 

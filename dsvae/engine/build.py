@@ -16,11 +16,12 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from dsvae.config import ModelConfig, nearest
 from dsvae.engine import nvme
-from dsvae.engine.distributed import World
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
+from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.errors import UserError
-from dsvae.modeling.origin import Origin, slots
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig, read_config
+from dsvae.modeling.weight_source import Origin, slots
+from dsvae.parallel.world import World
 
 LATENT_FIELDS = (
     "family",
@@ -59,6 +60,7 @@ def build_model(
             missing or damaged, or a tokenizer too large for its vocabulary.
         RunStopped: on every rank: no room on the disk that the weights go to.
     """
+    lend_to_deepspeed(world)
     origins: list[Origin] = []
 
     def find_first() -> tuple[Any, Any]:
@@ -67,11 +69,11 @@ def build_model(
         return model.config, model.generation_config
 
     # rank 0 first: it downloads, and its error is everyone's
-    config, generation_config = world.on_main(find_first)
+    config, generation_config = world.run_on_rank0(find_first)
     origin = origins[0] if origins else None
     if zero_stage(ds_config) < 3:
         # Every rank reads: on another node the same path may have no model.
-        model = world.on_all(
+        model = world.run_on_all(
             lambda: (origin or find_origin(settings, tokenizer, weights, seed)).build()
         )
         return cast(T5VAE, model), origin

@@ -26,7 +26,7 @@ from dsvae.errors import UserError
 from dsvae.files import write_text
 
 if TYPE_CHECKING:  # it imports deepspeed, which who only looks at checkpoints need not wait for
-    from dsvae.engine.distributed import World
+    from dsvae.parallel.world import World
 
 COMPLETE = "COMPLETE"
 _TAG = re.compile(r"phase(\d)-step(\d{8})")
@@ -42,7 +42,7 @@ class Checkpoint:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What was recorded beside the files: their shape (`universal.shape_of`), a
+        """What was recorded beside the files: their shape (`reshape_checkpoint.shape_of`), a
         digest of the weights that were frozen, and valid where it was measured then."""
         return json.loads((self.directory / COMPLETE).read_text())["meta"]
 
@@ -116,34 +116,34 @@ def save(
         return None
 
     try:
-        world.on_main(begin)
+        world.run_on_rank0(begin)
         problem = None
-    except OSError as error:  # of `on_main`, and so on every rank
+    except OSError as error:  # of `run_on_rank0`, and so on every rank
         problem = str(error)
     if problem is None:
         with _failures_of(engine) as writer:
             engine.save_checkpoint(
                 str(root), tag=name, client_state={"phase": phase, "step": step}, save_latest=False
             )
-        world.beat(f"checkpoint {name}")
-        with world.patient():  # a disk may be slow
+        world.heartbeat(f"checkpoint {name}")
+        with world.suspend_hang_detection():  # a disk may be slow
             own = writer.checksums(directory)
         parts = world.gather((own, writer.failures))
         problem = next((failures[0] for _, failures in parts if failures), None)
     if problem is None:
         try:
-            world.on_main(
+            world.run_on_rank0(
                 lambda: commit({name: entry for files, _ in parts for name, entry in files.items()})
             )
         except OSError as error:
             problem = str(error)
     if problem is not None:
-        world.on_main(lambda: _remove(directory, ignore_errors=True))
+        world.run_on_rank0(lambda: _remove(directory, ignore_errors=True))
         raise SaveFailed(
             f"checkpoint {directory} cannot be written ({problem}); those before it are as they "
             f"were"
         )
-    if warning := world.on_main(tidy):
+    if warning := world.run_on_rank0(tidy):
         report(warning)
     return Checkpoint(phase, step, directory)
 
@@ -314,9 +314,9 @@ def load(
             nothing was loaded.
     """
     # here, because looking at checkpoints must not take the time of loading DeepSpeed
-    from dsvae.engine import universal
+    from dsvae.engine import reshape_checkpoint
 
-    meta = world.on_main(lambda: checkpoint.meta)
+    meta = world.run_on_rank0(lambda: checkpoint.meta)
     # A checkpoint of the same shape holds them too, another one takes them from the
     # model, and the export always does.
     if meta.get("frozen", frozen) != frozen:
@@ -326,13 +326,13 @@ def load(
             "changed since the run began; put it back, and the same command goes on"
         )
     line = None
-    if universal.fits(meta, universal.shape_of(engine, world)):
+    if reshape_checkpoint.fits(meta, reshape_checkpoint.shape_of(engine, world)):
         path, state = engine.load_checkpoint(
             str(checkpoint.directory.parent), tag=checkpoint.directory.name
         )
         loaded = path is not None
     else:
-        line, state = universal.load(engine, checkpoint.directory, meta, world, root)
+        line, state = reshape_checkpoint.load(engine, checkpoint.directory, meta, world, root)
         loaded = True
     if not loaded or (state["phase"], state["step"]) != (checkpoint.phase, checkpoint.step):
         raise UserError(f"{checkpoint.directory}: DeepSpeed loaded nothing from it")

@@ -18,12 +18,13 @@ from torch import Tensor
 from dsvae.data.batches import MicroBatch, Step
 from dsvae.engine import ds_config as ds_configs
 from dsvae.engine import nvme
-from dsvae.engine.distributed import World
+from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.engine.weights import freeze_decoder, frozen_digest, parameter_groups
-from dsvae.modeling.origin import Origin
 from dsvae.modeling.t5_vae import T5VAE
+from dsvae.modeling.weight_source import Origin
 from dsvae.objective.elbo import Penalty, loss_share, reconstruction_nats, slopes
 from dsvae.objective.schedules import lr_factor
+from dsvae.parallel.world import World
 from dsvae.phases import Phase
 
 
@@ -99,6 +100,7 @@ class PhaseEngine:
         )
         # DeepSpeed builds an optimizer of its own from this section; ours is given.
         without_optimizer = {key: value for key, value in ds_config.items() if key != "optimizer"}
+        lend_to_deepspeed(world)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -106,7 +108,7 @@ class PhaseEngine:
             config=without_optimizer,
             dist_init_required=False,
         )
-        nvme.mend(self.deepspeed)
+        nvme.patch_engine(self.deepspeed)
 
     @property
     def module(self) -> T5VAE:
@@ -148,7 +150,7 @@ class PhaseEngine:
         if not penalty.linear and len(batches) > 1:
             ahead = self._statistics_ahead(index, batches, penalty)
             slope = slopes(penalty, self.world.sum(ahead) / step.sentences, self.units)
-        self.world.beat(f"step {index + 1}")
+        self.world.heartbeat(f"step {index + 1}")
         rec_sum = torch.zeros((), device=self.world.device)
         statistics_sum = torch.zeros((), device=self.world.device)
         for i, batch in enumerate(batches):
@@ -168,7 +170,7 @@ class PhaseEngine:
             self.deepspeed.backward(share * self.world.size, scale_wrt_gas=False)
             rec_sum += torch.dot(batch.weight, rec.detach())
             statistics_sum = statistics_sum + statistics_now
-            self.world.beat(f"step {index + 1}, micro-batch {i + 1} of {len(batches)}")
+            self.world.heartbeat(f"step {index + 1}, micro-batch {i + 1} of {len(batches)}")
         return StepSums(rec_sum, statistics_sum, step.sentences, skipped=not self._update())
 
     @torch.no_grad()

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsvae.data.batches import Step
-from dsvae.engine.distributed import World
 from dsvae.engine.engine import PhaseEngine, StepSums
 from dsvae.errors import EXIT_NON_FINITE, RunStopped
 from dsvae.files import finite, write_text
+from dsvae.parallel.world import World
 
 
 class SkippedSteps:
@@ -74,7 +74,7 @@ class SkippedSteps:
             ]
             write_text(path, "".join(line + "\n" for line in lines))
 
-        world.on_main(write)
+        world.run_on_rank0(write)
         raise RunStopped(
             EXIT_NON_FINITE,
             f"error: {where}: loss or gradients of {self._in_a_row} steps in a row were not "

@@ -37,9 +37,9 @@ from deepspeed.runtime.swap_tensor.utils import AIO_ALIGNED_BYTES
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor, nn
 
-from dsvae.engine.distributed import World, shared
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
 from dsvae.errors import EXIT_DISK, RunStopped, UserError
+from dsvae.parallel.world import World, shared
 
 SECTIONS = ("offload_optimizer", "offload_param")
 STATES = 16
@@ -99,7 +99,7 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
         if places:
             # One rank a node makes the directories, and compiles what is not compiled
             # yet; then each tries them.
-            with world.patient():
+            with world.suspend_hang_detection():
                 _agree((_compile() or _first(_make, places)) if first else None, world)
                 _agree(
                     _first(lambda directory: _try(directory, resolved, world.rank), places), world
@@ -150,7 +150,7 @@ def make_room(resolved: dict[str, Any], model: nn.Module, world: World) -> None:
             )
 
 
-def mend(engine: Any) -> None:
+def patch_engine(engine: Any) -> None:
     """Makes a DeepSpeed engine cut gradients where direct I/O needs it, and save and
     load its states as they are."""
     if not _sections(engine.config):

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
 from dsvae.errors import UserError
-from dsvae.modeling.origin import Origin
 from dsvae.modeling.t5_vae import T5VAE
+from dsvae.modeling.weight_source import Origin
 
 if TYPE_CHECKING:
-    from dsvae.engine.distributed import World
+    from dsvae.parallel.world import World
 
 
 def freeze_decoder(model: T5VAE) -> None:
@@ -79,9 +79,9 @@ def full_weights(
         UserError: on every rank: the files of the frozen weights are gone or have
             changed.
     """
-    world.on_main(lambda: _check_frozen(model, origin))
+    world.run_on_rank0(lambda: _check_frozen(model, origin))
     for name, parameter in model.named_parameters():
-        world.beat(f"export, {name}")  # a large model has many, of which none takes long
+        world.heartbeat(f"export, {name}")  # a large model has many, of which none takes long
         if not parameter.requires_grad:
             yield name, _frozen(name, parameter, origin, world)
             continue
@@ -112,7 +112,7 @@ def frozen_digest(model: nn.Module, origin: Origin | None, world: World) -> str 
             found.update(_read(cast(Origin, origin), name).numpy().data)
         return found.hexdigest()
 
-    return world.on_main(digest)
+    return world.run_on_rank0(digest)
 
 
 def _frozen(
@@ -136,7 +136,7 @@ def _frozen(
         found.append(value)
 
     with deepspeed.zero.GatheredParameters([parameter]):  # below ZeRO 3 it does nothing
-        world.on_main(compare)
+        world.run_on_rank0(compare)
     return found[0] if found else None
 
 
@@ -187,13 +187,13 @@ def export(
         UserError: on every rank: frozen weights are no longer where they came from.
     """
     writer = ModelDirectory(directory, max_shard_bytes)
-    world.on_main(writer.begin)
+    world.run_on_rank0(writer.begin)
     try:
         for name, tensor in full_weights(model, origin, world):
             if tensor is not None:
-                with world.patient():  # a whole shard may go to a slow disk
+                with world.suspend_hang_detection():  # a whole shard may go to a slow disk
                     writer.add(name, tensor)
     except UserError:
-        world.on_main(writer.abandon)
+        world.run_on_rank0(writer.abandon)
         raise
-    world.on_main(lambda: writer.finish(model, extras))
+    world.run_on_rank0(lambda: writer.finish(model, extras))

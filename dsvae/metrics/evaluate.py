@@ -22,12 +22,12 @@ from torch import Tensor
 
 from dsvae.data.noise import LATENT, PRIOR
 from dsvae.data.tokenization import TokenizedSplit
-from dsvae.engine.distributed import World
 from dsvae.metrics import information, likelihood, passes
 from dsvae.metrics.information import active_units, mutual_information, near_cap
 from dsvae.metrics.kept import Kept
 from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
+from dsvae.parallel.world import World
 
 NO_USE = 0.01
 """Share of rec below which, three standard errors included, what another text's z costs

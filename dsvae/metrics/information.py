@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsvae.engine.distributed import World
 from dsvae.metrics.progress import progress
 from dsvae.modeling.families import ACTIVE, Distribution
+from dsvae.parallel.world import World
 
 CURVE_THRESHOLDS = tuple(float(f"{10 ** (step / 4 - 4):.4g}") for step in range(21))
 """Thresholds of the active-unit curve: four a decade from 1e-4 to 10."""
@@ -72,7 +72,7 @@ def mutual_information(aggregate: Distribution, latent: Tensor, world: World) ->
         others = pairwise.scatter(1, rows[:, None], -math.inf).logsumexp(1)
         terms[0, rows] = own - torch.logaddexp(own, others) + math.log(all_posteriors)
         terms[1, rows] = own - others + math.log(max(1, all_posteriors - 1))
-        world.beat("mutual information")
+        world.heartbeat("mutual information")
     return Terms(*world.sum(terms).cpu())
 
 

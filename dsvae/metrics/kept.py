@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dsvae.data.tokenization import TokenizedSplit
-from dsvae.engine.distributed import World
 from dsvae.errors import RunStopped
+from dsvae.parallel.world import World
 
 
 class Kept:
@@ -45,7 +45,7 @@ class Kept:
                 with suppress(OSError):
                     self._directory.mkdir(parents=True)
 
-        world.on_main(make)
+        world.run_on_rank0(make)
 
     def key(self, split: TokenizedSplit, latent: Tensor | None, token_budget: int) -> str:
         """The name of a pass over `split`: an encoding pass, or the decoding of `latent`
@@ -72,7 +72,7 @@ class Kept:
             result.copy_(stored["result"])
             return int(stored["batches"])
 
-        return self._world.on_main(read)
+        return self._world.run_on_rank0(read)
 
     def save(self, key: str, batches: int, result: Tensor) -> None:
         """Keeps what the first `batches` batches of a pass found on all ranks.
@@ -91,7 +91,7 @@ class Kept:
             except OSError:
                 self.remove()
 
-        self._world.on_main(write)
+        self._world.run_on_rank0(write)
 
     def remove(self) -> None:
         """Takes everything away. On rank 0."""

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from dsvae.data.noise import LATENT
 from dsvae.data.tokenization import TokenizedSplit
-from dsvae.engine.distributed import World
 from dsvae.metrics import passes
 from dsvae.metrics.kept import Kept
 from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
+from dsvae.parallel.world import World
 
 
 def elbo(log_px_z: Tensor, kl: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from torch import Tensor
 from dsvae.data.batches import MicroBatch, collate, evaluation_batches
 from dsvae.data.noise import generator
 from dsvae.data.tokenization import TokenizedSplit
-from dsvae.engine.distributed import World
 from dsvae.metrics.kept import Kept
 from dsvae.metrics.progress import progress
 from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.objective.elbo import reconstruction_nats
+from dsvae.parallel.world import World
 
 EVALUATION_SEED = 0
 """Evaluation draws the same numbers whatever the run's seed: two models are compared on
@@ -118,7 +118,7 @@ def _over(
         batch = _batch(model, split, indices, weight).to(world.device)
         rows, real = torch.from_numpy(indices), batch.weight.bool()
         found = compute(batch, rows)
-        world.beat("evaluation")
+        world.heartbeat("evaluation")
         result[rows.to(world.device)[real]] = found[real]
         if kept is not None and (stop := kept.stop()):
             kept.save(key, number, world.sum(result))

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from dsvae.engine.distributed import World
+from dsvae.parallel.world import World
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dsvae.data.batches import evaluation_batches
 from dsvae.data.tokenization import TokenizedSplit
-from dsvae.engine.distributed import World
 from dsvae.metrics import likelihood
 from dsvae.modeling.t5_vae import T5VAE
+from dsvae.parallel.world import World
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dsvae.data.noise import PRIOR
 from dsvae.data.tokenization import TokenizedSplit
-from dsvae.engine.distributed import World
 from dsvae.metrics.passes import noise_of
 from dsvae.metrics.reconstruction import texts
 from dsvae.modeling.t5_vae import T5VAE
+from dsvae.parallel.world import World
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ from transformers.utils import can_return_tuple
 from dsvae.modeling.attention import LATENT_ATTENTION
 from dsvae.modeling.families import Distribution, Family, make_family
 from dsvae.modeling.injection import make_injection
-from dsvae.modeling.origin import Origin, SafetensorsFiles, refuse_pickles
 from dsvae.modeling.posterior import PosteriorHead
+from dsvae.modeling.weight_source import Origin, SafetensorsFiles, refuse_pickles
 
 STACKS: dict[str, type[PreTrainedModel]] = {"t5": T5Stack, "mt5": MT5Stack, "umt5": UMT5Stack}
 """The encoder/decoder stack of every supported `model_type` (ByT5 is a t5 or mt5 with a

@@ -143,14 +143,15 @@ def worker(
     from dsvae.config import ModelConfig, Phase1Config, RunConfig
     from dsvae.data.batches import MicroBatch, Step
     from dsvae.data.tokenization import load_tokenizer
-    from dsvae.engine import distributed, weights
     from dsvae.engine import ds_config as ds_configs
+    from dsvae.engine import weights
     from dsvae.engine.build import build_model
     from dsvae.engine.engine import PhaseEngine
     from dsvae.objective.elbo import Penalty
+    from dsvae.parallel.world import join, leave
     from dsvae.phases import Phase
 
-    world = distributed.start()
+    world = join()
     config = RunConfig(
         phase1=Phase1Config(lr=1e-4, freeze_decoder=bool(int(freeze))),
         model=ModelConfig(name=model, gradient_checkpointing=True),
@@ -195,7 +196,7 @@ def worker(
             found["shards"] = len(list(directory.glob("*.safetensors")))
     (Path(out) / f"{world.rank}.json").write_text(json.dumps(found))
     world.barrier()
-    distributed.stop(world)
+    leave(world)
 
 
 def main() -> None:

@@ -151,15 +151,15 @@ def work(job: dict[str, Any]) -> None:
 
     from dsvae.config import ModelConfig, Phase1Config, RunConfig
     from dsvae.data.batches import MicroBatch, Step
-    from dsvae.engine import distributed
     from dsvae.engine.build import build_model
     from dsvae.engine.engine import PhaseEngine
     from dsvae.objective.elbo import Penalty
+    from dsvae.parallel.world import join, leave
     from dsvae.phases import Phase
     from dsvae.planning.live import LiveBytes
 
     logger.setLevel("ERROR")
-    world = distributed.start()
+    world = join()
     rows, tokens = job["rows"], job["tokens"]
     before = _resident("VmRSS")
     live = LiveBytes()
@@ -202,7 +202,7 @@ def work(job: dict[str, Any]) -> None:
         peak = live.restart()
     if world.is_main:
         print(json.dumps({"live": peak, "resident": _resident("VmHWM") - before}))
-    distributed.stop(world)
+    leave(world)
 
 
 def _resident(field: str) -> int:
@@ -257,10 +257,10 @@ def main() -> None:
     parser.add_argument("--rank_of")
     args = parser.parse_args()
     if args.rank_of:
-        from dsvae.train import leave
+        from dsvae.train import end_process
 
         work(json.loads(args.rank_of))
-        leave(0)
+        end_process(0)
     shape = (
         {"t5": SMALL, "rows": 4, "tokens": 32}
         if args.small

@@ -249,13 +249,13 @@ def main() -> None:
     torch.set_num_threads(1)
     from deepspeed.utils import logger
 
-    from dsvae.engine import distributed
+    from dsvae.parallel.world import join, leave
 
     logger.setLevel("ERROR")
-    world = distributed.start()
+    world = join()
     data = prepare_split(args.train_file)
     (padding_ratio if args.padding else engine_ratio)(args, data, world)
-    distributed.stop(world)
+    leave(world)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_long_csv_fields(tmp_path):
 def test_a_csv_quote_that_is_never_closed_does_not_swallow_any_file(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "_LONGEST_FIELD", 1000)
     message = error_of(three(write(tmp_path / "a.csv", 'text\n"a\n' + "b\n" * 5000)))
-    assert "mend its quotes" in message
+    assert "repair its quotes" in message
     assert int(message.split(":")[1]) < 600
 
 

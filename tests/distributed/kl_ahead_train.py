@@ -28,4 +28,4 @@ def compare(self, index, step, penalty):
 
 
 PhaseEngine._statistics_ahead, PhaseEngine.train_step = remember, compare
-train.leave(train.main())
+train.end_process(train.main())

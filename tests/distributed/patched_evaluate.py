@@ -8,12 +8,13 @@ has a LOCAL_RANK that its node has no GPU for.
 import os
 import signal
 import sys
-from unittest import mock
+
+import torch
 
 from dsvae import cli, pretrained
-from dsvae.engine import distributed
 from dsvae.errors import UserError
-from dsvae.evaluation import job
+from dsvae.parallel import world
+from dsvae.reports import evaluation
 
 fault = os.environ["FAULT"]
 
@@ -34,12 +35,10 @@ if os.environ["RANK"] == "1":
     if fault == "load":
         pretrained.load = no_weights
     elif fault == "error":
-        job.reconstruct = no_memory
+        evaluation.reconstruct = no_memory
     elif fault == "killed":
-        job.reconstruct = killed
+        evaluation.reconstruct = killed
     elif fault == "gpu":
-        accelerator = mock.Mock()
-        accelerator.device_name = lambda index=None: "cuda"
-        accelerator.device_count = lambda: 1
-        distributed.get_accelerator = lambda: accelerator
+        world._device = lambda local_rank: torch.device("cuda", local_rank)
+        torch.accelerator.device_count = lambda: 1
 sys.exit(cli.main())

@@ -29,15 +29,16 @@ from pathlib import Path
 import torch
 
 from dsvae import train
-from dsvae.engine import build, distributed, weights
+from dsvae.engine import build, weights
 from dsvae.engine import engine as engine_module
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.model_directory import ModelDirectory
-from dsvae.engine.stopping import Stopping
-from dsvae.engine.watchdog import Watchdog
 from dsvae.engine.weights import full_weights
 from dsvae.errors import UserError
 from dsvae.metrics.kept import Kept
+from dsvae.parallel import world
+from dsvae.parallel.stopping import Stopping
+from dsvae.parallel.watchdog import Watchdog
 
 kind, rank, *numbers = os.environ["FAULT"].split()
 steps = [int(number) for number in numbers]
@@ -153,7 +154,7 @@ class ToldWhileEvaluating(Kept):
 if kind == "told":
     train.Kept = ToldWhileEvaluating
 if kind == "device":
-    distributed.Watchdog = with_device
+    world.Watchdog = with_device
 if kind == "slow":
     weights.export.__defaults__ = (20_000,)  # bytes of a file
 Stopping._handle = noted
@@ -163,4 +164,4 @@ PhaseEngine.__init__ = observed_engine
 build.find_origin = elsewhere
 engine_module.reconstruction_nats = faulty_reconstruction
 PhaseEngine.train_step = observed_step
-train.leave(train.main())
+train.end_process(train.main())

@@ -10,7 +10,7 @@ from launch import start
 from small_models import make_vae, small_tokenizer
 
 from dsvae.data.grammar import generate
-from dsvae.evaluation import evaluate_model
+from dsvae.reports.evaluation import evaluate_model
 
 PATCHED = Path(__file__).with_name("patched_evaluate.py")
 

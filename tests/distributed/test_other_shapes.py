@@ -15,7 +15,7 @@ import yaml
 from launch import CONFIGS, TINY, rows, start, train
 from safetensors.torch import load_file
 
-from dsvae.engine import universal
+from dsvae.engine import reshape_checkpoint
 from dsvae.engine.checkpoint import damage, find
 from dsvae.errors import EXIT_DISK, RunStopped, UserError
 
@@ -107,13 +107,18 @@ def assert_goes_on_like(expected, found):
     assert a.keys() == b.keys()
     for name in a:
         assert (a[name] - b[name]).abs().mean() < 1e-6, name
-    assert not (found / "checkpoints" / universal.SCRATCH).exists()
+    assert not (found / "checkpoints" / reshape_checkpoint.SCRATCH).exists()
 
 
 def test_ranks_2_1_3_2_at_zero_2(config, uncut, first, tmp_path):
     run = shutil.copytree(first, tmp_path / "run")
     leftover = (
-        run / "checkpoints" / universal.SCRATCH / universal.CONVERTED / "zero" / "shared.weight"
+        run
+        / "checkpoints"
+        / reshape_checkpoint.SCRATCH
+        / reshape_checkpoint.CONVERTED
+        / "zero"
+        / "shared.weight"
     )
     leftover.mkdir(parents=True)  # of a conversion that was killed
     (leftover / "fp32.pt").write_bytes(b"half")
@@ -176,7 +181,8 @@ def test_bf16_goes_on_in_bf16_and_in_float32(config, uncut, tmp_path):
     assert [row["loss"] for row in rows(run)] == pytest.approx(losses, abs=BF16_TOLERANCE)
     assert [row["loss"] for row in rows(other)] == pytest.approx(losses[4:], abs=BF16_TOLERANCE)
     assert not any(
-        (directory / "checkpoints" / universal.SCRATCH).exists() for directory in (run, other)
+        (directory / "checkpoints" / reshape_checkpoint.SCRATCH).exists()
+        for directory in (run, other)
     )
 
 
@@ -189,7 +195,7 @@ def convert(directory, root, stage=3):
     names = [list(group) for group in common["param_shapes"]]
     now = {**checkpoint.meta, "zero_stage": stage, "optimizer": "DeepSpeedZeroOptimizer_Stage3"}
     try:
-        universal._convert(
+        reshape_checkpoint._convert(
             checkpoint.directory,
             checkpoint.meta,
             now,
@@ -267,7 +273,7 @@ def test_another_shape_on_a_disk_is_refused(first):
     engine = type("Engine", (), {"config": {"zero_optimization": {"stage": 3, **offload}}})
     meta = {"world_size": 2, "zero_stage": 2}
     with pytest.raises(UserError, match=r"its way to a disk \(nvme\): resume with 2 rank"):
-        universal._refuse(engine, first, meta, {**meta, "zero_stage": 3}, [], None)
+        reshape_checkpoint._refuse(engine, first, meta, {**meta, "zero_stage": 3}, [], None)
 
 
 def test_zero_0_with_weights_of_16_bits_is_refused(first):
@@ -275,4 +281,6 @@ def test_zero_0_with_weights_of_16_bits_is_refused(first):
     now = {"world_size": 2, "zero_stage": 3, "optimizer": "DeepSpeedZeroOptimizer_Stage3"}
     for old, new in ((meta, now), (now, meta)):
         with pytest.raises(UserError, match="float32 weights only"):
-            universal._refuse(type("Engine", (), {"config": {}}), first, old, new, [], None)
+            reshape_checkpoint._refuse(
+                type("Engine", (), {"config": {}}), first, old, new, [], None
+            )

@@ -15,8 +15,8 @@ from dsvae import T5VAE, T5VAEConfig
 from dsvae.config import DataConfig
 from dsvae.data.batches import TrainingBatches
 from dsvae.data.tokenization import load_prepared, prepare
-from dsvae.engine.distributed import World
 from dsvae.metrics.evaluate import evaluate
+from dsvae.parallel.world import World
 
 STEPS = 6
 

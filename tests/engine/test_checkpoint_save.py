@@ -43,7 +43,7 @@ class World:
     def gather(self, value):
         return self.ranks.gather(self.rank, "gather", value)
 
-    def on_main(self, function):
+    def run_on_rank0(self, function):
         box = [None, None]
         if self.is_main:
             try:
@@ -55,10 +55,10 @@ class World:
             raise error
         return result
 
-    def beat(self, where):
+    def heartbeat(self, where):
         pass
 
-    def patient(self):
+    def suspend_hang_detection(self):
         return nullcontext()
 
 

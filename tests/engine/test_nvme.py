@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dsvae.engine import nvme
-from dsvae.engine.distributed import World
 from dsvae.errors import EXIT_DISK, RunStopped, UserError
+from dsvae.parallel.world import World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 

@@ -8,13 +8,15 @@ import torch
 
 from dsvae.data.grammar import generate
 from dsvae.data.tokenization import tokenize
-from dsvae.engine import distributed
+from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.metrics import text
+from dsvae.parallel.world import join, leave
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from small_models import make_vae, small_tokenizer
 
-world = distributed.start()
+world = join()
+lend_to_deepspeed(world)
 sentences = [drawn.text for drawn in generate(20, seed=3)]
 tokenizer = small_tokenizer(sentences)
 split = tokenize(sentences, tokenizer, 64, "test")[0]
@@ -41,4 +43,4 @@ model.module.register_forward_hook(diverge)
 pairs, prior = text.samples(model.module, split, tokenizer, world, 2, 12)
 print(f"rank {world.rank}: {len(passes)} passes, {max(map(len, prior))} characters")
 sys.stdout.flush()
-distributed.stop(world)
+leave(world)

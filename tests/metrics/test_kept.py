@@ -7,10 +7,10 @@ from small_models import SMALL, make_vae, small_tokenizer
 
 from dsvae.data.grammar import generate
 from dsvae.data.tokenization import tokenize
-from dsvae.engine.distributed import World
 from dsvae.errors import RunStopped
 from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.kept import Kept
+from dsvae.parallel.world import World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 SENTENCES = [drawn.text for drawn in generate(60, seed=3)]

@@ -25,11 +25,7 @@ from dsvae.data import grammar
 from dsvae.data.grammar import generate
 from dsvae.data.noise import LATENT
 from dsvae.data.tokenization import tokenize
-from dsvae.engine.distributed import World
 from dsvae.errors import UserError
-from dsvae.evaluation import evaluate_model, html
-from dsvae.evaluation.plots import plots
-from dsvae.evaluation.sentences import read
 from dsvae.metrics import passes
 from dsvae.metrics.evaluate import (
     Measured,
@@ -42,6 +38,11 @@ from dsvae.metrics.evaluate import (
 from dsvae.metrics.likelihood import draw_log_weights
 from dsvae.metrics.reconstruction import compare, reconstruct
 from dsvae.modeling.families import GaussianFamily
+from dsvae.parallel.world import World
+from dsvae.reports import html
+from dsvae.reports.evaluation import evaluate_model
+from dsvae.reports.plots import plots
+from dsvae.reports.sentences import read
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 SENTENCES = [drawn.text for drawn in generate(60, seed=3)]
@@ -490,7 +491,7 @@ def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split
 
 
 def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("dsvae.evaluation.sentences.BUILTIN_SENTENCES", 400)
+    monkeypatch.setattr("dsvae.reports.sentences.BUILTIN_SENTENCES", 400)
     # more than scikit-learn takes
     found = evaluate_model(str(directory / "model"), output=str(tmp_path / "out"), seed=2**53 - 1)
     assert len(found["probes"]) == len(found["disentanglement"]["per_factor"]) == 9
@@ -501,7 +502,7 @@ def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch
 
 def test_a_collapsed_latent_has_nothing_to_probe(tmp_path, tokenizer, monkeypatch, capsys):
     """The means tell sentences apart, but their scale is next to nothing."""
-    monkeypatch.setattr("dsvae.evaluation.sentences.BUILTIN_SENTENCES", 100)
+    monkeypatch.setattr("dsvae.reports.sentences.BUILTIN_SENTENCES", 100)
     model = make_vae()
     with torch.no_grad():
         head = model.posterior.head

@@ -11,7 +11,6 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from dsvae.engine.distributed import World
 from dsvae.metrics.information import (
     active_unit_curve,
     active_units,
@@ -19,6 +18,7 @@ from dsvae.metrics.information import (
     near_cap,
 )
 from dsvae.modeling.families import Gaussian, GaussianFamily
+from dsvae.parallel.world import World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -131,9 +131,9 @@ def test_a_linear_gaussian_channel_lies_between_the_bounds(dims, s):
 
 
 def test_every_block_beats():
-    """A watchdog would take a long computation without a beat for a hang."""
+    """A watchdog would take a long computation without a heartbeat for a hang."""
     beats = []
-    world = World(0, 0, 1, torch.device("cpu"), SimpleNamespace(beat=beats.append))
+    world = World(0, 0, 1, torch.device("cpu"), SimpleNamespace(heartbeat=beats.append))
     q = Gaussian(torch.randn(30, 2), torch.randn(30, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dsvae.metrics.information.PAIRS", 90)

@@ -37,7 +37,7 @@ def said(name, otherwise):
     mine = f"{{name}}_{{os.environ.get('SLURM_ARRAY_TASK_ID')}}"
     return os.environ.get(mine, os.environ.get(name, otherwise))
 code = int(said("STAND_IN_CODES", "0").split(",")[start])
-if "dsvae.preflight" in sys.argv:
+if "dsvae.parallel.preflight" in sys.argv:
     print(f"preflight: rank {{os.environ['RANK']}} on a node: ok")
 record = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "start": start}}
 name = f"{{os.environ['STAND_IN_RECORDS']}}/{{os.environ['SLURM_JOB_ID']}}-{{start}}-{{os.environ['RANK']}}.json"

@@ -347,7 +347,9 @@ def test_the_environment_is_made_where_site_says(cluster, checkout, stand_in, tm
         )
         assert cluster.wait(job)["JobState"] == "COMPLETED"
         found = stand_in.records(job)[0, 0]
-        assert ("dsvae.preflight" in found["arguments"]) == (script[0] == "slurm/preflight.sh")
+        assert ("dsvae.parallel.preflight" in found["arguments"]) == (
+            script[0] == "slurm/preflight.sh"
+        )
         assert found["environment"]["VIRTUAL_ENV"] == "made"
         assert found["environment"]["LOADED"].strip() == "load python/3.11 cuda/12.8"  # once
         assert found["environment"]["IN_CONTAINER"] == "1"

@@ -7,21 +7,21 @@ import sys
 import pytest
 
 from dsvae.errors import EXIT_PREFLIGHT
-from dsvae.preflight import odd_ones
+from dsvae.parallel.preflight import odd_ones
 
 NODES = ("--nodes=2", "--ntasks-per-node=2")
 TOGETHER = """#!{python}
 # In python's place: imports as it does, waits for the imports of EXPECTED ranks, and goes on as
 # `python -m`. How long the ranks then wait for each other does not depend on a busy machine.
 import os, runpy, sys, time
-import dsvae.preflight
+import dsvae.parallel.preflight
 arrived = os.environ["ARRIVED"]
 os.makedirs(arrived, exist_ok=True)
 open(os.path.join(arrived, os.environ["RANK"]), "w").close()
 while len(os.listdir(arrived)) < int(os.environ["EXPECTED"]):
     time.sleep(0.05)
 assert sys.argv[1] == "-m"
-del sys.modules["dsvae.preflight"], sys.argv[:2]
+del sys.modules["dsvae.parallel.preflight"], sys.argv[:2]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 FAILED = ("FAILED", f"{EXIT_PREFLIGHT}:0")

@@ -1,0 +1,20 @@
+"""The processes of a run, as DeepSpeed sees them."""
+
+from __future__ import annotations
+
+import deepspeed
+
+from dsvae.parallel.world import TIMEOUT, World
+
+
+def lend_to_deepspeed(world: World) -> None:
+    """Lets DeepSpeed use the process group that the ranks have joined.
+
+    Must come before anything of DeepSpeed that is collective. Repeating it changes
+    nothing.
+    """
+    if world.device.type == "cpu":
+        # A kernel for tensor-parallel inference that training never calls; loading it
+        # would need a compiler and a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)

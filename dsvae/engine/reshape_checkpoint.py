@@ -1,0 +1,424 @@
+"""A checkpoint at another number of ranks, ZeRO stage or precision than it was written
+with.
+
+DeepSpeed's own converter (`ds_to_universal`) turns the shards of the ranks into whole
+parameters, each with its float32 weight and its two AdamW moments; DeepSpeed's
+universal loader gives every rank its part of them. Between them the files are levelled,
+because each stage's loader wants them as the same stage wrote them, and some of what
+the loaders do to the optimizer is repaired. ZeRO 0 keeps everything whole on every rank
+and takes no part in DeepSpeed's format: its one file is read and written here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.checkpoint.constants import (
+    BASE_OPTIMIZER_STATE,
+    DS_VERSION,
+    OPTIMIZER_STATE_DICT,
+    PARAM,
+    PARAM_GROUPS,
+)
+from torch import Tensor, nn
+
+from dsvae.engine.weights import parameter_names
+from dsvae.errors import EXIT_DISK, RunStopped, UserError
+from dsvae.parallel.world import World
+
+SCRATCH = ".universal"
+"""The directory of a conversion, inside `checkpoints`: there only while one is under
+way."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+CONVERTED = "converted"
+"""What is loaded, inside `SCRATCH`. DeepSpeed's converter writes a file beside its
+output too."""
+
+
+def shape_of(engine: Any, world: World) -> dict[str, Any]:
+    """What decides how a checkpoint of a DeepSpeed engine is cut: recorded with it, and
+    compared when it is loaded."""
+    stage = int(engine.zero_optimization_stage())
+    return {
+        "world_size": world.size,
+        "zero_stage": stage,
+        "dtype": str(engine.get_data_types()[0]).removeprefix("torch."),
+        "optimizer": type(engine.optimizer).__name__,
+        # The order and the padding of the parameters inside a flat partition.
+        "layout": {
+            "sub_group_size": engine.zero_sub_group_size() if stage == 3 else None,
+            "round_robin": engine.zero_round_robin_gradients() if stage in (1, 2) else None,
+            "alignment": engine.zero_parameter_alignment() if stage in (1, 2) else None,
+        },
+    }
+
+
+def fits(meta: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether an engine of shape `now` loads a checkpoint of shape `meta` as it lies,
+    bit by bit."""
+    # At ZeRO 0 every rank holds everything, and one file has it.
+    whole = meta["zero_stage"] == now["zero_stage"] == 0
+    return all(
+        meta.get(name, value) == value
+        for name, value in now.items()
+        if not (whole and name == "world_size")
+    )
+
+
+def clean(root: Path) -> None:
+    """Removes what a killed conversion left under `root`, the directory of the
+    checkpoints."""
+    shutil.rmtree(root / SCRATCH, ignore_errors=True)
+
+
+def load(
+    engine: Any, source: Path, meta: dict[str, Any], world: World, root: Path
+) -> tuple[str, dict[str, Any]]:
+    """Puts an engine into the state of a checkpoint of another shape. Collective.
+
+    Args:
+        source: the checkpoint's directory; it is only read.
+        meta: its shape.
+        root: where the conversion may write (the run's own `checkpoints`), twice the
+            size of the checkpoint for a while, from ZeRO 3 with one shard more.
+
+    Returns:
+        One line that says what was converted, carried and reset; and the checkpoint's
+        client state.
+
+    Raises:
+        UserError: a shape that cannot be converted, or DeepSpeed's converter failed.
+            The checkpoint stays as it is.
+        RunStopped: no room for the conversion. The same.
+    """
+    now = shape_of(engine, world)
+    names = [group for group in parameter_names(engine.module) if group]
+    _refuse(engine, source, meta, now, names, world)
+    directory = root / SCRATCH / CONVERTED
+    try:
+        world.run_on_rank0(lambda: _convert(source, meta, now, directory, names, engine.module))
+        path, state = _place(engine, directory, now)
+        world.barrier()
+    finally:
+        if world.is_main:
+            clean(root)
+    if path is None:
+        raise UserError(f"{source}: DeepSpeed loaded nothing from its conversion")
+    return _line(source, meta, now), state
+
+
+def _refuse(
+    engine: Any,
+    source: Path,
+    meta: dict[str, Any],
+    now: dict[str, Any],
+    names: list[list[str]],
+    world: World,
+) -> None:
+    """Raises UserError, on every rank alike, for what DeepSpeed's converter or its
+    loader cannot do. Collective."""
+    advice = f"resume with {_words(meta)}, or start anew from exported weights with --model"
+    zero = engine.config.get("zero_optimization", {})
+    if any(
+        (zero.get(name) or {}).get("device") == "nvme"
+        for name in ("offload_optimizer", "offload_param")
+    ):
+        raise UserError(
+            f"{source}: a checkpoint cannot change its shape on its way to a disk (nvme): {advice}"
+        )
+    for shape, optimizer in ((meta, meta.get("optimizer", "AdamW")), (now, now["optimizer"])):
+        if shape["zero_stage"] == 0 and optimizer != "AdamW":
+            raise UserError(
+                f"{source}: {_words(meta)} -> {_words(now)}: ZeRO 0 converts with float32 "
+                f"weights only "
+                f"(torch_autocast, as in ds_configs/zero0.json, or --precision fp32): {advice}"
+            )
+    if now["zero_stage"] in (1, 2):
+        # The loader fails on a rank that has no part of one of AdamW's groups: more
+        # ranks than a small group can be cut into.
+        parameters = dict(engine.module.named_parameters())
+        without = any(
+            all(parameters[name]._hp_mapping is None for name in group) for group in names
+        )
+        if world.sum(torch.tensor(float(without), device=world.device)) > 0:
+            raise UserError(
+                f"{source}: too many ranks to convert it to ZeRO {now['zero_stage']}: use fewer, "
+                f"or ZeRO 3"
+            )
+
+
+def _convert(
+    source: Path,
+    meta: dict[str, Any],
+    now: dict[str, Any],
+    directory: Path,
+    names: list[list[str]],
+    module: nn.Module,
+) -> None:
+    """Fills `directory` with the checkpoint as an engine of shape `now` reads it. On
+    rank 0."""
+    root = directory.parent.parent
+    clean(root)
+    size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    # Fragments and whole parameters lie side by side until the end of the conversion,
+    # at ZeRO 3 with a copy of rank 0's states.
+    copied = (
+        max((path.stat().st_size for path in source.glob("*_optim_states.pt")), default=0)
+        if meta["zero_stage"] == 3
+        else 0
+    )
+    needed, free = 2 * size + copied, shutil.disk_usage(root.parent).free
+    if free < needed:
+        raise RunStopped(
+            EXIT_DISK,
+            f"error: {source}: converting it from {_words(meta)} to {_words(now)} takes about "
+            f"{needed / 1e9:.1f} GB in "
+            f"{root} for a while, and {free / 1e9:.1f} GB are free: make room, or resume with "
+            f"{_words(meta)}",
+        )
+    try:
+        directory.mkdir(parents=True)
+        common = torch.load(
+            source / _common_file(meta["zero_stage"]),
+            map_location="cpu",
+            weights_only=False,
+            mmap=True,
+        )
+        if meta["zero_stage"] == 0:
+            groups, step, scaler = _from_whole(common, directory, names)
+        else:
+            groups, step, scaler = _from_shards(source, directory)
+        missing = [
+            n
+            for group in names
+            for n in group
+            if not (directory / "zero" / n / "exp_avg_sq.pt").is_file()
+        ]
+        if missing or len(groups) != len(names):
+            raise ValueError(
+                f"the optimizer's states of {missing[0] if missing else 'a parameter group'} are "
+                f"not in it"
+            )
+        drop = (
+            "module",
+            "optimizer",
+            "param_shapes",
+            "frozen_param_shapes",
+            "frozen_param_fragments",
+            "shared_params",
+        )
+        common = {key: value for key, value in common.items() if key not in drop}
+        if now["zero_stage"] == 0:
+            _to_whole(common, directory, names, groups, step, module)
+        else:
+            # A loss scale belongs to its precision.
+            same = meta.get("dtype", now["dtype"]) == now["dtype"]
+            bare = names if meta["zero_stage"] == 3 else []
+            _level(common, directory, bare, groups, step, scaler if same else {}, now["zero_stage"])
+    except RunStopped:  # on a signal
+        clean(root)
+        raise
+    except Exception as error:  # whatever the converter meets: the other ranks wait for an answer
+        clean(root)
+        what = " ".join(str(error).split()) or type(error).__name__
+        line = (
+            f"{source}: converting it from {_words(meta)} to {_words(now)} failed ({what}); it "
+            f"is unharmed: "
+            f"resume with {_words(meta)}"
+        )
+        # torch's writer raises RuntimeError on a full disk
+        if isinstance(error, OSError) or "PytorchStreamWriter" in what:
+            raise RunStopped(EXIT_DISK, f"error: {line}, or make room in {root}") from error
+        raise UserError(line) from error
+
+
+def _from_shards(source: Path, directory: Path) -> tuple[list[dict], float, dict[str, Any]]:
+    """DeepSpeed's conversion of a checkpoint of ZeRO 1 to 3: (hyperparameters by group,
+    AdamW's step, the loss scaler)."""
+    # No worker processes: a fork of a process that has threads of gloo, NCCL and OpenMP
+    # may hang.
+    arguments = Namespace(
+        input_folder=str(source),
+        output_folder=str(directory),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        ds_to_universal.main(arguments)
+    saved = torch.load(
+        directory / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False
+    )
+    # ZeRO 3 has the optimizer's state here, 1 and 2 leave the step beside the
+    # parameters.
+    state = saved.get(OPTIMIZER_STATE_DICT, saved.get(BASE_OPTIMIZER_STATE, {})).get("state")
+    step = (
+        next(iter(state.values()))["step"]
+        if state
+        else torch.load(next((directory / "zero").glob("*/step.pt")))
+    )
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in saved[PARAM_GROUPS]
+    ]
+    scaler = {
+        key: saved[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow") if key in saved
+    }
+    return groups, float(step), scaler
+
+
+def _from_whole(
+    common: dict[str, Any], directory: Path, names: list[list[str]]
+) -> tuple[list[dict], float, dict[str, Any]]:
+    """The same from the one file of ZeRO 0."""
+    saved = common["optimizer"]
+    step = 0.0
+    for group, group_names in zip(saved[PARAM_GROUPS], names, strict=True):
+        for index, name in zip(group["params"], group_names, strict=True):
+            state, folder = saved["state"][index], directory / "zero" / name
+            folder.mkdir(parents=True)
+            for key, value in (
+                ("fp32", common["module"][name]),
+                *((key, state[key]) for key in MOMENTS),
+            ):
+                torch.save({PARAM: value.to("cpu", torch.float32, copy=True)}, folder / f"{key}.pt")
+            step = float(state["step"])
+    return (
+        [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in saved[PARAM_GROUPS]
+        ],
+        step,
+        {},
+    )
+
+
+def _level(
+    common: dict[str, Any],
+    directory: Path,
+    bare: list[list[str]],
+    groups: list[dict],
+    step: float,
+    scaler: dict[str, Any],
+    stage: int,
+) -> None:
+    """Brings a converted checkpoint into a form that the universal loaders of ZeRO 1, 2
+    and 3 all read.
+
+    Args:
+        bare: the parameters whose files hold bare tensors, as ZeRO 3's are converted.
+    """
+    for name in (name for group in bare for name in group):
+        for key in ("fp32", *MOMENTS):
+            path = directory / "zero" / name / f"{key}.pt"
+            torch.save({PARAM: torch.load(path, map_location="cpu")}, path)
+    state = {
+        **scaler,
+        DS_VERSION: common[DS_VERSION],
+        PARAM_GROUPS: groups,  # for ZeRO 1 and 2
+        # for ZeRO 3
+        OPTIMIZER_STATE_DICT: {"state": {0: {"step": torch.tensor(step)}}, PARAM_GROUPS: groups},
+    }
+    torch.save(state, directory / "zero" / "optimizer_state.pt")
+    torch.save({**common, "module": {}}, directory / _common_file(stage))
+
+
+def _to_whole(
+    common: dict[str, Any],
+    directory: Path,
+    names: list[list[str]],
+    groups: list[dict],
+    step: float,
+    module: nn.Module,
+) -> None:
+    """Writes a converted checkpoint as the one file of ZeRO 0."""
+
+    def read(name: str, key: str) -> Tensor:
+        saved = torch.load(
+            directory / "zero" / name / f"{key}.pt", map_location="cpu", weights_only=False
+        )
+        return (saved[PARAM] if isinstance(saved, dict) else saved).float().view(shapes[name])
+
+    parameters = dict(module.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    trained = {id(parameters[name]): name for group in names for name in group}
+    weights = {name: read(name, "fp32") for group in names for name in group}
+    # Tied weights stand under several names; frozen ones are those of the model that
+    # the run begins with.
+    states = {
+        name: weights[trained[id(value)]] if id(value) in trained else value.detach().cpu()
+        for name, value in module.state_dict(keep_vars=True).items()
+    }
+    moments, counted, index = {}, [], 0
+    for group, group_names in zip(groups, names, strict=True):
+        for i, name in enumerate(group_names):
+            moments[index + i] = {
+                "step": torch.tensor(step),
+                **{key: read(name, key) for key in MOMENTS},
+            }
+        counted.append({**group, "params": list(range(index, index + len(group_names)))})
+        index += len(group_names)
+    whole = {**common, "module": states, "optimizer": {"state": moments, PARAM_GROUPS: counted}}
+    torch.save(whole, directory / _common_file(0))
+
+
+def _common_file(stage: int) -> str:
+    """The name of the file beside the optimizer's: of rank 0's at ZeRO 3."""
+    return f"{'zero_pp_rank_0_' if stage == 3 else ''}mp_rank_00_model_states.pt"
+
+
+def _place(engine: Any, directory: Path, now: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Loads what `_convert` wrote through DeepSpeed's own loaders; the client state.
+    Collective."""
+    if now["zero_stage"] == 0:
+        return engine.load_checkpoint(str(directory.parent), tag=directory.name)
+    # What the section `checkpoint: {load_universal: true}` of a ds_config sets. It must
+    # hold for this load alone: the next engine of the run, or the next start, loads a
+    # plain checkpoint again.
+    engine._config.load_universal_checkpoint = True
+    try:
+        path, state = engine.load_checkpoint(str(directory.parent), tag=directory.name)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    saved = torch.load(
+        directory / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False
+    )
+    optimizer = engine.basic_optimizer
+    # ZeRO 3's loader gives every group the values of the first: the second would get
+    # weight decay.
+    for group, values in zip(optimizer.param_groups, saved[PARAM_GROUPS], strict=True):
+        group.update(values)
+    # And one tensor for the step of all its partitions, which each of them then counts
+    # up; 1 and 2 leave it on the CPU.
+    step = float(saved[OPTIMIZER_STATE_DICT]["state"][0]["step"])
+    for partition, values in optimizer.state.items():
+        values["step"] = torch.tensor(step, dtype=torch.float32, device=partition.device)
+    return path, state
+
+
+def _words(shape: dict[str, Any]) -> str:
+    dtype = f", {shape['dtype']} weights" if "dtype" in shape else ""
+    return f"{shape['world_size']} rank(s) at ZeRO {shape['zero_stage']}{dtype}"
+
+
+def _line(source: Path, meta: dict[str, Any], now: dict[str, Any]) -> str:
+    scaled = "float16" in (meta.get("dtype"), now["dtype"]) and meta.get("dtype") != now["dtype"]
+    reset = "the loss scale of fp16" if scaled else "nothing"
+    return (
+        f"{source} converted from {_words(meta)} to {_words(now)}: carried over: weights in "
+        f"float32, AdamW's moments and step, "
+        f"learning-rate schedule, place in the data; reset: {reset}"
+    )

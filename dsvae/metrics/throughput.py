@@ -1,0 +1,156 @@
+"""What training costs: tokens and floating-point operations per second, and memory.
+
+The operations are those of the model: what its formula needs, whatever the run computes
+beside it. Padding, activations that are computed a second time (gradient
+checkpointing), the KL ahead of a step with free bits, and everything that is not a
+matrix product are left out. docs/operations.md has the formula.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dsvae.data.batches import MicroBatch, Step
+from dsvae.modeling.t5_vae import T5VAE
+from dsvae.objective.elbo import IGNORE
+
+PEAKS = {
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "MI300X": 1307e12,
+}
+"""Words of a device's name -> its FLOP/s in 16 bits, dense matrices, by its vendor's
+data sheet. The first that fits counts."""
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Floating-point operations of a forward and backward pass, by what they grow
+    with.
+
+    A multiplication and an addition are two operations. A matrix that trains is
+    multiplied three times: forward, and backward for its input and for itself. A frozen
+    one has no gradient of its own.
+    """
+
+    encoder_token: float
+    encoder_pair: float
+    """Of a query and a key of self-attention, all layers and heads together."""
+    decoder_token: float
+    decoder_pair: float
+    memory_slots: int
+    """Keys of every decoder layer beside the tokens."""
+    sentence: float
+
+    @classmethod
+    def of(cls, model: T5VAE) -> ModelFlops:
+        """Counts the weights of a model, which may be sharded."""
+        per: Counter[str] = Counter()
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                weight = module.weight
+                size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 leaves none
+                per[_grows_with(name)] += size * (6 if weight.requires_grad else 4)
+        t5, kind = model.config.t5, model.config.injection
+        # queries times keys, and the weights times values; each also twice backward
+        pair = 12 * t5.num_heads * t5.d_kv
+        return cls(
+            encoder_token=per["encoder token"],
+            encoder_pair=0 if kind == "none" else pair * t5.num_layers,
+            decoder_token=per["decoder token"],
+            decoder_pair=pair * t5.num_decoder_layers,
+            memory_slots=model.config.memory_slots if kind in ("memory", "both") else 0,
+            sentence=per["sentence"],
+        )
+
+    def count(self, batch: MicroBatch) -> float:
+        """The operations of one rank's micro-batch: those of its own tokens, without
+        padding and fillers."""
+        weight = batch.weight.double()
+        encoder = batch.attention_mask.sum(1).double()  # (B,) tokens
+        decoder = (batch.labels != IGNORE).sum(1).double()
+        operations = (
+            self.encoder_token * encoder
+            + self.encoder_pair * encoder**2
+            + self.decoder_token * decoder
+            + self.decoder_pair * decoder * (decoder + self.memory_slots)
+            + self.sentence
+        )
+        return float(weight @ operations)
+
+
+def _grows_with(name: str) -> str:
+    """What the number of rows of a linear layer is, by the layer's name."""
+    if name.startswith(("encoder.", "posterior.pooling.")):
+        return "encoder token"
+    return "decoder token" if name.startswith(("decoder.", "lm_head")) else "sentence"
+
+
+class Speed:
+    """What was done per second between two readings, and the memory that it took.
+
+    Args:
+        model: as the engine of the phase holds it: what is frozen is known.
+        precision: fp32, bf16 or fp16, in which the engine multiplies.
+    """
+
+    def __init__(self, model: T5VAE, precision: str) -> None:
+        self._flops, self._peak = ModelFlops.of(model), peak_flops(precision)
+        self._since, self._tokens, self._operations = time.monotonic(), 0, 0.0
+
+    def count(self, step: Step) -> None:
+        """Adds one optimizer step."""
+        self._tokens += step.tokens
+        self._operations += sum(map(self._flops.count, step.micro_batches))
+
+    def read(self) -> dict[str, float]:
+        """Since the last reading: `tokens_per_s`, predicted tokens of all ranks; of
+        this rank `flops_per_s` and, where its device is known, `mfu`, the share of what
+        the device could do; `peak_memory_gb`, since the start (10^9 bytes)."""
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        found = {
+            "tokens_per_s": self._tokens / seconds,
+            "flops_per_s": self._operations / seconds,
+            "peak_memory_gb": peak_memory() / 1e9,
+        }
+        if self._peak is not None:
+            found["mfu"] = found["flops_per_s"] / self._peak
+        self._since, self._tokens, self._operations = time.monotonic(), 0, 0.0
+        return found
+
+
+def peak_flops(precision: str) -> float | None:
+    """FLOP/s that this rank's device could do in 16 bits; None on a device that is not
+    in the list, and in fp32, where it depends on torch's settings."""
+    if precision == "fp32" or not torch.cuda.is_available():
+        return None
+    words = set(torch.cuda.get_device_name().replace("-", " ").split())
+    return next((peak for name, peak in PEAKS.items() if words >= set(name.split())), None)
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held since its start: of GPU memory on a
+    GPU, else resident in host memory."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024  # Linux counts in KiB

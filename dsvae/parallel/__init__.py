@@ -1,0 +1,2 @@
+"""The processes of a run: they meet, agree, watch each other and stop together. Needs
+torch.distributed alone."""

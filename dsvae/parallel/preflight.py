@@ -1,0 +1,375 @@
+"""Looks at the nodes of a job before the expensive part: `python -m dsvae.parallel.preflight`,
+one process a rank (slurm/preflight.sh).
+
+Every rank: a GPU that is there and empty, an output_dir that can be written to and is
+the same on all nodes, disk space; all ranks meet, each sends to each, an all-reduce has
+the sum that it must have, and all have the same versions. What is wrong is one line,
+
+    preflight: BAD NODE: what
+
+on stdout, and the exit code is EXIT_PREFLIGHT. No check waits for ever.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dsvae.errors import EXIT_PREFLIGHT
+
+PACKAGES = ("torch", "transformers", "deepspeed", "datasets")
+LOCAL_SECONDS = 30.0
+"""Longest that a check of this node alone may take: a dead network file system hangs,
+it does not fail."""
+EMPTY = 0.9
+"""Share of a GPU's memory that must be free."""
+MEBIBYTES = 16
+"""Of the all-reduce, float32."""
+
+
+class Bad(Exception):
+    """Something is wrong; the message says what. Lines of `NODE<tab>what` blame other
+    nodes than this rank's."""
+
+
+class Left(Exception):
+    """This rank goes because of what another one has named."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks this rank; 0 or EXIT_PREFLIGHT. RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR
+    and MASTER_PORT are in the environment."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the run will write")
+    parser.add_argument(
+        "--nodes",
+        required=True,
+        help="the nodes' names in the order of the ranks, separated by commas",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="longest that the ranks may take to meet"
+    )
+    parser.add_argument(
+        "--min_free_gb", type=float, default=5, help="free disk space at output_dir, in GB"
+    )
+    options = parser.parse_args(argv)
+    rank, local_rank, size = (
+        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    )
+    names = options.nodes.split(",")
+    # block distribution, as many ranks on each
+    nodes = [names[each * len(names) // size] for each in range(size)]
+    problems = 0
+
+    def check(what: str, function: Callable[[], str], seconds: float = LOCAL_SECONDS) -> str | None:
+        """What a check says, None where it failed."""
+        nonlocal problems
+        try:
+            return within(seconds, what, function)
+        except Left as error:
+            print(f"preflight: rank {rank} on {nodes[rank]}: {error}", flush=True)
+            problems += 1
+            return None
+        except Bad as error:
+            for line in str(error).split("\n"):
+                node, _, message = line.rpartition("\t")
+                print(f"preflight: BAD {node or nodes[rank]}: rank {rank}: {message}", flush=True)
+            problems += 1
+            return None
+
+    said = [
+        check("GPU", lambda: check_gpu(local_rank)),
+        check("output_dir", lambda: check_disk(options.output_dir, options.min_free_gb)),
+    ]
+    meeting = Meeting(rank, nodes, options.output_dir)
+    # Rank 0 gives up first and says who is missing; the others wait for what it says.
+    met = check(
+        "rendezvous", lambda: meeting.meet(options.seconds), options.seconds + LOCAL_SECONDS + 15
+    )
+    if met is not None:
+        said.append(met)
+        said.append(check("shared output_dir", meeting.check_shared))
+        said.append(
+            check("all-reduce", lambda: meeting.check_collectives(local_rank), 2 * LOCAL_SECONDS)
+        )
+    if not problems:
+        print(
+            f"preflight: rank {rank} on {nodes[rank]}: ok; "
+            f"{'; '.join(each for each in said if each)}",
+            flush=True,
+        )
+    meeting.part()
+    return EXIT_PREFLIGHT if problems else 0
+
+
+def within(seconds: float, what: str, function: Callable[[], str]) -> str:
+    """What `function` gives; Bad if it raises, or takes longer (it is then left alone
+    in its thread)."""
+    result: list[str] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(function())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failure:
+        if isinstance(failure[0], (Bad, Left)):
+            raise failure[0]
+        first = (str(failure[0]).strip() or type(failure[0]).__name__).split("\n")[0]
+        raise Bad(f"{what}: {first}")
+    if not result:
+        raise Bad(f"{what}: no answer within {seconds:.0f} s")
+    return result[0]
+
+
+def check_gpu(local_rank: int) -> str:
+    """GPU `local_rank` is there and empty. Where SLURM gave none, there is nothing to
+    look at."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("SLURM_GPUS_ON_NODE")
+    if not torch.cuda.is_available():
+        if given:
+            raise Bad(
+                f"SLURM gave GPUs ({given}), but torch {torch.__version__} sees none: driver, or "
+                f"a build for CPU"
+            )
+        return "no GPU"
+    if local_rank >= torch.cuda.device_count():
+        raise Bad(f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()}")
+    free, total = torch.cuda.mem_get_info(local_rank)
+    name = torch.cuda.get_device_name(local_rank)
+    if free < EMPTY * total:
+        raise Bad(
+            f"GPU {local_rank} ({name}) is in use: {free / 2**30:.1f} of {total / 2**30:.1f} GiB "
+            f"free"
+        )
+    return f"{name}, {free / 2**30:.1f} GiB free"
+
+
+def check_disk(directory: Path, min_free_gb: float) -> str:
+    """A mebibyte can be written to `directory`, flushed and read back, and there is
+    space for more."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".preflight-") as probe:
+            content = os.urandom(1 << 20)
+            probe.write(content)
+            probe.flush()
+            os.fsync(probe.fileno())
+            if Path(probe.name).read_bytes() != content:
+                raise Bad(f"{directory} gives back other bytes than were written")
+    except OSError as error:
+        raise Bad(f"cannot write to {directory}: {error.strerror}") from None
+    free = shutil.disk_usage(directory).free / 1e9
+    if free < min_free_gb:
+        raise Bad(f"{directory} has {free:.1f} GB free, less than {min_free_gb:g}")
+    return f"{free:.0f} GB free"
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on all nodes."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "missing"
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    found["dsvae's code"] = digest.hexdigest()[:12]
+    return found
+
+
+def odd_ones(found: list[dict[str, str]], nodes: list[str]) -> list[str]:
+    """`node<tab>what differs` for every node whose versions are not those of most
+    ranks."""
+    lines = []
+    for name in found[0]:
+        most = Counter(each[name] for each in found).most_common(1)[0][0]
+        different = {
+            node: each[name] for node, each in zip(nodes, found, strict=True) if each[name] != most
+        }
+        lines += [
+            f"{node}\t{name} {version}, most ranks have {most}"
+            for node, version in different.items()
+        ]
+    return lines
+
+
+class Meeting:
+    """The ranks of a job, found at a store on rank 0."""
+
+    def __init__(self, rank: int, nodes: list[str], directory: Path) -> None:
+        self.rank, self.size, self.nodes = rank, len(nodes), nodes
+        self.file = directory / f".preflight-{os.environ.get('SLURM_JOB_ID', os.getppid())}"
+        self.store: dist.TCPStore | None = None
+
+    def meet(self, seconds: float) -> str:
+        """All ranks arrive, and have the same versions. Rank 0 says who did not."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            self.store = dist.TCPStore(
+                address,
+                port,
+                self.size,
+                self.rank == 0,
+                timedelta(seconds=seconds),
+                wait_for_workers=False,
+            )
+        except (dist.DistError, OSError) as error:
+            raise Bad(
+                f"cannot reach {self.nodes[0]} ({address}:{port}) within {seconds:.0f} s: "
+                f"{_first_line(error)}"
+            ) from None
+        self.store.set(f"here/{self.rank}", json.dumps(versions()))
+        if self.rank > 0:
+            self.store.set_timeout(timedelta(seconds=seconds + LOCAL_SECONDS))
+            if self.store.get("go") != b"1":
+                raise Left("not every rank arrived, or their versions differ: rank 0 says which")
+            return f"met {self.size - 1} other rank(s)"
+
+        end = time.monotonic() + seconds
+        missing = set(range(self.size))
+        while missing and time.monotonic() < end:
+            missing = {each for each in missing if not self.store.check([f"here/{each}"])}
+            time.sleep(0.05)
+        late: dict[str, list[int]] = {}
+        for each in sorted(missing):
+            late.setdefault(self.nodes[each], []).append(each)
+        lines = [
+            f"{node}\trank(s) {', '.join(map(str, ranks))} did not arrive within {seconds:.0f} s"
+            for node, ranks in late.items()
+        ]
+        if not lines:
+            lines = odd_ones(
+                [json.loads(self.store.get(f"here/{each}")) for each in range(self.size)],
+                self.nodes,
+            )
+        if not lines:
+            # Written before the others are told to look for it.
+            token = str(os.getpid())
+            try:
+                self.file.write_text(token)
+            except OSError:
+                token = ""  # check_disk has said so
+            self.store.set("token", token)
+        self.store.set("go", "0" if lines else "1")
+        if lines:
+            raise Bad("\n".join(lines))
+        return f"met {self.size - 1} other rank(s)"
+
+    def check_shared(self) -> str:
+        """The file that rank 0 wrote is seen here; a network file system may need some
+        seconds."""
+        assert self.store is not None
+        token = self.store.get("token").decode()
+        if not token:
+            return ""
+        for _ in range(50):
+            with contextlib.suppress(OSError):
+                if self.file.read_text() == token:
+                    return "shared"
+            time.sleep(0.2)
+        raise Bad(
+            f"{self.file.parent} is not the directory that {self.nodes[0]} sees: it must lie on "
+            f"a shared file system"
+        )
+
+    def check_collectives(self, local_rank: int) -> str:
+        """Each rank sends its number to each, and an all-reduce gives the sum that it
+        must give; its bandwidth."""
+        assert self.store is not None
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore("group", self.store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=LOCAL_SECONDS),
+        )
+        sent = torch.arange(self.size, device=device) + self.rank * self.size
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        wrong = (
+            (received != torch.arange(self.size, device=device) * self.size + self.rank)
+            .nonzero()
+            .flatten()
+            .tolist()
+        )
+        if wrong:
+            raise Bad(
+                "\n".join(
+                    f"{self.nodes[each]}\trank {each} sent wrong numbers to rank {self.rank}"
+                    for each in wrong
+                )
+            )
+
+        count = MEBIBYTES * 2**20 // 4
+        for _ in range(2):  # the first pass opens connections
+            tensor = torch.full((count,), float(self.rank + 1), device=device)
+            dist.barrier()
+            begin = time.perf_counter()
+            dist.all_reduce(tensor)
+            if cuda:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - begin
+        if not bool((tensor == self.size * (self.size + 1) / 2).all()):
+            raise Bad(
+                f"an all-reduce gave {tensor[0].item()}, not {self.size * (self.size + 1) / 2}"
+            )
+        return (
+            f"all-reduce of {MEBIBYTES} MiB in {seconds * 1e3:.1f} ms, "
+            f"{count * 4 / seconds / 1e9:.2f} GB/s"
+        )
+
+    def part(self) -> None:
+        """Rank 0, whose store the others need, leaves last."""
+        if self.store is None:
+            return
+        with contextlib.suppress(dist.DistError, OSError, RuntimeError):
+            self.store.set(f"done/{self.rank}", "1")
+            if self.rank == 0:
+                here = [each for each in range(self.size) if self.store.check([f"here/{each}"])]
+                end = time.monotonic() + 15
+                while time.monotonic() < end and not all(
+                    self.store.check([f"done/{each}"]) for each in here
+                ):
+                    time.sleep(0.05)
+                self.file.unlink(missing_ok=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # a check that hangs in its thread, or a group that waits for a lost rank, does not
+    # hold the process
+    os._exit(code)

@@ -1,0 +1,68 @@
+"""Signals: a run that is told to stop leaves between two optimizer steps, on all ranks
+together, with everything saved."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from dsvae.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, RunStopped
+from dsvae.parallel.world import World
+
+# Ordered: where ranks got different ones, the last of them counts for all (launchers
+# answer Ctrl-C with a SIGTERM of their own).
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+class Stopping:
+    """Listens for SIGTERM, SIGUSR1 and SIGINT (Ctrl-C).
+
+    Inside `between_steps` a signal is only noted, and the loop asks `agreed` after
+    every step. Anywhere else there is nothing to save that is not saved already, and
+    `RunStopped` is raised at once. A second Ctrl-C never waits.
+    """
+
+    def __init__(self) -> None:
+        self._place = 0  # in SIGNALS, from 1; 0: none came
+        self._deferred = False
+
+    def install(self) -> None:
+        """Starts listening. Main thread only; a process of one run does it once."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Signals wait for `agreed` meanwhile."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def agreed(self, world: World) -> RunStopped | None:
+        """What all ranks raise once they have saved, if any of them was told to stop.
+        Collective."""
+        place = int(world.max(torch.tensor(self._place, device=world.device)))
+        return _stopped(SIGNALS[place - 1], "saved") if place else None
+
+    @property
+    def pending(self) -> RunStopped | None:
+        """What this rank raises at once, if it was told to stop."""
+        return _stopped(SIGNALS[self._place - 1], "left at once") if self._place else None
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._place == len(SIGNALS):
+            raise KeyboardInterrupt
+        self._place = max(self._place, SIGNALS.index(signal.Signals(number)) + 1)
+        if not self._deferred:
+            raise _stopped(signal.Signals(number), "left at once")
+
+
+def _stopped(number: signal.Signals, how: str) -> RunStopped:
+    code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_RESUMABLE
+    return RunStopped(code, f"{number.name}: {how}; the same command goes on")

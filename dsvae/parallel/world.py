@@ -1,0 +1,302 @@
+"""The processes of a run: start, rank, and the few collective operations that the run
+needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from traceback import walk_tb
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsvae.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, RunStopped, UserError, exit_code
+from dsvae.parallel.watchdog import Watchdog, advice
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=24)
+"""Longest that a collective operation waits for the other ranks: rank 0 tokenizes large
+corpora meanwhile. Hangs are the watchdog's matter, which knows the one from the
+other."""
+HANG_TIMEOUT = 600.0
+"""Seconds, where nothing else is configured."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    watchdog: Watchdog | None = None
+    """None in a run of one process."""
+    lent: Mapping[str, str | None] = field(default_factory=dict)
+    """Variables that `join` has put into the environment, with their values before;
+    None: it was not set."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        with self._together():
+            dist.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            with self._together():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The maximum over all ranks, in place."""
+        if self.size > 1:
+            with self._together():
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """The (picklable) values of all ranks, on every rank."""
+        values: list = [value] * self.size
+        if self.size > 1:
+            with self._together():
+                dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around an operation with the other ranks, which has ended behind it: on GPUs
+        it would only be queued."""
+        with self.watchdog.waiting() if self.watchdog is not None else nullcontext():
+            yield
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
+
+    def heartbeat(self, where: str) -> None:
+        """Tells the watchdog that this rank gets on."""
+        if self.watchdog is not None:
+            self.watchdog.heartbeat(where)
+
+    def suspend_hang_detection(self) -> AbstractContextManager[None]:
+        """Hang detection is suspended in this block."""
+        return (
+            self.watchdog.suspend_hang_detection() if self.watchdog is not None else nullcontext()
+        )
+
+    def run_on_rank0(self, function: Callable[[], T]) -> T:
+        """Runs `function` on rank 0 and gives its (picklable) result to all ranks.
+
+        A `UserError`, `RunStopped` or `OSError` is raised on every rank: all leave
+        together, and none waits for a rank that has gone.
+        """
+        box: list = [None, None]
+        if self.is_main:
+            with self.suspend_hang_detection():
+                try:
+                    box[0] = function()
+                except (UserError, RunStopped, OSError) as error:
+                    box[1] = error
+        if self.size > 1:
+            with self._together():
+                dist.broadcast_object_list(box, src=0, device=self.device)
+        if box[1] is not None:
+            raise shared(box[1])
+        return box[0]
+
+    def run_on_all(self, function: Callable[[], T]) -> T:
+        """Runs `function`, which must not be collective, on every rank; its result
+        stays where it was made.
+
+        A `UserError` of any rank is raised on every rank, with the number of a rank
+        that had it where not all had.
+        """
+        result: list[T] = []
+        problem: str | None = None
+        with self.suspend_hang_detection():
+            try:
+                result.append(function())
+            except UserError as error:
+                problem = str(error)
+        problems = self.gather(problem)
+        found = {rank: line for rank, line in enumerate(problems) if line is not None}
+        if not found:
+            return result[0]
+        if len(found) == self.size and len(set(found.values())) == 1:
+            raise shared(UserError(found[0]))
+        first = min(found)
+        raise shared(UserError(f"rank {first}: {found[first]}"))
+
+
+def join(hang_timeout: float = HANG_TIMEOUT) -> World:
+    """Joins the processes that the launcher started: deepspeed, torchrun or srun (RANK,
+    LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment), or a run of
+    one process where RANK is not set. That one has these variables from here to `leave`.
+
+    Args:
+        hang_timeout: seconds after which a rank that gets nowhere is given up, and the
+            others leave with its number.
+    """
+    lent = {} if "RANK" in os.environ else _lend_environment()
+    try:
+        return _join_as(hang_timeout, lent)
+    except BaseException:
+        _set_environment(lent)
+        raise
+
+
+def _join_as(hang_timeout: float, lent: dict[str, str | None]) -> World:
+    try:
+        rank, local_rank, size = (
+            int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"RANK, LOCAL_RANK and WORLD_SIZE must all be set, as whole numbers: {error}"
+        ) from None
+    device = _device(local_rank)
+    synchronize = None if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
+    watchdog = (
+        Watchdog(_meet(hang_timeout), rank, size, hang_timeout, synchronize) if size > 1 else None
+    )
+    # From here on the others notice if this rank leaves.
+    if device.type != "cpu":
+        if local_rank >= (count := torch.accelerator.device_count()):
+            if watchdog is not None:
+                watchdog.close(EXIT_USER_ERROR)
+            raise RunStopped(
+                EXIT_USER_ERROR,
+                f"error: rank {rank} has LOCAL_RANK {local_rank}, but this node has {count} GPUs: "
+                "start one process per GPU",
+            )
+        torch.accelerator.set_device_index(local_rank)
+    if not dist.is_initialized():
+        dist.init_process_group(dist.get_default_backend_for_device(device), timeout=TIMEOUT)
+    return World(rank, local_rank, size, device, watchdog, lent)
+
+
+def leave(world: World, group: bool = True) -> None:
+    """Undoes `join`; with `group` leaves the process group, too. All ranks together."""
+    if world.watchdog is not None:
+        world.watchdog.close()
+    if group:
+        dist.destroy_process_group()
+    _set_environment(world.lent)
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """`join` before and `leave` after a block that all ranks run. A process group that
+    the caller has made is used and kept.
+
+    If this rank alone meets an error, the others leave at once, with its exit code and
+    a line that names this rank.
+
+    Raises:
+        RunStopped: an operation with the other ranks failed, because one of them has
+            gone.
+    """
+    ours = not dist.is_initialized()
+    world = join()
+    try:
+        yield world
+    except BaseException as error:
+        if world.watchdog is None or getattr(error, "shared", False):
+            leave(world, ours)
+            raise
+        lost = world.watchdog.lost() if may_come_from_another_rank(error) else None
+        world.watchdog.close(lost[1] if lost else exit_code(error))
+        if lost is None:
+            raise
+        line = f"error: rank {world.rank}: {lost[0]}; {advice(lost[1])}"
+        raise RunStopped(lost[1], line) from None
+    leave(world, ours)
+
+
+def shared(error: Any) -> Any:
+    """Says of an error that every rank raises it, and rank 0 alone prints it."""
+    error.shared = True
+    return error
+
+
+def may_come_from_another_rank(error: BaseException) -> bool:
+    """Whether an error comes out of an operation with the other ranks. One of them may
+    be its cause, which is never so where this rank's own computation has failed."""
+    if isinstance(error, dist.DistError):
+        return True
+    # gloo has no type of its own; nor has the CPU's lack of memory
+    own = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    if not isinstance(error, RuntimeError) or own:
+        return False
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith(("torch.distributed.", "deepspeed."))
+
+
+def _device(local_rank: int) -> torch.device:
+    """The device of this rank; `DS_ACCELERATOR=cpu` keeps it off a GPU that is there, as
+    it does DeepSpeed."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    return torch.device(accelerator.type, local_rank)
+
+
+def _meet(hang_timeout: float) -> dist.Store:
+    """Waits until every rank has come; a connection to the store over which they met.
+
+    With a time limit of its own: a rank that died on its way here leaves nothing behind
+    that the others could notice.
+    """
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=hang_timeout)))
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).strip().splitlines()[0]
+        raise RunStopped(
+            EXIT_RANK_LOST,
+            f"error: rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} ranks did not "
+            f"meet at {where} "
+            f"within {hang_timeout:g} s ({reason})",
+        ) from None
+    return dist.PrefixStore("dsvae", store)
+
+
+def _lend_environment() -> dict[str, str | None]:
+    """Sets the variables of a run of one process, which DeepSpeed reads; what they were
+    before."""
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    before = {name: os.environ.get(name) for name in alone}
+    _set_environment(alone)
+    return before
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

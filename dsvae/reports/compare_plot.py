@@ -1,0 +1,110 @@
+"""rec against kl, a point a run."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+
+from dsvae.metrics.catalog import number
+from dsvae.reports.compare import Comparison
+from dsvae.reports.figures import COLOR, STYLE, new_figure, short, svg
+from dsvae.reports.runs import Run
+
+_LINES = 9
+"""Lines of equal rec + kl."""
+_NEAR = 0.025
+"""Share of an axis within which two numbers would lie on each other."""
+
+
+def plot(found: Comparison) -> str | None:
+    """The plot as SVG, None where no run has both values. A model without a latent
+    stands at kl 0.
+
+    KL is not trained in phase 1 and is many times that of phase 2 there: its runs are
+    drawn only if there are no others.
+    """
+    runs = [
+        run
+        for run in found.runs
+        if "rec" in run.metrics and ("kl" in run.metrics or not run.latent)
+    ]
+    runs = [run for run in runs if run.phase == 2] or runs
+    if not runs:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(8.4, max(4.0, 0.6 + 0.26 * len(runs)))
+        points = [(run.metrics.get("kl", 0.0), run.metrics["rec"]) for run in runs]
+        for index, (run, (kl, rec)) in enumerate(zip(runs, points, strict=True), 1):
+            marker, face = "o" if run.latent else "D", COLOR if run.split == "test" else "none"
+            label = f"{index}  {short(run.name, 28)}: {_about(run)}"
+            axes.plot(
+                kl,
+                rec,
+                marker=marker,
+                markersize=6,
+                color=COLOR,
+                markerfacecolor=face,
+                linestyle="none",
+                label=label,
+            )
+        axes.margins(0.12)
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        totals = np.linspace(left + low, right + high, _LINES + 2)[1:-1]
+        for total in totals:
+            axes.plot(
+                [left, right],
+                [total - left, total - right],
+                color="black",
+                alpha=0.12,
+                linewidth=0.8,
+                zorder=0,
+            )
+        axes.set_xlim(left, right)
+        axes.set_ylim(low, high)
+        for members in _together(points, right - left, high - low):
+            where = points[members[0]]
+            label = ", ".join(str(index + 1) for index in members)
+            axes.annotate(label, where, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.set_xlabel("kl (nats/sentence)")
+        axes.set_ylabel("rec (nats/sentence)")
+        about = "down and left is better; along a line rec + kl is the same"
+        axes.set_title(
+            about
+            + (
+                "; hollow: not final, on validation" if any(r.split != "test" for r in runs) else ""
+            ),
+            fontsize=8,
+        )
+        axes.legend(
+            fontsize=7.5,
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.0),
+            frameon=False,
+            handletextpad=0.2,
+        )
+        return svg(figure)
+
+
+def _together(points: list[tuple[float, float]], width: float, height: float) -> list[list[int]]:
+    """Indices of points so close together that one label serves them: each with the
+    first that is near."""
+    groups: list[list[int]] = []
+    for index, (x, y) in enumerate(points):
+        near = (
+            g
+            for g in groups
+            if max(abs(points[g[0]][0] - x) / width, abs(points[g[0]][1] - y) / height) < _NEAR
+        )
+        group = next(near, None)
+        if group is None:
+            groups.append([index])
+        else:
+            group.append(index)
+    return groups
+
+
+def _about(run: Run) -> str:
+    if not run.latent:
+        return "no latent"
+    parts = [f"{name} {number(run.metrics[name])}" for name in ("mi", "au") if name in run.metrics]
+    return ", ".join(parts)

@@ -1,0 +1,357 @@
+"""From a model directory and a file of sentences to everything that is known about the
+model.
+
+Every rank loads the model and takes its share of every pass; what follows from the
+passes (scores, plots, files) rank 0 does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import numpy as np
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dsvae import pretrained
+from dsvae.config import DataConfig
+from dsvae.data import grammar
+from dsvae.data.noise import LATENT
+from dsvae.errors import UserError
+from dsvae.files import make_writable, write_json
+from dsvae.generation.sentence_vae import check_seed
+from dsvae.metrics import passes
+from dsvae.metrics.disentanglement import disentanglement
+from dsvae.metrics.evaluate import (
+    Measured,
+    add,
+    against_entropy,
+    importance_weighted,
+    measure,
+    summarize,
+    warnings_of,
+)
+from dsvae.metrics.information import active_unit_curve
+from dsvae.metrics.probes import probe
+from dsvae.metrics.reconstruction import compare, reconstruct
+from dsvae.metrics.text import samples as text_samples
+from dsvae.modeling.families import ACTIVE, Distribution, Family
+from dsvae.modeling.t5_vae import T5VAE
+from dsvae.parallel.world import World, joined
+from dsvae.reports import sentences
+from dsvae.reports.html import write_report
+from dsvae.reports.projector import write_projector
+from dsvae.reports.sentences import Sentences
+from dsvae.reports.table import table
+
+SHOWN = 20
+"""Reconstructions and prior samples in the report."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_sentences` found."""
+
+    metrics: dict[str, Any]
+    """Of metrics.json, the same on every rank."""
+    measured: Measured
+    pairs: list[tuple[str, str]]
+    """(sentence as the user wrote it, greedy reconstruction of its posterior mean)."""
+    prior: list[str]
+    """Greedy sentences of z from the prior."""
+
+
+def evaluate_model(
+    model_dir: str,
+    test_file: str | None = None,
+    labels_file: str | None = None,
+    output: str | None = None,
+    samples: int = 1,
+    iw_samples: int | None = None,
+    batch_tokens: int = 16384,
+    text_column: str = "text",
+    max_tokens: int | None = None,
+    seed: int = passes.EVALUATION_SEED,
+) -> dict[str, Any]:
+    """Measures a finished model on sentences, prints a table, and writes metrics.json,
+    report.html and the projector's files.
+
+        from dsvae.reports.evaluation import evaluate_model
+        metrics = evaluate_model("runs/yelp/model", "test.txt", "test.labels")
+        print(metrics["elbo"], "+-", metrics["se"]["elbo"])
+
+    Under deepspeed, torchrun or srun every process calls it: the work is shared out,
+    rank 0 prints and writes.
+
+    Args:
+        model_dir: as a run exported it (`output_dir/model`), or a hub id.
+        test_file: sentences, one a line (or .jsonl, .csv, .parquet with `text_column`).
+            None: 5,000 sentences of the built-in corpus, whose factors are known.
+        labels_file: one label a line for the lines of test_file; any strings. Adds
+            probes.
+        output: directory to write into. None: `evaluation` in model_dir, in the current
+            directory for a hub id.
+        samples: z drawn a sentence for the ELBO.
+        iw_samples: k of the importance-weighted bound, at least 1. None: not computed.
+        batch_tokens: most padded tokens of one forward pass on one rank; changes the
+            speed only.
+        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated
+            and counted. None: as in its training; 64 for a model that does not say.
+        seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
+
+    Returns: the metrics, on every rank: names and units as in the table; a standard
+        error over sentences in `se` for every mean.
+
+    Raises:
+        UserError: on every rank, before anything is written.
+    """
+    _check(samples, iw_samples, batch_tokens, max_tokens, seed)
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    with joined() as world:
+        model, tokenizer = _main_first(world, lambda: pretrained.load(model_dir))
+        limit = max_tokens or model.config.max_tokens or DataConfig.max_tokens
+        text = _main_first(
+            world, lambda: sentences.read(test_file, labels_file, text_column, tokenizer, limit)
+        )
+        if model.config.latent_dim:
+            world.run_on_rank0(lambda: sentences.check_factors(text))
+        directory = _default_output(model_dir) if output is None else Path(output).expanduser()
+        world.run_on_rank0(lambda: make_writable(directory, "--output"))
+        nn.Module.to(model, world.device)  # transformers' own `to` has lost its annotation
+        found = evaluate_sentences(
+            model,
+            tokenizer,
+            text,
+            world,
+            samples=samples,
+            iw_samples=iw_samples,
+            token_budget=batch_tokens,
+            max_tokens=limit,
+            seed=seed,
+        )
+        found.metrics["model"] = str(model_dir)
+        world.run_on_rank0(lambda: _write(directory, found, text))
+        return found.metrics
+
+
+def evaluate_sentences(
+    model: T5VAE,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Sentences,
+    world: World,
+    *,
+    samples: int,
+    iw_samples: int | None,
+    token_budget: int,
+    max_tokens: int,
+    seed: int,
+) -> Evaluation:
+    """All measurements of a model on sentences; writes nothing. Collective. Arguments
+    as in `evaluate_model`."""
+    split = text.split
+    measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
+    metrics = summarize(measured, split)
+    if iw_samples:
+        options: dict[str, Any] = {"count": iw_samples, "token_budget": token_budget, "seed": seed}
+        add(metrics, importance_weighted(model, split, measured.posterior, world, **options))
+    pairs: list[tuple[str, str]] = []
+    prior: list[str] = []
+    if model.config.latent_dim:
+        metrics["au_curve"] = active_unit_curve(measured.posterior)
+        decoded = reconstruct(
+            model,
+            split,
+            measured.posterior.point,
+            world,
+            token_budget=token_budget,
+            max_tokens=max_tokens,
+        )
+        add(metrics, world.run_on_rank0(lambda: compare(split, text.texts, decoded, tokenizer)))
+        shown = np.argsort(split.content_keys)[:SHOWN]
+        pairs, prior = text_samples(
+            model, split.select(shown), tokenizer, world, len(shown), max_tokens
+        )
+        pairs = [(text.texts[i], found) for i, (_, found) in zip(shown, pairs, strict=True)]
+        noise = passes.noise_of(split.content_keys, LATENT, 0, model.family.noise_width, seed)
+        draws = measured.posterior.sample(noise)
+        metrics |= world.run_on_rank0(
+            lambda: _use_of_latents(model.family, measured.posterior, draws, text, seed)
+        )
+    metrics |= {"unk": text.counts["unk"], "skipped_blank": text.counts["skipped_blank"]}
+    known = None if text.factors is None else grammar.ENTROPY
+    metrics |= against_entropy(metrics, known, text.counts["unk"])
+    metrics |= {
+        "latent_dim": model.config.latent_dim,
+        "source": text.source,
+        "max_tokens": max_tokens,
+        "precision": "fp32",
+        "evaluator": f"dsvae {version('dsvae')}",
+        "estimators": _estimators(samples, iw_samples, model.config.latent_dim),
+        "policies": _policies(max_tokens, tokenizer.is_fast),
+    }
+    metrics["warnings"] = warnings_of(metrics, measured)
+    if metrics.get("disentanglement", 0) is None and not model.family.continuous:
+        metrics["warnings"].append(
+            "the scores of disentanglement are null: they compare dimensions, and this model's "
+            "latent has categories"
+        )
+    if not metrics["au"] and ("probes" in metrics or "disentanglement" in metrics):
+        metrics["warnings"].append(
+            "no unit of z is active: there is nothing to probe, and the probes and the scores of "
+            "disentanglement are null"
+        )
+    return Evaluation(metrics, measured, pairs, prior)
+
+
+def _use_of_latents(
+    family: Family, posterior: Distribution, draws: Tensor, text: Sentences, seed: int
+) -> dict[str, Any]:
+    """Probes for every label, and disentanglement where the factors are known, from the
+    active units; null where there are none.
+
+    The scores of disentanglement compare dimensions of z. The columns of one categorical
+    variable would compete with each other, so they are null for categories.
+
+    Args:
+        posterior: q(z|x) of N sentences.
+        draws: (N, Z), one draw of each.
+    """
+    active = (posterior.activity() > ACTIVE).numpy()
+    # of a family with several numbers per unit, they stand side by side
+    dimensions = np.flatnonzero(np.repeat(active, draws.shape[1] // len(active)))
+    means, drawn = (z.double().numpy()[:, dimensions] for z in (posterior.point, draws))
+    # What is drawn below follows the order of the rows: make it one of the content.
+    keys, hashes = text.split.content_keys, text.split.hashes
+    found: dict[str, Any] = {}
+    if text.labels and not len(dimensions):
+        found["probes"] = dict.fromkeys(text.labels)
+    elif text.labels:
+        # Equal sentences have the same posterior. Which of their labels has which of
+        # their draws must not depend on the order of the file either.
+        drawn_in_order = drawn[np.lexsort((keys, hashes))]
+        found["probes"] = {}
+        for name, values in text.labels.items():
+            order = np.lexsort((values, hashes))
+            found["probes"][name] = probe(
+                means[order], drawn_in_order, values[order], hashes[order], seed
+            )
+    if text.factors is not None:
+        names, order = list(grammar.FACTORS), np.argsort(keys)
+        found["disentanglement"] = (
+            {
+                **disentanglement(means[order], drawn[order], text.factors[order], names, seed),
+                "dimensions": dimensions.tolist(),
+            }
+            if len(dimensions) and family.continuous
+            else None
+        )
+    return found
+
+
+def _estimators(samples: int, iw_samples: int | None, latent_dim: int) -> dict[str, str]:
+    """Which estimator each likelihood is of."""
+    if latent_dim == 0:
+        return {
+            "rec, ppl_token, ppl_word, bits_per_byte": (
+                "log p(x) itself: a language model has no latent to bound it over"
+            )
+        }
+    drawn = (
+        f"ELBO with closed-form KL and {samples} sample(s) of z a sentence (Kingma & Welling 2014)"
+    )
+    found = {
+        "elbo, ppl_token, ppl_word, bits_per_byte": (
+            f"{drawn}: log p(x) from below, perplexities from above"
+        )
+    }
+    if iw_samples:
+        found["nll_iw, ppl_token_iw, ppl_word_iw, bits_per_byte_iw"] = (
+            f"importance-weighted bound with k = {iw_samples} (Burda et al. 2016): tighter, of "
+            f"the same direction"
+        )
+    return found
+
+
+def _policies(max_tokens: int, offsets: bool) -> dict[str, str]:
+    """What was counted, in words."""
+    return {
+        "end of sentence": (
+            "EOS is predicted: it is in every likelihood, is one of the tokens, and counts as "
+            "one more word and one more byte in ppl_word and bits_per_byte"
+        ),
+        "truncation": (
+            f"sentences over {max_tokens} tokens (EOS included) are cut to {max_tokens}, EOS "
+            "last, and counted in truncated; words and bytes are those of the text that is left"
+        ),
+        "unknown": (
+            "tokens outside the vocabulary are predicted as one unknown piece and counted in "
+            "unk: with many of them likelihoods are too good, and compare only between models "
+            "with the same tokenizer"
+        ),
+        "reconstruction": (
+            "exact_match, bleu and chrf compare with the sentence as it stands in the source; "
+            + (
+                "of a truncated one, with its text up to the end of the last token"
+                if offsets
+                else "of a truncated one, with its tokens decoded, since this tokenizer does not "
+                "say where in the text they end"
+            )
+        ),
+        "blank": "blank lines are skipped and counted in skipped_blank",
+        "standard errors": (
+            "over sentences: deviation / sqrt(N); for ratios and perplexities by linearization "
+            "(delta method)"
+        ),
+    }
+
+
+def _default_output(model_dir: str) -> Path:
+    """`evaluation` in the model's directory. A hub model has none: one of its name,
+    made here, would hide it from then on."""
+    directory = Path(model_dir).expanduser()
+    return directory / "evaluation" if directory.is_dir() else Path("evaluation")
+
+
+def _main_first(world: World, load: Callable[[], T]) -> T:
+    """`load()` on every rank, on rank 0 first. A UserError of any rank is everyone's.
+    The result stays where it was made."""
+    box: list[T] = []
+    world.run_on_rank0(lambda: box.append(load()))
+    return world.run_on_all(lambda: box[0] if world.is_main else load())
+
+
+def _check(
+    samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: int | None, seed: int
+) -> None:
+    numbers = {"samples": (samples, 1), "batch_tokens": (batch_tokens, 1), "seed": (seed, 0)}
+    if iw_samples is not None:
+        numbers["iw_samples"] = (iw_samples, 1)
+    if max_tokens is not None:
+        numbers["max_tokens"] = (max_tokens, 2)
+    for name, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"--{name} {value}: give a whole number of at least {least}")
+    check_seed(seed)
+
+
+def _write(directory: Path, found: Evaluation, text: Sentences) -> None:
+    """Everything that is left behind; metrics.json last, so that it says that all is
+    there."""
+    write_projector(directory / "projector", found.measured.posterior, text)
+    write_report(
+        directory / "report.html", found.metrics, found.measured, text, found.pairs, found.prior
+    )
+    write_json(directory / "metrics.json", {"test": found.metrics})
+    print(table(found.metrics))
+    print(f"\nreport       {directory / 'report.html'}\nmetrics      {directory / 'metrics.json'}")
+    if found.metrics["latent_dim"]:
+        print(f"projector    tensorboard --logdir {directory / 'projector'}")

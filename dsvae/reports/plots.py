@@ -1,0 +1,171 @@
+"""The report's plots, as SVG."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+
+from dsvae.metrics.evaluate import Measured
+from dsvae.modeling.families import ACTIVE
+from dsvae.reports.figures import COLOR, STYLE, legend, new_figure, short, svg
+from dsvae.reports.sentences import Sentences
+
+POINTS = 5_000
+"""Sentences in a scatter."""
+ENOUGH = 10
+"""Sentences of one length whose mean is worth a point."""
+CLASSES = 10
+"""Most labels that colours can tell apart."""
+
+
+def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[str, str]:
+    """Title -> SVG. A model without a latent has the plot of the lengths alone."""
+    chosen = np.argsort(text.split.content_keys)[:POINTS]
+    with matplotlib.rc_context(STYLE):
+        found = {
+            "Length against rec": _lengths(text.split.lengths[chosen], measured.rec.numpy()[chosen])
+        }
+        if metrics["latent_dim"]:
+            found = {
+                "KL per dimension": _kl(metrics["kl_per_dim"]),
+                "Active units over thresholds": _active_units(
+                    metrics["au_curve"], metrics["latent_dim"]
+                ),
+                "Latents": _latents(
+                    measured.posterior.point.numpy()[chosen], *_colours(metrics, text, chosen)
+                ),
+            } | found
+        if scores := metrics.get("disentanglement"):
+            names = list(scores["per_factor"])
+            found["Information about the factors"] = _matrix(
+                np.array(scores["information"]), names, scores["dimensions"]
+            )
+        return found
+
+
+def _kl(kl: list[float]) -> str:
+    figure, axes = new_figure()
+    ordered = sorted(range(len(kl)), key=lambda d: -kl[d])
+    axes.bar(range(len(kl)), [kl[d] for d in ordered], color=COLOR)
+    step = max(1, len(kl) // 32)
+    axes.set_xticks(
+        range(0, len(kl), step), [str(ordered[i]) for i in range(0, len(kl), step)], fontsize=7
+    )
+    axes.set_xlabel("dimension of z, by its KL")
+    axes.set_ylabel("KL (nats)")
+    axes.grid(axis="x", visible=False)
+    return svg(figure)
+
+
+def _active_units(curve: dict[str, list], dims: int) -> str:
+    figure, axes = new_figure()
+    axes.step(curve["threshold"], curve["units"], where="post", color=COLOR)
+    axes.axvline(ACTIVE, color="black", linestyle=":", linewidth=1)
+    axes.annotate(
+        f"au, at {ACTIVE}",
+        (ACTIVE, 0),
+        xytext=(4, 6),
+        textcoords="offset points",
+        fontsize=8,
+    )
+    axes.set_xscale("log")
+    axes.set_ylim(0, dims * 1.05)
+    axes.set_xlabel("threshold on Var[E q(z|x)]")
+    axes.set_ylabel(f"active units, of {dims}")
+    return svg(figure)
+
+
+def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> str:
+    figure, axes = new_figure()
+    axes.scatter(lengths, rec, s=5, alpha=0.25, linewidths=0, color=COLOR, rasterized=True)
+    values, counts = np.unique(lengths, return_counts=True)
+    common = values[counts >= ENOUGH]
+    if len(common):
+        label = f"mean, where {ENOUGH} sentences or more"
+        axes.plot(
+            common,
+            [rec[lengths == length].mean() for length in common],
+            color="black",
+            linewidth=1,
+            label=label,
+        )
+        axes.legend(frameon=False)
+    axes.set_xlabel("tokens, EOS included")
+    axes.set_ylabel("rec (nats)")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return svg(figure)
+
+
+def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
+    """The first two principal components of the posterior means, coloured by a label
+    or, where numbers, by a number."""
+    figure, axes = new_figure()
+    components = min(2, *means.shape)
+    pca = PCA(components).fit(means)
+    xy = pca.transform(means)
+    if components == 1:
+        xy = np.stack([xy[:, 0], np.zeros(len(xy))], axis=1)
+    style: dict[str, Any] = {"s": 7, "alpha": 0.5, "linewidths": 0, "rasterized": True}
+    if values.dtype.kind in "iuf":
+        points = axes.scatter(xy[:, 0], xy[:, 1], c=values, cmap="viridis", **style)
+        points.set_clim(vmax=np.quantile(values, 0.99))
+        figure.colorbar(ScalarMappable(points.norm, points.cmap), ax=axes, label=name)
+    else:
+        labels = np.unique(values).tolist()
+        drawn = [
+            axes.scatter(*xy[values == label].T, color=f"C{index}", **style)
+            for index, label in enumerate(labels)
+        ]
+        look: dict[str, Any] = {
+            "markerscale": 2.5,
+            "fontsize": 8,
+            "loc": "upper left",
+            "frameon": False,
+        }
+        legend(
+            axes,
+            drawn,
+            [short(label) for label in labels],
+            title=name,
+            bbox_to_anchor=(1.0, 1.0),
+            **look,
+        )
+    axes.set_xlabel(f"PC 1 ({pca.explained_variance_ratio_[0]:.1%} of the variance)")
+    axes.set_ylabel(f"PC 2 ({pca.explained_variance_ratio_[1]:.1%})" if components == 2 else "")
+    return svg(figure)
+
+
+def _colours(
+    metrics: dict[str, Any], text: Sentences, chosen: NDArray[np.intp]
+) -> tuple[str, NDArray]:
+    """The label that the linear probe reads best, of those with few enough classes;
+    else the length."""
+    probes = {
+        name: found
+        for name, found in metrics.get("probes", {}).items()
+        if found is not None and len(np.unique(text.labels[name])) <= CLASSES
+    }
+    if not probes:
+        return "tokens", text.split.lengths[chosen]
+    best = max(probes, key=lambda name: probes[name]["linear"] - probes[name]["majority"])
+    return best, text.labels[best][chosen]
+
+
+def _matrix(information: NDArray[np.float64], names: list[str], dimensions: list[int]) -> str:
+    """I(z_i; v_k): one row per factor, one column per dimension of an active unit."""
+    figure, axes = new_figure()
+    image = axes.imshow(information.T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+    axes.set_yticks(range(len(names)), names)
+    shown = range(0, len(dimensions), max(1, len(dimensions) // 32))
+    axes.set_xticks(shown, [str(dimensions[i]) for i in shown], fontsize=7)
+    axes.set_xlabel("dimension of z, active units alone")
+    axes.grid(visible=False)
+    figure.colorbar(image, label="I(z_i; factor) (nats)")
+    return svg(figure)

@@ -1,0 +1,367 @@
+"""What a run has left in its output directory: settings, how far it has come, its
+newest numbers.
+
+Only reads, and takes no lock: a run may be alive while it is looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dsvae import config as configuration
+from dsvae.config import RESUMABLE, RunConfig, flatten, to_tree
+from dsvae.engine import checkpoint
+from dsvae.errors import UserError
+
+USE = "rec_shuffled-rec"
+"""What another sentence's z costs: the one metric here that metrics.json does not
+name."""
+_OF_THE_LATENT = (
+    "kl",
+    "mi",
+    "mi_upper",
+    "mi_cap",
+    "mi_sentences",
+    "mi_posteriors",
+    "marginal_kl",
+    "au",
+    "rec_shuffled",
+    "rec_prior",
+    USE,
+)
+# Settings of a run that say nothing about what it learns; ds_config is a path, whose
+# content is compared.
+_NO_SETTINGS = {*RESUMABLE, "ds_config"} - {"phase"}
+
+
+@dataclass
+class Run:
+    """One output directory."""
+
+    directory: Path
+    name: str
+    """The directory's name, with as much of its path as tells it from the others."""
+    state: str = "failed to read"
+    """finished, finished (phase 1 only), phase P at step I of N (I from 1 within the
+    phase), not started, or failed to read."""
+    config: RunConfig | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Dotted name -> value of what decides the outcome, with the content of
+    ds_config.json under `ds_config.`. Fields that the run does not read (those of a
+    phase that it leaves out) are not in it."""
+    split: Literal["test", "valid"] | None = None
+    """What the metrics were measured on: test is final; valid is the newest validation
+    so far; None: there are none."""
+    step: int | None = None
+    """The step of the validation, on the run's one axis of optimizer steps."""
+    phase: int | None = None
+    """The phase that the metrics belong to."""
+    latent: bool = True
+    """Whether the model has a latent."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Every finite number of the evaluation, standard errors as `se.NAME`; without a
+    latent none that speak of one."""
+    tokenizer: str | None = None
+    """A hash of the run's tokenizer; None: there is none to read."""
+    warnings: list[str] = field(default_factory=list)
+    """What the evaluation itself says of its numbers, a line each."""
+    problems: list[str] = field(default_factory=list)
+    """What could not be read, a line each."""
+
+    def source(self) -> str | None:
+        """What decides the sentences of `split` besides the text files, None where
+        nothing does."""
+        if self.config is None:
+            return None
+        data, seed = self.config.data, self.config.seed
+        if data.dataset is not None:
+            return f"data set {data.dataset}"
+        if data.train_file is None:
+            return (
+                f"built-in corpus of {data.builtin_size:,}, seed {data.builtin_seed}, held out "
+                f"with seed {seed}"
+            )
+        given = data.test_file if self.split == "test" else data.valid_file
+        return None if given is not None else f"held out with seed {seed}"
+
+
+def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The output directories that the words of a command line name, each once, and the
+    words that name files instead.
+
+    A directory that is no run stands for the runs one level down. An earlier
+    comparison, which `runs/*` names too, is left out.
+
+    Raises:
+        UserError: no such directory, or nothing in it is a run.
+    """
+    found: list[Path] = []
+    files = []
+    for word in words:
+        path = Path(word).expanduser()
+        if not path.exists():
+            raise UserError(f"{word}: no such directory; give output directories of runs")
+        if not path.is_dir():
+            files.append(word)
+        elif is_run(path):
+            found.append(path)
+        elif not (path / "comparison.json").is_file():
+            try:
+                inside = [child for child in path.iterdir() if child.is_dir() and is_run(child)]
+            except OSError as error:
+                raise UserError(
+                    f"{word}: {error.strerror}; give directories that can be read"
+                ) from None
+            if not inside:
+                raise UserError(
+                    f"nothing in {word} is a run (no config.yaml in it or one level down): give "
+                    f"output directories"
+                )
+            found += sorted(inside, key=lambda child: _natural(child.name))
+    if not found:
+        raise UserError(
+            f"{', '.join(words[:3]) or 'nothing'}: no directories of runs; give the output "
+            f"directories themselves"
+        )
+    once: dict[Path, Path] = {}
+    for path in found:
+        once.setdefault(path.resolve(), path)
+    return list(once.values()), files
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run has claimed a directory; one that ended before it wrote anything
+    has left its lock."""
+    return any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl", ".lock"))
+
+
+def read_runs(directories: Sequence[Path]) -> list[Run]:
+    """What lies in each of the directories; what cannot be read is told in the runs and
+    raises nothing."""
+    whole = [Path(os.path.abspath(directory)) for directory in directories]
+    common = os.path.commonpath([path.parent for path in whole])
+    return [
+        _read(directory, os.path.relpath(path, common))
+        for directory, path in zip(directories, whole, strict=True)
+    ]
+
+
+def _read(directory: Path, name: str) -> Run:
+    run = Run(directory, name)
+    _read_settings(run)
+    run.tokenizer = _tokenizer(directory / "tokenizer")
+    rows = _Rows(directory / "metrics.jsonl", run.problems)
+    done = _done(run, rows)
+    final = _final(run)
+    if final is not None:
+        run.state, run.split, run.phase = "finished", "test", 2
+        _take(run, final)
+        return run
+    if rows.valid is not None:
+        run.split, run.step, run.phase = "valid", rows.valid["step"], rows.valid["phase"]
+        _take(run, rows.valid)
+    if (directory / "metrics.json").exists():
+        return run
+    if run.config is None:
+        if not run.problems and not rows.last and not done:
+            run.state = "not started"
+        elif not (directory / "config.yaml").exists():
+            run.problems.append("no config.yaml in it")
+        return run
+    run.state = _state(run.config, directory, done)
+    return run
+
+
+def _read_settings(run: Run) -> None:
+    path = run.directory / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        run.config = configuration.build(configuration.load_tree(str(path)), where=path.name)
+    except (UserError, OSError) as error:
+        run.problems.append(describe_error(error, path))
+        return
+    found = flatten(to_tree(run.config))
+    unread = _unread(run.config)
+    run.settings = {
+        name: value
+        for name, value in found.items()
+        if name not in _NO_SETTINGS and value != {} and not name.startswith(unread)
+    }
+    path = run.directory / "ds_config.json"
+    if path.exists():
+        try:
+            run.settings |= flatten(json.loads(path.read_bytes()), "ds_config.")
+        except (OSError, ValueError, AttributeError) as error:
+            run.problems.append(describe_error(error, path))
+
+
+def _unread(config: RunConfig) -> tuple[str, ...]:
+    """Beginnings of the names of the fields that a run does not read, whatever they
+    hold."""
+    names = {"1": ["phase2."], "2": ["phase1."], "all": []}[config.phase]
+    if config.data.train_file is not None or config.data.dataset is not None:
+        names.append("data.builtin_")
+    if config.model.injection == "none":
+        names += ["model.latent_dim", "model.pooling", "phase2.beta.", "phase2.free_bits"]
+    if config.model.injection in ("none", "embedding"):
+        names.append("model.memory_slots")
+    return tuple(names)
+
+
+class _Rows:
+    """metrics.jsonl, read once: its last row of training or validation, the newest
+    validation, the last step of each phase."""
+
+    def __init__(self, path: Path, problems: list[str]) -> None:
+        self.last: dict[str, Any] | None = None
+        self.valid: dict[str, Any] | None = None
+        self.steps: dict[int, int] = {}
+        """Phase -> its last step, on the run's one axis."""
+        damaged = []
+        try:
+            with path.open("rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if not self._add(line):
+                        damaged.append((number, line))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            problems.append(describe_error(error, path))
+        if damaged and not damaged[-1][1].endswith(b"\n"):
+            damaged.pop()  # the line that a live run is writing, or was when it was cut
+        if damaged:
+            problems.append(
+                f"{path.name}: {len(damaged)} line(s) cannot be read, the first is line "
+                f"{damaged[0][0]}"
+            )
+
+    def _add(self, line: bytes) -> bool:
+        try:
+            row = json.loads(line)
+            if row["split"] in ("train", "valid"):
+                self.steps[int(row["phase"])] = int(row["step"])
+                self.last = row
+                if row["split"] == "valid":
+                    self.valid = row
+        except (ValueError, KeyError, TypeError):
+            return not line.strip()
+        return True
+
+
+def _final(run: Run) -> dict[str, Any] | None:
+    """The final evaluation, None where there is none or where it cannot be read."""
+    path = run.directory / "metrics.json"
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        if (
+            not isinstance(found, dict)
+            or not isinstance(found.get("test"), dict)
+            or "rec" not in found["test"]
+        ):
+            raise ValueError("no final evaluation in it")
+        return found["test"]
+    except (OSError, ValueError) as error:
+        run.problems.append(describe_error(error, path))
+        return None
+
+
+def _take(run: Run, evaluation: dict[str, Any]) -> None:
+    """Puts the numbers of an evaluation into the run."""
+    run.latent = evaluation.get("kl_per_dim") != [] and evaluation.get("latent_dim") != 0
+    found = {
+        name: value
+        for name, value in flatten(evaluation).items()
+        if _is_number(value) and name not in ("step", "phase")
+    }
+    if "rec_shuffled" in found and "rec" in found:
+        found[USE] = found["rec_shuffled"] - found["rec"]
+    if not run.latent:
+        found = {
+            name: value
+            for name, value in found.items()
+            if name.removeprefix("se.") not in _OF_THE_LATENT
+        }
+    run.metrics = found
+    told = evaluation.get("warnings", [])
+    run.warnings = [str(line) for line in told] if isinstance(told, list) else []
+
+
+def _done(run: Run, rows: _Rows) -> dict[int, int]:
+    """Phase -> the last step within it that the logged rows or the complete checkpoints
+    know of."""
+    done = dict(rows.steps)
+    if 2 in done:
+        done[2] -= _before_phase2(run, rows)
+    for saved in checkpoint.find(run.directory / "checkpoints"):
+        done[saved.phase] = max(saved.step, done.get(saved.phase, 0))
+    return done
+
+
+def _before_phase2(run: Run, rows: _Rows) -> int:
+    """The steps that phase 2 counts on behind."""
+    if run.config is None:
+        return rows.steps.get(1, 0)
+    steps = run.config.phase1.steps
+    # A phase 1 that came before leaves rows or weights, here or in the run that this
+    # one went on from.
+    places = (run.directory, Path(run.config.resume))
+    before = 1 in rows.steps or any((place / "phase1" / "model").is_dir() for place in places)
+    return steps if before or rows.steps[2] > run.config.phase2.steps else 0
+
+
+def _state(config: RunConfig, directory: Path, done: dict[int, int]) -> str:
+    """How far a run has come whose final evaluation is not there."""
+    between = (directory / "phase1" / "model").is_dir()
+    if config.phase == "1" and between:
+        return "finished (phase 1 only)"
+    if config.phase != "1" and (2 in done or between):
+        return f"phase 2 at step {done.get(2, 0):,} of {config.phase2.steps:,}"
+    return f"phase 1 at step {done[1]:,} of {config.phase1.steps:,}" if 1 in done else "not started"
+
+
+def _tokenizer(directory: Path) -> str | None:
+    """A hash of what a tokenizer does: of its pieces and rules, not of how they were
+    written down."""
+    digest = hashlib.sha256()
+    try:
+        if (directory / "tokenizer.json").is_file():
+            rules = json.loads((directory / "tokenizer.json").read_bytes())
+            # the file's, and those of the last call
+            for name in ("version", "truncation", "padding"):
+                rules.pop(name, None)
+            digest.update(json.dumps(rules, sort_keys=True).encode())
+        else:  # ByT5 has no vocabulary
+            digest.update((directory / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError, AttributeError):
+        return None
+    return digest.hexdigest()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def describe_error(error: Exception, path: Path) -> str:
+    """One line on a file that cannot be read."""
+    if isinstance(error, UserError):
+        return str(error)
+    reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+    return f"{path.name} cannot be read: {reason}"
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """A key by which run2 comes before run10."""
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
+    ]

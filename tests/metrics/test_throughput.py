@@ -1,0 +1,155 @@
+"""Operations, memory and speed, against torch's own count of operations and the
+kernel's of memory."""
+
+import numpy as np
+import pytest
+import torch
+from small_models import make_vae
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsvae.data.batches import Step, collate
+from dsvae.engine.weights import freeze_decoder
+from dsvae.metrics import throughput
+from dsvae.metrics.throughput import ModelFlops, Speed, peak_flops, peak_memory
+
+SOURCE, TARGET = 7, 9
+"""Tokens of every sentence on the encoder's side, some of them deleted, and on the
+decoder's."""
+
+
+def batch_of(source, target, latent_dim, weight=None):
+    """Sentences of the given numbers of tokens."""
+    count = len(target)
+    return collate(
+        [np.full(length, 5) for length in target],
+        pad_id=0,
+        noise=np.zeros((count, latent_dim), np.float32),
+        weight=np.array([1] * count if weight is None else weight, np.float32),
+        indices=np.arange(count),
+        encoder_rows=[np.full(length, 5) for length in source],
+    )
+
+
+def counted_by_torch(model, batch):
+    """Of a forward and backward pass through everything that the loss is made of. The
+    plain kernel of attention: torch does not count the others on every device."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=batch.noise)
+        loss = out.logits.logsumexp(-1).sum()
+        if model.config.latent_dim:
+            loss = loss + model.family.of(out.posterior_parameters).kl(model.prior()).sum()
+        loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+@pytest.mark.parametrize("injection", ["memory", "embedding", "both", "none"])
+@pytest.mark.parametrize("kind", ["t5 v1.0", "t5 v1.1", "umt5"])
+def test_everything_trains(kind, injection, pooling):
+    model = make_vae(kind, injection=injection, pooling=pooling).train()
+    batch = batch_of([SOURCE] * 3, [TARGET] * 3, model.config.latent_dim)
+    assert ModelFlops.of(model).count(batch) == counted_by_torch(model, batch)
+
+
+@pytest.mark.parametrize("injection", ["memory", "embedding", "both"])
+def test_the_decoder_is_frozen(injection):
+    """Its weights have no gradient, but z has one through it. With z in the memory
+    slots alone, nothing needs the gradients of the first layer's queries and input;
+    the formula counts them all the same."""
+    model = make_vae(injection=injection).train()
+    freeze_decoder(model)
+    batch = batch_of([SOURCE] * 3, [TARGET] * 3, 6)
+    t5, slots, not_needed = model.config.t5, 2, 0
+    if injection == "memory":
+        width = t5.num_heads * t5.d_kv
+        projections, scores = 3 * t5.d_model * width, (TARGET + slots) * width
+        not_needed = 2 * TARGET * (projections + scores)
+    formula = ModelFlops.of(model).count(batch)
+    assert formula - 3 * not_needed == counted_by_torch(model, batch)
+    assert formula < ModelFlops.of(make_vae(injection=injection)).count(batch)
+
+
+def test_padding_and_fillers_are_no_work():
+    flops = ModelFlops.of(make_vae())
+    sizes = [(7, 9), (3, 4), (1, 2)]
+    alone = [flops.count(batch_of([source], [target], 6)) for source, target in sizes]
+    together = batch_of([7, 3, 1], [9, 4, 2], 6, weight=[1, 1, 0])
+    assert flops.count(together) == pytest.approx(alone[0] + alone[1], rel=1e-12)
+
+
+def test_weights_that_a_rank_does_not_hold_count():
+    """ZeRO 3 leaves a parameter empty, and its size beside it."""
+    model = make_vae()
+    whole = ModelFlops.of(model)
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    assert ModelFlops.of(model) == whole
+
+
+def test_speed_between_two_readings(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(throughput, "peak_flops", lambda precision: {"bf16": 1e9}[precision])
+    model = make_vae()
+    batch = batch_of([7, 3], [9, 4], 6)
+    of_the_batch = ModelFlops.of(model).count(batch)
+    speed = Speed(model, "bf16")
+    for _ in range(3):
+        # 26 tokens on two ranks, of which this one has two micro-batches
+        speed.count(Step([batch, batch], 8, 52))
+    clock[0] += 4.0
+    found = speed.read()
+    assert found["tokens_per_s"] == 3 * 52 / 4
+    assert found["flops_per_s"] == pytest.approx(6 * of_the_batch / 4)
+    assert found["mfu"] == pytest.approx(6 * of_the_batch / 4 / 1e9)
+    clock[0] += 1.0
+    assert speed.read()["tokens_per_s"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX A4000", None),  # no A40
+        ("NVIDIA A10G", None),  # no A10
+        ("Some Other 100", None),
+    ],
+)
+def test_the_peak_of_a_device(monkeypatch, name, teraflops):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert peak_flops("bf16") == (None if teraflops is None else teraflops * 1e12)
+    assert peak_flops("fp32") is None
+
+
+def test_no_peak_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert peak_flops("bf16") is None
+
+
+def test_peak_memory_is_what_the_kernel_says():
+    """On CPU the peak of the resident memory, which does not fall again."""
+    if torch.accelerator.is_available():
+        pytest.skip("a GPU's memory is counted by torch")
+    before = resident_peak()
+    held = torch.ones(50_000_000)  # 200 MB
+    del held
+    assert peak_memory() >= before
+    assert peak_memory() == pytest.approx(resident_peak(), rel=0.02)
+
+
+def resident_peak():
+    with open("/proc/self/status") as status:
+        (line,) = [line for line in status if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def test_peak_memory_of_a_gpu_is_that_of_its_allocator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 3_000_000_000)
+    assert peak_memory() == 3_000_000_000

@@ -1,0 +1,665 @@
+"""`dsvae compare`, on output directories written here by hand, and on those of real
+runs."""
+
+import csv
+import json
+import re
+
+import pytest
+import yaml
+from launch import CONFIGS, start, train
+
+import dsvae.reports.compare_plot as plot_module
+from dsvae.cli import main
+from dsvae.reports.compare import compare_runs
+
+TEXT = {"sentences": 100, "tokens": 1200, "words": 1000, "bytes": 5000, "truncated": 0}
+NO_LATENT = {
+    "kl": 0.0,
+    "elbo": -40.0,
+    "mi": 0.0,
+    "mi_cap": 4.605,
+    "marginal_kl": 0.0,
+    "au": 0,
+    "kl_per_dim": [],
+    "rec_shuffled": 40.0,
+}
+CONFIG = {
+    "ds_config": "somewhere/ds_config.json",
+    "data": {
+        "train_file": "data/train.txt",
+        "valid_file": "data/valid.txt",
+        "test_file": "data/test.txt",
+    },
+    "phase1": {"steps": 50},
+    "phase2": {"steps": 200},
+}
+
+
+def evaluation(rec=30.0, kl=10.0, **more):
+    """An evaluation as metrics.json and metrics.jsonl hold it."""
+    found = {
+        "rec": rec,
+        "kl": kl,
+        "elbo": -(rec + kl),
+        "ppl_token": 28.0,
+        "ppl_word": 38.2,
+        "bits_per_byte": 1.131,
+    }
+    found |= {
+        "mi": 3.5,
+        "mi_cap": 4.605,
+        "marginal_kl": kl - 3.5,
+        "au": 7,
+        "kl_per_dim": [kl / 2, kl / 2],
+    }
+    return found | {"rec_shuffled": rec + 12.5, "se": {"rec": 0.25, "kl": 0.125}} | TEXT | more
+
+
+def row(step, phase, split="train", **more):
+    return {
+        "step": step,
+        "phase": phase,
+        "split": split,
+        **(evaluation() if split != "train" else {"rec": 1.0}),
+        **more,
+    }
+
+
+def merged(base, more):
+    return base | {
+        k: merged(base.get(k, {}), v) if isinstance(v, dict) else v for k, v in more.items()
+    }
+
+
+def make(
+    directory, metrics=None, *, config=None, rows=(), saved=(), tokenizer="one", ds_config=None
+):
+    """An output directory after the contract: `metrics` is the final evaluation,
+    `saved` are (phase, step) of checkpoints."""
+    directory.mkdir(parents=True)
+    tree = merged(CONFIG, {"output_dir": str(directory), **(config or {})})
+    (directory / "config.yaml").write_text(yaml.safe_dump(tree))
+    if metrics is not None:
+        (directory / "metrics.json").write_text(json.dumps({"test": metrics}))
+    if rows:
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    for phase, step in saved:
+        complete = directory / "checkpoints" / f"phase{phase}-step{step:08d}" / "COMPLETE"
+        complete.parent.mkdir(parents=True)
+        complete.write_text("{}")
+    if tokenizer:
+        (directory / "tokenizer").mkdir()
+        rules = {"version": "1.0", "truncation": None, "model": {"vocab": [[tokenizer, -1.0]]}}
+        (directory / "tokenizer" / "tokenizer.json").write_text(json.dumps(rules))
+    if ds_config is not None:
+        (directory / "ds_config.json").write_text(json.dumps(ds_config))
+    return directory
+
+
+@pytest.fixture
+def compare(capsys, tmp_path):
+    """Runs the command: rows of the printed table as heading -> cell, all that was
+    printed, the written CSV and JSON."""
+
+    def call(*words, out=None):
+        out = out or tmp_path / "out"
+        assert main(["compare", *map(str, words), "--output", str(out)]) == 0
+        text = capsys.readouterr().out
+        lines = [
+            [c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in text.splitlines()
+            if line.startswith("| ")
+        ]
+        headings = [re.sub(r" [↓↑]$", "", heading) for heading in lines[0]]
+        table = {cells[0]: dict(zip(headings, cells, strict=True)) for cells in lines[2:]}
+        with (out / "comparison.csv").open(newline="") as file:
+            rows = {each["run"]: each for each in csv.DictReader(file)}
+        return table, text, rows, json.loads((out / "comparison.json").read_text())
+
+    return call
+
+
+@pytest.fixture
+def fail(capsys):
+    def call(*words):
+        assert main(["compare", *map(str, words)]) == 2
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if "passed over" not in line]
+        assert out == ""
+        assert len(lines) == 1
+        assert lines[0].startswith("dsvae: error: ")
+        return lines[0]
+
+    return call
+
+
+# Numbers and settings
+
+
+def test_table_and_files_hold_the_final_metrics(compare, tmp_path):
+    make(tmp_path / "a", evaluation(30.0, 10.0), rows=[row(250, 2, "valid", rec=99.0)])
+    make(
+        tmp_path / "b",
+        evaluation(25.0, 16.5, au=3, nll_iw=40.25),
+        config={"phase2": {"free_bits": 0.5}},
+    )
+    table, text, rows, tree = compare(tmp_path / "a", tmp_path / "b")
+    assert list(table) == ["a", "b"]
+    assert [table[run]["rec"] for run in "ab"] == ["30.000", "25.000"]
+    assert [table[run]["elbo"] for run in "ab"] == ["-40.000", "-41.500"]
+    assert [table[run]["au"] for run in "ab"] == ["7", "3"]
+    assert [table[run]["rec_shuffled-rec"] for run in "ab"] == ["12.500", "12.500"]
+    assert [table[run]["nll_iw"] for run in "ab"] == ["-", "40.250"]
+    assert [table[run]["state"] for run in "ab"] == ["finished", "finished"]
+    assert "99" not in text
+    assert "warning" not in text
+    assert "*" not in text
+    assert (rows["b"]["kl"], rows["b"]["se.rec"], rows["a"]["nll_iw"], rows["b"]["ppl_word"]) == (
+        "16.5",
+        "0.25",
+        "",
+        "38.2",
+    )
+    assert rows["a"]["values_of"] == "test"
+    assert [run["metrics"]["rec"] for run in tree["runs"]] == [30.0, 25.0]
+    assert tree["runs"][1]["settings"] == {"phase2.free_bits": 0.5}
+    assert text.split("\n- ")[0].strip() in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_direction_and_unit_stand_beside_every_metric(compare, tmp_path):
+    _, text, _, tree = compare(make(tmp_path / "a", evaluation()))
+    heading = text.splitlines()[0]
+    for name, better, arrow in (
+        ("rec", "lower", "↓"),
+        ("elbo", "higher", "↑"),
+        ("ppl_token", "lower", "↓"),
+        ("mi", "higher", "↑"),
+    ):
+        assert tree["better"][name] == better
+        assert f" {name} {arrow} " in heading
+        assert re.search(
+            rf"^- `{name}` \((\S+, )?{better} is better\): \w|^- `{name}` \(.*{better} is "
+            rf"better\): -",
+            text,
+            re.M,
+        )
+    assert "kl" not in tree["better"]
+    assert re.search(r"^- `rec` \(nats/sentence, ", text, re.M)
+    assert re.search(r"^- `kl` \(nats/sentence\): ", text, re.M)
+
+
+def test_only_settings_that_differ_are_columns(compare, tmp_path):
+    own = {
+        "log_every": 3,
+        "keep_checkpoints": 9,
+        "eval_every": 5,
+        "data": {"cache_dir": "elsewhere"},
+    }
+    zero2, zero3 = (
+        {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}} for stage in (2, 3)
+    )
+    make(tmp_path / "a", evaluation(), ds_config=zero2)
+    more = {
+        "model": {"pooling": "attention", "t5": {"d_model": 64}},
+        "phase1": {"sample_latent": False},
+    }
+    make(tmp_path / "b", evaluation(), config=merged(own, more), ds_config=zero3)
+    table, _, _, tree = compare(tmp_path / "a", tmp_path / "b")
+    settings = {
+        "model.pooling",
+        "model.t5.d_model",
+        "phase1.sample_latent",
+        "ds_config.zero_optimization.stage",
+    }
+    assert {name for name in table["a"] if "." in name} == settings
+    assert tree["runs"][0]["settings"]["model.t5.d_model"] is None
+    assert [table[run]["model.pooling"] for run in "ab"] == ["mean", "attention"]
+    assert [table[run]["phase1.sample_latent"] for run in "ab"] == ["true", "false"]
+    assert [table[run]["model.t5.d_model"] for run in "ab"] == ["-", "64"]
+    assert [table[run]["ds_config.zero_optimization.stage"] for run in "ab"] == ["2", "3"]
+
+
+def test_fields_that_a_run_does_not_read_are_no_difference(compare, tmp_path):
+    make(tmp_path / "a", evaluation(), config={"phase1": {"lr": 0.002}})
+    make(tmp_path / "b", evaluation(), config={"phase1": {"lr": 0.003}, "phase": "2"})
+    make(
+        tmp_path / "c",
+        evaluation(),
+        config={"phase1": {"lr": 0.002}, "data": {"builtin_seed": 4}, "seed": 5},
+    )
+    lm = {
+        "model": {"injection": "none", "latent_dim": 5, "pooling": "max"},
+        "phase1": {"lr": 0.002},
+        "phase2": {"free_bits": 3},
+    }
+    make(tmp_path / "d", evaluation(40.0, **NO_LATENT), config=lm)
+    table, *_ = compare(*(tmp_path / name for name in "abcd"))
+    found = {name for name in table["a"] if "." in name or name in ("phase", "seed")}
+    assert found == {"phase", "seed", "model.injection"}
+
+
+def test_a_model_without_a_latent_has_no_kl(compare, tmp_path):
+    make(tmp_path / "vae", evaluation())
+    make(tmp_path / "lm", evaluation(40.0, **NO_LATENT), config={"model": {"injection": "none"}})
+    table, text, rows, _ = compare(tmp_path / "vae", tmp_path / "lm")
+    assert [
+        table["lm"][name] for name in ("rec", "elbo", "kl", "mi", "au", "rec_shuffled-rec")
+    ] == ["40.000", "-40.000", *"----"]
+    assert (rows["lm"]["kl"], rows["lm"]["se.kl"], rows["lm"]["se.rec"]) == ("", "", "0.25")
+    assert "Without a latent: lm." in text
+    assert table["vae"]["kl"] == "10.000"
+
+
+def test_files_are_told_by_name_where_that_is_enough(compare, tmp_path):
+    make(
+        tmp_path / "a",
+        evaluation(),
+        config={"data": {"train_file": "/x/one.txt", "valid_file": "/x/v.txt"}},
+    )
+    make(
+        tmp_path / "b",
+        evaluation(),
+        config={"data": {"train_file": "/x/two.txt", "valid_file": "/y/v.txt"}},
+    )
+    table, _, rows, _ = compare(tmp_path / "a", tmp_path / "b")
+    assert [table[run]["data.train_file"] for run in "ab"] == ["one.txt", "two.txt"]
+    assert [table[run]["data.valid_file"] for run in "ab"] == ["/x/v.txt", "/y/v.txt"]
+    assert rows["a"]["data.train_file"] == "/x/one.txt"
+
+
+# States
+
+BOTH = [row(s, 1) for s in (10, 50)] + [row(50, 1, "valid", rec=8.0), row(60, 2)]
+
+
+@pytest.mark.parametrize(
+    ("state", "values", "given"),
+    [
+        ("not started", "-", {}),
+        ("phase 1 at step 10 of 50", "-", {"rows": [row(10, 1)]}),
+        ("phase 1 at step 50 of 50", "valid, step 50 (phase 1)", {"rows": BOTH[:3]}),
+        ("phase 1 at step 30 of 50", "-", {"rows": [row(10, 1)], "saved": [(1, 20), (1, 30)]}),
+        ("phase 2 at step 10 of 200", "valid, step 50 (phase 1)", {"rows": BOTH}),
+        (
+            "phase 2 at step 15 of 200",
+            "valid, step 50 (phase 1)",
+            {"rows": BOTH, "saved": [(1, 50), (2, 15)]},
+        ),
+        (
+            "phase 2 at step 120 of 200",
+            "valid, step 170 (phase 2)",
+            {"rows": [*BOTH, row(170, 2, "valid")]},
+        ),
+        # The final evaluation is logged before the export: without metrics.json the run
+        # is not finished.
+        (
+            "phase 2 at step 200 of 200",
+            "valid, step 250 (phase 2)",
+            {"rows": [row(250, 2, "valid"), row(250, 2, "test")]},
+        ),
+        ("phase 2 at step 60 of 200", "-", {"rows": [row(60, 2)], "config": {"phase": "2"}}),
+        ("phase 1 at step 50 of 50", "-", {"rows": [row(50, 1)], "config": {"phase": "1"}}),
+    ],
+)
+def test_state_of_a_run_that_is_not_finished(compare, tmp_path, state, values, given):
+    make(tmp_path / "done", evaluation())
+    table, *_ = compare(make(tmp_path / "run", **given), tmp_path / "done")
+    assert table["run"]["state"] == state
+    assert table["run"].get("values of", "-") == values
+    assert table["done"]["state"] == "finished"
+
+
+def test_weights_between_the_phases_tell_where_a_run_stands(compare, tmp_path):
+    for name, config, rows in (
+        ("between", {}, BOTH[:3]),
+        ("only", {"phase": "1"}, BOTH[:3]),
+        ("second", {"phase": "2"}, [row(60, 2)]),
+    ):
+        (make(tmp_path / name, config=config, rows=rows) / "phase1" / "model").mkdir(parents=True)
+    make(
+        tmp_path / "after",
+        config={"phase": "2", "resume": str(tmp_path / "only")},
+        rows=[row(70, 2)],
+    )
+    names = ("between", "only", "second", "after")
+    table, *_ = compare(*(tmp_path / name for name in names))
+    states = [
+        "phase 2 at step 0 of 200",
+        "finished (phase 1 only)",
+        "phase 2 at step 10 of 200",
+        "phase 2 at step 20 of 200",
+    ]
+    assert [table[name]["state"] for name in names] == states
+    assert table["only"]["rec"] == "8.000*"
+
+
+def test_validation_values_are_starred_and_never_mixed_with_final_ones(compare, tmp_path):
+    make(tmp_path / "b", evaluation(30.0))
+    make(
+        tmp_path / "a",
+        rows=[row(100, 2, "valid", rec=21.0), row(150, 2, "valid", rec=20.0), row(160, 2)],
+    )
+    make(tmp_path / "c", evaluation(29.0))
+    table, text, rows, tree = compare(
+        tmp_path / "a", tmp_path / "b", tmp_path / "c", "--sort_by", "rec"
+    )
+    # the lower value of a stands behind: it is on other sentences
+    assert list(table) == ["c", "b", "a"]
+    assert [table[run]["rec"] for run in "abc"] == ["20.000*", "30.000", "29.000"]
+    assert [table[run]["values of"] for run in "abc"] == [
+        "valid, step 150 (phase 2)",
+        "test",
+        "test",
+    ]
+    assert r"\* not final: the newest values on validation sentences" in text
+    assert (rows["a"]["rec"], rows["a"]["values_of"], rows["a"]["step"]) == ("20.0", "valid", "150")
+    assert [run["values_of"] for run in tree["runs"]] == ["test", "test", "valid"]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"test": {"rec": 3', '{"test": 3}', "[1]", '{"test": {"kl": 1.0}}', "", "\xff"]
+)
+def test_a_damaged_metrics_json_is_named(compare, tmp_path, content):
+    make(tmp_path / "good", evaluation())
+    broken = make(
+        tmp_path / "broken", rows=[row(250, 2, "valid", rec=33.0), row(250, 2, "test", rec=34.0)]
+    )
+    (broken / "metrics.json").write_bytes(content.encode("latin-1"))
+    table, text, _, tree = compare(tmp_path / "good", broken)
+    assert table["broken"]["state"] == "failed to read"
+    assert table["broken"]["rec"] == "33.000*"
+    assert re.search(r"^broken: metrics.json cannot be read: \S", text, re.M)
+    assert tree["runs"][1]["problems"]
+    assert table["good"]["state"] == "finished"
+
+
+def test_what_else_cannot_be_read_is_named(compare, tmp_path):
+    good = make(tmp_path / "good", evaluation())
+    no_yaml = make(tmp_path / "no_yaml", evaluation())
+    (no_yaml / "config.yaml").write_text("data: [")
+    unknown = make(tmp_path / "unknown", rows=BOTH, config={"frobnicate": 1})
+    lines = make(tmp_path / "lines", rows=BOTH)
+    with (lines / "metrics.jsonl").open("a") as file:
+        file.write("{broken}\n\n" + json.dumps(row(90, 2)) + '\n{"step": 95, "pha')
+    bare = make(tmp_path / "bare", rows=BOTH)
+    (bare / "config.yaml").unlink()
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / ".lock").touch()
+    table, text, _, _ = compare(good, no_yaml, unknown, lines, bare, tmp_path / "locked")
+    states = {name: cells["state"] for name, cells in table.items()}
+    assert states == {
+        "good": "finished",
+        "no_yaml": "finished",
+        "unknown": "failed to read",
+        "lines": "phase 2 at step 40 of 200",
+        "bare": "failed to read",
+        "locked": "not started",
+    }
+    assert re.search(r"^no_yaml: .*config.yaml: not valid YAML", text, re.M)
+    assert re.search(r"^unknown: .*config.yaml: unknown field frobnicate$", text, re.M)
+    # not the one a live run is writing
+    assert "lines: metrics.jsonl: 1 line(s) cannot be read, the first is line 5" in text
+    assert "bare: no config.yaml in it" in text
+
+
+def test_numbers_that_are_none_or_not_finite_are_left_out(compare, tmp_path):
+    found = evaluation(nll_iw=float("inf"), mi=None)
+    table, *_ = compare(make(tmp_path / "a", found))
+    assert table["a"]["rec"] == "30.000"
+    assert "mi" not in table["a"]
+    assert "nll_iw" not in table["a"]
+
+
+# What may be compared
+
+
+def test_other_test_sentences_are_a_warning(compare, tmp_path):
+    make(tmp_path / "a", evaluation())
+    make(tmp_path / "b", evaluation(words=1001))
+    make(tmp_path / "c", evaluation())
+    table, text, _, tree = compare(*(tmp_path / name for name in "abc"))
+    assert [table[run]["text"] for run in "abc"] == ["A", "B", "A"]
+    assert len(re.findall(r"^warning: ", text, re.M)) == len(tree["warnings"]) == 1
+    assert "not the same test sentences (A: 100 sentences, 1,000 words" in tree["warnings"][0]
+    assert "tokenizer" not in table["a"]
+    assert tree["warnings"][0] in (tmp_path / "out" / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "warned"),
+    [
+        ({"seed": 1}, {"seed": 2}, False),  # the files are given: the seed cuts nothing
+        ({"data": {"test_file": None}, "seed": 1}, {"data": {"test_file": None}, "seed": 2}, True),
+        ({"data": {"train_file": None}}, {"data": {"train_file": None, "builtin_seed": 1}}, True),
+        ({"data": {"train_file": None}}, {"data": {"train_file": None}}, False),
+        ({"data": {"dataset": "x/y"}}, {"data": {"dataset": "x/z"}}, True),
+        # a copy: equal counts
+        ({"data": {"test_file": "here/t.txt"}}, {"data": {"test_file": "there/t.txt"}}, False),
+    ],
+)
+def test_settings_tell_texts_apart_that_have_equal_counts(compare, tmp_path, one, two, warned):
+    table, *_, tree = compare(
+        make(tmp_path / "a", evaluation(), config=one),
+        make(tmp_path / "b", evaluation(), config=two),
+    )
+    assert bool(tree["warnings"]) == warned
+    assert ("text" in table["a"]) == warned
+
+
+def test_validation_text_is_held_against_validation_text(compare, tmp_path):
+    make(tmp_path / "a", evaluation())
+    for name, words in (("b", 1000), ("c", 1000), ("d", 2)):
+        make(tmp_path / name, rows=[row(60, 2, "valid", words=words)])
+    _, *_, tree = compare(*(tmp_path / name for name in "abc"))
+    assert tree["warnings"] == []
+    table, *_, tree = compare(*(tmp_path / name for name in "abcd"))
+    assert [table[run]["text"] for run in "abcd"] == ["A", "B", "B", "C"]
+    assert "not the same validation sentences" in tree["warnings"][0]
+
+
+def test_other_tokenizers_are_a_warning(compare, tmp_path):
+    make(tmp_path / "a", evaluation(), tokenizer="one")
+    make(tmp_path / "b", evaluation(tokens=900), tokenizer="two")
+    rules = make(tmp_path / "c", evaluation(), tokenizer="one") / "tokenizer" / "tokenizer.json"
+    # Written down otherwise, and with what the last call left: the same tokenizer.
+    rules.write_text(
+        json.dumps(
+            json.loads(rules.read_text()) | {"version": "2", "truncation": {"max_length": 9}},
+            indent=3,
+        )
+    )
+    table, *_, tree = compare(*(tmp_path / name for name in "abc"))
+    assert [table[run]["tokenizer"] for run in "abc"] == ["A", "B", "A"]
+    assert len(tree["warnings"]) == 1
+    assert (
+        "not the same tokenizer (A: a, c; B: b): ppl_token compares only within"
+        in tree["warnings"][0]
+    )
+    assert "text" not in table["a"]  # the words are the same: nats per sentence compare
+    make(tmp_path / "d", evaluation(), tokenizer=None)
+    *_, tree = compare(tmp_path / "a", tmp_path / "d")
+    assert "no tokenizer to read in d" in tree["warnings"][0]
+
+
+# Words of the command line
+
+
+def test_directories_of_runs_globs_and_names(compare, tmp_path, capsys):
+    for name in ("sweep/run10", "sweep/run2", "other/run2"):
+        make(tmp_path / name, evaluation())
+    (tmp_path / "sweep" / "logs").mkdir()
+    (tmp_path / "sweep" / "notes.txt").touch()
+    table, *_ = compare(tmp_path / "sweep")
+    assert list(table) == ["run2", "run10"]
+    table, *_ = compare(tmp_path / "other", tmp_path / "sweep", tmp_path / "sweep" / "run2")
+    assert list(table) == ["other/run2", "sweep/run2", "sweep/run10"]
+    (tmp_path / "sweep" / "logs").rmdir()
+    sweep = tmp_path / "sweep"
+    assert main(["compare", *map(str, sorted(sweep.iterdir()))]) == 0
+    assert (
+        "passed over, being no directories: " + str(sweep / "notes.txt") in capsys.readouterr().err
+    )
+    # The comparison that now lies among them is none of them, and is not replaced in
+    # silence.
+    assert sorted(path.name for path in (sweep / "comparison").iterdir()) == [
+        f"comparison.{kind}" for kind in ("csv", "json", "md", "svg")
+    ]
+    assert main(["compare", *map(str, sorted(sweep.iterdir()))]) == 0
+    out, err = capsys.readouterr()
+    assert f"the earlier comparison in {sweep / 'comparison'} is replaced" in err
+    assert out.count("| finished |") == 2
+
+
+def test_runs_of_different_places_go_into_the_current_directory(tmp_path, monkeypatch, capsys):
+    make(tmp_path / "x" / "a", evaluation())
+    make(tmp_path / "y" / "b", evaluation())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["compare", "../x/a", "../y/b"]) == 0
+    assert (tmp_path / "here" / "comparison" / "comparison.md").is_file()
+    assert "| x/a | finished |" in capsys.readouterr().out
+
+
+def test_sort_by_metrics_settings_and_names(compare, fail, tmp_path):
+    for name, bits, rec, mi in (
+        ("a", 0.5, 30.0, 1.0),
+        ("b", 0.25, 20.0, 3.0),
+        ("c", 0.125, 25.0, 2.0),
+    ):
+        make(tmp_path / name, evaluation(rec, mi=mi), config={"phase2": {"free_bits": bits}})
+    make(tmp_path / "d", config={"phase2": {"free_bits": 0.3}})
+    runs = [tmp_path / name for name in "dcba"]
+
+    def order(name):
+        return "".join(compare(*runs, "--sort_by", name)[0])
+
+    assert "".join(compare(*runs)[0]) == "dcba"
+    assert order("rec") == "bcad"  # the lowest first
+    assert order("mi") == "bcad"  # the highest first
+    assert order("elbo") == "bcad"
+    assert order("phase2.free_bits") == "cbda"
+    assert order("run") == "abcd"
+    assert "--sort_by ebo: neither a metric" in fail(*runs, "--sort_by", "ebo")
+    assert "did you mean elbo?" in fail(*runs, "--sort_by", "ebo")
+
+
+def test_mistakes_are_one_line(fail, tmp_path):
+    make(tmp_path / "run", evaluation())
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").touch()
+    assert "no such directory" in fail(tmp_path / "run", tmp_path / "gone")
+    assert f"nothing in {tmp_path / 'empty'} is a run" in fail(tmp_path / "run", tmp_path / "empty")
+    assert "no directories of runs" in fail(tmp_path / "file.txt")
+    assert "RUNS is missing: dsvae compare RUNS..." in fail()
+    assert "unknown flag --sortby; did you mean --sort_by?" in fail(
+        tmp_path / "run", "--sortby", "rec"
+    )
+    assert f"cannot write to {tmp_path / 'file.txt'}" in fail(
+        tmp_path / "run", "--output", tmp_path / "file.txt"
+    )
+
+
+def test_runs_may_be_given_as_a_flag_and_with_odd_names(compare, tmp_path, capsys):
+    odd = make(tmp_path / "a | b, [c]", evaluation())
+    table, _, rows, _ = compare(odd)
+    assert list(table) == [r"a \| b, [c]"]
+    assert list(rows) == ["a | b, [c]"]
+    table, *_ = compare("--runs", odd)
+    assert list(table) == [r"a \| b, [c]"]
+
+
+# The plot
+
+
+def drawn(monkeypatch, directories):
+    """(kl, rec) -> (marker, filled, label) of what the plot shows, and its
+    annotations."""
+    kept = []
+    monkeypatch.setattr(plot_module, "svg", kept.append)
+    plot_module.plot(compare_runs(directories))
+    axes = kept[0].axes[0]
+    points = [line for line in axes.lines if line.get_linestyle() == "None"]
+    found = {
+        (line.get_xdata()[0], line.get_ydata()[0]): (
+            line.get_marker(),
+            line.get_markerfacecolor() != "none",
+            line.get_label(),
+        )
+        for line in points
+    }
+    return found, [each.get_text() for each in axes.texts]
+
+
+def test_plot_has_a_point_a_run(monkeypatch, tmp_path):
+    make(tmp_path / "vae", evaluation(30.0, 10.0))
+    make(tmp_path / "twin", evaluation(30.1, 10.05))
+    make(tmp_path / "lm", evaluation(40.0, **NO_LATENT))
+    make(tmp_path / "live", rows=[row(90, 2, "valid", rec=33.0, kl=6.0)])
+    make(tmp_path / "first", rows=[row(50, 1, "valid", rec=3.0, kl=130.0)])
+    names = ("vae", "lm", "live", "first", "twin")
+    found, labels = drawn(monkeypatch, [tmp_path / name for name in names])
+    assert found == {
+        (10.0, 30.0): ("o", True, "1  vae: mi 3.500, au 7"),
+        (0.0, 40.0): ("D", True, "2  lm: no latent"),
+        (6.0, 33.0): ("o", False, "3  live: mi 3.500, au 7"),
+        (10.05, 30.1): ("o", True, "4  twin: mi 3.500, au 7"),
+    }
+    assert labels == ["1, 4", "2", "3"]
+    found, _ = drawn(monkeypatch, [tmp_path / "first"])  # phase 1 alone is better than nothing
+    assert list(found) == [(130.0, 3.0)]
+
+
+def test_without_values_there_is_no_plot(compare, tmp_path):
+    make(tmp_path / "a", evaluation())
+    make(tmp_path / "b")
+    compare(tmp_path / "a")
+    assert (tmp_path / "out" / "comparison.svg").read_text().startswith("<?xml")
+    assert "](comparison.svg)" in (tmp_path / "out" / "comparison.md").read_text()
+    table, *_ = compare(tmp_path / "b")
+    assert table["b"]["state"] == "not started"
+    # the earlier one would belong to another table
+    assert not (tmp_path / "out" / "comparison.svg").exists()
+    assert "](comparison.svg)" not in (tmp_path / "out" / "comparison.md").read_text()
+
+
+# Real runs
+
+
+def test_real_runs(compare, tmp_path, tiny):
+    """One to its end and one killed in phase 2, against what they left."""
+    ds_config = CONFIGS / "zero0.json"
+    words = ("--ds_config", ds_config, "--config", tiny, "--precision", "fp32")
+    train(*words, "--output_dir", tmp_path / "runs" / "done", "--phase2.free_bits", "0.5")
+    cut = (
+        "--phase1.steps",
+        "2",
+        "--phase2.steps",
+        "5000",
+        "--checkpoint_every",
+        "3",
+        "--keep_checkpoints",
+        "999",
+        "--eval_every",
+        "2",
+    )
+    live = start(*words, "--output_dir", tmp_path / "runs" / "live", *cut)
+    live.wait_for(tmp_path / "runs" / "live" / "checkpoints" / "phase2-step00000003" / "COMPLETE")
+    live.kill()
+    table, text, rows, tree = compare(tmp_path / "runs")
+    final = json.loads((tmp_path / "runs" / "done" / "metrics.json").read_text())["test"]
+    assert float(rows["done"]["elbo"]) == pytest.approx(-(final["rec"] + final["kl"]), rel=1e-9)
+    assert float(rows["done"]["se.rec"]) == final["se"]["rec"]
+    assert table["done"]["state"] == "finished"
+    assert int(re.fullmatch(r"phase 2 at step (\d+) of 5,000", table["live"]["state"])[1]) >= 3
+    assert re.fullmatch(r"valid, step \d+ \(phase 2\)", table["live"]["values of"])
+    assert table["live"]["rec"].endswith("*")
+    assert (table["done"]["phase2.free_bits"], table["live"]["phase2.free_bits"]) == ("0.5", "0.2")
+    assert {"phase1.steps", "phase2.steps"} <= set(table["done"])
+    assert "output_dir" not in table["done"]
+    # The same corpus and seed: the same sentences and tokenizer. What is left is what each
+    # evaluation says of its own numbers.
+    assert f"done: {final['warnings'][0]}" in tree["warnings"]
+    assert all(warning.startswith(("done: ", "live: ")) for warning in tree["warnings"])
+    assert not any(run["problems"] for run in tree["runs"])
+    assert "\nlive: " not in text
