@@ -259,7 +259,7 @@ def test_recipes_are_shipped():
 
 
 def test_the_recipes_that_are_compared_differ_in_what_they_are_compared_for():
-    """docs/results.md reads the effect of free bits and of the two phases off them."""
+    """docs/results/yelp.md reads the effect of free bits and of the two phases off them."""
 
     def recipe(name):
         return dict(leaves(load_tree(name)))

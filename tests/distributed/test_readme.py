@@ -1,5 +1,5 @@
-"""What README.md tells people to type: the first command as it stands, the others'
-flags, the Python."""
+"""What README.md and docs/ tell people to type: the first command as it stands, the
+others' flags, the Python, the links."""
 
 import json
 import re
@@ -16,10 +16,12 @@ from dsvae.data import grammar
 from dsvae.generation import SentenceVAE
 
 README = (ROOT / "README.md").read_text()
+PAGES = {page: page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))}
 COMMANDS = [
     block.replace("\\\n", " ").strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    if "train.py" in block
+    for text in PAGES.values()
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    if "dsvae/train.py" in block
 ]
 
 
@@ -129,3 +131,24 @@ def test_the_python_examples(example, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(example, {})
     assert capsys.readouterr().out.startswith("['")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", PAGES[page]):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_readme_is_short_and_the_index_has_every_page():
+    assert len(README.splitlines()) <= 150
+    index = {(ROOT / "docs" / link).resolve() for link in linked(ROOT / "docs" / "README.md")}
+    index |= {
+        (ROOT / "docs" / "results" / link).resolve()
+        for link in linked(ROOT / "docs" / "results" / "README.md")
+    }
+    missing = set((ROOT / "docs").rglob("*.md")) - index - {ROOT / "docs" / "README.md"}
+    assert {page.name for page in missing if page.name != "README.md"} == set()
+
+
+def linked(page):
+    return re.findall(r"\]\(([^):#\s]+)", PAGES[page])
