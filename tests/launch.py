@@ -4,7 +4,6 @@ process behind."""
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from zygote import Forked, Zygote
+from forked import Forked
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "dsvae" / "train.py"
@@ -100,11 +99,6 @@ def commands(
     ]
 
 
-@functools.cache
-def zygote(number: int) -> Zygote:
-    return Zygote(environment())
-
-
 FORKS = sys.platform == "linux" and not torch.cuda.is_available()  # CUDA does not survive a fork
 
 
@@ -123,15 +117,10 @@ class Run:
     ) -> None:
         self.processes: list[subprocess.Popen | Forked] = []
         self.codes: list[int] = []
-        if launcher == "forked" and FORKS:
-            # all are started before the first is waited for
-            for each in [zygote(rank % 2) for rank in range(ranks)]:
-                each.wait()
-        for rank, (command, environ) in enumerate(commands(launcher, ranks, script, env)):
+        for command, environ in commands(launcher, ranks, script, env):
             if launcher == "forked" and FORKS:
-                self.processes.append(
-                    zygote(rank % 2).fork([*command[1:], *arguments], environ, cwd or ROOT)
-                )
+                forked = Forked([*command[1:], *arguments], environ, cwd or ROOT)
+                self.processes.append(forked)
                 continue
             self.processes.append(
                 subprocess.Popen(
@@ -208,7 +197,7 @@ def start(
     **env: str,
 ) -> Run:
     """A run; the launcher is deepspeed, torchrun, python, ranks (as srun starts them),
-    or forked (ranks, sooner: zygote.py)."""
+    or forked (ranks, sooner: forked.py)."""
     return Run([str(a) for a in arguments], ranks, launcher, cwd, script, env)
 
 

@@ -14,9 +14,8 @@ seen = {
     "environment": {k: v for k, v in os.environ.items() if k not in ("MASTER_PORT", "LC_CTYPE")},  # Python may set the latter
     "leads": os.getsid(0) == os.getpgid(0) == os.getpid(),
     "signals": [str(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGCHLD)],
-    "files": [name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")],
 }
-print(json.dumps({"seen": seen, "hash": hash("a word"), "loaded": "torch" in sys.modules}))
+print(json.dumps({"seen": seen, "loaded": "torch" in sys.modules}))
 print("x" * 200_000, file=sys.stderr)  # more than a pipe holds
 if sys.argv[1] == "raise":
     raise RuntimeError("as it was told")
@@ -53,7 +52,6 @@ def test_a_forked_rank_is_like_a_process_of_its_own(end, code, tmp_path):
         assert [rank["seen"] for rank in forked[1]] == [rank["seen"] for rank in apart[1]]
         assert [rank["seen"]["environment"]["RANK"] for rank in forked[1]] == ["0", "1"]
         assert [rank["loaded"] for rank in forked[1] + apart[1]] == [True, True, False, False]
-        assert forked[1][0]["hash"] != forked[1][1]["hash"]
     for run in (forked[0], apart[0]):
         assert run.stderr.count("x" * 200_000) == 2
         assert run.stderr.count("RuntimeError: as it was told") == (2 if end == "raise" else 0)
