@@ -92,9 +92,9 @@ def scores(codes: Codes, factors: Factors, names: list[str], seed: int) -> dict[
         "per_factor": {
             name: {
                 "mig_gap": float(gaps[k]),
+                "sap_gap": float(sap[k]),
                 "completeness": float(completeness[k]),
                 "informativeness": float(accuracy[k]),
-                "sap_gap": float(sap[k]),
             }
             for k, name in enumerate(names)
         },

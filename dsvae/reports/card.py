@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsvae.config import RunConfig
-from dsvae.reports.training_log import result_table
+from dsvae.reports.table import result_table
 
 USE = """## Use
 

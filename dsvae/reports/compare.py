@@ -12,45 +12,8 @@ from typing import Any
 from dsvae.config import field_types
 from dsvae.errors import UserError
 from dsvae.metrics import catalog
-from dsvae.metrics.catalog import NATS
-from dsvae.reports.runs import USE, Run, read_runs
+from dsvae.reports.runs import Run, read_runs
 
-SHOWN = (
-    "rec",
-    "kl",
-    "elbo",
-    "nll_iw",
-    "iw_ess",
-    "ppl_token",
-    "bits_per_byte",
-    "mi",
-    "mi_upper",
-    "au",
-    USE,
-)
-"""The metrics of the table; the files hold all."""
-BETTER = {
-    "rec": "lower",
-    "elbo": "higher",
-    "nll_iw": "lower",
-    "ppl_token": "lower",
-    "ppl_word": "lower",
-    "bits_per_byte": "lower",
-    "mi": "higher",
-    "au": "higher",
-    "rec_shuffled": "higher",
-    "exact_match": "higher",
-    "token_accuracy": "higher",
-    "bleu": "higher",
-    "chrf": "higher",
-    USE: "higher",
-}
-"""Which direction is better. kl has none of its own: it is what z says, and what it
-costs."""
-MEANING = catalog.MEANING | {
-    USE: (NATS, "what another sentence's z costs: near 0 the decoder does not use z")
-}
-"""Metric -> unit, meaning."""
 _COUNTS = ("sentences", "words", "bytes")
 
 
@@ -63,7 +26,7 @@ class Comparison:
     settings: list[str]
     """Dotted names of the settings in which the runs differ."""
     metrics: list[str]
-    """All that any run has: those of SHOWN first, standard errors last."""
+    """All that any run has: the columns of the table first, standard errors last."""
     text: dict[str, str]
     """Run -> letter of the text that it was measured on; empty where nothing tells two
     texts apart."""
@@ -113,13 +76,14 @@ def _differing(runs: list[Run]) -> list[str]:
 
 def _metrics(runs: list[Run]) -> list[str]:
     names = dict.fromkeys(name for run in runs for name in run.metrics)
-    order = {name: place for place, name in enumerate(SHOWN)}
+    columns = [metric.name for metric in catalog.METRICS if metric.column]
+    order = {name: place for place, name in enumerate(columns)}
     return sorted(names, key=lambda name: (name.startswith("se."), order.get(name, len(order))))
 
 
 def _sorted(runs: list[Run], name: str, settings: list[str], metrics: list[str]) -> list[Run]:
     if name in metrics:
-        sign = -1 if BETTER.get(name) == "higher" else 1
+        sign = -1 if catalog.entry(name).better == "higher" else 1
         # A validation value is no final one: the two do not stand in one order.
         return sorted(
             runs,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import matplotlib
 import numpy as np
 
-from dsvae.metrics.catalog import number
 from dsvae.reports.compare import Comparison
 from dsvae.reports.figures import COLOR, STYLE, new_figure, short, svg
 from dsvae.reports.runs import Run
+from dsvae.reports.table import number
 
 _LINES = 9
 """Lines of equal rec + kl."""

@@ -9,11 +9,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from dsvae.files import write_text
-from dsvae.metrics.catalog import number
 from dsvae.metrics.evaluate import Measured
 from dsvae.reports.plots import plots
 from dsvae.reports.sentences import Sentences
-from dsvae.reports.table import sections
+from dsvae.reports.table import number, sections
 
 TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -65,8 +64,10 @@ standard errors</p>
 {% if m.disentanglement %}
 <h3>Disentanglement by factor</h3>
 <p class="about">Of the posterior means; in brackets of draws, and by chance.</p>
+{% set per_factor = m.disentanglement.per_factor %}
+{% set factor_columns = (per_factor.values() | first).keys() %}
 <table><tr><th>factor</th>{% for name in factor_columns %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for factor, row in m.disentanglement.per_factor.items() %}<tr><td class="name">{{ factor }}</td>
+{% for factor, row in per_factor.items() %}<tr><td class="name">{{ factor }}</td>
 {% for name in factor_columns %}<td>{{ number(row[name]) }}
 ({{ number(m.disentanglement.draws.per_factor[factor][name]) }},
 {{ number(m.disentanglement.chance.per_factor[factor][name]) }})</td>{% endfor %}</tr>
@@ -129,6 +130,5 @@ def write_report(
         pairs=pairs,
         prior=prior,
         number=number,
-        factor_columns=("mig_gap", "sap_gap", "completeness", "informativeness"),
     )
     write_text(path, html)

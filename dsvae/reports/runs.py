@@ -20,23 +20,8 @@ from dsvae import config as configuration
 from dsvae.config import RESUMABLE, RunConfig, flatten, to_tree
 from dsvae.engine import checkpoint
 from dsvae.errors import UserError
+from dsvae.metrics import catalog
 
-USE = "rec_shuffled-rec"
-"""What another sentence's z costs: the one metric here that metrics.json does not
-name."""
-_OF_THE_LATENT = (
-    "kl",
-    "mi",
-    "mi_upper",
-    "mi_cap",
-    "mi_sentences",
-    "mi_posteriors",
-    "marginal_kl",
-    "au",
-    "rec_shuffled",
-    "rec_prior",
-    USE,
-)
 # Settings of a run that say nothing about what it learns; ds_config is a path, whose
 # content is compared.
 _NO_SETTINGS = {*RESUMABLE, "ds_config"} - {"phase"}
@@ -113,7 +98,7 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
             files.append(word)
         elif is_run(path):
             found.append(path)
-        elif not (path / "comparison.json").is_file():
+        elif not (path / "comparison.csv").is_file():
             try:
                 inside = [child for child in path.iterdir() if child.is_dir() and is_run(child)]
             except OSError as error:
@@ -284,13 +269,12 @@ def _take(run: Run, evaluation: dict[str, Any]) -> None:
         for name, value in flatten(evaluation).items()
         if _is_number(value) and name not in ("step", "phase")
     }
-    if "rec_shuffled" in found and "rec" in found:
-        found[USE] = found["rec_shuffled"] - found["rec"]
+    found |= catalog.differences(found)
     if not run.latent:
         found = {
             name: value
             for name, value in found.items()
-            if name.removeprefix("se.") not in _OF_THE_LATENT
+            if not catalog.entry(name.removeprefix("se.")).latent
         }
     run.metrics = found
     told = evaluation.get("warnings", [])

@@ -19,20 +19,11 @@ from tqdm import tqdm
 
 from dsvae.config import RunConfig, flatten, to_tree
 from dsvae.files import finite, write_text
-from dsvae.metrics.catalog import BASELINE, MEANING, described
+from dsvae.metrics import catalog
 from dsvae.metrics.throughput import peak_flops
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# TensorBoard sorts groups of tags by name, and opens the first few. `main` comes first
-# and has what one looks at; `valid` has everything else that an evaluation measures.
-_MAIN = ("loss", "rec", "kl", "beta")
-_MAIN_OF_EVALUATION = ("mi", "au")
-_GAIN = "main/rec_shuffled_minus_rec"
-_SPEED = ("tokens_per_s", "flops_per_s", "mfu", "peak_memory_gb")
-_CONSTANT = ("samples", "iw_samples", "mi_cap", "sentences", "tokens", "words", "bytes")
-"""What is the same in every evaluation: a chart of it is a straight line."""
 
 
 class Reporter:
@@ -112,8 +103,7 @@ class Reporter:
         )
         assert self._writer is not None
         for name, value in values.items():
-            group = "main" if name in _MAIN else "speed" if name in _SPEED else "other"
-            self._writer.add_scalar(f"{group}/{name}", value, step)
+            self._writer.add_scalar(f"{catalog.entry(name).training}/{name}", value, step)
         if self._bar is not None:
             self._bar.set_postfix_str(_postfix(values), refresh=False)
 
@@ -123,11 +113,13 @@ class Reporter:
             return
         self._record({"step": step, "phase": phase, "split": split, **metrics})
         assert self._writer is not None
-        for name, value in _charted(metrics).items():
-            main = split == "valid" and name in _MAIN_OF_EVALUATION
-            self._writer.add_scalar(f"{'main' if main else split}/{name}", value, step)
-        if split == "valid" and metrics["kl_per_dim"]:
-            self._writer.add_scalar(_GAIN, metrics["rec_shuffled"] - metrics["rec"], step)
+        of_latent = split == "valid" and bool(metrics["kl_per_dim"])
+        more = catalog.differences(metrics) if of_latent else {}
+        for name, value in _charted({**metrics, **more}).items():
+            main = split == "valid" and catalog.entry(name).chart == "main"
+            tag = name.replace("-", "_minus_")
+            self._writer.add_scalar(f"{'main' if main else split}/{tag}", value, step)
+        if of_latent:
             self._kl_per_dim.append((step, metrics["kl_per_dim"]))
             self._writer.add_figure("valid/kl_per_dim", _kl_figure(self._kl_per_dim), step)
 
@@ -185,44 +177,6 @@ class Reporter:
         self._jsonl.flush()
 
 
-OF_A_RUN = (
-    "rec",
-    "kl",
-    "elbo",
-    "entropy",
-    "above_entropy",
-    "ppl_token",
-    "ppl_word",
-    "bits_per_byte",
-    "nll_iw",
-    "iw_samples",
-    "iw_ess",
-    "mi",
-    "mi_upper",
-    "mi_cap",
-    "marginal_kl",
-    "au",
-    "rec_shuffled",
-    "rec_prior",
-)
-"""The metrics of a run with a latent that people are shown at its end."""
-
-
-def result_table(title: str, metrics: dict[str, Any]) -> str:
-    """The final metrics as lines for people: those of OF_A_RUN, of a language model its
-    exact likelihood alone; then what must be known about them.
-
-    Args:
-        metrics: of `dsvae.metrics.evaluate`, or the same read back from metrics.json.
-    """
-    latent = metrics["kl_per_dim"] != []
-    rows = described([(name, *MEANING[name]) for name in OF_A_RUN] if latent else BASELINE, metrics)
-    lines = [f"{title} ({metrics['sentences']:,} sentences)"]
-    lines += [f"  {row.name:<13}{row.value:>10} {row.unit:<14} {row.meaning}" for row in rows]
-    lines += [f"warning: {warning}" for warning in metrics.get("warnings", [])]
-    return "\n".join(lines)
-
-
 def data_lines(report: dict[str, Any], ranks: int) -> str:
     """What a run trains on, as lines for people.
 
@@ -249,7 +203,8 @@ def data_lines(report: dict[str, Any], ranks: int) -> str:
 
 def _postfix(values: dict[str, float]) -> str:
     """What stands behind the progress bar."""
-    losses = " ".join(f"{name} {values[name]:.4g}" for name in _MAIN)
+    main = [metric.name for metric in catalog.METRICS if metric.training == "main"]
+    losses = " ".join(f"{name} {values[name]:.4g}" for name in main if name in values)
     flops = values["flops_per_s"]
     if "mfu" in values:
         work = f"MFU {values['mfu']:.0%}"
@@ -264,42 +219,23 @@ def _charted(metrics: dict[str, Any]) -> dict[str, float]:
     return {
         name: value
         for name, value in metrics.items()
-        if isinstance(value, (int, float)) and name not in _CONSTANT
+        if isinstance(value, (int, float)) and catalog.entry(name).chart != "none"
     }
 
 
 def _layout(latent: bool) -> dict[str, dict[str, list[Any]]]:
     """TensorBoard's CUSTOM SCALARS: what belongs together in one chart."""
-
-    def lines(*tags: str) -> list[Any]:
-        # TensorBoard takes every tag that begins like this regular expression
-        return ["Multiline", [f"{tag}$" for tag in tags]]
-
     layout = {
-        "training": {
-            "rec, training and validation": lines("main/rec", "valid/rec"),
-            "kl, training and validation": lines("main/kl", "valid/kl"),
-            "loss": lines("main/loss"),
-            "beta": lines("main/beta"),
-        },
-        "does z matter": {
-            "rec by z: own, another's, prior's": lines(
-                "valid/rec", "valid/rec_shuffled", "valid/rec_prior"
-            ),
-            "rec_shuffled - rec: what z saves": lines(_GAIN),
-            "kl and mi": lines("valid/kl", "main/mi"),
-            "active units": lines("main/au"),
-        },
-        "speed": {
-            "tokens per second, all ranks": lines("speed/tokens_per_s"),
-            "model FLOP/s, rank 0": lines("speed/flops_per_s"),
-            "peak memory (GB), rank 0": lines("speed/peak_memory_gb"),
-        },
+        # TensorBoard draws every tag that starts with a match of this regular expression.
+        category: {
+            title: ["Multiline", [f"{tag}$" for tag in tags]]
+            for title, tags in charts.items()
+            if "speed/mfu" not in tags or peak_flops("bf16") is not None
+        }
+        for category, charts in catalog.CHARTS.items()
     }
     if not latent:
         del layout["does z matter"]
-    if peak_flops("bf16") is not None:
-        layout["speed"]["MFU, rank 0"] = lines("speed/mfu")
     return layout
 
 

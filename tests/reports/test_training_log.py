@@ -12,7 +12,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from dsvae.config import ModelConfig, RunConfig
 from dsvae.files import write_json
 from dsvae.reports import training_log
-from dsvae.reports.training_log import Reporter, data_lines, result_table
+from dsvae.reports.table import result_table
+from dsvae.reports.training_log import Reporter, data_lines
 
 VALUES = {
     "loss": 3.0,
