@@ -199,11 +199,6 @@ def evaluate_sentences(
         "policies": _policies(max_tokens, tokenizer.is_fast),
     }
     metrics["warnings"] = warnings_of(metrics, measured)
-    if metrics.get("disentanglement", 0) is None and not model.family.continuous:
-        metrics["warnings"].append(
-            "the scores of disentanglement are null: they compare dimensions, and this model's "
-            "latent has categories"
-        )
     if not metrics["au"] and ("probes" in metrics or "disentanglement" in metrics):
         metrics["warnings"].append(
             "no unit of z is active: there is nothing to probe, and the probes and the scores of "
@@ -215,24 +210,21 @@ def evaluate_sentences(
 def _use_of_latents(
     family: Family, posterior: Distribution, draws: Tensor, text: Sentences, seed: int
 ) -> dict[str, Any]:
-    """Probes for every label, and disentanglement where the factors are known, from the
-    active units; null where there are none.
-
-    The scores of disentanglement compare dimensions of z. The columns of one categorical
-    variable would compete with each other, so they are null for categories.
+    """Probes for every label, and disentanglement where the factors are known, of the
+    active units; null where no unit is active.
 
     Args:
         posterior: q(z|x) of N sentences.
-        draws: (N, Z), one draw of each.
+        draws: (N, Z), one draw per sentence.
     """
-    active = (posterior.activity() > ACTIVE).numpy()
-    # of a family with several numbers per unit, they stand side by side
-    dimensions = np.flatnonzero(np.repeat(active, draws.shape[1] // len(active)))
-    means, drawn = (z.double().numpy()[:, dimensions] for z in (posterior.point, draws))
-    # What is drawn below follows the order of the rows: make it one of the content.
+    active = np.flatnonzero((posterior.activity() > ACTIVE).numpy())
+    width = family.latent_width // family.units
+    columns = (active[:, None] * width + np.arange(width)).ravel()
+    means, drawn = (z.double().numpy()[:, columns] for z in (posterior.point, draws))
+    # Random numbers below follow the order of the rows, which must not be that of the file.
     keys, hashes = text.split.content_keys, text.split.hashes
     found: dict[str, Any] = {}
-    if text.labels and not len(dimensions):
+    if text.labels and not len(active):
         found["probes"] = dict.fromkeys(text.labels)
     elif text.labels:
         # Equal sentences have the same posterior. Which of their labels has which of
@@ -246,14 +238,12 @@ def _use_of_latents(
             )
     if text.factors is not None:
         names, order = list(grammar.FACTORS), np.argsort(keys)
-        found["disentanglement"] = (
-            {
-                **disentanglement(means[order], drawn[order], text.factors[order], names, seed),
-                "dimensions": dimensions.tolist(),
-            }
-            if len(dimensions) and family.continuous
-            else None
-        )
+        found["disentanglement"] = None
+        if len(active):
+            scores = disentanglement(
+                means[order], drawn[order], text.factors[order], names, seed, width
+            )
+            found["disentanglement"] = {**scores, "dimensions": active.tolist()}
     return found
 
 

@@ -159,13 +159,13 @@ def _colours(
 
 
 def _matrix(information: NDArray[np.float64], names: list[str], dimensions: list[int]) -> str:
-    """I(z_i; v_k): one row per factor, one column per dimension of an active unit."""
+    """I(z_i; v_k): one row per factor, one column per active unit."""
     figure, axes = new_figure()
     image = axes.imshow(information.T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     axes.set_yticks(range(len(names)), names)
     shown = range(0, len(dimensions), max(1, len(dimensions) // 32))
     axes.set_xticks(shown, [str(dimensions[i]) for i in shown], fontsize=7)
-    axes.set_xlabel("dimension of z, active units alone")
+    axes.set_xlabel("unit of z, active ones alone")
     axes.grid(visible=False)
     figure.colorbar(image, label="I(z_i; factor) (nats)")
     return svg(figure)
