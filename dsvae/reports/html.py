@@ -1,4 +1,4 @@
-"""report.html: one file that shows everything, with nothing to fetch."""
+"""report.html: one file that shows a whole evaluation and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ standard errors</p>
 {% endfor %}
 {% if m.disentanglement %}
 <h3>Disentanglement by factor</h3>
-<p class="about">Of the posterior means; in brackets of draws, and by chance.</p>
+<p class="about">Of the posterior means; in brackets of the draws, and by chance.</p>
 {% set per_factor = m.disentanglement.per_factor %}
 {% set factor_columns = (per_factor.values() | first).keys() %}
 <table><tr><th>factor</th>{% for name in factor_columns %}<th>{{ name }}</th>{% endfor %}</tr>
@@ -81,13 +81,14 @@ standard errors</p>
 {% endfor %}</div>
 
 {% if pairs %}<h2>Reconstructions</h2>
-<p class="about">Greedy, from the posterior mean; a selection by hash, not by eye.</p>
+<p class="about">Greedy, from the posterior mean. The sentences are selected by hash, not
+by eye.</p>
 <table class="text"><tr><th>sentence</th><th>reconstruction</th></tr>
 {% for sentence, reconstruction in pairs %}<tr><td>{{ sentence }}</td>
 <td>{{ reconstruction }}</td></tr>
 {% endfor %}</table>
 <h2>From the prior</h2>
-<p class="about">Greedy, z drawn from p(z).</p>
+<p class="about">Greedy, with z drawn from p(z).</p>
 <ol>{% for sentence in prior %}<li>{{ sentence }}</li>{% endfor %}</ol>{% endif %}
 
 <h2>How it was counted</h2>

@@ -1,7 +1,6 @@
-"""What a run tells: the console, metrics.jsonl and TensorBoard. Rank 0 alone reports.
+"""What a run reports while it trains: console, metrics.jsonl and TensorBoard.
 
-Both phases share one axis of optimizer steps: phase 2 goes on counting where phase 1
-ends.
+Both phases share one axis of optimizer steps: phase 2 continues the count of phase 1.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ class Reporter:
         self._writer: SummaryWriter | None = None
         self._jsonl: TextIO | None = None
         self._kl_per_dim: list[tuple[int, list[float]]] = []
-        """(step, KL of every dimension in nats) of the validations so far."""
+        """(step, KL per dimension in nats) of the validations so far."""
 
     def open(self, first_step: int) -> None:
-        """Starts writing at global step `first_step`; what a cut run wrote from there
-        on is dropped, so no step comes twice."""
+        """Starts writing at global step `first_step`. What an interrupted run wrote from
+        there on is dropped, so that no step comes twice."""
         if not self.enabled:
             return
         path = self.directory / "metrics.jsonl"
@@ -53,21 +52,21 @@ class Reporter:
         self._writer.add_custom_scalars(_layout(self.config.model.injection != "none"))
 
     def say(self, text: str) -> None:
-        """A line on the console, beside the progress bar."""
+        """Prints a line on the console, above the progress bar."""
         if self.enabled:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def detail(self, text: str) -> None:
-        """A line for those who ask for `verbose`."""
+        """Prints a line if the run is `verbose`."""
         if self.config.verbose:
             self.say(text)
 
     def start_phase(self, phase: int, steps: int, done: int) -> None:
-        """A progress bar for a phase of `steps` optimizer steps of which `done` are
-        done."""
+        """Opens the progress bar of a phase of `steps` optimizer steps, of which `done`
+        are done."""
         if self.enabled:
-            # A log file gets a line a minute instead of thousands of redrawn bars.
+            # A log file gets one line per minute instead of thousands of redrawn bars.
             interval = 0.5 if sys.stderr.isatty() else 60.0
             self._bar = tqdm(
                 total=steps,
@@ -81,12 +80,12 @@ class Reporter:
             )
 
     def advance(self) -> None:
-        """One optimizer step is done."""
+        """Counts one optimizer step on the progress bar."""
         if self._bar is not None:
             self._bar.update()
 
     def end_phase(self) -> None:
-        """Closes the bar of a phase."""
+        """Closes the progress bar of a phase."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -94,8 +93,13 @@ class Reporter:
     def scalars(
         self, step: int, phase: int, values: dict[str, float], kl_per_dim: list[float]
     ) -> None:
-        """One logged training step: global `step`, named values (rec, kl and loss in
-        nats per sentence, those of `Speed.read` among them)."""
+        """Writes one training step.
+
+        Args:
+            step: on the run's one axis of optimizer steps.
+            values: name -> value; losses in nats per sentence, and those of `Speed.read`.
+            kl_per_dim: in nats.
+        """
         if not self.enabled:
             return
         self._record(
@@ -108,7 +112,7 @@ class Reporter:
             self._bar.set_postfix_str(_postfix(values), refresh=False)
 
     def evaluation(self, step: int, phase: int, split: str, metrics: dict[str, Any]) -> None:
-        """An evaluation at global `step`."""
+        """Writes an evaluation on `split` at global `step`."""
         if not self.enabled:
             return
         self._record({"step": step, "phase": phase, "split": split, **metrics})
@@ -124,8 +128,8 @@ class Reporter:
             self._writer.add_figure("valid/kl_per_dim", _kl_figure(self._kl_per_dim), step)
 
     def text(self, step: int, pairs: list[tuple[str, str]], prior: list[str]) -> None:
-        """Reconstructions (original, reconstruction) and sentences from the prior; of a
-        language model one greedy sentence."""
+        """Writes (sentence, reconstruction) pairs and sentences from the prior, or the one
+        greedy sentence of a language model."""
         if not self.enabled or not (pairs or prior):
             return
         assert self._writer is not None
@@ -147,23 +151,22 @@ class Reporter:
         )
 
     def flush(self) -> None:
-        """Puts on the disk what was reported so far: before a checkpoint, behind which
-        nothing is reported again."""
+        """Puts on disk what was reported so far. Called before a checkpoint, since a run
+        that continues from it does not report those steps again."""
         if self._jsonl is not None and self._writer is not None:
             os.fsync(self._jsonl.fileno())
             self._writer.flush()
 
     def close(self, final: dict[str, Any] | None) -> None:
-        """Writes hparams with the final metrics, if there are any, and closes the
-        files."""
+        """Writes the hyperparameters beside the final metrics, if there are any, and closes
+        the files."""
         self.end_phase()
         if self._writer is not None:
             if final is not None:
-                # The metrics are the scalars of the final evaluation, which are there
-                # already.
+                # These scalars are already there, from the final evaluation.
                 numbers = {f"test/{name}": value for name, value in _charted(final).items()}
-                # Into this run's own event file: `SummaryWriter.add_hparams` would open
-                # a second run beside it.
+                # `SummaryWriter.add_hparams` would open a second run; this writes into the
+                # event file of this one.
                 for summary in hparams(_hyperparameters(self.config), numbers):
                     self._writer._get_file_writer().add_summary(summary)
             self._writer.close()
@@ -178,11 +181,8 @@ class Reporter:
 
 
 def data_lines(report: dict[str, Any], ranks: int) -> str:
-    """What a run trains on, as lines for people.
-
-    Args:
-        report: of `dsvae.data.tokenization.Prepared`.
-    """
+    """What a run trains on, for the console; `report` is that of
+    `dsvae.data.tokenization.Prepared`."""
     splits: dict[str, dict[str, Any]] = report["splits"]
     parts = (
         f"{name} {part['sentences']:,}{' (held out)' if part['held_out'] else ''}"
@@ -202,7 +202,7 @@ def data_lines(report: dict[str, Any], ranks: int) -> str:
 
 
 def _postfix(values: dict[str, float]) -> str:
-    """What stands behind the progress bar."""
+    """The losses, speed and memory after the progress bar."""
     main = [metric.name for metric in catalog.METRICS if metric.training == "main"]
     losses = " ".join(f"{name} {values[name]:.4g}" for name in main if name in values)
     flops = values["flops_per_s"]
@@ -215,7 +215,7 @@ def _postfix(values: dict[str, float]) -> str:
 
 
 def _charted(metrics: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an evaluation that have a chart of their own."""
+    """The numbers of an evaluation that have a chart."""
     return {
         name: value
         for name, value in metrics.items()
@@ -224,7 +224,7 @@ def _charted(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _layout(latent: bool) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's CUSTOM SCALARS: what belongs together in one chart."""
+    """The charts of TensorBoard's CUSTOM SCALARS, in its format."""
     layout = {
         # TensorBoard draws every tag that starts with a match of this regular expression.
         category: {
@@ -242,8 +242,8 @@ def _layout(latent: bool) -> dict[str, dict[str, list[Any]]]:
 def _kl_figure(history: list[tuple[int, list[float]]]) -> Figure:
     """KL of every dimension (rows) at every validation (columns).
 
-    The colours are those of fixed values on a logarithmic scale, so that images of
-    several steps and runs compare: 0.01 nats is nothing, 10 is a lot.
+    The logarithmic colour scale is fixed, so that images of several steps and runs can
+    be compared: 0.01 nats is nothing, 10 is a lot.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -263,29 +263,29 @@ def _kl_figure(history: list[tuple[int, list[float]]]) -> Figure:
 
 
 def _hyperparameters(config: RunConfig) -> dict[str, int | float | str | bool]:
-    """What one tunes, for TensorBoard's HPARAMS; config.yaml has everything."""
-    found = {}
+    """The tuned settings, for TensorBoard's HPARAMS; config.yaml has all of them."""
+    parameters = {}
     for name, value in flatten(to_tree(config)).items():
         tuned = name in ("data.batch_size", "data.max_tokens", "seed")
         if value is not None and (tuned or name.startswith(("model.", "phase1.", "phase2."))):
-            found[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return found
+            parameters[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return parameters
 
 
 def _truncate_jsonl(path: Path, first_step: int) -> list[dict[str, Any]]:
-    """Keeps the rows before `first_step`, and returns them; a last row that was cut off
-    goes too."""
+    """Keeps the rows before `first_step` and returns them. An incomplete last row is
+    dropped too."""
     if not path.exists():
         return []
     kept, lines = [], []
-    # Not splitlines(): it also splits at U+2028 and others, which JSON leaves as they
-    # are. A cut may halve a character.
+    # splitlines() would also split at U+2028 and others, which JSON does not escape. The
+    # last character may be incomplete.
     for line in filter(None, path.read_bytes().decode(errors="replace").split("\n")):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        # the final evaluation comes behind the last checkpoint
+        # The final evaluation comes after the last checkpoint, at the same step.
         if row["step"] < first_step and row["split"] != "test":
             kept.append(row)
             lines.append(line + "\n")
@@ -294,8 +294,7 @@ def _truncate_jsonl(path: Path, first_step: int) -> list[dict[str, Any]]:
 
 
 def _cell(text: str) -> str:
-    """Text inside a Markdown table: nothing that would end the cell or be taken for
-    markup."""
+    """Text in a cell of a Markdown table, with markup escaped."""
     for char in "\\|`*_<>[]":
         text = text.replace(char, "\\" + char)
     return text.replace("\n", " ")

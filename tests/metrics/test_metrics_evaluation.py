@@ -307,13 +307,13 @@ def test_without_another_text_there_is_no_rec_shuffled(directory, tmp_path, coun
         (
             0.0,
             0.0,
-            "rec_shuffled - rec = 0.000 ± 0.000 nats: another text's z does as well, the decoder "
+            "rec_shuffled - rec = 0.000 ± 0.000 nats: another text's z does as well; the decoder "
             "does not use z",
         ),
         (
             0.01,
             0.1,
-            "rec_shuffled - rec = 0.010 ± 0.010 nats: another text's z does as well, the decoder "
+            "rec_shuffled - rec = 0.010 ± 0.010 nats: another text's z does as well; the decoder "
             "does not use z",
         ),
         (
@@ -688,7 +688,7 @@ BAD = {
     ),
     "factors cut off": (
         lambda d, t: {"test_file": None, "labels_file": None, "max_tokens": 2},
-        "built-in corpus .* cut to 2 tokens: .* a probe needs two such labels; give a larger "
+        "built-in corpus .* truncated to 2 tokens: .* a probe needs two such labels; give a larger "
         "--max_tokens",
     ),
     "one token": (lambda d, t: {"max_tokens": 1}, "max_tokens 1"),
