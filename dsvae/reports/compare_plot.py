@@ -1,4 +1,4 @@
-"""rec against kl, a point a run."""
+"""A plot of rec against kl with one point per run."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dsvae.reports.runs import Run
 from dsvae.reports.table import number
 
 _LINES = 9
-"""Lines of equal rec + kl."""
+"""Number of lines of equal rec + kl."""
 _NEAR = 0.025
-"""Share of an axis within which two numbers would lie on each other."""
+"""Share of an axis within which two labels would overlap."""
 
 
-def plot(found: Comparison) -> str | None:
-    """The plot as SVG, None where no run has both values. A model without a latent
-    stands at kl 0.
+def plot(comparison: Comparison) -> str | None:
+    """The plot as SVG; None if no run has both values. A model without a latent is drawn
+    at kl 0.
 
-    KL is not trained in phase 1 and is many times that of phase 2 there: its runs are
-    drawn only if there are no others.
+    Phase 1 does not train the KL, which is then many times that of phase 2. So runs in
+    phase 1 are drawn only if there are no others.
     """
     runs = [
         run
-        for run in found.runs
+        for run in comparison.runs
         if "rec" in run.metrics and ("kl" in run.metrics or not run.latent)
     ]
     runs = [run for run in runs if run.phase == 2] or runs
@@ -67,14 +67,10 @@ def plot(found: Comparison) -> str | None:
             axes.annotate(label, where, xytext=(5, 4), textcoords="offset points", fontsize=8)
         axes.set_xlabel("kl (nats/sentence)")
         axes.set_ylabel("rec (nats/sentence)")
-        about = "down and left is better; along a line rec + kl is the same"
-        axes.set_title(
-            about
-            + (
-                "; hollow: not final, on validation" if any(r.split != "test" for r in runs) else ""
-            ),
-            fontsize=8,
-        )
+        title = "down and left is better; along a line rec + kl is the same"
+        if any(run.split != "test" for run in runs):
+            title += "; hollow: not final, on validation"
+        axes.set_title(title, fontsize=8)
         axes.legend(
             fontsize=7.5,
             loc="upper left",
@@ -86,8 +82,8 @@ def plot(found: Comparison) -> str | None:
 
 
 def _together(points: list[tuple[float, float]], width: float, height: float) -> list[list[int]]:
-    """Indices of points so close together that one label serves them: each with the
-    first that is near."""
+    """Indices of points, grouped where they are so close that their labels would overlap.
+    Each point joins the first group whose first point is near."""
     groups: list[list[int]] = []
     for index, (x, y) in enumerate(points):
         near = (

@@ -395,7 +395,7 @@ def test_what_else_cannot_be_read_is_named(compare, tmp_path):
     assert re.search(r"^no_yaml: .*config.yaml: not valid YAML", text, re.M)
     assert re.search(r"^unknown: .*config.yaml: unknown field frobnicate$", text, re.M)
     # not the one a live run is writing
-    assert "lines: metrics.jsonl: 1 line(s) cannot be read, the first is line 5" in text
+    assert "lines: metrics.jsonl: 1 line(s) cannot be read; the first is line 5" in text
     assert "bare: no config.yaml in it" in text
 
 
