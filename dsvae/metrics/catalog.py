@@ -7,30 +7,47 @@ list. A new metric needs the function that computes it and one entry here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Flag, auto
 from typing import Any, Literal
 
 NATS = "nats/sentence"
-
-LIKELIHOOD = "Likelihood"
-INFORMATION = "Information in z"
 USE = "Does the decoder use z?"
-RECONSTRUCTION = "Reconstruction (greedy, from the posterior mean)"
-PROBES = "Linear probe of the posterior means, held out"
-DISENTANGLEMENT = "Disentanglement against the factors, posterior means"
-TEXT = "Text"
+
+
+class Place(Flag):
+    """A place that shows a metric, besides the table of `dsvae evaluate` and report.html,
+    which have all that is in a section."""
+
+    SUMMARY = auto()
+    """The lines at the end of a run, and the model card."""
+    COLUMN = auto()
+    """The table of `dsvae compare`, whose CSV file has every metric."""
+    MAIN = auto()
+    """TensorBoard's group `main`, of validation text; elsewhere the group of its split."""
+    NO_CHART = auto()
+    """Not in TensorBoard: a constant would be a straight line."""
+    PROGRESS = auto()
+    """The progress bar and TensorBoard's group `main`, of a training step."""
+    SPEED = auto()
+    """TensorBoard's group `speed`, of a training step; elsewhere `other`."""
+
+
+NOWHERE, SUMMARY, COLUMN, MAIN = Place(0), Place.SUMMARY, Place.COLUMN, Place.MAIN
+NO_CHART, PROGRESS, SPEED = Place.NO_CHART, Place.PROGRESS, Place.SPEED
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric and the places that show it."""
+    """One metric."""
 
     name: str
-    """Its key in metrics.json or in a logged training step; `outer.inner` where nested."""
+    """Its key in metrics.json or in a logged training step; `outer.inner` if nested."""
     unit: str = ""
     meaning: str = ""
     better: Literal["lower", "higher"] | None = None
     """None for a metric without a better direction, such as kl."""
+    places: Place = NOWHERE
     section: str | None = None
     """Its section in the table of `dsvae evaluate` and in report.html; None: no row."""
     again: tuple[str, str] | None = None
@@ -40,281 +57,219 @@ class Metric:
     tables of such a model leave it out."""
     latent: bool = False
     """Whether it describes z. `dsvae compare` drops it for a model without a latent."""
-    summary: bool = False
-    """Whether the end of a run and the model card show it."""
-    column: bool = False
-    """Whether the table of `dsvae compare` shows it; the CSV file holds every metric."""
-    chart: Literal["main", "split", "none"] = "split"
-    """TensorBoard group of an evaluation: `main` on validation text, else the name of
-    the split; `none` where the chart would be a straight line."""
-    training: Literal["main", "speed", "other"] = "other"
-    """TensorBoard group of a logged training step. `main` is on the progress bar too."""
     difference: tuple[str, str] | None = None
     """(a, b) of a metric that is a - b and is not stored in metrics.json."""
 
+    @property
+    def training_group(self) -> str:
+        """Its TensorBoard group in a logged training step."""
+        return "main" if PROGRESS in self.places else "speed" if SPEED in self.places else "other"
 
-def _count(name: str, meaning: str, constant: bool = False) -> Metric:
-    chart: Literal["split", "none"] = "none" if constant else "split"
-    return Metric(name, "", meaning, section=TEXT, exact=meaning, chart=chart)
+
+def _section(title: str, *metrics: Metric) -> tuple[Metric, ...]:
+    return tuple(replace(metric, section=title) for metric in metrics)
+
+
+def _count(name: str, meaning: str, places: Place = NOWHERE) -> Metric:
+    return Metric(name, "", meaning, None, places, exact=meaning)
 
 
 def _score(name: str, meaning: str) -> Metric:
-    name = f"disentanglement.{name}"
-    return Metric(name, "0-1", meaning, better="higher", section=DISENTANGLEMENT, latent=True)
+    return Metric(f"disentanglement.{name}", "0-1", meaning, "higher", latent=True)
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("loss", NATS, "rec + beta * penalty, as it was trained", training="main"),
-    Metric(
-        "rec",
-        NATS,
-        "-log p(x|z), z from q(z|x): what is left to say once z is known",
-        better="lower",
-        section=LIKELIHOOD,
-        again=(USE, "with the sentence's own z"),
-        exact="-log p(x), exact: a language model without a latent",
-        summary=True,
-        column=True,
-        training="main",
+    Metric("loss", NATS, "rec + beta * penalty, as it was trained", None, PROGRESS),
+    *_section(
+        "Likelihood",
+        Metric(
+            "rec",
+            NATS,
+            "-log p(x|z), z from q(z|x): what is left to say once z is known",
+            "lower",
+            SUMMARY | COLUMN | PROGRESS,
+            again=(USE, "with the sentence's own z"),
+            exact="-log p(x), exact: a language model without a latent",
+        ),
+        Metric(
+            "kl",
+            NATS,
+            "KL(q(z|x) || p(z)): what z costs",
+            None,
+            SUMMARY | COLUMN | PROGRESS,
+            latent=True,
+        ),
+        Metric("elbo", NATS, "-(rec + kl), a lower bound of log p(x)", "higher", SUMMARY | COLUMN),
+        Metric(
+            "entropy",
+            NATS,
+            "of the corpus itself: no code needs less than this",
+            None,
+            SUMMARY,
+            exact="of the corpus itself: no code needs less than this",
+        ),
+        Metric(
+            "above_entropy",
+            NATS,
+            "rec + kl - entropy: what the model pays above the best possible code",
+            "lower",
+            SUMMARY,
+            exact="rec - entropy: what the model pays above the best possible code",
+        ),
+        Metric(
+            "ppl_token",
+            "",
+            "perplexity per token from the ELBO (an upper bound)",
+            "lower",
+            SUMMARY | COLUMN,
+            exact="perplexity per token",
+        ),
+        Metric(
+            "ppl_word",
+            "",
+            "perplexity per word from the ELBO (an upper bound)",
+            "lower",
+            SUMMARY,
+            exact="perplexity per word",
+        ),
+        Metric(
+            "bits_per_byte",
+            "bits",
+            "bits per byte from the ELBO (an upper bound)",
+            "lower",
+            SUMMARY | COLUMN,
+            exact="bits per byte",
+        ),
+        Metric(
+            "nll_iw",
+            NATS,
+            "-log p(x), importance-weighted bound with k samples (an upper bound)",
+            "lower",
+            SUMMARY | COLUMN,
+        ),
+        Metric(
+            "iw_samples", "k", "samples of the importance-weighted bound", None, SUMMARY | NO_CHART
+        ),
+        Metric(
+            "iw_ess",
+            "samples",
+            "effective sample size of the k of nll_iw, mean over sentences",
+            None,
+            SUMMARY | COLUMN,
+        ),
+        Metric(
+            "iw_ess_min", "samples", "the smallest effective sample size: near 1 the bound is loose"
+        ),
+        Metric("ppl_token_iw", "", "perplexity per token from nll_iw (an upper bound)", "lower"),
+        Metric("ppl_word_iw", "", "perplexity per word from nll_iw (an upper bound)", "lower"),
+        Metric("bits_per_byte_iw", "bits", "bits per byte from nll_iw (an upper bound)", "lower"),
     ),
-    Metric(
-        "kl",
-        NATS,
-        "KL(q(z|x) || p(z)): what z costs",
-        section=LIKELIHOOD,
-        latent=True,
-        summary=True,
-        column=True,
-        training="main",
+    Metric("beta", "", "weight of the KL term", None, PROGRESS),
+    *_section(
+        "Information in z",
+        Metric(
+            "mi",
+            "nats",
+            "I(x; z), a lower bound: at most mi_cap",
+            "higher",
+            SUMMARY | COLUMN | MAIN,
+            latent=True,
+        ),
+        Metric("mi_upper", "nats", "I(x; z), an upper bound", None, SUMMARY | COLUMN, latent=True),
+        Metric("mi_cap", "nats", "ln of mi_posteriors", None, SUMMARY | NO_CHART, latent=True),
+        Metric("mi_sentences", "", "sentences that mi averages", latent=True),
+        Metric("mi_posteriors", "", "posteriors in its aggregate", latent=True),
+        Metric(
+            "marginal_kl",
+            "nats",
+            "KL(q(z) || p(z)), an upper bound: kl - mi; - where mi is near its cap",
+            None,
+            SUMMARY,
+            latent=True,
+        ),
+        Metric(
+            "au",
+            "units",
+            "active: Var[E q(z|x)] > 0.01",
+            "higher",
+            SUMMARY | COLUMN | MAIN,
+            latent=True,
+        ),
+        Metric("latent_dim", "units", "dimensions of z", None, NO_CHART),
     ),
-    Metric("beta", "", "weight of the KL term", training="main"),
-    Metric(
-        "elbo",
-        NATS,
-        "-(rec + kl), a lower bound of log p(x)",
-        better="higher",
-        section=LIKELIHOOD,
-        summary=True,
-        column=True,
-    ),
-    Metric("samples", "", "z drawn per sentence for rec", chart="none"),
-    Metric(
-        "entropy",
-        NATS,
-        "of the corpus itself: no code needs less than this",
-        section=LIKELIHOOD,
-        exact="of the corpus itself: no code needs less than this",
-        summary=True,
-    ),
-    Metric(
-        "above_entropy",
-        NATS,
-        "rec + kl - entropy: what the model pays above the best possible code",
-        better="lower",
-        section=LIKELIHOOD,
-        exact="rec - entropy: what the model pays above the best possible code",
-        summary=True,
-    ),
-    Metric(
-        "ppl_token",
-        "",
-        "perplexity per token from the ELBO (an upper bound)",
-        better="lower",
-        section=LIKELIHOOD,
-        exact="perplexity per token",
-        summary=True,
-        column=True,
-    ),
-    Metric(
-        "ppl_word",
-        "",
-        "perplexity per word from the ELBO (an upper bound)",
-        better="lower",
-        section=LIKELIHOOD,
-        exact="perplexity per word",
-        summary=True,
-    ),
-    Metric(
-        "bits_per_byte",
-        "bits",
-        "bits per byte from the ELBO (an upper bound)",
-        better="lower",
-        section=LIKELIHOOD,
-        exact="bits per byte",
-        summary=True,
-        column=True,
-    ),
-    Metric(
-        "nll_iw",
-        NATS,
-        "-log p(x), importance-weighted bound with k samples (an upper bound)",
-        better="lower",
-        section=LIKELIHOOD,
-        summary=True,
-        column=True,
-    ),
-    Metric(
-        "iw_samples",
-        "k",
-        "samples of the importance-weighted bound",
-        section=LIKELIHOOD,
-        summary=True,
-        chart="none",
-    ),
-    Metric(
-        "iw_ess",
-        "samples",
-        "effective sample size of the k of nll_iw, mean over sentences",
-        section=LIKELIHOOD,
-        summary=True,
-        column=True,
-    ),
-    Metric(
-        "iw_ess_min",
-        "samples",
-        "the smallest effective sample size: near 1 the bound is loose",
-        section=LIKELIHOOD,
-    ),
-    Metric(
-        "ppl_token_iw",
-        "",
-        "perplexity per token from nll_iw (an upper bound)",
-        better="lower",
-        section=LIKELIHOOD,
-    ),
-    Metric(
-        "ppl_word_iw",
-        "",
-        "perplexity per word from nll_iw (an upper bound)",
-        better="lower",
-        section=LIKELIHOOD,
-    ),
-    Metric(
-        "bits_per_byte_iw",
-        "bits",
-        "bits per byte from nll_iw (an upper bound)",
-        better="lower",
-        section=LIKELIHOOD,
-    ),
-    Metric(
-        "mi",
-        "nats",
-        "I(x; z), a lower bound: at most mi_cap",
-        better="higher",
-        section=INFORMATION,
-        latent=True,
-        summary=True,
-        column=True,
-        chart="main",
-    ),
-    Metric(
-        "mi_upper",
-        "nats",
-        "I(x; z), an upper bound",
-        section=INFORMATION,
-        latent=True,
-        summary=True,
-        column=True,
-    ),
-    Metric(
-        "mi_cap",
-        "nats",
-        "ln of mi_posteriors",
-        section=INFORMATION,
-        latent=True,
-        summary=True,
-        chart="none",
-    ),
-    Metric("mi_sentences", "", "sentences that mi averages", section=INFORMATION, latent=True),
-    Metric("mi_posteriors", "", "posteriors in its aggregate", section=INFORMATION, latent=True),
-    Metric(
-        "marginal_kl",
-        "nats",
-        "KL(q(z) || p(z)), an upper bound: kl - mi; - where mi is near its cap",
-        section=INFORMATION,
-        latent=True,
-        summary=True,
-    ),
-    Metric(
-        "au",
-        "units",
-        "active: Var[E q(z|x)] > 0.01",
-        better="higher",
-        section=INFORMATION,
-        latent=True,
-        summary=True,
-        column=True,
-        chart="main",
-    ),
-    Metric("latent_dim", "units", "dimensions of z", section=INFORMATION, chart="none"),
-    Metric("kl_per_dim", "nats", "kl per unit of z", latent=True),
-    Metric("au_curve", "units", "active units over thresholds", latent=True),
-    Metric(
-        "rec_shuffled",
-        NATS,
-        "rec with the z of another text: far above rec if the decoder uses z",
-        better="higher",
-        section=USE,
-        latent=True,
-        summary=True,
-    ),
-    Metric(
-        "rec_prior", NATS, "rec with a z from the prior", section=USE, latent=True, summary=True
+    *_section(
+        USE,
+        Metric(
+            "rec_shuffled",
+            NATS,
+            "rec with the z of another text: far above rec if the decoder uses z",
+            "higher",
+            SUMMARY,
+            latent=True,
+        ),
+        Metric("rec_prior", NATS, "rec with a z from the prior", None, SUMMARY, latent=True),
     ),
     Metric(
         "rec_shuffled-rec",
         NATS,
         "what another sentence's z costs: near 0 the decoder does not use z",
-        better="higher",
+        "higher",
+        COLUMN | MAIN,
         latent=True,
-        column=True,
-        chart="main",
         difference=("rec_shuffled", "rec"),
     ),
-    Metric(
-        "exact_match",
-        "share",
-        "sentences whose text comes back",
-        better="higher",
-        section=RECONSTRUCTION,
+    *_section(
+        "Reconstruction (greedy, from the posterior mean)",
+        Metric("exact_match", "share", "sentences whose text comes back", "higher"),
+        Metric(
+            "token_accuracy",
+            "share",
+            "tokens (EOS included) at their place in the reconstruction",
+            "higher",
+        ),
+        Metric("bleu", "0-100", "corpus BLEU (sacrebleu)", "higher"),
+        Metric("chrf", "0-100", "corpus chrF (sacrebleu)", "higher"),
     ),
-    Metric(
-        "token_accuracy",
-        "share",
-        "tokens (EOS included) at their place in the reconstruction",
-        better="higher",
-        section=RECONSTRUCTION,
+    *_section(
+        "Linear probe of the posterior means, held out",
+        Metric("probes", "accuracy", "one row per label", latent=True),
     ),
-    Metric("bleu", "0-100", "corpus BLEU (sacrebleu)", better="higher", section=RECONSTRUCTION),
-    Metric("chrf", "0-100", "corpus chrF (sacrebleu)", better="higher", section=RECONSTRUCTION),
-    Metric("probes", "accuracy", "one row per label", section=PROBES, latent=True),
-    _score("mig", "mutual information gap (Chen et al. 2018)"),
-    _score("dci_disentanglement", "each unit for one factor (Eastwood & Williams 2018)"),
-    _score("dci_completeness", "each factor in one unit"),
-    _score("dci_informativeness", "held-out accuracy of random forests that read the factors"),
-    _score("z_diff", "beta-VAE metric (Higgins et al. 2017)"),
-    _score(
-        "sap",
-        "SAP, categorical: held-out balanced accuracy of a tree on the best unit minus the "
-        "second best (after Kumar et al. 2018)",
+    *_section(
+        "Disentanglement against the factors, posterior means",
+        _score("mig", "mutual information gap (Chen et al. 2018)"),
+        _score("dci_disentanglement", "each unit for one factor (Eastwood & Williams 2018)"),
+        _score("dci_completeness", "each factor in one unit"),
+        _score("dci_informativeness", "held-out accuracy of random forests that read the factors"),
+        _score("z_diff", "beta-VAE metric (Higgins et al. 2017)"),
+        _score(
+            "sap",
+            "SAP, categorical: held-out balanced accuracy of a tree on the best unit minus the "
+            "second best (after Kumar et al. 2018)",
+        ),
     ),
-    _count("sentences", "", constant=True),
-    _count("tokens", "EOS included", constant=True),
-    _count("words", "whitespace words", constant=True),
-    _count("bytes", "UTF-8", constant=True),
-    _count("truncated", "sentences cut to max_tokens"),
-    _count("unk", "tokens outside the vocabulary"),
-    _count("skipped_blank", "blank lines"),
-    Metric("max_tokens", "tokens", "longest sentence, EOS included", chart="none"),
+    *_section(
+        "Text",
+        _count("sentences", "", NO_CHART),
+        _count("tokens", "EOS included", NO_CHART),
+        _count("words", "whitespace words", NO_CHART),
+        _count("bytes", "UTF-8", NO_CHART),
+        _count("truncated", "sentences cut to max_tokens"),
+        _count("unk", "tokens outside the vocabulary"),
+        _count("skipped_blank", "blank lines"),
+    ),
+    Metric("samples", "", "z drawn per sentence for rec", None, NO_CHART),
+    Metric("kl_per_dim", "nats", "kl per unit of z", latent=True),
+    Metric("au_curve", "units", "active units over thresholds", latent=True),
+    Metric("max_tokens", "tokens", "longest sentence, EOS included", None, NO_CHART),
     Metric("rec_per_token", "nats/token", "rec per predicted token"),
     Metric("lr", "", "learning rate"),
     Metric("grad_norm", "", "norm of the gradient before clipping"),
     Metric("skipped_steps", "steps", "steps without an update since the start of the phase"),
     Metric("epoch", "epochs", "passes over the training sentences"),
-    Metric("tokens_per_s", "tokens/s", "predicted tokens, all ranks", training="speed"),
-    Metric("flops_per_s", "FLOP/s", "operations of the model, rank 0", training="speed"),
-    Metric("mfu", "share", "flops_per_s of what the device could do", training="speed"),
-    Metric("peak_memory_gb", "GB", "most memory since the start, rank 0", training="speed"),
+    Metric("tokens_per_s", "tokens/s", "predicted tokens, all ranks", None, SPEED),
+    Metric("flops_per_s", "FLOP/s", "operations of the model, rank 0", None, SPEED),
+    Metric("mfu", "share", "flops_per_s of what the device could do", None, SPEED),
+    Metric("peak_memory_gb", "GB", "most memory since the start, rank 0", None, SPEED),
 )
 
 CHARTS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -172,7 +172,8 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
         "rec_shuffled": measured.rec_shuffled,
         "rec_prior": measured.rec_prior,
     }
-    value, se = {}, {}
+    value: dict[str, float] = {}
+    se: dict[str, float] = {}
     for name, per_sentence in means.items():
         value[name], se[name] = likelihood.mean(per_sentence)
     # kl = I(x; z) + KL(q(z) || p(z)) is an upper bound too
@@ -183,21 +184,14 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
         value["marginal_kl"] = se["marginal_kl"] = math.nan
     units, units_se = likelihood.per_unit(-bound, split)
     return {
-        "rec": value["rec"],
-        "kl": value["kl"],
-        "elbo": value["elbo"],
+        **value,
         "samples": len(measured.log_px_z),
         **units,
-        "mi": value["mi"],
         "mi_cap": cap,
-        "mi_upper": value["mi_upper"],
         "mi_sentences": len(measured.mi_rows),
         "mi_posteriors": measured.mi_posteriors,
-        "marginal_kl": value["marginal_kl"],
         "au": active_units(measured.posterior),
         "kl_per_dim": measured.kl.mean(0).tolist(),
-        "rec_shuffled": value["rec_shuffled"],
-        "rec_prior": value["rec_prior"],
         "sentences": len(split),
         "tokens": int(split.lengths.sum()),
         "words": int(split.words.sum()),

@@ -76,7 +76,7 @@ def _differing(runs: list[Run]) -> list[str]:
 
 def _metrics(runs: list[Run]) -> list[str]:
     names = dict.fromkeys(name for run in runs for name in run.metrics)
-    columns = [metric.name for metric in catalog.METRICS if metric.column]
+    columns = [metric.name for metric in catalog.METRICS if catalog.COLUMN in metric.places]
     order = {name: place for place, name in enumerate(columns)}
     return sorted(names, key=lambda name: (name.startswith("se."), order.get(name, len(order))))
 

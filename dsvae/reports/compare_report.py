@@ -52,7 +52,11 @@ def text(comparison: Comparison) -> str:
     for name, letters in (("text", comparison.text), ("tokenizer", comparison.tokenizer)):
         if letters:
             columns[name] = [letters.get(run.name, "-") for run in runs]
-    metrics = [m for m in catalog.METRICS if m.column and m.name in comparison.metrics]
+    metrics = [
+        metric
+        for metric in catalog.METRICS
+        if catalog.COLUMN in metric.places and metric.name in comparison.metrics
+    ]
     arrows = {"lower": " ↓", "higher": " ↑", None: ""}
     numbers = {
         f"{metric.name}{arrows[metric.better]}": [_metric(run, metric.name) for run in runs]

@@ -64,7 +64,7 @@ def result_table(title: str, metrics: dict[str, Any]) -> str:
     lines = [f"{title} ({metrics['sentences']:,} sentences)"]
     for metric in catalog.METRICS:
         meaning = metric.meaning if latent else metric.exact
-        if metric.summary and meaning is not None:
+        if catalog.SUMMARY in metric.places and meaning is not None:
             lines += [
                 f"  {row.name:<13}{row.value:>10} {row.unit:<14} {row.meaning}"
                 for row in _rows(metric, meaning, metrics)

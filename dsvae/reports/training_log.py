@@ -107,7 +107,7 @@ class Reporter:
         )
         assert self._writer is not None
         for name, value in values.items():
-            self._writer.add_scalar(f"{catalog.entry(name).training}/{name}", value, step)
+            self._writer.add_scalar(f"{catalog.entry(name).training_group}/{name}", value, step)
         if self._bar is not None:
             self._bar.set_postfix_str(_postfix(values), refresh=False)
 
@@ -120,7 +120,7 @@ class Reporter:
         of_latent = split == "valid" and bool(metrics["kl_per_dim"])
         more = catalog.differences(metrics) if of_latent else {}
         for name, value in _charted({**metrics, **more}).items():
-            main = split == "valid" and catalog.entry(name).chart == "main"
+            main = split == "valid" and catalog.MAIN in catalog.entry(name).places
             tag = name.replace("-", "_minus_")
             self._writer.add_scalar(f"{'main' if main else split}/{tag}", value, step)
         if of_latent:
@@ -203,7 +203,7 @@ def data_lines(report: dict[str, Any], ranks: int) -> str:
 
 def _postfix(values: dict[str, float]) -> str:
     """The losses, speed and memory after the progress bar."""
-    main = [metric.name for metric in catalog.METRICS if metric.training == "main"]
+    main = [metric.name for metric in catalog.METRICS if catalog.PROGRESS in metric.places]
     losses = " ".join(f"{name} {values[name]:.4g}" for name in main if name in values)
     flops = values["flops_per_s"]
     if "mfu" in values:
@@ -219,7 +219,7 @@ def _charted(metrics: dict[str, Any]) -> dict[str, float]:
     return {
         name: value
         for name, value in metrics.items()
-        if isinstance(value, (int, float)) and catalog.entry(name).chart != "none"
+        if isinstance(value, (int, float)) and catalog.NO_CHART not in catalog.entry(name).places
     }
 
 

@@ -14,7 +14,7 @@ from dsvae.config import RunConfig
 from dsvae.data.grammar import generate
 from dsvae.data.tokenization import tokenize
 from dsvae.metrics import catalog
-from dsvae.metrics.catalog import METRICS, Metric
+from dsvae.metrics.catalog import COLUMN, MAIN, METRICS, SUMMARY, Metric
 from dsvae.metrics.evaluate import evaluate
 from dsvae.parallel.world import World
 from dsvae.reports.card import write_card
@@ -75,11 +75,8 @@ def test_a_new_entry_is_shown_everywhere(evaluation, monkeypatch, tmp_path):
         "made_up",
         "furlongs",
         "how far the sentence goes",
-        better="higher",
+        places=SUMMARY | MAIN,
         section="Made up section",
-        summary=True,
-        column=True,
-        chart="main",
     )
     monkeypatch.setattr(catalog, "METRICS", (*METRICS, new))
     metrics = {**found.metrics, "made_up": 12.345678}
@@ -112,7 +109,7 @@ def test_a_new_entry_is_shown_everywhere(evaluation, monkeypatch, tmp_path):
 
 
 def test_compare_shows_a_new_entry(monkeypatch, tmp_path, capsys):
-    new = Metric("made_up", "furlongs", "how far it goes", better="higher", column=True)
+    new = Metric("made_up", "furlongs", "how far it goes", "higher", COLUMN)
     monkeypatch.setattr(catalog, "METRICS", (*METRICS, new))
     for name, value in (("a", 1.5), ("b", 2.5)):
         run = tmp_path / name

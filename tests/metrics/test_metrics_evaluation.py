@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from xml.etree import ElementTree
 
 import numpy as np
@@ -40,7 +41,7 @@ from dsvae.metrics.reconstruction import compare, reconstruct
 from dsvae.modeling.families import GaussianFamily
 from dsvae.parallel.world import World
 from dsvae.reports import html
-from dsvae.reports.evaluation import evaluate_model
+from dsvae.reports.evaluation import evaluate_model, evaluate_sentences
 from dsvae.reports.plots import plots
 from dsvae.reports.sentences import read
 
@@ -488,6 +489,42 @@ def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split
     assert "exact_match" not in found
     assert (tmp_path / "out" / "report.html").is_file()
     assert not (tmp_path / "out" / "projector").exists()
+
+
+class Watchdog:
+    """Records heartbeats and how deep hang detection is suspended."""
+
+    def __init__(self):
+        self.beats, self.suspended = [], 0
+
+    def heartbeat(self, where):
+        self.beats.append(where)
+
+    @contextmanager
+    def suspend_hang_detection(self):
+        self.suspended += 1
+        yield
+        self.suspended -= 1
+
+
+def test_long_work_is_not_taken_for_a_hang(tokenizer, monkeypatch):
+    """Rank 0 trains forests and probes for minutes, and every rank decodes for minutes."""
+    watchdog, suspended = Watchdog(), []
+
+    def train(*_):
+        suspended.append(watchdog.suspended)
+        return {}
+
+    monkeypatch.setattr("dsvae.reports.sentences.BUILTIN_SENTENCES", 60)
+    monkeypatch.setattr("dsvae.reports.evaluation.disentanglement", train)
+    monkeypatch.setattr("dsvae.reports.evaluation.probe", train)
+    world = World(0, 0, 1, torch.device("cpu"), watchdog)
+    text = read(None, None, "text", tokenizer, 24)
+    options = {"samples": 1, "iw_samples": None, "token_budget": 128, "max_tokens": 24, "seed": 0}
+    evaluate_sentences(make_vae(), tokenizer, text, world, **options)
+    assert len(suspended) == 10  # nine factors to probe, and their scores
+    assert min(suspended) == 1
+    assert watchdog.beats.count("reconstruction") >= 10  # one per batch
 
 
 def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch):
