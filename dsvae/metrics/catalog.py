@@ -296,16 +296,16 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def entry(name: str) -> Metric:
-    """The entry of a metric; a plain one for a name that the list does not have."""
+    """The entry of a metric; a plain one for an unlisted name."""
     return next((metric for metric in METRICS if metric.name == name), Metric(name))
 
 
 def differences(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that are the difference of two others, where both are there."""
-    found = {}
+    """The metrics that are the difference of two others, if both are there."""
+    values = {}
     for metric in METRICS:
         if metric.difference is not None:
             a, b = (metrics.get(name) for name in metric.difference)
             if a is not None and b is not None:
-                found[metric.name] = a - b
-    return found
+                values[metric.name] = a - b
+    return values

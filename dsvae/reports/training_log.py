@@ -246,13 +246,13 @@ def _kl_figure(history: list[tuple[int, list[float]]]) -> Figure:
     be compared: 0.01 nats is nothing, 10 is a lot.
     """
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
+
+    from dsvae.reports.figures import new_figure
 
     least, most = 0.01, 10.0
     steps, columns = zip(*history, strict=True)
     image = np.array(columns, dtype=float).T.clip(least, most)  # (Z, validations)
-    figure = Figure(figsize=(5.0, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(5.0, 3.6)
     shown = axes.imshow(image, aspect="auto", norm=LogNorm(least, most), interpolation="nearest")
     labelled = np.unique(np.linspace(0, len(steps) - 1, 6).astype(int))
     axes.set_xticks(labelled, [f"{steps[i]:,}" for i in labelled])

@@ -1,4 +1,4 @@
-"""The one list of metrics: complete, and read by everything that shows a metric."""
+"""The list of metrics is complete, and everything that shows a metric reads it."""
 
 import csv
 import json
@@ -69,7 +69,7 @@ def test_every_number_of_an_evaluation_has_an_entry(evaluation):
 
 
 def test_a_new_entry_is_shown_everywhere(evaluation, monkeypatch, tmp_path):
-    """A metric with an entry and a value, and no other change."""
+    """A metric needs a value and an entry, and nothing else."""
     text, found = evaluation
     new = Metric(
         "made_up",

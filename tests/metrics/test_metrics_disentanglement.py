@@ -1,4 +1,4 @@
-"""Scores of codes that are disentangled, rotated and random."""
+"""Scores of codes that are disentangled, rotated, random and categorical."""
 
 import numpy as np
 import pytest
@@ -39,8 +39,8 @@ def test_one_dimension_a_factor(factors):
 
 
 def test_draws_of_a_collapsed_latent_are_at_chance(factors):
-    """Perfect means times 0.01, of unit variance: 0.0003 nats of KL at most. Draws of
-    them are noise, and noise stands at the printed chance level."""
+    """Perfect means times 0.01 with unit variance have at most 0.0003 nats of KL. Their
+    draws are noise, which scores the printed chance level."""
     rng = np.random.default_rng(2)
     means = 0.01 * (factors - factors.mean(0)) + 1e-4 * rng.normal(size=(2000, 3))
     draws = means + rng.normal(size=means.shape)
@@ -57,7 +57,7 @@ def test_draws_of_a_collapsed_latent_are_at_chance(factors):
 
 
 def test_z_diff_states_how_much_it_varies_with_its_seed(factors):
-    """A little information: two codes of three factors, in noise."""
+    """With a little information: two noisy codes of three factors."""
     rng = np.random.default_rng(3)
     codes = 0.5 * factors[:, :2] + rng.normal(size=(2000, 2))
     values, errors = zip(*(z_diff(codes, factors, seed) for seed in range(8)), strict=True)

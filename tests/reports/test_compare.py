@@ -1,5 +1,4 @@
-"""`dsvae compare`, on output directories written here by hand, and on those of real
-runs."""
+"""`dsvae compare` on output directories that are written here, and on real runs."""
 
 import csv
 import json
@@ -37,7 +36,7 @@ CONFIG = {
 
 
 def evaluation(rec=30.0, kl=10.0, **more):
-    """An evaluation as metrics.json and metrics.jsonl hold it."""
+    """An evaluation as in metrics.json and metrics.jsonl."""
     found = {
         "rec": rec,
         "kl": kl,
@@ -75,8 +74,8 @@ def merged(base, more):
 def make(
     directory, metrics=None, *, config=None, rows=(), saved=(), tokenizer="one", ds_config=None
 ):
-    """An output directory after the contract: `metrics` is the final evaluation,
-    `saved` are (phase, step) of checkpoints."""
+    """An output directory. `metrics` is the final evaluation, and `saved` the (phase,
+    step) of checkpoints."""
     directory.mkdir(parents=True)
     tree = merged(CONFIG, {"output_dir": str(directory), **(config or {})})
     (directory / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -248,7 +247,7 @@ def test_a_model_without_a_latent_has_no_kl(compare, tmp_path):
     assert table["vae"]["kl"] == "10.000"
 
 
-def test_files_are_told_by_name_where_that_is_enough(compare, tmp_path):
+def test_files_are_shown_by_name_where_names_differ(compare, tmp_path):
     make(
         tmp_path / "a",
         evaluation(),
@@ -307,7 +306,7 @@ def test_state_of_a_run_that_is_not_finished(compare, tmp_path, state, values, g
     assert table["done"]["state"] == "finished"
 
 
-def test_weights_between_the_phases_tell_where_a_run_stands(compare, tmp_path):
+def test_weights_between_the_phases_show_the_progress_of_a_run(compare, tmp_path):
     for name, config, rows in (
         ("between", {}, BOTH[:3]),
         ("only", {"phase": "1"}, BOTH[:3]),
@@ -566,7 +565,7 @@ def test_runs_may_be_given_as_a_flag_and_with_odd_names(compare, tmp_path, capsy
 
 
 def drawn(monkeypatch, directories):
-    """(kl, rec) -> (marker, filled, label) of what the plot shows, and its
+    """The points of the plot, (kl, rec) -> (marker, filled, label), and its
     annotations."""
     kept = []
     monkeypatch.setattr(plot_module, "svg", kept.append)
@@ -618,7 +617,7 @@ def test_without_values_there_is_no_plot(compare, tmp_path):
 
 
 def test_real_runs(compare, tmp_path, tiny):
-    """One to its end and one killed in phase 2, against what they left."""
+    """A finished run and one killed in phase 2, compared with their files."""
     ds_config = CONFIGS / "zero0.json"
     words = ("--ds_config", ds_config, "--config", tiny, "--precision", "fp32")
     train(*words, "--output_dir", tmp_path / "runs" / "done", "--phase2.free_bits", "0.5")
