@@ -4,15 +4,17 @@ numbers are comparable."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dsvae.config import field_types
 from dsvae.errors import UserError
 from dsvae.metrics import catalog
 from dsvae.reports.runs import Run, read_runs
+
+T = TypeVar("T")
 
 _COUNTS = ("sentences", "words", "bytes")
 
@@ -173,18 +175,23 @@ def _tokenizers(runs: list[Run]) -> tuple[dict[str, str], list[str]]:
 
 
 def _groups(runs: list[Run], same: Callable[[Run, Run], bool]) -> dict[str, list[Run]]:
-    """Letter A, B, ..., Z, A1, ... -> runs. Each run joins the first group whose first run
-    is the `same`."""
-    groups: list[list[Run]] = []
-    for run in runs:
-        group = next((group for group in groups if same(group[0], run)), None)
-        if group is None:
-            groups.append([run])
-        else:
-            group.append(run)
+    """Letter A, B, ..., Z, A1, ... -> the runs that are the `same`."""
     return {
-        f"{chr(65 + index % 26)}{index // 26 or ''}": group for index, group in enumerate(groups)
+        f"{chr(65 + index % 26)}{index // 26 or ''}": group
+        for index, group in enumerate(grouped(runs, same))
     }
+
+
+def grouped(items: Iterable[T], same: Callable[[T, T], bool]) -> list[list[T]]:
+    """The items in groups; each joins the first group whose first item is the `same`."""
+    groups: list[list[T]] = []
+    for item in items:
+        group = next((group for group in groups if same(group[0], item)), None)
+        if group is None:
+            groups.append([item])
+        else:
+            group.append(item)
+    return groups
 
 
 def _letters(groups: dict[str, list[Run]]) -> dict[str, str]:

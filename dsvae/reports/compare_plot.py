@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib
 import numpy as np
 
-from dsvae.reports.compare import Comparison
+from dsvae.reports.compare import Comparison, grouped
 from dsvae.reports.figures import COLOR, STYLE, new_figure, short, svg
 from dsvae.reports.runs import Run
 from dsvae.reports.table import number
@@ -51,19 +51,18 @@ def plot(comparison: Comparison) -> str | None:
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
         totals = np.linspace(left + low, right + high, _LINES + 2)[1:-1]
         for total in totals:
-            axes.plot(
-                [left, right],
-                [total - left, total - right],
-                color="black",
-                alpha=0.12,
-                linewidth=0.8,
-                zorder=0,
-            )
+            axes.axline((0, total), slope=-1, color="black", alpha=0.12, linewidth=0.8, zorder=0)
         axes.set_xlim(left, right)
         axes.set_ylim(low, high)
-        for members in _together(points, right - left, high - low):
-            where = points[members[0]]
+        width, height = right - left, high - low
+
+        def near(a: int, b: int) -> bool:
+            (x, y), (other_x, other_y) = points[a], points[b]
+            return max(abs(x - other_x) / width, abs(y - other_y) / height) < _NEAR
+
+        for members in grouped(range(len(points)), near):
             label = ", ".join(str(index + 1) for index in members)
+            where = points[members[0]]
             axes.annotate(label, where, xytext=(5, 4), textcoords="offset points", fontsize=8)
         axes.set_xlabel("kl (nats/sentence)")
         axes.set_ylabel("rec (nats/sentence)")
@@ -79,24 +78,6 @@ def plot(comparison: Comparison) -> str | None:
             handletextpad=0.2,
         )
         return svg(figure)
-
-
-def _together(points: list[tuple[float, float]], width: float, height: float) -> list[list[int]]:
-    """Indices of points, grouped where they are so close that their labels would overlap.
-    Each point joins the first group whose first point is near."""
-    groups: list[list[int]] = []
-    for index, (x, y) in enumerate(points):
-        near = (
-            g
-            for g in groups
-            if max(abs(points[g[0]][0] - x) / width, abs(points[g[0]][1] - y) / height) < _NEAR
-        )
-        group = next(near, None)
-        if group is None:
-            groups.append([index])
-        else:
-            group.append(index)
-    return groups
 
 
 def _about(run: Run) -> str:
