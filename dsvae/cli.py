@@ -506,9 +506,9 @@ def compare(runs: list[str], *, output: str | None = None, sort_by: str | None =
     """Runs side by side: the settings in which they differ, how far each has come, and
     its metrics.
 
-    A run that is not finished shows its newest validation values, with a star. Written:
-    comparison.md (the table that is printed), comparison.csv and comparison.json (every
-    metric in full, standard errors too), comparison.svg (rec against kl).
+    A run that is not finished shows its newest validation values, with a star. The
+    printed table is Markdown. Written: comparison.csv (every metric in full, standard
+    errors too) and comparison.svg (rec against kl).
 
     Args:
         runs: output directories of runs; a directory that holds them one level down, as
@@ -531,7 +531,7 @@ def compare(runs: list[str], *, output: str | None = None, sort_by: str | None =
     found = compare_runs(directories, sort_by)
     directory = place(directories, output)
     make_writable(directory, "--output")
-    if (directory / "comparison.json").exists():
+    if (directory / "comparison.csv").exists():
         _say(f"the earlier comparison in {directory} is replaced")
     files = write(directory, found)
     print(text(found))

@@ -76,7 +76,8 @@ from dsvae.parallel.stopping import Stopping
 from dsvae.parallel.world import World, join, leave, may_come_from_another_rank
 from dsvae.phases import Phase
 from dsvae.reports.card import write_card
-from dsvae.reports.training_log import Reporter, data_lines, result_table
+from dsvae.reports.table import result_table
+from dsvae.reports.training_log import Reporter, data_lines
 from dsvae.usage import help_text
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

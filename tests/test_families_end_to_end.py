@@ -116,8 +116,9 @@ def test_latents_are_written_by_their_names(run, tmp_path):
     assert names == expected[family]
 
 
-def test_scores_of_dimensions_are_not_given_for_categories(run):
+def test_units_are_scored_against_the_factors(run):
     family, out, _ = run
     found = evaluate_model(str(out / "model"), output=str(out / "evaluation"), iw_samples=2)
-    told = [line for line in found["warnings"] if "disentanglement" in line]
-    assert (found["disentanglement"] is None) == (family == "categorical") == bool(told)
+    assert (found["disentanglement"] is None) == (found["au"] == 0)
+    if scores := found["disentanglement"]:
+        assert len(scores["dimensions"]) == len(scores["information"]) == found["au"]

@@ -1,145 +1,311 @@
-"""What each metric means and how its value is written: one list for the console, model
-cards, reports and comparisons."""
+"""Every metric once: its unit, its meaning, its better direction, and where it is shown.
+
+The console, TensorBoard, the model card, report.html and `dsvae compare` all read this
+list. A new metric needs the function that computes it and one entry here.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Flag, auto
+from typing import Any, Literal
 
 NATS = "nats/sentence"
+USE = "Does the decoder use z?"
 
 
-class Row(NamedTuple):
+class Place(Flag):
+    """A place that shows a metric, besides the table of `dsvae evaluate` and report.html,
+    which have all that is in a section."""
+
+    SUMMARY = auto()
+    """The lines at the end of a run, and the model card."""
+    COLUMN = auto()
+    """The table of `dsvae compare`, whose CSV file has every metric."""
+    MAIN = auto()
+    """TensorBoard's group `main`, of validation text; elsewhere the group of its split."""
+    NO_CHART = auto()
+    """Not in TensorBoard: a constant would be a straight line."""
+    PROGRESS = auto()
+    """The progress bar and TensorBoard's group `main`, of a training step."""
+    SPEED = auto()
+    """TensorBoard's group `speed`, of a training step; elsewhere `other`."""
+
+
+NOWHERE, SUMMARY, COLUMN, MAIN = Place(0), Place.SUMMARY, Place.COLUMN, Place.MAIN
+NO_CHART, PROGRESS, SPEED = Place.NO_CHART, Place.PROGRESS, Place.SPEED
+
+
+@dataclass(frozen=True)
+class Metric:
     """One metric."""
 
     name: str
-    value: str
-    error: str
-    """Its standard error, empty where it has none."""
-    unit: str
-    meaning: str
+    """Its key in metrics.json or in a logged training step; `outer.inner` if nested."""
+    unit: str = ""
+    meaning: str = ""
+    better: Literal["lower", "higher"] | None = None
+    """None for a metric without a better direction, such as kl."""
+    places: Place = NOWHERE
+    section: str | None = None
+    """Its section in the table of `dsvae evaluate` and in report.html; None: no row."""
+    again: tuple[str, str] | None = None
+    """Section and meaning of a second row with the same value."""
+    exact: str | None = None
+    """Its meaning for a model without a latent, whose likelihood is no bound. None: the
+    tables of such a model leave it out."""
+    latent: bool = False
+    """Whether it describes z. `dsvae compare` drops it for a model without a latent."""
+    difference: tuple[str, str] | None = None
+    """(a, b) of a metric that is a - b and is not stored in metrics.json."""
+
+    @property
+    def training_group(self) -> str:
+        """Its TensorBoard group in a logged training step."""
+        return "main" if PROGRESS in self.places else "speed" if SPEED in self.places else "other"
 
 
-SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
-    "Likelihood": (
-        ("rec", NATS, "-log p(x|z), z from q(z|x): what is left to say once z is known"),
-        ("kl", NATS, "KL(q(z|x) || p(z)): what z costs"),
-        ("elbo", NATS, "-(rec + kl), a lower bound of log p(x)"),
-        ("entropy", NATS, "of the corpus itself: no code needs less than this"),
-        (
+def _section(title: str, *metrics: Metric) -> tuple[Metric, ...]:
+    return tuple(replace(metric, section=title) for metric in metrics)
+
+
+def _count(name: str, meaning: str, places: Place = NOWHERE) -> Metric:
+    return Metric(name, "", meaning, None, places, exact=meaning)
+
+
+def _score(name: str, meaning: str) -> Metric:
+    return Metric(f"disentanglement.{name}", "0-1", meaning, "higher", latent=True)
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("loss", NATS, "rec + beta * penalty, as it was trained", None, PROGRESS),
+    *_section(
+        "Likelihood",
+        Metric(
+            "rec",
+            NATS,
+            "-log p(x|z), z from q(z|x): what is left to say once z is known",
+            "lower",
+            SUMMARY | COLUMN | PROGRESS,
+            again=(USE, "with the sentence's own z"),
+            exact="-log p(x), exact: a language model without a latent",
+        ),
+        Metric(
+            "kl",
+            NATS,
+            "KL(q(z|x) || p(z)): what z costs",
+            None,
+            SUMMARY | COLUMN | PROGRESS,
+            latent=True,
+        ),
+        Metric("elbo", NATS, "-(rec + kl), a lower bound of log p(x)", "higher", SUMMARY | COLUMN),
+        Metric(
+            "entropy",
+            NATS,
+            "of the corpus itself: no code needs less than this",
+            None,
+            SUMMARY,
+            exact="of the corpus itself: no code needs less than this",
+        ),
+        Metric(
             "above_entropy",
             NATS,
-            "rec + kl - entropy: what the model still pays above the best possible code",
+            "rec + kl - entropy: what the model pays above the best possible code",
+            "lower",
+            SUMMARY,
+            exact="rec - entropy: what the model pays above the best possible code",
         ),
-        ("ppl_token", "", "perplexity a token from the ELBO (an upper bound)"),
-        ("ppl_word", "", "perplexity a word from the ELBO (an upper bound)"),
-        ("bits_per_byte", "bits", "bits a byte from the ELBO (an upper bound)"),
-        ("nll_iw", NATS, "-log p(x), importance-weighted bound with k samples (an upper bound)"),
-        ("iw_samples", "k", "samples of the importance-weighted bound"),
-        ("iw_ess", "samples", "effective sample size of the k of nll_iw, mean over sentences"),
-        ("iw_ess_min", "samples", "... and its least: near 1 the bound is loose"),
-        ("ppl_token_iw", "", "perplexity a token from nll_iw (an upper bound)"),
-        ("ppl_word_iw", "", "perplexity a word from nll_iw (an upper bound)"),
-        ("bits_per_byte_iw", "bits", "bits a byte from nll_iw (an upper bound)"),
+        Metric(
+            "ppl_token",
+            "",
+            "perplexity per token from the ELBO (an upper bound)",
+            "lower",
+            SUMMARY | COLUMN,
+            exact="perplexity per token",
+        ),
+        Metric(
+            "ppl_word",
+            "",
+            "perplexity per word from the ELBO (an upper bound)",
+            "lower",
+            SUMMARY,
+            exact="perplexity per word",
+        ),
+        Metric(
+            "bits_per_byte",
+            "bits",
+            "bits per byte from the ELBO (an upper bound)",
+            "lower",
+            SUMMARY | COLUMN,
+            exact="bits per byte",
+        ),
+        Metric(
+            "nll_iw",
+            NATS,
+            "-log p(x), importance-weighted bound with k samples (an upper bound)",
+            "lower",
+            SUMMARY | COLUMN,
+        ),
+        Metric(
+            "iw_samples", "k", "samples of the importance-weighted bound", None, SUMMARY | NO_CHART
+        ),
+        Metric(
+            "iw_ess",
+            "samples",
+            "effective sample size of the k of nll_iw, mean over sentences",
+            None,
+            SUMMARY | COLUMN,
+        ),
+        Metric(
+            "iw_ess_min", "samples", "the smallest effective sample size: near 1 the bound is loose"
+        ),
+        Metric("ppl_token_iw", "", "perplexity per token from nll_iw (an upper bound)", "lower"),
+        Metric("ppl_word_iw", "", "perplexity per word from nll_iw (an upper bound)", "lower"),
+        Metric("bits_per_byte_iw", "bits", "bits per byte from nll_iw (an upper bound)", "lower"),
     ),
-    "Information in z": (
-        ("mi", "nats", "I(x; z), a lower bound: at most mi_cap"),
-        ("mi_upper", "nats", "I(x; z), an upper bound"),
-        ("mi_cap", "nats", "ln of mi_posteriors"),
-        ("mi_sentences", "", "sentences that mi was measured on"),
-        ("mi_posteriors", "", "posteriors in its aggregate"),
-        (
+    Metric("beta", "", "weight of the KL term", None, PROGRESS),
+    *_section(
+        "Information in z",
+        Metric(
+            "mi",
+            "nats",
+            "I(x; z), a lower bound: at most mi_cap",
+            "higher",
+            SUMMARY | COLUMN | MAIN,
+            latent=True,
+        ),
+        Metric("mi_upper", "nats", "I(x; z), an upper bound", None, SUMMARY | COLUMN, latent=True),
+        Metric("mi_cap", "nats", "ln of mi_posteriors", None, SUMMARY | NO_CHART, latent=True),
+        Metric("mi_sentences", "", "sentences that mi averages", latent=True),
+        Metric("mi_posteriors", "", "posteriors in its aggregate", latent=True),
+        Metric(
             "marginal_kl",
             "nats",
             "KL(q(z) || p(z)), an upper bound: kl - mi; - where mi is near its cap",
+            None,
+            SUMMARY,
+            latent=True,
         ),
-        ("au", "units", "active: Var[E q(z|x)] > 0.01"),
-        ("latent_dim", "units", "dimensions of z"),
+        Metric(
+            "au",
+            "units",
+            "active: Var[E q(z|x)] > 0.01",
+            "higher",
+            SUMMARY | COLUMN | MAIN,
+            latent=True,
+        ),
+        Metric("latent_dim", "units", "dimensions of z", None, NO_CHART),
     ),
-    "Does the decoder use z?": (
-        ("rec", NATS, "with its own z"),
-        (
+    *_section(
+        USE,
+        Metric(
             "rec_shuffled",
             NATS,
             "rec with the z of another text: far above rec if the decoder uses z",
+            "higher",
+            SUMMARY,
+            latent=True,
         ),
-        ("rec_prior", NATS, "rec with a z from the prior"),
+        Metric("rec_prior", NATS, "rec with a z from the prior", None, SUMMARY, latent=True),
     ),
-    "Reconstruction (greedy, from the posterior mean)": (
-        ("exact_match", "share", "sentences whose text comes back"),
-        ("token_accuracy", "share", "tokens (EOS included) at their place in the reconstruction"),
-        ("bleu", "0-100", "corpus BLEU (sacrebleu)"),
-        ("chrf", "0-100", "corpus chrF (sacrebleu)"),
-    ),
-    "Text": (
-        ("sentences", "", ""),
-        ("tokens", "", "EOS included"),
-        ("words", "", "whitespace words"),
-        ("bytes", "", "UTF-8"),
-        ("truncated", "", "sentences cut to max_tokens"),
-        ("unk", "", "tokens outside the vocabulary"),
-        ("skipped_blank", "", "blank lines"),
-    ),
-}
-"""Section -> (name, unit, meaning)."""
-
-BASELINE = (
-    ("rec", NATS, "-log p(x), exact: a language model without a latent"),
-    ("entropy", NATS, "of the corpus itself: no code needs less than this"),
-    (
-        "above_entropy",
+    Metric(
+        "rec_shuffled-rec",
         NATS,
-        "rec - entropy: what the model still pays above the best possible code",
+        "what another sentence's z costs: near 0 the decoder does not use z",
+        "higher",
+        COLUMN | MAIN,
+        latent=True,
+        difference=("rec_shuffled", "rec"),
     ),
-    ("ppl_token", "", "perplexity a token"),
-    ("ppl_word", "", "perplexity a word"),
-    ("bits_per_byte", "bits", "bits a byte"),
+    *_section(
+        "Reconstruction (greedy, from the posterior mean)",
+        Metric("exact_match", "share", "sentences whose text comes back", "higher"),
+        Metric(
+            "token_accuracy",
+            "share",
+            "tokens (EOS included) at their place in the reconstruction",
+            "higher",
+        ),
+        Metric("bleu", "0-100", "corpus BLEU (sacrebleu)", "higher"),
+        Metric("chrf", "0-100", "corpus chrF (sacrebleu)", "higher"),
+    ),
+    *_section(
+        "Linear probe of the posterior means, held out",
+        Metric("probes", "accuracy", "one row per label", latent=True),
+    ),
+    *_section(
+        "Disentanglement against the factors, posterior means",
+        _score("mig", "mutual information gap (Chen et al. 2018)"),
+        _score("dci_disentanglement", "each unit for one factor (Eastwood & Williams 2018)"),
+        _score("dci_completeness", "each factor in one unit"),
+        _score("dci_informativeness", "held-out accuracy of random forests that read the factors"),
+        _score("z_diff", "beta-VAE metric (Higgins et al. 2017)"),
+        _score(
+            "sap",
+            "SAP, categorical: held-out balanced accuracy of a tree on the best unit minus the "
+            "second best (after Kumar et al. 2018)",
+        ),
+    ),
+    *_section(
+        "Text",
+        _count("sentences", "", NO_CHART),
+        _count("tokens", "EOS included", NO_CHART),
+        _count("words", "whitespace words", NO_CHART),
+        _count("bytes", "UTF-8", NO_CHART),
+        _count("truncated", "sentences cut to max_tokens"),
+        _count("unk", "tokens outside the vocabulary"),
+        _count("skipped_blank", "blank lines"),
+    ),
+    Metric("samples", "", "z drawn per sentence for rec", None, NO_CHART),
+    Metric("kl_per_dim", "nats", "kl per unit of z", latent=True),
+    Metric("au_curve", "units", "active units over thresholds", latent=True),
+    Metric("max_tokens", "tokens", "longest sentence, EOS included", None, NO_CHART),
+    Metric("rec_per_token", "nats/token", "rec per predicted token"),
+    Metric("lr", "", "learning rate"),
+    Metric("grad_norm", "", "norm of the gradient before clipping"),
+    Metric("skipped_steps", "steps", "steps without an update since the start of the phase"),
+    Metric("epoch", "epochs", "passes over the training sentences"),
+    Metric("tokens_per_s", "tokens/s", "predicted tokens, all ranks", None, SPEED),
+    Metric("flops_per_s", "FLOP/s", "operations of the model, rank 0", None, SPEED),
+    Metric("mfu", "share", "flops_per_s of what the device could do", None, SPEED),
+    Metric("peak_memory_gb", "GB", "most memory since the start, rank 0", None, SPEED),
 )
-"""The likelihood of a model without a latent, which is no bound."""
 
-MEANING: dict[str, tuple[str, str]] = {
-    name: (unit, meaning) for lines in reversed(SECTIONS.values()) for name, unit, meaning in lines
+CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "training": {
+        "rec, training and validation": ("main/rec", "valid/rec"),
+        "kl, training and validation": ("main/kl", "valid/kl"),
+        "loss": ("main/loss",),
+        "beta": ("main/beta",),
+    },
+    "does z matter": {
+        "rec by z: own, another's, prior's": ("valid/rec", "valid/rec_shuffled", "valid/rec_prior"),
+        "rec_shuffled - rec: what z saves": ("main/rec_shuffled_minus_rec",),
+        "kl and mi": ("valid/kl", "main/mi"),
+        "active units": ("main/au",),
+    },
+    "speed": {
+        "tokens per second, all ranks": ("speed/tokens_per_s",),
+        "model FLOP/s, rank 0": ("speed/flops_per_s",),
+        "peak memory (GB), rank 0": ("speed/peak_memory_gb",),
+        "MFU, rank 0": ("speed/mfu",),
+    },
 }
-"""Metric -> unit, meaning, in the section where it comes first."""
+"""TensorBoard's CUSTOM SCALARS: category -> title of a chart -> the tags in it."""
 
 
-def described(lines: Iterable[tuple[str, str, str]], metrics: dict[str, Any]) -> list[Row]:
-    """The rows (name, unit, meaning) of the metrics that are there, with their values.
-
-    Args:
-        metrics: name -> value in the unit of its row; None, as JSON has it, where it is
-            not finite. `se`, if there: standard errors by name.
-    """
-    se = metrics.get("se", {})
-    return [
-        Row(name, number(metrics[name]), error(metrics[name], se.get(name)), unit, meaning)
-        for name, unit, meaning in lines
-        if name in metrics
-    ]
+def entry(name: str) -> Metric:
+    """The entry of a metric; a plain one for an unlisted name."""
+    return next((metric for metric in METRICS if metric.name == name), Metric(name))
 
 
-def number(value: float | None) -> str:
-    """A number at the precision that people read; "-" for what is not finite, which
-    JSON has as null."""
-    if isinstance(value, int):
-        return f"{value:,}"
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:,.{_decimals(value)}f}"
-
-
-def error(value: float | None, se: float | None) -> str:
-    """A standard error, with as many decimals as its value; "-" where one of them is
-    not finite, empty where there is none."""
-    if se is None:
-        return ""
-    return (
-        "-"
-        if value is None or not math.isfinite(value) or not math.isfinite(se)
-        else f"{se:,.{_decimals(value)}f}"
-    )
-
-
-def _decimals(value: float) -> int:
-    return 4 if abs(value) < 1 else 3 if abs(value) < 100 else 2 if abs(value) < 1000 else 0
+def differences(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that are the difference of two others, if both are there."""
+    values = {}
+    for metric in METRICS:
+        if metric.difference is not None:
+            a, b = (metrics.get(name) for name in metric.difference)
+            if a is not None and b is not None:
+                values[metric.name] = a - b
+    return values

@@ -1,9 +1,11 @@
-"""Does each dimension of z stand for one factor of variation? Scores against the true
-factors of a corpus that has them.
+"""Does each unit of z stand for one factor of variation? Scores against the true factors
+of a corpus that has them.
 
-Codes are posterior means or draws (N, Z), and factors are indices of values (N, K). All scores
-lie between 0 (nothing) and 1, up to noise. The estimators are those of Locatello et al.
-2019 (Challenging Common Assumptions) where nothing else is said.
+Codes are posterior means or draws (N, U * C): U units with C columns each. A unit is one
+number (C = 1) or a categorical variable as a one-hot vector of its C values. Factors are
+indices of values (N, K). All scores lie between 0 (nothing) and 1, up to noise. The
+estimators are those of Locatello et al. 2019 (Challenging Common Assumptions) unless a
+function says otherwise.
 """
 
 from __future__ import annotations
@@ -20,67 +22,68 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
 BINS = 20
-"""Equal-width bins of a code, for its mutual information."""
+"""Equal-width bins of a number, for its mutual information."""
 HELD_OUT = 0.25
 TREES = 50
 LEAF = 5
 PAIRS = 64
-"""Pairs of sentences that are averaged to one point of the z-diff classifier."""
+"""Pairs of sentences whose mean is one point of the z-diff classifier."""
 POINTS = 2_000
-"""Points of the z-diff classifier, training and held-out together."""
+"""Points of the z-diff classifier, for training and held out together."""
 REPEATS = 5
-"""Of the z-diff metric: a single one varies by 0.07 with its seed."""
+"""Repeats of the z-diff metric: a single one varies by 0.07 with its seed."""
 
 Codes = NDArray[np.floating]
 Factors = NDArray[np.integer]
 
 
 def disentanglement(
-    means: Codes, draws: Codes, factors: Factors, names: list[str], seed: int
+    means: Codes, draws: Codes, factors: Factors, names: list[str], seed: int, columns: int = 1
 ) -> dict[str, Any]:
-    """The scores of posterior means; beside them those of one draw of q(z|x) per
-    sentence, and those of chance.
+    """The scores of posterior means, of one draw of q(z|x) per sentence, and of chance.
 
-    Means show what a posterior points at, however wide it is; draws show what is left
-    of it in z. Chance is what the means score when another sentence's factors stand
-    beside each of them.
+    Means show what a posterior points at, however wide it is. Draws show how much of that
+    is left in z. Chance is the score of the means beside the factors of other sentences.
 
     Args:
-        means, draws: (N, Z), Z >= 1.
+        means, draws: (N, U * C), U >= 1.
         factors: (N, K), each column with at least two values.
         names: of the K factors.
         seed: of the permutation, and as in `scores`; not negative.
+        columns: C, the columns per unit.
 
     Returns: `scores` of the means, with those of the draws and of chance under `draws`
         and `chance`.
     """
     others = np.random.default_rng(seed).permutation(len(factors))
     return {
-        **scores(means, factors, names, seed),
-        "draws": scores(draws, factors, names, seed),
-        "chance": scores(means, factors[others], names, seed),
+        **scores(means, factors, names, seed, columns),
+        "draws": scores(draws, factors, names, seed, columns),
+        "chance": scores(means, factors[others], names, seed, columns),
     }
 
 
-def scores(codes: Codes, factors: Factors, names: list[str], seed: int) -> dict[str, Any]:
+def scores(
+    codes: Codes, factors: Factors, names: list[str], seed: int, columns: int = 1
+) -> dict[str, Any]:
     """mig, dci_disentanglement, dci_completeness, dci_informativeness, z_diff and sap.
 
     Args:
-        codes: (N, Z), Z >= 1.
-        factors, names: as in `disentanglement`.
+        codes: (N, U * C), U >= 1.
+        factors, names, columns: as in `disentanglement`.
         seed: of held-out splits, forests and pairs.
 
     Returns: the scores; `se`, the standard error of z_diff over its repeats;
         `per_factor`: for every factor its MIG gap, SAP gap, completeness,
-        informativeness; `information` and `importance`, (Z, K).
+        informativeness; `information` and `importance`, (U, K).
     """
-    information = mutual_information_matrix(codes, factors)
+    information = mutual_information_matrix(codes, factors, columns)
     gaps = mig_gaps(information, factors)
     train, test = _split(len(codes), seed)
-    importance, accuracy = _importance(codes, factors, train, test, seed)
+    importance, accuracy = _importance(codes, factors, train, test, seed, columns)
     completeness = dci_completeness_per_factor(importance)
-    sap = sap_gaps(sap_scores(codes, factors, train, test))
-    difference, error = z_diff(codes, factors, seed)
+    sap = sap_gaps(sap_scores(codes, factors, train, test, columns))
+    difference, error = z_diff(codes, factors, seed, columns)
     return {
         "mig": float(gaps.mean()),
         "dci_disentanglement": dci_disentanglement(importance),
@@ -92,9 +95,9 @@ def scores(codes: Codes, factors: Factors, names: list[str], seed: int) -> dict[
         "per_factor": {
             name: {
                 "mig_gap": float(gaps[k]),
+                "sap_gap": float(sap[k]),
                 "completeness": float(completeness[k]),
                 "informativeness": float(accuracy[k]),
-                "sap_gap": float(sap[k]),
             }
             for k, name in enumerate(names)
         },
@@ -103,27 +106,33 @@ def scores(codes: Codes, factors: Factors, names: list[str], seed: int) -> dict[
     }
 
 
-def mutual_information_matrix(codes: Codes, factors: Factors) -> NDArray[np.float64]:
-    """I(z_i; v_k) in nats, (Z, K), of codes in 20 equal-width bins."""
-    binned = np.stack([np.digitize(c, np.histogram_bin_edges(c, BINS)[:-1]) for c in codes.T])
+def mutual_information_matrix(
+    codes: Codes, factors: Factors, columns: int = 1
+) -> NDArray[np.float64]:
+    """I(z_i; v_k) in nats, (U, K), by counting: of numbers in 20 equal-width bins, of
+    categories as they are."""
+    if columns > 1:
+        binned = _blocks(codes, columns).argmax(-1).T
+    else:
+        binned = np.stack([np.digitize(c, np.histogram_bin_edges(c, BINS)[:-1]) for c in codes.T])
     return np.array([[mutual_info_score(v, c) for v in factors.T] for c in binned])
 
 
 def mig_gaps(information: NDArray[np.float64], factors: Factors) -> NDArray[np.float64]:
-    """(I(z_1st; v_k) - I(z_2nd; v_k)) / H(v_k) of every factor, (K,); the mean is the
+    """(I(z_1st; v_k) - I(z_2nd; v_k)) / H(v_k) of every factor, (K,); their mean is the
     mutual information gap (Chen et al. 2018).
 
-    A single code has no second one: its gap is the whole.
+    A single unit has no second one: its gap is its whole information.
     """
     entropy = np.array([mutual_info_score(v, v) for v in factors.T])
     return _gap(information) / entropy
 
 
 def dci_disentanglement(importance: NDArray[np.float64]) -> float:
-    """sum_i rho_i (1 - H_K(P_i)) of the importance (Z, K) of code i for factor k
+    """sum_i rho_i (1 - H_K(P_i)) of the importance (U, K) of unit i for factor k
     (Eastwood & Williams 2018).
 
-    P_i is the importance of code i as a distribution over the K factors, H_K its
+    P_i is the importance of unit i as a distribution over the K factors, H_K its
     entropy to the base K, rho_i its share of all.
     """
     if importance.sum() == 0:
@@ -132,28 +141,29 @@ def dci_disentanglement(importance: NDArray[np.float64]) -> float:
 
 
 def dci_completeness_per_factor(importance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 - H_Z(P_k) of every factor, (K,): P_k is the importance of the Z codes for
+    """1 - H_U(P_k) of every factor, (K,): P_k is the importance of the U units for
     factor k (Eastwood & Williams 2018)."""
     return 1 - _entropy(importance.T)
 
 
-def z_diff(codes: Codes, factors: Factors, seed: int) -> tuple[float, float]:
+def z_diff(codes: Codes, factors: Factors, seed: int, columns: int = 1) -> tuple[float, float]:
     """The beta-VAE metric (Higgins et al. 2017): held-out accuracy of a linear
     classifier that tells which factor two sentences share, from the mean |z - z'| of 64
-    pairs that share it and are random otherwise. Chance is 1/K.
+    pairs that share it and are random otherwise. Chance is 1/K. Of categories, |z - z'|
+    is 1 where they differ and 0 where they are equal.
 
     Returns: the mean of five repeats with other pairs, and its standard error. The
-        error is that of the pairs; the sentences stay the same.
+        error is that of the choice of pairs; the sentences stay the same.
     """
     rng = np.random.default_rng(seed)
     train, test = _split(POINTS, seed)
     accuracy = []
     for _ in range(REPEATS):
         factor_of_point = rng.integers(factors.shape[1], size=POINTS)
-        points = np.empty((POINTS, codes.shape[1]))
+        points = np.empty((POINTS, codes.shape[1] // columns))
         for k, values in enumerate(factors.T):
             rows = np.flatnonzero(factor_of_point == k)
-            points[rows] = _differences(codes, values, len(rows), rng)
+            points[rows] = _differences(codes, values, len(rows), rng, columns)
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         model.fit(points[train], factor_of_point[train])
         accuracy.append(model.score(points[test], factor_of_point[test]))
@@ -161,9 +171,9 @@ def z_diff(codes: Codes, factors: Factors, seed: int) -> tuple[float, float]:
 
 
 def _differences(
-    codes: Codes, values: NDArray[np.integer], count: int, rng: np.random.Generator
+    codes: Codes, values: NDArray[np.integer], count: int, rng: np.random.Generator, columns: int
 ) -> NDArray[np.floating]:
-    """(count, Z): the mean |z - z'| of 64 pairs of sentences that share a value. Each
+    """(count, U): the mean |z - z'| of 64 pairs of sentences that share a value. Each
     value comes as often as the corpus has it."""
     _, value, sizes = np.unique(values, return_inverse=True, return_counts=True)
     members = np.argsort(value, kind="stable")  # the sentences of each value in a row
@@ -171,25 +181,33 @@ def _differences(
     one = rng.integers(len(values), size=(count, PAIRS))
     group = value[one]
     other = members[starts[group] + rng.integers(sizes[group])]
-    return np.abs(codes[one] - codes[other]).mean(1)
+    return _blocks(np.abs(codes[one] - codes[other]), columns).max(-1).mean(1)
 
 
 def sap_scores(
-    codes: Codes, factors: Factors, train: NDArray[np.intp], test: NDArray[np.intp]
+    codes: Codes,
+    factors: Factors,
+    train: NDArray[np.intp],
+    test: NDArray[np.intp],
+    columns: int = 1,
 ) -> NDArray[np.float64]:
-    """How well one code alone tells the value of one factor, (Z, K): held-out balanced
-    accuracy of thresholds on that code (Kumar et al. 2018, for categorical factors),
-    rescaled so that chance is 0 and perfection 1.
+    """How well one unit alone tells the value of one factor, (U, K): held-out balanced
+    accuracy of a decision tree on that unit (Kumar et al. 2018, for categorical
+    factors), rescaled so that chance is 0 and perfection 1.
     """
-    scores = np.zeros((codes.shape[1], factors.shape[1]))
+    units = _blocks(codes, columns)
+    scores = np.zeros((units.shape[1], factors.shape[1]))
     for k, values in enumerate(factors.T):
         count = len(np.unique(values))
         tree = DecisionTreeClassifier(
-            max_leaf_nodes=4 * count, min_samples_leaf=LEAF, class_weight="balanced", random_state=0
+            max_leaf_nodes=max(4 * count, columns),  # at least one per category
+            min_samples_leaf=LEAF,
+            class_weight="balanced",
+            random_state=0,
         )
-        for i, code in enumerate(codes.T):
-            tree.fit(code[train, None], values[train])
-            accuracy = balanced_accuracy_score(values[test], tree.predict(code[test, None]))
+        for i in range(units.shape[1]):
+            tree.fit(units[train, i], values[train])
+            accuracy = balanced_accuracy_score(values[test], tree.predict(units[test, i]))
             scores[i, k] = max(0.0, (accuracy - 1 / count) / (1 - 1 / count))
     return scores
 
@@ -201,11 +219,17 @@ def sap_gaps(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _importance(
-    codes: Codes, factors: Factors, train: NDArray[np.intp], test: NDArray[np.intp], seed: int
+    codes: Codes,
+    factors: Factors,
+    train: NDArray[np.intp],
+    test: NDArray[np.intp],
+    seed: int,
+    columns: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of random forests that predict each factor from all codes (a choice of the DCI
-    paper): importances (Z, K), and held-out accuracies (K,)."""
-    importance = np.zeros((codes.shape[1], factors.shape[1]))
+    """Importances (U, K) and held-out accuracies (K,) of random forests that predict
+    each factor from all units (a choice of the DCI paper). The importance of a category
+    is the sum over its columns."""
+    importance = np.zeros((codes.shape[1] // columns, factors.shape[1]))
     accuracy = np.zeros(factors.shape[1])
     for k, values in enumerate(factors.T):
         state = seed % 2**32  # scikit-learn takes no more
@@ -213,9 +237,14 @@ def _importance(
             TREES, min_samples_leaf=LEAF, max_features=None, max_samples=0.5, random_state=state
         )
         forest.fit(codes[train], values[train])
-        importance[:, k] = forest.feature_importances_
+        importance[:, k] = _blocks(forest.feature_importances_, columns).sum(-1)
         accuracy[k] = forest.score(codes[test], values[test])
     return importance, accuracy
+
+
+def _blocks(codes: NDArray[Any], columns: int) -> NDArray[Any]:
+    """(..., U * C) as (..., U, C)."""
+    return codes.reshape(*codes.shape[:-1], -1, columns)
 
 
 def _split(count: int, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -231,8 +260,8 @@ def _gap(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _entropy(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The entropy of every row as a distribution, to the base of its length: 0..1; 1
-    for a row of zeros, which says nothing."""
+    """The entropy of every row as a distribution, to the base of its length, from 0 to 1.
+    It is 1 for a row of zeros, which says nothing."""
     if rows.shape[1] == 1:
         return np.zeros(len(rows))
     total = rows.sum(1, keepdims=True)

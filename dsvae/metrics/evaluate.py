@@ -1,12 +1,11 @@
 """The evaluation of a model on a split: every number with its unit and its denominator.
 
-rec and kl are means per sentence in nats; `elbo` = -(rec + kl) with one or more samples
-of z. Perplexities and bits come from the ELBO, so they are upper bounds: `ppl_token`
-per predicted token (EOS in numerator and denominator), `ppl_word` per whitespace word
-with one more for the end of the sentence, `bits_per_byte` per UTF-8 byte with one more
-for the line's end. `se` holds the standard error over sentences of every one of them,
-under the same name. `warnings` says in words which of the numbers must not be taken as
-they are.
+`rec` and `kl` are means per sentence in nats, and `elbo` = -(rec + kl) with one or more
+samples of z. Perplexities and bits come from the ELBO, so they are upper bounds:
+`ppl_token` per predicted token (EOS in numerator and denominator), `ppl_word` per
+whitespace word plus one for the end of the sentence, `bits_per_byte` per UTF-8 byte plus
+one for the end of the line. `se` holds their standard errors over sentences by name.
+`warnings` says which numbers need care.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.world import World
 
 NO_USE = 0.01
-"""Share of rec below which, three standard errors included, what another text's z costs
-is nothing: z is not used."""
+"""The decoder does not use z if another text's z costs less than this share of rec, with
+three standard errors added."""
 
 LOW_ESS = 0.25
-"""Share of its samples below which the effective sample size of the importance-weighted
-bound is small."""
+"""The effective sample size of the importance-weighted bound is small below this share
+of its samples."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the passes over N sentences found, a row a sentence, in nats; the same on
+    """Results of the passes over N sentences, one row per sentence, in nats; the same on
     every rank."""
 
     posterior: Distribution
@@ -56,10 +55,9 @@ class Measured:
     mi_posteriors: int
     """P, the posteriors in the aggregate."""
     rec_shuffled: Tensor
-    """(N,) float64: -log p(x|z) under the z of a sentence of another text; NaN where
-    there is none."""
+    """(N,) float64: -log p(x|z) under the z of another text; NaN if there is none."""
     rec_prior: Tensor
-    """(N,) float64: -log p(x|z) under a z from the prior."""
+    """(N,) float64: -log p(x|z) under z from the prior."""
 
     @property
     def rec(self) -> Tensor:
@@ -79,22 +77,21 @@ def evaluate(
     more: TokenizedSplit | None = None,
     kept: Kept | None = None,
 ) -> dict[str, Any]:
-    """The metrics of `model` on `split` that take a few passes; the same on every rank.
-    Collective.
+    """The metrics of `model` on `split` that need only a few passes; the same on every
+    rank. Collective.
 
     Args:
         samples: z drawn per sentence for `rec`.
         token_budget: most padded tokens of one forward pass on one rank; changes the
             speed only.
-        iw_samples: z drawn per sentence for the importance-weighted bound; 0: not
-            measured.
+        iw_samples: z drawn per sentence for the importance-weighted bound; 0 for none.
         seed: of the draws of z.
         more: other sentences of the same kind, such as training ones. Their posteriors
             join the aggregate, and mi is bounded more closely.
-        kept: makes the evaluation one that can be cut and goes on.
+        kept: lets an interrupted evaluation continue.
 
     Raises:
-        RunStopped: on every rank: told to stop; only with `kept`.
+        RunStopped: on every rank, if the run was asked to stop; only with `kept`.
     """
     options: dict[str, Any] = {"token_budget": token_budget, "seed": seed, "kept": kept}
     measured = measure(model, split, world, samples=samples, more=more, **options)
@@ -117,7 +114,7 @@ def measure(
     more: TokenizedSplit | None = None,
     kept: Kept | None = None,
 ) -> Measured:
-    """The passes of `evaluate`; its arguments. Collective."""
+    """The passes of `evaluate`, with its arguments. Collective."""
     training = model.training
     model.eval()
     keys = split.content_keys
@@ -136,8 +133,8 @@ def measure(
     draws = (posterior.sample(noise(LATENT, s)) for s in range(samples))
     first = next(draws)
     log_px_z = torch.stack([-rec_of(first), *(-rec_of(latent) for latent in draws)])
-    # Content keys look random: the sentences with the smallest are a random subset that
-    # is the same in every order of the file.
+    # Content keys look random, so the sentences with the smallest keys are a random
+    # subset, which is the same in every order of the file.
     chosen = torch.from_numpy(np.argsort(keys)[: information.POSTERIORS])
     parameters = posterior.parameters[chosen]
     room = information.POSTERIORS - len(chosen)
@@ -145,7 +142,7 @@ def measure(
         others = passes.encode(model, _sample(more, room), world, token_budget, kept)
         parameters = torch.cat([parameters, others.parameters])
     rows = chosen[: information.SENTENCES]
-    found = Measured(
+    measured = Measured(
         posterior=posterior,
         log_px_z=log_px_z,
         kl=posterior.kl(prior).double(),
@@ -158,50 +155,44 @@ def measure(
         rec_prior=rec_of(prior.sample(noise(PRIOR, 0))),
     )
     model.train(training)
-    return found
+    return measured
 
 
-def summarize(found: Measured, split: TokenizedSplit) -> dict[str, Any]:
-    """The metrics of what `measure` found on `split`."""
-    kl = found.kl.sum(1)
-    bound = likelihood.elbo(found.log_px_z, kl)
+def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
+    """The metrics of the results of `measure` on `split`."""
+    kl = measured.kl.sum(1)
+    bound = likelihood.elbo(measured.log_px_z, kl)
     means = {
-        "rec": found.rec,
+        "rec": measured.rec,
         "kl": kl,
         "elbo": bound,
-        "mi": found.mi_terms.lower,
-        "mi_upper": found.mi_terms.upper,
-        "marginal_kl": kl[found.mi_rows] - found.mi_terms.lower,
-        "rec_shuffled": found.rec_shuffled,
-        "rec_prior": found.rec_prior,
+        "mi": measured.mi_terms.lower,
+        "mi_upper": measured.mi_terms.upper,
+        "marginal_kl": kl[measured.mi_rows] - measured.mi_terms.lower,
+        "rec_shuffled": measured.rec_shuffled,
+        "rec_prior": measured.rec_prior,
     }
-    value, se = {}, {}
+    value: dict[str, float] = {}
+    se: dict[str, float] = {}
     for name, per_sentence in means.items():
         value[name], se[name] = likelihood.mean(per_sentence)
-    if not value["mi_upper"] < value["kl"]:  # kl = I(x; z) + KL(q(z) || p(z)) bounds it, too
+    # kl = I(x; z) + KL(q(z) || p(z)) is an upper bound too
+    if not value["mi_upper"] < value["kl"]:
         value["mi_upper"], se["mi_upper"] = value["kl"], se["kl"]
-    cap = math.log(found.mi_posteriors)
-    if near_cap(value["mi"], cap) or not found.posterior.kl_of_z:
+    cap = math.log(measured.mi_posteriors)
+    if near_cap(value["mi"], cap) or not measured.posterior.kl_of_z:
         value["marginal_kl"] = se["marginal_kl"] = math.nan
     units, units_se = likelihood.per_unit(-bound, split)
-    sentences = len(split)
     return {
-        "rec": value["rec"],
-        "kl": value["kl"],
-        "elbo": value["elbo"],
-        "samples": len(found.log_px_z),
+        **value,
+        "samples": len(measured.log_px_z),
         **units,
-        "mi": value["mi"],
         "mi_cap": cap,
-        "mi_upper": value["mi_upper"],
-        "mi_sentences": len(found.mi_rows),
-        "mi_posteriors": found.mi_posteriors,
-        "marginal_kl": value["marginal_kl"],
-        "au": active_units(found.posterior),
-        "kl_per_dim": found.kl.mean(0).tolist(),
-        "rec_shuffled": value["rec_shuffled"],
-        "rec_prior": value["rec_prior"],
-        "sentences": sentences,
+        "mi_sentences": len(measured.mi_rows),
+        "mi_posteriors": measured.mi_posteriors,
+        "au": active_units(measured.posterior),
+        "kl_per_dim": measured.kl.mean(0).tolist(),
+        "sentences": len(split),
         "tokens": int(split.lengths.sum()),
         "words": int(split.words.sum()),
         "bytes": int(split.bytes.sum()),
@@ -221,8 +212,8 @@ def importance_weighted(
     seed: int,
     kept: Kept | None = None,
 ) -> dict[str, Any]:
-    """The metrics of the importance-weighted bound with `count` samples, for `add`.
-    Collective."""
+    """The metrics of the importance-weighted bound with `count` samples, to be passed to
+    `add`. Collective."""
     training = model.training
     model.eval()
     weights = likelihood.draw_log_weights(
@@ -252,13 +243,14 @@ def importance_weighted(
 
 
 def against_entropy(metrics: dict[str, Any], entropy: float | None, unk: int) -> dict[str, float]:
-    """The entropy of the corpus beside what the model needs, both in nats per sentence;
-    empty where nobody knows it.
+    """The entropy of the corpus and the nats per sentence that the model needs above it;
+    empty if the entropy is not known.
 
     Args:
         metrics: of `summarize`.
-        entropy: of whole sentences. Those that were cut, or that hold one of the `unk`
-            unknown pieces, say less.
+        entropy: of whole sentences, in nats. It does not hold for truncated sentences or
+            with unknown pieces.
+        unk: the number of unknown pieces.
     """
     if entropy is None or metrics["truncated"] or unk:
         return {}
@@ -266,57 +258,59 @@ def against_entropy(metrics: dict[str, Any], entropy: float | None, unk: int) ->
 
 
 def warnings_of(metrics: dict[str, Any], measured: Measured) -> list[str]:
-    """What a reader of the numbers must know, a sentence each.
+    """What a reader of the numbers must know, one sentence each.
 
     Args:
-        metrics: of `summarize`, with those of `importance_weighted`, if measured; and
-            `unk` and the settings, where `dsvae evaluate` has them.
+        metrics: of `summarize`, with those of `importance_weighted` and with `unk` if
+            they are known.
     """
     if not metrics["kl_per_dim"]:
         return []
-    found = []
+    warnings = []
     mi, cap = metrics["mi"], metrics["mi_cap"]
     if near_cap(mi, cap):
-        found.append(
+        warnings.append(
             f"mi {mi:.2f} is near its cap, ln({metrics['mi_posteriors']:,}) = {cap:.2f}: "
             f"the information lies between it and mi_upper {metrics['mi_upper']:.2f}, and "
-            f"marginal_kl is not known; evaluate on more sentences"
+            "marginal_kl is unknown; evaluate on more sentences"
         )
     gain, error = likelihood.mean(measured.rec_shuffled - measured.rec)
-    if gain <= 3 * error:  # false for NaN: no other text, nothing to say
-        told = f"rec_shuffled - rec = {gain:.3f} ± {error:.3f} nats: "
+    if gain <= 3 * error:  # false for NaN, where there is no other text
+        measurement = f"rec_shuffled - rec = {gain:.3f} ± {error:.3f} nats: "
         if gain + 3 * error < NO_USE * metrics["rec"]:
-            found.append(f"{told}another text's z does as well, the decoder does not use z")
+            warnings.append(
+                f"{measurement}another text's z does as well; the decoder does not use z"
+            )
         else:
-            found.append(
-                f"{told}not distinguishable from 0 on {metrics['sentences']:,} sentences; "
+            warnings.append(
+                f"{measurement}not distinguishable from 0 on {metrics['sentences']:,} sentences; "
                 f"evaluate on more"
             )
     size, count = metrics.get("iw_ess", math.nan), metrics.get("iw_samples", 0)
     if size < LOW_ESS * count:
-        found.append(
+        warnings.append(
             f"iw_ess {size:.1f} of {count} samples: few of them carry the importance-weighted "
             f"bound, and nll_iw is too high; take more samples"
         )
     if metrics.get("unk", 0) > 0.01 * metrics["tokens"]:
-        found.append(
+        warnings.append(
             f"{metrics['unk'] / metrics['tokens']:.1%} of the tokens are unknown pieces: "
             f"likelihoods are too good"
         )
     if metrics["truncated"] > 0.01 * metrics["sentences"]:
         share = metrics["truncated"] / metrics["sentences"]
-        found.append(f"{share:.1%} of the sentences are truncated: give a larger max_tokens")
-    return found
+        warnings.append(f"{share:.1%} of the sentences are truncated: give a larger max_tokens")
+    return warnings
 
 
 def add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
-    """Adds metrics with their standard errors, which stand under `se`."""
+    """Adds metrics, with their standard errors under `se`."""
     metrics["se"] |= more.pop("se")
     metrics |= more
 
 
 def _sample(split: TokenizedSplit, count: int) -> TokenizedSplit:
-    """`count` sentences of a split at random, the same at every call; all, if it has no
+    """`count` random sentences of a split, the same at every call; all if it has no
     more."""
     if len(split) <= count:
         return split
@@ -327,26 +321,26 @@ def _sample(split: TokenizedSplit, count: int) -> TokenizedSplit:
 def another_sentence(
     text_keys: NDArray[np.uint64], content_keys: NDArray[np.uint64]
 ) -> Tensor | None:
-    """For each of N sentences the index of one with another text, (N,), whatever their
-    order; None where all texts are equal.
+    """For each of N sentences the index of one with another text, (N,); None if all
+    texts are equal. The order of the sentences does not matter.
 
-    A permutation, so that every sentence's z is used once, unless one text has more
-    than half of the sentences: then the others' z serve several of them.
+    The result is a permutation, so that every z is used once. Only if more than half of
+    the sentences have the same text, the z of the others are used several times.
 
     Args:
-        text_keys: (N,), equal for equal texts. content_keys: (N,), all different.
+        text_keys: (N,), equal for equal texts.
+        content_keys: (N,), all different.
     """
     order = np.lexsort((content_keys, text_keys))
     texts = text_keys[order]
     starts = np.flatnonzero(np.concatenate([[True], texts[1:] != texts[:-1]]))
     if len(starts) < 2:
         return None
-    # Equal texts stand side by side: a shift by as many as the commonest has leaves no
-    # sentence within its own text.
+    # Equal texts are neighbours: a shift by the size of the largest group moves every
+    # sentence out of its own group.
     shifted = np.roll(order, -int(np.diff(np.append(starts, len(order))).max()))
     same = np.flatnonzero(text_keys[shifted] == texts)
-    # of the one text that has more than half, the shift went around to its own
-    # beginning
+    # A group of more than half of the sentences overlaps itself after the shift.
     if len(same):
         shifted[same] = np.resize(order[texts != texts[same[0]]], len(same))
     other = np.empty(len(order), dtype=np.int64)

@@ -1,5 +1,4 @@
-"""How much of the sentence is in the latent: mutual information, the aggregate
-posterior, active units."""
+"""How much the latent knows about the sentence: mutual information and active units."""
 
 from __future__ import annotations
 
@@ -14,32 +13,33 @@ from dsvae.modeling.families import ACTIVE, Distribution
 from dsvae.parallel.world import World
 
 CURVE_THRESHOLDS = tuple(float(f"{10 ** (step / 4 - 4):.4g}") for step in range(21))
-"""Thresholds of the active-unit curve: four a decade from 1e-4 to 10."""
+"""Thresholds of the active-unit curve: four per decade from 1e-4 to 10."""
 
 NEAR_CAP = math.log(2)
-"""Nats below its cap within which the lower bound of the mutual information says little:
-there a sentence's own posterior is more than half of the aggregate at its z."""
+"""A lower bound of the mutual information that is closer to its cap than this, in nats,
+says little: a sentence's own posterior is then more than half of the aggregate at its
+z."""
 
 SENTENCES = 2**11
-"""Most sentences whose terms are computed."""
+"""The most sentences whose terms are computed."""
 
 POSTERIORS = 2**16
-"""Most posteriors in the aggregate."""
+"""The most posteriors in the aggregate."""
 
 PAIRS = 2**22
-"""Entries of the pairwise matrix at a time, float64."""
+"""Entries of the pairwise float64 matrix that are computed at a time."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Per sentence, what two estimates of I(x; z) are the means of; (J,) float64, in
+    """Terms of two estimates of I(x; z), each the mean of J numbers: (J,) float64, in
     nats."""
 
     lower: Tensor
     """log q(z_j|x_j) - log of the mean density of all P posteriors at z_j."""
     upper: Tensor
-    """The same without the sentence's own posterior in the mean: infinite where there is
-    no other."""
+    """The same without the sentence's own posterior in the mean; infinite if there is no
+    other."""
 
 
 def mutual_information(aggregate: Distribution, latent: Tensor, world: World) -> Terms:
@@ -47,13 +47,13 @@ def mutual_information(aggregate: Distribution, latent: Tensor, world: World) ->
     Collective.
 
     Both hold in expectation over sentences that are drawn independently (Poole et al.
-    2019, On Variational Bounds of Mutual Information): with a sentence's own posterior in
-    the aggregate q(z) the terms are at most ln P, and their mean is too low; without it
+    2019, On Variational Bounds of Mutual Information). With a sentence's own posterior in
+    the aggregate q(z), the terms are at most ln P and their mean is too low; without it,
     the mean is too high. The two meet where P is far above exp(I).
 
     Args:
-        aggregate: of P sentences of one distribution; that of sentence j is the j-th.
-        latent: (J, Z), one sample of each of the first J posteriors.
+        aggregate: the posteriors of P sentences.
+        latent: (J, Z), one sample from each of the first J posteriors.
     """
     count, all_posteriors = len(latent), len(aggregate.parameters)
     terms = torch.zeros(2, count, dtype=torch.float64, device=world.device)
@@ -67,8 +67,8 @@ def mutual_information(aggregate: Distribution, latent: Tensor, world: World) ->
         rows = torch.arange(start, min(start + rows_at_a_time, count), device=world.device)
         pairwise = aggregate.pairwise_log_prob(latent[rows])  # (rows, P)
         own = pairwise.gather(1, rows[:, None])[:, 0]
-        # Left out, and not subtracted from the sum of all: where it is nearly the whole
-        # sum, nothing of the others would be left.
+        # Subtracting it from the sum of all would lose the others where it is nearly the
+        # whole sum.
         others = pairwise.scatter(1, rows[:, None], -math.inf).logsumexp(1)
         terms[0, rows] = own - torch.logaddexp(own, others) + math.log(all_posteriors)
         terms[1, rows] = own - others + math.log(max(1, all_posteriors - 1))
@@ -77,8 +77,8 @@ def mutual_information(aggregate: Distribution, latent: Tensor, world: World) ->
 
 
 def near_cap(mi: float, cap: float) -> bool:
-    """Whether a lower bound of the mutual information says little more than that there
-    are exp(cap) posteriors in the aggregate."""
+    """Whether a lower bound of the mutual information says little more than how many
+    posteriors the aggregate has."""
     return mi > cap - NEAR_CAP
 
 
@@ -89,8 +89,8 @@ def active_units(posterior: Distribution, threshold: float = ACTIVE) -> int:
 
 
 def active_unit_curve(posterior: Distribution) -> dict[str, list]:
-    """Active units at every one of `CURVE_THRESHOLDS`: a count that hangs on its
-    threshold is no property of the model."""
+    """Active units at each of `CURVE_THRESHOLDS`: a count that depends on its threshold
+    is no property of the model."""
     activity = posterior.activity()
     return {
         "threshold": list(CURVE_THRESHOLDS),

@@ -1,5 +1,5 @@
-"""Results of an evaluation's passes, kept on disk: an evaluation that is cut goes on
-where it stood, and ends with the same numbers."""
+"""Results of an evaluation's passes, kept on disk, so that an interrupted evaluation
+continues and ends with the same numbers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from dsvae.parallel.world import World
 
 
 class Kept:
-    """What the passes of one evaluation of one model have found so far.
+    """The results of the passes of one evaluation of one model.
 
-    A pass is known by what it computes, and not by its place among the others. Rank 0
-    alone reads and writes. A full disk is no error: all that was kept makes room then,
-    and the next start computes it again.
+    A pass is identified by what it computes, not by its place among the others. Only
+    rank 0 reads and writes. A full disk is no error: everything kept is then deleted to
+    make room, and the next start computes it again.
 
     Args:
         root: the directory, which holds one evaluation at a time.
         identity: equal only where the same weights are evaluated in the same precision.
-        stop: what all ranks raise, if any of them was told to stop. Collective.
+        stop: returns what all ranks raise if one of them was asked to stop, else None.
+            Collective.
     """
 
     def __init__(
@@ -41,27 +42,28 @@ class Kept:
 
         def make() -> None:
             if not self._directory.is_dir():
-                self.remove()  # the evaluation of other weights
+                self.remove()  # it holds the evaluation of other weights
                 with suppress(OSError):
                     self._directory.mkdir(parents=True)
 
         world.run_on_rank0(make)
 
     def key(self, split: TokenizedSplit, latent: Tensor | None, token_budget: int) -> str:
-        """The name of a pass over `split`: an encoding pass, or the decoding of `latent`
-        (N, Z)."""
-        found = hashlib.sha256(f"{token_budget} {latent is None}".encode())
+        """The name of a pass over `split`: the decoding of `latent` (N, Z), or encoding
+        if it is None."""
+        digest = hashlib.sha256(f"{token_budget} {latent is None}".encode())
         for array in (split.content_keys, split.lengths):
-            found.update(np.ascontiguousarray(array).data)
+            digest.update(np.ascontiguousarray(array).data)
         if latent is not None:
-            found.update(latent.contiguous().numpy().data)
-        return found.hexdigest()
+            digest.update(latent.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def load(self, key: str, result: Tensor) -> int:
-        """How many batches of a pass were done, on every rank. Collective.
+        """The number of batches of a pass that are done, on every rank. Collective.
 
         Args:
-            result: zeros; on rank 0 it gets what those batches of all ranks found.
+            result: zeros; on rank 0 it receives the results of those batches, of all
+                ranks.
         """
 
         def read() -> int:
@@ -75,7 +77,7 @@ class Kept:
         return self._world.run_on_rank0(read)
 
     def save(self, key: str, batches: int, result: Tensor) -> None:
-        """Keeps what the first `batches` batches of a pass found on all ranks.
+        """Keeps the results of the first `batches` batches of a pass on all ranks.
         Collective."""
 
         def write() -> None:
@@ -94,5 +96,5 @@ class Kept:
         self._world.run_on_rank0(write)
 
     def remove(self) -> None:
-        """Takes everything away. On rank 0."""
+        """Deletes everything. On rank 0."""
         shutil.rmtree(self._root, ignore_errors=True)

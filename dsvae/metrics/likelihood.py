@@ -1,15 +1,14 @@
 """Likelihood of sentences under the model: bounds of log p(x) from samples of z, and
-what one pays a token, a word, a byte.
+the cost per token, word and byte.
 
 Two estimators, both lower bounds of log p(x):
 
 - ELBO (Kingma & Welling 2014): E_q[log p(x|z)] - KL(q(z|x) || p(z)), the KL in closed
   form;
 - importance-weighted bound with k samples (Burda et al. 2016): E[log (1/k) sum_s
-  p(x|z_s) p(z_s) / q(z_s|x)], z_s ~ q(z|x). It rises with k and reaches log p(x) in the
-  limit.
+  p(x|z_s) p(z_s) / q(z_s|x)], z_s ~ q(z|x). It rises with k towards log p(x).
 
-The formulas are functions of plain arrays, so that they can be held against models
+The formulas are functions of plain arrays, so that tests can compare them with models
 whose log p(x) is known.
 """
 
@@ -32,7 +31,7 @@ from dsvae.parallel.world import World
 
 
 def elbo(log_px_z: Tensor, kl: Tensor) -> Tensor:
-    """The evidence lower bound of every sentence in nats, (N,) float64.
+    """The evidence lower bound per sentence in nats, (N,) float64.
 
     Args:
         log_px_z: (S, N), log p(x|z_s) in nats for S samples z_s ~ q(z|x).
@@ -42,22 +41,22 @@ def elbo(log_px_z: Tensor, kl: Tensor) -> Tensor:
 
 
 def log_importance_weights(log_px_z: Tensor, log_pz: Tensor, log_qz: Tensor) -> Tensor:
-    """log w = log p(x|z) + log p(z) - log q(z|x) in nats, float64; all of one shape, z
-    ~ q(z|x)."""
+    """log w = log p(x|z) + log p(z) - log q(z|x) in nats, float64, for z ~ q(z|x); all of
+    one shape."""
     return log_px_z.double() + log_pz.double() - log_qz.double()
 
 
 def importance_weighted_bound(log_weights: Tensor) -> Tensor:
-    """log (1/k) sum_s w_s of every sentence in nats, (N,) float64, for log-weights (k,
-    N) (Burda et al. 2016)."""
+    """log (1/k) sum_s w_s per sentence in nats, (N,) float64, for log-weights (k, N)
+    (Burda et al. 2016)."""
     return torch.logsumexp(log_weights.double(), dim=0) - math.log(len(log_weights))
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """(sum_s w_s)^2 / sum_s w_s^2 of every sentence, (N,) float64, between 1 and k, for
+    """(sum_s w_s)^2 / sum_s w_s^2 per sentence, (N,) float64, between 1 and k, for
     log-weights (k, N) (Kong 1992).
 
-    Near 1, a single sample decides the bound: it is loose there.
+    Near 1 a single sample decides the bound, which is then loose.
     """
     log_weights = log_weights.double()
     return torch.exp(
@@ -76,10 +75,10 @@ def draw_log_weights(
     seed: int,
     kept: Kept | None = None,
 ) -> Tensor:
-    """The log importance weights of `count` samples a sentence, (count, N) float64, on
+    """The log importance weights of `count` samples per sentence, (count, N) float64, on
     every rank. Collective.
 
-    Nothing is encoded again: every sample is one decoding pass over the split.
+    Each sample takes one decoding pass over the split, and no encoding.
 
     Args:
         posterior: q(z|x) of all N sentences, from `passes.encode`.
@@ -90,8 +89,8 @@ def draw_log_weights(
         noise = passes.noise_of(split.content_keys, LATENT, sample, model.family.noise_width, seed)
         latent = posterior.sample(noise)
         log_px_z = -passes.decode(model, split, latent, world, token_budget, kept)
-        # In float64: the terms are large, of opposite signs, and a sentence's weight is
-        # the exponential of their sum.
+        # float64, because the weight is the exponential of a sum of large terms with
+        # opposite signs.
         exact = latent.double()
         rows.append(
             log_importance_weights(log_px_z, prior.log_prob(exact), posterior.log_prob(exact))
@@ -105,13 +104,13 @@ def per_unit(
     """Perplexities and bits of a bound of -log p(x), and their standard errors, under
     the same names.
 
-    ppl_token = exp(nats / tokens), tokens with EOS; ppl_word = exp(nats / (words +
-    sentences)), the end of a sentence being one more word; bits_per_byte = nats / ln 2
-    / (bytes + sentences), the end of a sentence being one more byte.
+    ppl_token = exp(nats / tokens), where EOS is a token. ppl_word = exp(nats / (words +
+    sentences)): the end of a sentence counts as a word. bits_per_byte = nats / ln 2 /
+    (bytes + sentences): the end of a sentence counts as a byte.
 
     Args:
-        nats: (N,), of every sentence, its EOS included.
-        suffix: of the names.
+        nats: (N,), per sentence, EOS included.
+        suffix: appended to the names.
     """
     values: dict[str, float] = {}
     errors: dict[str, float] = {}
@@ -128,8 +127,8 @@ def per_unit(
 
 
 def mean(values: Tensor) -> tuple[float, float]:
-    """The mean over N sentences and its standard error (sample deviation / sqrt N; NaN
-    for one sentence)."""
+    """The mean over N sentences and its standard error: sample deviation / sqrt N, NaN
+    for one sentence."""
     values = values.double()
     count = len(values)
     error = float(values.std()) / math.sqrt(count) if count > 1 else math.nan
@@ -140,8 +139,7 @@ def ratio(values: Tensor, units: NDArray[np.integer]) -> tuple[float, float]:
     """sum(values) / sum(units) over N sentences, and its standard error by
     linearization (the delta method).
 
-    Sentences are the independent units, not their tokens: long sentences bring more of
-    both.
+    Sentences are independent, not their tokens.
     """
     values, weight = values.double(), torch.from_numpy(units.astype(np.float64))
     total, count = float(weight.sum()), len(values)
@@ -153,5 +151,5 @@ def ratio(values: Tensor, units: NDArray[np.integer]) -> tuple[float, float]:
 
 
 def _exp(value: float) -> float:
-    """exp, infinite where it overflows."""
+    """exp(value), infinite where it overflows."""
     return math.exp(value) if value < 700 else math.inf

@@ -1,7 +1,7 @@
-"""Passes of a model over a whole split, shared out over the ranks: every sentence once,
-every result on every rank.
+"""Passes of a model over a whole split. The ranks share the sentences, and every rank
+gets every result.
 
-The numbers that a sentence draws are keyed by its content, not by its place, so results
+The random numbers of a sentence are keyed by its content, not by its place. Results
 depend neither on the batch size, nor on the number of ranks, nor on the order of the
 file.
 """
@@ -9,6 +9,7 @@ file.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,14 +27,14 @@ from dsvae.objective.elbo import reconstruction_nats
 from dsvae.parallel.world import World
 
 EVALUATION_SEED = 0
-"""Evaluation draws the same numbers whatever the run's seed: two models are compared on
-the same noise."""
+"""Evaluation does not use the run's seed, so that two models are compared on the same
+noise."""
 
 
 def noise_of(
     keys: NDArray[np.uint64], purpose: int, sample: int, dim: int, seed: int = EVALUATION_SEED
 ) -> Tensor:
-    """Standard normal numbers, (N, dim) float32, of sentences by their content keys."""
+    """Standard normal numbers of N sentences by their content keys, (N, dim) float32."""
     if dim == 0:
         return torch.zeros(len(keys), 0)
     rows = [
@@ -49,10 +50,8 @@ def encode(
     """q(z|x) of all N sentences, in the split's order, on CPU. Collective."""
 
     def parameters(batch: MicroBatch, _: Tensor) -> Tensor:
-        found: Tensor = model(
-            batch.input_ids, batch.attention_mask, encode_only=True
-        ).posterior_parameters
-        return found
+        out = model(batch.input_ids, batch.attention_mask, encode_only=True)
+        return cast(Tensor, out.posterior_parameters)
 
     size = (model.family.parameter_width,)
     return model.family.of(_over(model, split, world, token_budget, kept, parameters, size))
@@ -87,20 +86,19 @@ def _over(
     size: tuple[int, ...],
     latent: Tensor | None = None,
 ) -> Tensor:
-    """A pass: what `compute` finds for every sentence, (N, *size), on CPU.
+    """The results of `compute` for every sentence, (N, *size), on CPU.
 
     Args:
-        kept: takes the result of a pass, and of the part of it that was done when the
-            run was told to stop.
-        compute: of a batch of B sentences and their numbers in the split, (B,):
-            (B, *size).
+        kept: receives the result of the pass, or of the part that is done when the run
+            is asked to stop.
+        compute: maps a batch of B sentences and their indices in the split (B,) to
+            results (B, *size).
         latent: what the pass decodes, if anything.
 
     Raises:
-        RunStopped: on every rank: told to stop; what was done is kept.
+        RunStopped: on every rank, if the run was asked to stop; what was done is kept.
     """
-    # Each row is computed by one rank and is zero on the others, so the sum over the
-    # ranks is exact.
+    # One rank computes each row and the others leave it 0, so the sum is exact.
     result = torch.zeros(len(split), *size, device=world.device)
     batches = list(
         evaluation_batches(
@@ -117,9 +115,9 @@ def _over(
     ):
         batch = _batch(model, split, indices, weight).to(world.device)
         rows, real = torch.from_numpy(indices), batch.weight.bool()
-        found = compute(batch, rows)
+        values = compute(batch, rows)
         world.heartbeat("evaluation")
-        result[rows.to(world.device)[real]] = found[real]
+        result[rows.to(world.device)[real]] = values[real]
         if kept is not None and (stop := kept.stop()):
             kept.save(key, number, world.sum(result))
             raise stop

@@ -1,5 +1,4 @@
-"""What can be read off the latents: probes that predict a label of the sentence from
-its posterior mean, and from a draw."""
+"""Probes: how well a label of the sentence can be predicted from its latent."""
 
 from __future__ import annotations
 
@@ -36,36 +35,36 @@ def probe(
     """Accuracy of a linear and of a nearest-neighbour probe on held-out sentences,
     beside the majority baseline and chance.
 
-    Every sentence is held out once: five stratified folds, equal sentences in the same
-    one, so that no probe has seen what it is asked. Features are standardized by the
-    training folds. The linear probe is a logistic regression (L2, C = 1); the other
-    takes the 10 nearest training sentences by Euclidean distance; the baseline answers
-    the commonest label of the training folds.
+    Every sentence is held out once, in five stratified folds. Equal sentences are in the
+    same fold, so that no probe is tested on what it was trained on. Features are
+    standardized by the training folds. The linear probe is a logistic regression (L2,
+    C = 1). The other probe takes the 10 nearest training sentences by Euclidean distance.
+    The baseline answers the commonest label of the training folds.
 
     Args:
-        means, draws: (N, Z), of q(z|x), one draw per sentence. A mean can be read
-            however wide its posterior is; a draw shows what is left of it in z.
-        labels: (N,), any strings; sentences of a label that fewer than five different
-            sentences have are left out.
+        means, draws: (N, Z), the mean and one draw of q(z|x) per sentence. A mean can be
+            read however wide its posterior is; a draw shows what is left of it in z.
+        labels: (N,), any strings. A label of fewer than five different sentences is left
+            out with its sentences.
         groups: (N,), equal for equal sentences.
         seed: of the folds and of the permutation, not negative.
 
-    Returns: `linear`, `knn` and `majority` as accuracies in [0, 1]; `linear_draws` and
-        `knn_draws`, of the draws; `linear_chance` and `knn_chance`, of the means of
-        other sentences, permuted; the standard errors sqrt(p (1 - p) / n) of all in
-        `se`, and the `classes`, `sentences` and `left_out` that they are about.
+    Returns: `linear`, `knn` and `majority`, accuracies in [0, 1]; `linear_draws` and
+        `knn_draws`, those of the draws; `linear_chance` and `knn_chance`, those of the
+        means of other sentences; `se`, the standard errors sqrt(p (1 - p) / n) of all;
+        `classes`, `sentences` and `left_out`, what they were measured on.
 
     Raises:
         UserError: fewer than two labels that five different sentences have.
     """
-    # The folds follow the order of the rows: make it one of the content.
+    # The folds follow the order of the rows, which must not be that of the file.
     order = np.lexsort((labels, groups))
     means, draws = means[order].astype(np.float64), draws[order].astype(np.float64)
     labels, groups = labels[order], groups[order]
     common = usable_labels(zip(labels.tolist(), groups.tolist(), strict=True), "the labels")
     keep = np.isin(labels, common)
     means, draws, labels, groups = means[keep], draws[keep], labels[keep], groups[keep]
-    # scikit-learn takes no more
+    # scikit-learn takes no larger seed
     folds = StratifiedGroupKFold(n_splits=FOLDS, shuffle=True, random_state=seed % 2**32)
     splits = list(folds.split(means, labels, groups))
     neighbors = min(NEIGHBORS, min(len(train) for train, _ in splits))
@@ -73,7 +72,7 @@ def probe(
     knn = make_pipeline(StandardScaler(), KNeighborsClassifier(n_neighbors=neighbors))
     count = len(labels)
     permuted = means[np.random.default_rng(seed).permutation(count)]
-    found: dict[str, Any] = {}
+    accuracies: dict[str, float] = {}
     se = {}
     for name, model, features in (
         ("linear", linear, means),
@@ -85,14 +84,14 @@ def probe(
         ("majority", DummyClassifier(strategy="most_frequent"), means),
     ):
         with warnings.catch_warnings():
-            # an accuracy that a longer fit would not change
+            # A longer fit would not change the accuracy.
             warnings.simplefilter("ignore", ConvergenceWarning)
             accuracy = float(
                 (cross_val_predict(model, features, labels, cv=splits) == labels).mean()
             )
-        found[name], se[name] = accuracy, math.sqrt(accuracy * (1 - accuracy) / count)
+        accuracies[name], se[name] = accuracy, math.sqrt(accuracy * (1 - accuracy) / count)
     return {
-        **found,
+        **accuracies,
         "classes": len(common),
         "sentences": count,
         "left_out": len(keep) - count,
@@ -101,17 +100,17 @@ def probe(
 
 
 def usable_labels(pairs: Iterable[tuple[str, Hashable]], where: str) -> list[str]:
-    """The labels of `pairs` (label, sentence) that five different sentences have: every
-    fold can hold out one.
+    """The labels of `pairs` (label, sentence) that at least five different sentences
+    have, so that every fold can hold out one.
 
-    Raises UserError where there are fewer than two; `where` names the labels.
+    Raises:
+        UserError: fewer than two such labels; `where` names them.
     """
     counts = Counter(label for label, _ in set(pairs))
     common = [label for label, count in counts.items() if count >= FOLDS]
     if len(common) < 2:
         raise UserError(
-            f"{where}: of {len(counts)} different labels {len(common)} stand at {FOLDS} "
-            f"different sentences or more: "
-            "a probe needs two such labels"
+            f"{where}: {len(common)} of {len(counts)} different labels have {FOLDS} different "
+            "sentences or more; a probe needs two such labels"
         )
     return common

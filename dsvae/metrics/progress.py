@@ -1,4 +1,4 @@
-"""A progress bar for what takes long in an evaluation."""
+"""A progress bar for the long parts of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dsvae.parallel.world import World
 T = TypeVar("T")
 
 DELAY = 10.0
-"""Seconds that something takes before it has a bar."""
+"""Seconds before the bar appears."""
 
 
 def progress(steps: Sequence[T], world: World, name: str) -> Iterator[T]:
-    """The steps, one after the other, with a bar on rank 0 while they are taken.
+    """Iterates over the steps with a progress bar on rank 0.
 
-    A log file gets a line per minute instead of a redrawn bar.
+    A log file gets one line per minute instead of a redrawn bar.
     """
     interval = 0.5 if sys.stderr.isatty() else 60.0
     return iter(

@@ -1,5 +1,4 @@
-"""Reconstruction: what comes back when the posterior mean of a sentence is decoded
-greedily."""
+"""Reconstruction: the greedy decoding of the posterior mean of a sentence."""
 
 from __future__ import annotations
 
@@ -29,16 +28,15 @@ def reconstruct(
     token_budget: int,
     max_tokens: int,
 ) -> list[NDArray[np.int64]]:
-    """The greedy decoding of z (N, Z): N times token ids (T_i,), EOS last where it came
-    within `max_tokens`. Collective."""
+    """The greedy decoding of z (N, Z): N arrays of token ids (T_i,), which end with EOS
+    if it came within `max_tokens`. Collective."""
     training = model.training
     model.eval()
     eos = model.config.eos_token_id
-    # One row a sentence, 0 where no token stands, so that the sum over the ranks puts
-    # all rows together.
+    # 1 + token id, and 0 for no token: the sum over the ranks joins the rows of all.
     ids = torch.zeros(len(split), max_tokens, dtype=torch.int32, device=world.device)
-    # Of sentences of similar length, so that few rows wait for the longest; a
-    # reconstruction may be as long as `max_tokens`.
+    # Batches of similar length, so that few rows wait for the longest. A reconstruction
+    # may be as long as `max_tokens`.
     lengths = np.maximum(split.lengths, max_tokens // 4)
     for indices, weight in evaluation_batches(
         lengths, token_budget=token_budget, rank=world.rank, world_size=world.size
@@ -48,12 +46,13 @@ def reconstruct(
             max_new_tokens=max_tokens,
             do_sample=False,
             num_beams=1,
-        )[:, 1:]  # the start token first
+        )[:, 1:]  # without the start token
+        world.heartbeat("reconstruction")
         rows = torch.from_numpy(indices[weight > 0]).to(world.device)
         ids[rows, : decoded.shape[1]] = decoded[: len(rows)].to(torch.int32) + 1
     model.train(training)
-    found = world.sum(ids).cpu().numpy().astype(np.int64)
-    return [_until(row[row > 0] - 1, eos) for row in found]
+    rows_of_all = world.sum(ids).cpu().numpy().astype(np.int64)
+    return [_until(row[row > 0] - 1, eos) for row in rows_of_all]
 
 
 def compare(
@@ -65,16 +64,16 @@ def compare(
     """How alike sentences and their reconstructions are.
 
     Args:
-        references: the N sentences as the user wrote them. The tokenizer's own round
-            trip would count an unknown piece as recovered.
+        references: the N sentences as the user wrote them. Decoding their tokens instead
+            would count an unknown piece as recovered.
         decoded: N reconstructions as token ids, (T_i,).
 
     Returns:
-        exact_match: share of the sentences whose reconstruction has the same text; a
-            run of white space counts as one space.
-        token_accuracy: share of all tokens of the sentences (EOS included) that stand
-            at the same position of the reconstruction. Nothing is teacher-forced and
-            nothing aligned: one inserted word makes all behind it wrong.
+        exact_match: share of the sentences whose reconstruction has the same text, where
+            a run of white space counts as one space.
+        token_accuracy: share of all tokens of the sentences (EOS included) that are at
+            the same position in the reconstruction. There is no teacher forcing and no
+            alignment: one inserted word makes all tokens after it wrong.
         bleu, chrf: corpus scores from 0 to 100 of the texts (sacrebleu, Post 2018),
             with their signatures.
         se: standard errors over sentences of the first two.
@@ -87,7 +86,7 @@ def compare(
     correct = torch.tensor([_same(a, b) for a, b in zip(originals, decoded, strict=True)])
     exact_match, exact_se = likelihood.mean(exact)
     token_accuracy, token_se = likelihood.ratio(correct, split.lengths)
-    # `force`: no lecture on stderr where the corpus itself is tokenized.
+    # `force` silences a warning about text that is already tokenized.
     bleu, chrf = BLEU(force=True), CHRF()
     return {
         "exact_match": exact_match,
@@ -104,7 +103,7 @@ def texts(rows: list[NDArray[np.int64]], tokenizer: PreTrainedTokenizerBase) -> 
     """Token ids as text, without EOS and padding; an unknown piece stays visible."""
     hidden = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]
     shown = [row[~np.isin(row, hidden)].tolist() for row in rows]
-    # Cleaning up would rewrite the text ("do n't" to "don't") as no reference has it.
+    # Cleaning up would change the text ("do n't" to "don't"), but not the reference.
     return [
         str(tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for row in shown
@@ -117,6 +116,6 @@ def _same(original: NDArray[np.int64], decoded: NDArray[np.int64]) -> int:
 
 
 def _until(ids: NDArray[np.int64], eos: int) -> NDArray[np.int64]:
-    """Up to and with the first EOS."""
+    """The ids up to the first EOS, which is included."""
     ends = np.flatnonzero(ids == eos)
     return ids[: ends[0] + 1] if len(ends) else ids

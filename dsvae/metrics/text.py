@@ -1,5 +1,4 @@
-"""Text samples: sentences beside their reconstructions, and sentences from the
-prior."""
+"""Text samples: sentences with their reconstructions, and sentences from the prior."""
 
 from __future__ import annotations
 
@@ -23,12 +22,12 @@ def samples(
     count: int,
     max_tokens: int,
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """(sentence, reconstruction) of the first `count` sentences, decoded greedily from
-    the posterior mean, and as many greedy sentences of z drawn from the prior. Every
-    rank decodes the same sentences. Collective.
+    """(sentence, reconstruction) of the first `count` sentences, and as many sentences
+    with z from the prior. Collective.
 
-    A language model has no z to tell its sentences apart: no pairs, and the one
-    sentence that it decodes greedily.
+    All decoding is greedy, reconstructions from the posterior mean. Every rank decodes
+    the same sentences. A language model has no z and so a single greedy sentence: it
+    gets that sentence and no pairs.
     """
     count = min(count, len(split))
     latent_dim = model.config.latent_dim
@@ -53,15 +52,16 @@ def samples(
     )
     model.train(training)
     originals = texts(split.rows(range(len(means))), tokenizer)
-    found = texts(list(decoded[:, 1:].cpu().numpy()), tokenizer)  # the start token first
-    return list(zip(originals, found[: len(means)], strict=True)), found[len(means) :]
+    decoded_texts = texts(list(decoded[:, 1:].cpu().numpy()), tokenizer)  # no start token
+    reconstructions, from_prior = decoded_texts[: len(means)], decoded_texts[len(means) :]
+    return list(zip(originals, reconstructions, strict=True)), from_prior
 
 
 def _partitioned(model: T5VAE) -> bool:
     """Whether the ranks hold a part of each weight (ZeRO 3).
 
-    Every forward pass then gathers the weights from all ranks. A rank whose rounding
-    ends a sentence sooner must go on with empty passes, or the others wait for it
-    forever. `generate` detects this only where transformers itself set up DeepSpeed.
+    Every forward pass then gathers the weights from all ranks. A rank that, by its
+    rounding, ends a sentence earlier must go on with empty passes, or the others wait for
+    it forever. `generate` detects this only if transformers itself set up DeepSpeed.
     """
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

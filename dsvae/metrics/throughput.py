@@ -1,9 +1,8 @@
 """What training costs: tokens and floating-point operations per second, and memory.
 
-The operations are those of the model: what its formula needs, whatever the run computes
-beside it. Padding, activations that are computed a second time (gradient
-checkpointing), the KL ahead of a step with free bits, and everything that is not a
-matrix product are left out. docs/operations.md has the formula.
+Only the operations that the model's formula needs are counted. Padding, activations that
+gradient checkpointing computes again, the KL ahead of a step with free bits, and
+everything that is not a matrix product are left out. docs/operations.md has the formula.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ PEAKS = {
     "L4": 121e12,
     "MI300X": 1307e12,
 }
-"""Words of a device's name -> its FLOP/s in 16 bits, dense matrices, by its vendor's
-data sheet. The first that fits counts."""
+"""Words of a device's name -> its FLOP/s for dense matrices in 16 bits, from its vendor's
+data sheet. The first entry that matches is used."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +46,31 @@ class ModelFlops:
     """Floating-point operations of a forward and backward pass, by what they grow
     with.
 
-    A multiplication and an addition are two operations. A matrix that trains is
-    multiplied three times: forward, and backward for its input and for itself. A frozen
-    one has no gradient of its own.
+    A multiplication and an addition are two operations. A trained matrix is multiplied
+    three times: forward, and backward for its input and for itself. A frozen matrix
+    needs no gradient for itself.
     """
 
     encoder_token: float
     encoder_pair: float
-    """Of a query and a key of self-attention, all layers and heads together."""
+    """Per query and key of self-attention, over all layers and heads."""
     decoder_token: float
     decoder_pair: float
     memory_slots: int
-    """Keys of every decoder layer beside the tokens."""
+    """Keys per decoder layer that are not tokens."""
     sentence: float
 
     @classmethod
     def of(cls, model: T5VAE) -> ModelFlops:
-        """Counts the weights of a model, which may be sharded."""
+        """Counts the weights of a model, sharded or not."""
         per: Counter[str] = Counter()
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 weight = module.weight
-                size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 leaves none
+                size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 leaves an empty one
                 per[_grows_with(name)] += size * (6 if weight.requires_grad else 4)
         t5, kind = model.config.t5, model.config.injection
-        # queries times keys, and the weights times values; each also twice backward
+        # Queries times keys and weights times values: once forward, twice backward.
         pair = 12 * t5.num_heads * t5.d_kv
         return cls(
             encoder_token=per["encoder token"],
@@ -83,8 +82,8 @@ class ModelFlops:
         )
 
     def count(self, batch: MicroBatch) -> float:
-        """The operations of one rank's micro-batch: those of its own tokens, without
-        padding and fillers."""
+        """The operations for the tokens of one rank's micro-batch, without padding and
+        fillers."""
         weight = batch.weight.double()
         encoder = batch.attention_mask.sum(1).double()  # (B,) tokens
         decoder = (batch.labels != IGNORE).sum(1).double()
@@ -99,18 +98,18 @@ class ModelFlops:
 
 
 def _grows_with(name: str) -> str:
-    """What the number of rows of a linear layer is, by the layer's name."""
+    """What a linear layer of this name is applied to."""
     if name.startswith(("encoder.", "posterior.pooling.")):
         return "encoder token"
     return "decoder token" if name.startswith(("decoder.", "lm_head")) else "sentence"
 
 
 class Speed:
-    """What was done per second between two readings, and the memory that it took.
+    """Work per second between two readings, and peak memory.
 
     Args:
-        model: as the engine of the phase holds it: what is frozen is known.
-        precision: fp32, bf16 or fp16, in which the engine multiplies.
+        model: as the phase trains it, with the phase's frozen parameters.
+        precision: in which the engine multiplies: fp32, bf16 or fp16.
     """
 
     def __init__(self, model: T5VAE, precision: str) -> None:
@@ -123,24 +122,27 @@ class Speed:
         self._operations += sum(map(self._flops.count, step.micro_batches))
 
     def read(self) -> dict[str, float]:
-        """Since the last reading: `tokens_per_s`, predicted tokens of all ranks; of
-        this rank `flops_per_s` and, where its device is known, `mfu`, the share of what
-        the device could do; `peak_memory_gb`, since the start (10^9 bytes)."""
+        """The metrics since the last reading.
+
+        `tokens_per_s` counts the predicted tokens of all ranks. `flops_per_s` is of this
+        rank, and so is `mfu`, its share of what the device could do, if that is known.
+        `peak_memory_gb` (10^9 bytes) is since the start.
+        """
         seconds = max(time.monotonic() - self._since, 1e-9)
-        found = {
+        speed = {
             "tokens_per_s": self._tokens / seconds,
             "flops_per_s": self._operations / seconds,
             "peak_memory_gb": peak_memory() / 1e9,
         }
         if self._peak is not None:
-            found["mfu"] = found["flops_per_s"] / self._peak
+            speed["mfu"] = speed["flops_per_s"] / self._peak
         self._since, self._tokens, self._operations = time.monotonic(), 0, 0.0
-        return found
+        return speed
 
 
 def peak_flops(precision: str) -> float | None:
-    """FLOP/s that this rank's device could do in 16 bits; None on a device that is not
-    in the list, and in fp32, where it depends on torch's settings."""
+    """FLOP/s that this rank's device could do in 16 bits; None for an unlisted device,
+    and in fp32, where it depends on torch's settings."""
     if precision == "fp32" or not torch.cuda.is_available():
         return None
     words = set(torch.cuda.get_device_name().replace("-", " ").split())
@@ -148,8 +150,8 @@ def peak_flops(precision: str) -> float | None:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held since its start: of GPU memory on a
-    GPU, else resident in host memory."""
+    """The most bytes that this process has held since its start: GPU memory on a GPU,
+    else resident host memory."""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

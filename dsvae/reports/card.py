@@ -1,4 +1,4 @@
-"""The model card of an exported model, written from what was measured."""
+"""The model card of an exported model, with what was measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsvae.config import RunConfig
-from dsvae.reports.training_log import result_table
+from dsvae.reports.table import result_table
 
 USE = """## Use
 
@@ -70,7 +70,7 @@ def write_card(
 
 ## Measured
 
-By the evaluation of dsvae {version("dsvae")}, at the end of training: means per sentence,{draws}
+By dsvae {version("dsvae")} at the end of training: means per sentence,{draws}
 computed in {metrics["precision"]}.
 
 ```
@@ -93,8 +93,8 @@ def write_checkpoint_card(
 
     Args:
         step: optimizer steps done in that phase.
-        valid: rec (phase 1) or rec + kl (phase 2) on validation text, nats per
-            sentence; None where it was not measured there.
+        valid: rec (phase 1) or rec + kl (phase 2) on validation text in nats per
+            sentence; None if it was not measured at this step.
     """
     steps = (config.phase1 if phase == 1 else config.phase2).steps
     trained = f"step {step} of {steps} of phase {phase}, a checkpoint"
@@ -111,7 +111,7 @@ def write_checkpoint_card(
 
 
 def _head(config: RunConfig, trained: str) -> str:
-    """The hub's metadata, and what the model is."""
+    """The metadata for the hub, and what the model is."""
     base = config.model.name or "a new T5 from its configuration"
     data = config.data.train_file or config.data.dataset or "dsvae's built-in corpus"
     tag, title = "variational-autoencoder", "A sentence VAE"
@@ -125,7 +125,7 @@ def _head(config: RunConfig, trained: str) -> str:
     if not _has_latent(config):
         tag, title, latent = "text-generation", "A language model", "no latent (injection none)"
         about = f"""The decoder of a T5 alone, trained as a language model with dsvae
-{version("dsvae")}: the baseline beside which perplexities of a sentence VAE are read."""
+{version("dsvae")}: the baseline for the perplexities of a sentence VAE."""
     return f"""---
 library_name: transformers
 tags:
@@ -155,11 +155,11 @@ def _samples(config: RunConfig, pairs: list[tuple[str, str]], prior: list[str]) 
     sentences = "\n".join(f"- `{_code(text)}`" for text in prior)
     if not _has_latent(config):
         return f"The sentence that it decodes greedily:\n\n{sentences}"
-    return f"""Test sentences, each above the greedy reconstruction of its posterior mean:
+    return f"""Test sentences, each followed by the greedy reconstruction from its posterior mean:
 
 {reconstructions}
 
-Greedy sentences of z from the prior:
+Greedy sentences with z from the prior:
 
 {sentences}"""
 

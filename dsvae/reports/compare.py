@@ -1,87 +1,52 @@
-"""Runs against each other: where their settings differ, which numbers may be compared,
-and in what order."""
+"""Several runs side by side: the settings in which they differ, and which of their
+numbers are comparable."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dsvae.config import field_types
 from dsvae.errors import UserError
 from dsvae.metrics import catalog
-from dsvae.metrics.catalog import NATS
-from dsvae.reports.runs import USE, Run, read_runs
+from dsvae.reports.runs import Run, read_runs
 
-SHOWN = (
-    "rec",
-    "kl",
-    "elbo",
-    "nll_iw",
-    "iw_ess",
-    "ppl_token",
-    "bits_per_byte",
-    "mi",
-    "mi_upper",
-    "au",
-    USE,
-)
-"""The metrics of the table; the files hold all."""
-BETTER = {
-    "rec": "lower",
-    "elbo": "higher",
-    "nll_iw": "lower",
-    "ppl_token": "lower",
-    "ppl_word": "lower",
-    "bits_per_byte": "lower",
-    "mi": "higher",
-    "au": "higher",
-    "rec_shuffled": "higher",
-    "exact_match": "higher",
-    "token_accuracy": "higher",
-    "bleu": "higher",
-    "chrf": "higher",
-    USE: "higher",
-}
-"""Which direction is better. kl has none of its own: it is what z says, and what it
-costs."""
-MEANING = catalog.MEANING | {
-    USE: (NATS, "what another sentence's z costs: near 0 the decoder does not use z")
-}
-"""Metric -> unit, meaning."""
+T = TypeVar("T")
+
 _COUNTS = ("sentences", "words", "bytes")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `dsvae compare` shows."""
+    """The content of `dsvae compare`."""
 
     runs: list[Run]
     """In the order of the table."""
     settings: list[str]
     """Dotted names of the settings in which the runs differ."""
     metrics: list[str]
-    """All that any run has: those of SHOWN first, standard errors last."""
+    """All metrics of any run: columns of the table first, standard errors last."""
     text: dict[str, str]
-    """Run -> letter of the text that it was measured on; empty where nothing tells two
-    texts apart."""
+    """Run -> letter of the text that it was measured on; empty if all texts are the
+    same."""
     tokenizer: dict[str, str]
-    """Run -> letter of its tokenizer; empty where all have the same."""
+    """Run -> letter of its tokenizer; empty if all are the same."""
     warnings: list[str]
-    """What may not be compared, and what each run's evaluation says of its numbers."""
+    """What is not comparable, and the warnings of each run's own evaluation."""
 
 
 def compare_runs(directories: Sequence[Path], sort_by: str | None = None) -> Comparison:
-    """Reads runs and sets them side by side.
+    """Reads runs and compares them.
 
     Args:
-        sort_by: `run`, `state`, a setting that differs, or a metric; None: the order
+        sort_by: `run`, `state`, a setting that differs, or a metric. None: the order
             given.
 
     Raises:
-        UserError: `sort_by` names none of them.
+        UserError: `sort_by` is none of them.
     """
     runs = read_runs(directories)
     settings = _differing(runs)
@@ -97,14 +62,14 @@ def compare_runs(directories: Sequence[Path], sort_by: str | None = None) -> Com
 
 
 def _differing(runs: list[Run]) -> list[str]:
-    """Names of the settings that are not the same in all runs that read them, in the
-    order of the configuration."""
+    """Names of the settings that differ between the runs that use them, in the order of
+    the configuration."""
     known = [run.settings for run in runs if run.settings]
     fields = field_types()
 
     def values(name: str) -> list[Any]:
-        # A field that a run does not read says nothing; a key of model.t5 or of the
-        # ds_config that is not given is a default.
+        # A field that a run does not use is ignored. A missing key of model.t5 or of the
+        # ds_config stands for its default.
         return [settings.get(name) for settings in known if name in settings or name not in fields]
 
     names = dict.fromkeys(name for settings in known for name in settings)
@@ -113,14 +78,15 @@ def _differing(runs: list[Run]) -> list[str]:
 
 def _metrics(runs: list[Run]) -> list[str]:
     names = dict.fromkeys(name for run in runs for name in run.metrics)
-    order = {name: place for place, name in enumerate(SHOWN)}
+    columns = [metric.name for metric in catalog.METRICS if catalog.COLUMN in metric.places]
+    order = {name: place for place, name in enumerate(columns)}
     return sorted(names, key=lambda name: (name.startswith("se."), order.get(name, len(order))))
 
 
 def _sorted(runs: list[Run], name: str, settings: list[str], metrics: list[str]) -> list[Run]:
     if name in metrics:
-        sign = -1 if BETTER.get(name) == "higher" else 1
-        # A validation value is no final one: the two do not stand in one order.
+        sign = -1 if catalog.entry(name).better == "higher" else 1
+        # Validation values come after final ones, since the two are not comparable.
         return sorted(
             runs,
             key=lambda run: (
@@ -135,11 +101,8 @@ def _sorted(runs: list[Run], name: str, settings: list[str], metrics: list[str])
         return sorted(runs, key=lambda run: run.name if name == "run" else run.state)
     known = ["run", "state", *settings, *metrics]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = (
-        f"did you mean {close[0]}?"
-        if close
-        else f"give one of {', '.join(n for n in known if not n.startswith('se.'))}"
-    )
+    choices = ", ".join(each for each in known if not each.startswith("se."))
+    hint = f"did you mean {close[0]}?" if close else f"give one of {choices}"
     raise UserError(
         f"--sort_by {name}: neither a metric of these runs nor a setting in which they differ; "
         f"{hint}"
@@ -147,20 +110,20 @@ def _sorted(runs: list[Run], name: str, settings: list[str], metrics: list[str])
 
 
 def _any_order(value: Any) -> tuple[Any, ...]:
-    """Numbers, then text, then what is not set."""
+    """A sort key: numbers first, then text, then what is not set."""
     if isinstance(value, (bool, int, float)):
         return (0, value, "")
     return (2, 0, "") if value is None else (1, 0, str(value))
 
 
 def _texts(runs: list[Run]) -> tuple[dict[str, str], list[str]]:
-    """Letters by the text that was measured, where there is more than one of a split,
-    and a warning for each such split."""
+    """Letters of the measured texts if a split has several, and a warning per such
+    split."""
 
     def same(a: Run, b: Run) -> bool:
         sources = a.source(), b.source()
-        # Equal numbers of sentences, words and bytes are the same text, unless the
-        # settings say that it cannot be.
+        # Texts with equal numbers of sentences, words and bytes are the same, unless the
+        # settings rule it out.
         return (
             a.split == b.split
             and all(a.metrics.get(name) == b.metrics.get(name) for name in _COUNTS)
@@ -172,11 +135,11 @@ def _texts(runs: list[Run]) -> tuple[dict[str, str], list[str]]:
     for split, what in (("test", "test"), ("valid", "validation")):
         letters = [letter for letter, members in groups.items() if members[0].split == split]
         if len(letters) > 1:
-            told = "; ".join(f"{letter}: {_about(groups[letter][0])}" for letter in letters)
+            texts = "; ".join(f"{letter}: {_about(groups[letter][0])}" for letter in letters)
             warnings.append(
-                f"not the same {what} sentences ({told}): likelihoods, mi and au compare only "
-                f"within one letter of the column "
-                "text; dsvae evaluate --test_file measures models on the same sentences"
+                f"not the same {what} sentences ({texts}): likelihoods, mi and au compare only "
+                "within one letter of the column text; dsvae evaluate --test_file measures models "
+                "on the same sentences"
             )
     return (_letters(groups) if warnings else {}), warnings
 
@@ -188,8 +151,7 @@ def _about(run: Run) -> str:
 
 
 def _tokenizers(runs: list[Run]) -> tuple[dict[str, str], list[str]]:
-    """Letters by tokenizer, where there is more than one, and the warning that goes
-    with them."""
+    """Letters of the tokenizers if there are several, and a warning about them."""
     groups = _groups(
         [run for run in runs if run.tokenizer and run.split],
         lambda a, b: a.tokenizer == b.tokenizer,
@@ -198,33 +160,38 @@ def _tokenizers(runs: list[Run]) -> tuple[dict[str, str], list[str]]:
         unknown = [run.name for run in runs if run.split and not run.tokenizer]
         if unknown and len(runs) > 1:
             return {}, [
-                f"no tokenizer to read in {', '.join(unknown)}: ppl_token compares only where "
-                f"the tokenizers are the same"
+                f"no tokenizer to read in {', '.join(unknown)}: ppl_token compares only between "
+                "runs with the same tokenizer"
             ]
         return {}, []
-    told = "; ".join(
+    members_by_letter = "; ".join(
         f"{letter}: {', '.join(run.name for run in members)}" for letter, members in groups.items()
     )
     return _letters(groups), [
-        f"not the same tokenizer ({told}): ppl_token compares only within one letter of the "
-        f"column tokenizer; "
-        "bits_per_byte, ppl_word and, on the same sentences, nats per sentence compare between them"
+        f"not the same tokenizer ({members_by_letter}): ppl_token compares only within one letter "
+        "of the column tokenizer; bits_per_byte, ppl_word and, on the same sentences, nats per "
+        "sentence compare between them"
     ]
 
 
 def _groups(runs: list[Run], same: Callable[[Run, Run], bool]) -> dict[str, list[Run]]:
-    """Runs by letters A, B, ..., Z, A1, ...: each with the first group whose first run
-    is the `same`."""
-    groups: list[list[Run]] = []
-    for run in runs:
-        home = next((group for group in groups if same(group[0], run)), None)
-        if home is None:
-            groups.append([run])
-        else:
-            home.append(run)
+    """Letter A, B, ..., Z, A1, ... -> the runs that are the `same`."""
     return {
-        f"{chr(65 + index % 26)}{index // 26 or ''}": group for index, group in enumerate(groups)
+        f"{chr(65 + index % 26)}{index // 26 or ''}": group
+        for index, group in enumerate(grouped(runs, same))
     }
+
+
+def grouped(items: Iterable[T], same: Callable[[T, T], bool]) -> list[list[T]]:
+    """The items in groups; each joins the first group whose first item is the `same`."""
+    groups: list[list[T]] = []
+    for item in items:
+        group = next((group for group in groups if same(group[0], item)), None)
+        if group is None:
+            groups.append([item])
+        else:
+            group.append(item)
+    return groups
 
 
 def _letters(groups: dict[str, list[Run]]) -> dict[str, str]:

@@ -1,31 +1,31 @@
-"""rec against kl, a point a run."""
+"""A plot of rec against kl with one point per run."""
 
 from __future__ import annotations
 
 import matplotlib
 import numpy as np
 
-from dsvae.metrics.catalog import number
-from dsvae.reports.compare import Comparison
+from dsvae.reports.compare import Comparison, grouped
 from dsvae.reports.figures import COLOR, STYLE, new_figure, short, svg
 from dsvae.reports.runs import Run
+from dsvae.reports.table import number
 
 _LINES = 9
-"""Lines of equal rec + kl."""
+"""Number of lines of equal rec + kl."""
 _NEAR = 0.025
-"""Share of an axis within which two numbers would lie on each other."""
+"""Share of an axis within which two labels would overlap."""
 
 
-def plot(found: Comparison) -> str | None:
-    """The plot as SVG, None where no run has both values. A model without a latent
-    stands at kl 0.
+def plot(comparison: Comparison) -> str | None:
+    """The plot as SVG; None if no run has both values. A model without a latent is drawn
+    at kl 0.
 
-    KL is not trained in phase 1 and is many times that of phase 2 there: its runs are
-    drawn only if there are no others.
+    Phase 1 does not train the KL, which is then many times that of phase 2. So runs in
+    phase 1 are drawn only if there are no others.
     """
     runs = [
         run
-        for run in found.runs
+        for run in comparison.runs
         if "rec" in run.metrics and ("kl" in run.metrics or not run.latent)
     ]
     runs = [run for run in runs if run.phase == 2] or runs
@@ -51,30 +51,25 @@ def plot(found: Comparison) -> str | None:
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
         totals = np.linspace(left + low, right + high, _LINES + 2)[1:-1]
         for total in totals:
-            axes.plot(
-                [left, right],
-                [total - left, total - right],
-                color="black",
-                alpha=0.12,
-                linewidth=0.8,
-                zorder=0,
-            )
+            axes.axline((0, total), slope=-1, color="black", alpha=0.12, linewidth=0.8, zorder=0)
         axes.set_xlim(left, right)
         axes.set_ylim(low, high)
-        for members in _together(points, right - left, high - low):
-            where = points[members[0]]
+        width, height = right - left, high - low
+
+        def near(a: int, b: int) -> bool:
+            (x, y), (other_x, other_y) = points[a], points[b]
+            return max(abs(x - other_x) / width, abs(y - other_y) / height) < _NEAR
+
+        for members in grouped(range(len(points)), near):
             label = ", ".join(str(index + 1) for index in members)
+            where = points[members[0]]
             axes.annotate(label, where, xytext=(5, 4), textcoords="offset points", fontsize=8)
         axes.set_xlabel("kl (nats/sentence)")
         axes.set_ylabel("rec (nats/sentence)")
-        about = "down and left is better; along a line rec + kl is the same"
-        axes.set_title(
-            about
-            + (
-                "; hollow: not final, on validation" if any(r.split != "test" for r in runs) else ""
-            ),
-            fontsize=8,
-        )
+        title = "down and left is better; along a line rec + kl is the same"
+        if any(run.split != "test" for run in runs):
+            title += "; hollow: not final, on validation"
+        axes.set_title(title, fontsize=8)
         axes.legend(
             fontsize=7.5,
             loc="upper left",
@@ -83,24 +78,6 @@ def plot(found: Comparison) -> str | None:
             handletextpad=0.2,
         )
         return svg(figure)
-
-
-def _together(points: list[tuple[float, float]], width: float, height: float) -> list[list[int]]:
-    """Indices of points so close together that one label serves them: each with the
-    first that is near."""
-    groups: list[list[int]] = []
-    for index, (x, y) in enumerate(points):
-        near = (
-            g
-            for g in groups
-            if max(abs(points[g[0]][0] - x) / width, abs(points[g[0]][1] - y) / height) < _NEAR
-        )
-        group = next(near, None)
-        if group is None:
-            groups.append([index])
-        else:
-            group.append(index)
-    return groups
 
 
 def _about(run: Run) -> str:

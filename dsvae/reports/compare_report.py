@@ -1,5 +1,5 @@
-"""A comparison as a table for people and as files: comparison.md, .csv, .json and
-.svg."""
+"""A comparison as a Markdown table on the console, and as files: every metric in
+comparison.csv, rec against kl in comparison.svg."""
 
 from __future__ import annotations
 
@@ -9,138 +9,98 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsvae.files import write_json, write_text
-from dsvae.metrics.catalog import number
-from dsvae.reports.compare import BETTER, MEANING, SHOWN, Comparison
+from dsvae.files import write_text
+from dsvae.metrics import catalog
+from dsvae.reports.compare import Comparison
 from dsvae.reports.runs import Run
+from dsvae.reports.table import markdown, number
 
 
 def place(directories: Sequence[Path], output: str | None) -> Path:
-    """Where a comparison of runs goes: `output`, or `comparison` beside them, or in the
-    current directory."""
+    """Where the files go: `output`, or `comparison` beside the runs, or in the current
+    directory if the runs lie in different ones."""
     if output is not None:
         return Path(output).expanduser()
     parents = {directory.absolute().parent.resolve() for directory in directories}
     return (directories[0].absolute().parent if len(parents) == 1 else Path()) / "comparison"
 
 
-def write(directory: Path, found: Comparison) -> dict[str, Path]:
-    """Writes every file of a comparison, each whole or not at all; what each is -> its
-    path."""
+def write(directory: Path, comparison: Comparison) -> dict[str, Path]:
+    """Writes the files, each whole or not at all; returns their paths by what they
+    hold."""
     from dsvae.reports.compare_plot import plot
 
-    image = plot(found)
-    picture = "![rec against kl](comparison.svg)\n\n" if image else ""
-    files = {"table": directory / "comparison.md", "all metrics": directory / "comparison.csv"}
-    write_text(files["table"], f"# Runs compared\n\n{picture}{text(found)}\n")
-    write_text(files["all metrics"], _csv(found))
-    if image:
-        files["plot"] = directory / "comparison.svg"
-        write_text(files["plot"], image)
+    files = {"all metrics": directory / "comparison.csv"}
+    write_text(files["all metrics"], _csv(comparison))
+    image, path = plot(comparison), directory / "comparison.svg"
+    if image is None:
+        path.unlink(missing_ok=True)  # an earlier comparison may have left one
     else:
-        (directory / "comparison.svg").unlink(missing_ok=True)  # that of an earlier comparison
-    files["JSON"] = directory / "comparison.json"
-    write_json(files["JSON"], _tree(found))
+        files["plot"] = path
+        write_text(path, image)
     return files
 
 
-def text(found: Comparison) -> str:
-    """Table, meanings, notes and warnings as Markdown that reads well on a terminal
-    too."""
-    shown = [name for name in SHOWN if name in found.metrics]
-    arrows = {"lower": " ↓", "higher": " ↑"}
-    columns = {"run": [run.name for run in found.runs], "state": [run.state for run in found.runs]}
-    for name in found.settings:
-        columns[name] = _values(name, [run.settings.get(name) for run in found.runs])
-    if any(run.split == "valid" for run in found.runs):
-        columns["values of"] = [_values_of(run) for run in found.runs]
-    for name, letters in (("text", found.text), ("tokenizer", found.tokenizer)):
+def text(comparison: Comparison) -> str:
+    """The table, the meaning of its columns, notes and warnings."""
+    runs = comparison.runs
+    columns = {"run": [run.name for run in runs], "state": [run.state for run in runs]}
+    for name in comparison.settings:
+        columns[name] = _values(name, [run.settings.get(name) for run in runs])
+    if any(run.split == "valid" for run in runs):
+        columns["values of"] = [_values_of(run) for run in runs]
+    for name, letters in (("text", comparison.text), ("tokenizer", comparison.tokenizer)):
         if letters:
-            columns[name] = [letters.get(run.name, "-") for run in found.runs]
+            columns[name] = [letters.get(run.name, "-") for run in runs]
+    metrics = [
+        metric
+        for metric in catalog.METRICS
+        if catalog.COLUMN in metric.places and metric.name in comparison.metrics
+    ]
+    arrows = {"lower": " ↓", "higher": " ↑", None: ""}
     numbers = {
-        f"{name}{arrows.get(BETTER.get(name, ''), '')}": [_metric(run, name) for run in found.runs]
-        for name in shown
+        f"{metric.name}{arrows[metric.better]}": [_metric(run, metric.name) for run in runs]
+        for metric in metrics
     }
-    lines = [_markdown(columns, numbers), ""]
-    for name in shown:
-        unit, meaning = MEANING[name]
-        about = ", ".join(
-            part for part in (unit, f"{BETTER[name]} is better" if name in BETTER else "") if part
-        )
-        lines.append(f"- `{name}`{f' ({about})' if about else ''}: {meaning}")
-    lines += [f"\n{note}" for note in _notes(found)]
-    lines += [f"\nwarning: {warning}" for warning in found.warnings]
+    lines = [markdown(columns | numbers, set(numbers)), ""]
+    for metric in metrics:
+        parts = (metric.unit, f"{metric.better} is better" if metric.better else "")
+        about = ", ".join(part for part in parts if part)
+        lines.append(f"- `{metric.name}`{f' ({about})' if about else ''}: {metric.meaning}")
+    lines += [f"\n{note}" for note in _notes(runs)]
+    lines += [f"\nwarning: {warning}" for warning in comparison.warnings]
     return "\n".join(lines)
 
 
-def _notes(found: Comparison) -> list[str]:
+def _notes(runs: list[Run]) -> list[str]:
     notes = []
-    if any(run.split == "valid" for run in found.runs):
+    if any(run.split == "valid" for run in runs):
         notes.append(
             "\\* not final: the newest values on validation sentences, at the step under `values "
-            "of`; they do not compare with "
-            "values on test sentences. In phase 1 no KL is trained: its kl, elbo and "
-            "perplexities say little."
+            "of`; they do not compare with values on test sentences. Phase 1 trains no KL: its "
+            "kl, elbo and perplexities say little."
         )
-    if without := [run.name for run in found.runs if not run.latent]:
+    if without := [run.name for run in runs if not run.latent]:
         notes.append(
-            f"Without a latent: {', '.join(without)}. There rec and elbo are log p(x) itself and "
-            f"no bound."
+            f"Without a latent: {', '.join(without)}. Their rec and elbo are log p(x) itself, "
+            "not a bound."
         )
-    return notes + [f"{run.name}: {problem}" for run in found.runs for problem in run.problems]
+    return notes + [f"{run.name}: {problem}" for run in runs for problem in run.problems]
 
 
-def _markdown(columns: dict[str, list[str]], numbers: dict[str, list[str]]) -> str:
-    """An aligned Markdown table, words to the left and numbers to the right."""
-    lines: list[list[str]] = []
-    for heading, cells in (columns | numbers).items():
-        cells = [" ".join(cell.replace("|", r"\|").split()) for cell in (heading, *cells)]
-        width = max(3, *map(len, cells))
-        right = heading in numbers
-        rule = "-" * (width - 1) + ":" if right else "-" * width
-        cells = [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
-        lines.append([cells[0], rule, *cells[1:]])
-    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*lines, strict=True))
-
-
-def _csv(found: Comparison) -> str:
-    """A row a run, numbers in full."""
+def _csv(comparison: Comparison) -> str:
+    """One row per run, numbers in full."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     heading = ["run", "directory", "state", "values_of", "step", "text", "tokenizer"]
-    writer.writerow([*heading, *found.settings, *found.metrics])
-    for run in found.runs:
+    writer.writerow([*heading, *comparison.settings, *comparison.metrics])
+    for run in comparison.runs:
         row: list[Any] = [run.name, run.directory, run.state, run.split, run.step]
-        row += [found.text.get(run.name), found.tokenizer.get(run.name)]
-        row += [
-            None if run.settings.get(name) is None else _value(run.settings[name])
-            for name in found.settings
-        ]
-        writer.writerow([*row, *(run.metrics.get(name) for name in found.metrics)])
+        row += [comparison.text.get(run.name), comparison.tokenizer.get(run.name)]
+        settings = [run.settings.get(name) for name in comparison.settings]
+        row += [None if value is None else _value(value) for value in settings]
+        writer.writerow([*row, *(run.metrics.get(name) for name in comparison.metrics)])
     return buffer.getvalue()
-
-
-def _tree(found: Comparison) -> dict[str, Any]:
-    runs = [
-        {
-            "run": run.name,
-            "directory": str(run.directory),
-            "state": run.state,
-            "values_of": run.split,
-            "step": run.step,
-            "text": found.text.get(run.name),
-            "tokenizer": found.tokenizer.get(run.name),
-            "settings": {name: run.settings.get(name) for name in found.settings},
-            "metrics": {name: run.metrics[name] for name in found.metrics if name in run.metrics},
-            "problems": run.problems,
-        }
-        for run in found.runs
-    ]
-    return {
-        "runs": runs,
-        "better": {n: BETTER[n] for n in found.metrics if n in BETTER},
-        "warnings": found.warnings,
-    }
 
 
 def _metric(run: Run, name: str) -> str:
@@ -150,15 +110,13 @@ def _metric(run: Run, name: str) -> str:
 
 
 def _values_of(run: Run) -> str:
-    return (
-        f"valid, step {run.step:,} (phase {run.phase})"
-        if run.split == "valid"
-        else run.split or "-"
-    )
+    if run.split == "valid":
+        return f"valid, step {run.step:,} (phase {run.phase})"
+    return run.split or "-"
 
 
 def _values(name: str, values: list[Any]) -> list[str]:
-    """A column of settings; files by their names alone, where these tell them apart."""
+    """A column of settings; files by their names alone where these differ."""
     if name.startswith("data.") and name.endswith("_file"):
         short = [value if value is None else Path(value).name for value in values]
         values = short if len(set(short)) == len(set(values)) else values

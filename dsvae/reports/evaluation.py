@@ -1,8 +1,7 @@
-"""From a model directory and a file of sentences to everything that is known about the
-model.
+"""`dsvae evaluate`: measures a finished model on sentences and writes the results.
 
-Every rank loads the model and takes its share of every pass; what follows from the
-passes (scores, plots, files) rank 0 does.
+Every rank loads the model and takes its share of every pass. Rank 0 alone computes
+scores and plots from their results, and writes the files.
 """
 
 from __future__ import annotations
@@ -51,22 +50,22 @@ from dsvae.reports.sentences import Sentences
 from dsvae.reports.table import table
 
 SHOWN = 20
-"""Reconstructions and prior samples in the report."""
+"""The most reconstructions and prior samples in the report."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_sentences` found."""
+    """The results of `evaluate_sentences`."""
 
     metrics: dict[str, Any]
-    """Of metrics.json, the same on every rank."""
+    """As in metrics.json; the same on every rank."""
     measured: Measured
     pairs: list[tuple[str, str]]
     """(sentence as the user wrote it, greedy reconstruction of its posterior mean)."""
     prior: list[str]
-    """Greedy sentences of z from the prior."""
+    """Greedy sentences with z from the prior."""
 
 
 def evaluate_model(
@@ -88,27 +87,26 @@ def evaluate_model(
         metrics = evaluate_model("runs/yelp/model", "test.txt", "test.labels")
         print(metrics["elbo"], "+-", metrics["se"]["elbo"])
 
-    Under deepspeed, torchrun or srun every process calls it: the work is shared out,
-    rank 0 prints and writes.
+    Under deepspeed, torchrun or srun every process calls it. The ranks share the work,
+    and rank 0 prints and writes.
 
     Args:
         model_dir: as a run exported it (`output_dir/model`), or a hub id.
-        test_file: sentences, one a line (or .jsonl, .csv, .parquet with `text_column`).
+        test_file: one sentence per line (or .jsonl, .csv, .parquet with `text_column`).
             None: 5,000 sentences of the built-in corpus, whose factors are known.
-        labels_file: one label a line for the lines of test_file; any strings. Adds
-            probes.
-        output: directory to write into. None: `evaluation` in model_dir, in the current
-            directory for a hub id.
-        samples: z drawn a sentence for the ELBO.
+        labels_file: one label per line of test_file; any strings. Adds probes.
+        output: directory to write into. None: `evaluation` in model_dir, or in the
+            current directory for a hub id.
+        samples: z drawn per sentence for the ELBO.
         iw_samples: k of the importance-weighted bound, at least 1. None: not computed.
         batch_tokens: most padded tokens of one forward pass on one rank; changes the
             speed only.
         max_tokens: longest sentence in tokens, EOS included; longer ones are truncated
-            and counted. None: as in its training; 64 for a model that does not say.
+            and counted. None: as in the model's training, or 64 if that is unknown.
         seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
 
-    Returns: the metrics, on every rank: names and units as in the table; a standard
-        error over sentences in `se` for every mean.
+    Returns: the metrics, on every rank, with names and units as in the table. `se` has
+        the standard error over sentences of every mean.
 
     Raises:
         UserError: on every rank, before anything is written.
@@ -126,8 +124,8 @@ def evaluate_model(
             world.run_on_rank0(lambda: sentences.check_factors(text))
         directory = _default_output(model_dir) if output is None else Path(output).expanduser()
         world.run_on_rank0(lambda: make_writable(directory, "--output"))
-        nn.Module.to(model, world.device)  # transformers' own `to` has lost its annotation
-        found = evaluate_sentences(
+        nn.Module.to(model, world.device)  # transformers' own `to` is not annotated
+        evaluation = evaluate_sentences(
             model,
             tokenizer,
             text,
@@ -138,9 +136,9 @@ def evaluate_model(
             max_tokens=limit,
             seed=seed,
         )
-        found.metrics["model"] = str(model_dir)
-        world.run_on_rank0(lambda: _write(directory, found, text))
-        return found.metrics
+        evaluation.metrics["model"] = str(model_dir)
+        world.run_on_rank0(lambda: _write(directory, evaluation, text))
+        return evaluation.metrics
 
 
 def evaluate_sentences(
@@ -155,8 +153,8 @@ def evaluate_sentences(
     max_tokens: int,
     seed: int,
 ) -> Evaluation:
-    """All measurements of a model on sentences; writes nothing. Collective. Arguments
-    as in `evaluate_model`."""
+    """Measures a model on sentences and writes nothing; arguments as in
+    `evaluate_model`. Collective."""
     split = text.split
     measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
     metrics = summarize(measured, split)
@@ -180,7 +178,7 @@ def evaluate_sentences(
         pairs, prior = text_samples(
             model, split.select(shown), tokenizer, world, len(shown), max_tokens
         )
-        pairs = [(text.texts[i], found) for i, (_, found) in zip(shown, pairs, strict=True)]
+        pairs = [(text.texts[i], again) for i, (_, again) in zip(shown, pairs, strict=True)]
         noise = passes.noise_of(split.content_keys, LATENT, 0, model.family.noise_width, seed)
         draws = measured.posterior.sample(noise)
         metrics |= world.run_on_rank0(
@@ -199,15 +197,9 @@ def evaluate_sentences(
         "policies": _policies(max_tokens, tokenizer.is_fast),
     }
     metrics["warnings"] = warnings_of(metrics, measured)
-    if metrics.get("disentanglement", 0) is None and not model.family.continuous:
-        metrics["warnings"].append(
-            "the scores of disentanglement are null: they compare dimensions, and this model's "
-            "latent has categories"
-        )
     if not metrics["au"] and ("probes" in metrics or "disentanglement" in metrics):
         metrics["warnings"].append(
-            "no unit of z is active: there is nothing to probe, and the probes and the scores of "
-            "disentanglement are null"
+            "no unit of z is active, so the probes and the scores of disentanglement are null"
         )
     return Evaluation(metrics, measured, pairs, prior)
 
@@ -215,115 +207,109 @@ def evaluate_sentences(
 def _use_of_latents(
     family: Family, posterior: Distribution, draws: Tensor, text: Sentences, seed: int
 ) -> dict[str, Any]:
-    """Probes for every label, and disentanglement where the factors are known, from the
-    active units; null where there are none.
-
-    The scores of disentanglement compare dimensions of z. The columns of one categorical
-    variable would compete with each other, so they are null for categories.
+    """Probes for every label, and disentanglement where the factors are known, of the
+    active units; null where no unit is active.
 
     Args:
         posterior: q(z|x) of N sentences.
-        draws: (N, Z), one draw of each.
+        draws: (N, Z), one draw per sentence.
     """
-    active = (posterior.activity() > ACTIVE).numpy()
-    # of a family with several numbers per unit, they stand side by side
-    dimensions = np.flatnonzero(np.repeat(active, draws.shape[1] // len(active)))
-    means, drawn = (z.double().numpy()[:, dimensions] for z in (posterior.point, draws))
-    # What is drawn below follows the order of the rows: make it one of the content.
+    active = np.flatnonzero((posterior.activity() > ACTIVE).numpy())
+    width = family.latent_width // family.units
+    columns = (active[:, None] * width + np.arange(width)).ravel()
+    means, drawn = (z.double().numpy()[:, columns] for z in (posterior.point, draws))
+    # Random numbers below follow the order of the rows, which must not be that of the file.
     keys, hashes = text.split.content_keys, text.split.hashes
-    found: dict[str, Any] = {}
-    if text.labels and not len(dimensions):
-        found["probes"] = dict.fromkeys(text.labels)
+    results: dict[str, Any] = {}
+    if text.labels and not len(active):
+        results["probes"] = dict.fromkeys(text.labels)
     elif text.labels:
-        # Equal sentences have the same posterior. Which of their labels has which of
-        # their draws must not depend on the order of the file either.
+        # Equal sentences have the same posterior. Which of their labels gets which of their
+        # draws must not depend on the order of the file either.
         drawn_in_order = drawn[np.lexsort((keys, hashes))]
-        found["probes"] = {}
+        results["probes"] = {}
         for name, values in text.labels.items():
             order = np.lexsort((values, hashes))
-            found["probes"][name] = probe(
+            results["probes"][name] = probe(
                 means[order], drawn_in_order, values[order], hashes[order], seed
             )
     if text.factors is not None:
         names, order = list(grammar.FACTORS), np.argsort(keys)
-        found["disentanglement"] = (
-            {
-                **disentanglement(means[order], drawn[order], text.factors[order], names, seed),
-                "dimensions": dimensions.tolist(),
-            }
-            if len(dimensions) and family.continuous
-            else None
-        )
-    return found
+        results["disentanglement"] = None
+        if len(active):
+            scores = disentanglement(
+                means[order], drawn[order], text.factors[order], names, seed, width
+            )
+            results["disentanglement"] = {**scores, "dimensions": active.tolist()}
+    return results
 
 
 def _estimators(samples: int, iw_samples: int | None, latent_dim: int) -> dict[str, str]:
-    """Which estimator each likelihood is of."""
+    """The estimator of each likelihood."""
     if latent_dim == 0:
         return {
             "rec, ppl_token, ppl_word, bits_per_byte": (
-                "log p(x) itself: a language model has no latent to bound it over"
+                "log p(x) itself: a language model has no latent, so nothing is bounded"
             )
         }
-    drawn = (
-        f"ELBO with closed-form KL and {samples} sample(s) of z a sentence (Kingma & Welling 2014)"
-    )
-    found = {
+    estimators = {
         "elbo, ppl_token, ppl_word, bits_per_byte": (
-            f"{drawn}: log p(x) from below, perplexities from above"
+            f"ELBO with closed-form KL and {samples} sample(s) of z per sentence (Kingma & "
+            "Welling 2014): log p(x) from below, perplexities from above"
         )
     }
     if iw_samples:
-        found["nll_iw, ppl_token_iw, ppl_word_iw, bits_per_byte_iw"] = (
-            f"importance-weighted bound with k = {iw_samples} (Burda et al. 2016): tighter, of "
-            f"the same direction"
+        estimators["nll_iw, ppl_token_iw, ppl_word_iw, bits_per_byte_iw"] = (
+            f"importance-weighted bound with k = {iw_samples} (Burda et al. 2016): tighter, in "
+            "the same direction"
         )
-    return found
+    return estimators
 
 
 def _policies(max_tokens: int, offsets: bool) -> dict[str, str]:
-    """What was counted, in words."""
+    """How everything was counted, for people."""
     return {
         "end of sentence": (
-            "EOS is predicted: it is in every likelihood, is one of the tokens, and counts as "
-            "one more word and one more byte in ppl_word and bits_per_byte"
+            "EOS is predicted: it is part of every likelihood, is one of the tokens, and counts "
+            "as one more word in ppl_word and one more byte in bits_per_byte"
         ),
         "truncation": (
             f"sentences over {max_tokens} tokens (EOS included) are cut to {max_tokens}, EOS "
-            "last, and counted in truncated; words and bytes are those of the text that is left"
+            "last, and counted in truncated; words and bytes are those of the remaining text"
         ),
         "unknown": (
             "tokens outside the vocabulary are predicted as one unknown piece and counted in "
-            "unk: with many of them likelihoods are too good, and compare only between models "
+            "unk: many of them make likelihoods too good, and comparable only between models "
             "with the same tokenizer"
         ),
         "reconstruction": (
-            "exact_match, bleu and chrf compare with the sentence as it stands in the source; "
+            "exact_match, bleu and chrf compare with the sentence as it is in the source; a "
+            "truncated one is compared "
             + (
-                "of a truncated one, with its text up to the end of the last token"
+                "up to the end of its last token"
                 if offsets
-                else "of a truncated one, with its tokens decoded, since this tokenizer does not "
-                "say where in the text they end"
+                else "as its decoded tokens, since this tokenizer does not say where they end in "
+                "the text"
             )
         ),
         "blank": "blank lines are skipped and counted in skipped_blank",
         "standard errors": (
             "over sentences: deviation / sqrt(N); for ratios and perplexities by linearization "
-            "(delta method)"
+            "(the delta method)"
         ),
     }
 
 
 def _default_output(model_dir: str) -> Path:
-    """`evaluation` in the model's directory. A hub model has none: one of its name,
-    made here, would hide it from then on."""
+    """`evaluation` in the model's directory, or in the current directory for a hub id: a
+    directory with that name would hide the hub model."""
     directory = Path(model_dir).expanduser()
     return directory / "evaluation" if directory.is_dir() else Path("evaluation")
 
 
 def _main_first(world: World, load: Callable[[], T]) -> T:
-    """`load()` on every rank, on rank 0 first. A UserError of any rank is everyone's.
-    The result stays where it was made."""
+    """Calls `load` on every rank, on rank 0 first; each rank keeps its result. A UserError
+    of one rank is raised on all."""
     box: list[T] = []
     world.run_on_rank0(lambda: box.append(load()))
     return world.run_on_all(lambda: box[0] if world.is_main else load())
@@ -343,15 +329,15 @@ def _check(
     check_seed(seed)
 
 
-def _write(directory: Path, found: Evaluation, text: Sentences) -> None:
-    """Everything that is left behind; metrics.json last, so that it says that all is
-    there."""
-    write_projector(directory / "projector", found.measured.posterior, text)
+def _write(directory: Path, evaluation: Evaluation, text: Sentences) -> None:
+    """Writes and prints everything; metrics.json last, as a sign that all is there."""
+    metrics, measured = evaluation.metrics, evaluation.measured
+    write_projector(directory / "projector", measured.posterior, text)
     write_report(
-        directory / "report.html", found.metrics, found.measured, text, found.pairs, found.prior
+        directory / "report.html", metrics, measured, text, evaluation.pairs, evaluation.prior
     )
-    write_json(directory / "metrics.json", {"test": found.metrics})
-    print(table(found.metrics))
+    write_json(directory / "metrics.json", {"test": metrics})
+    print(table(metrics))
     print(f"\nreport       {directory / 'report.html'}\nmetrics      {directory / 'metrics.json'}")
-    if found.metrics["latent_dim"]:
+    if metrics["latent_dim"]:
         print(f"projector    tensorboard --logdir {directory / 'projector'}")

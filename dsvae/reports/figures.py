@@ -1,4 +1,4 @@
-"""How figures look, and how they become SVG."""
+"""The look of all figures, and figures as SVG."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ COLOR = "#2f6db3"
 
 def new_figure(width: float = 5.6, height: float = 3.6) -> tuple[Figure, Axes]:
     """An empty figure and its axes; width and height in inches."""
-    # No pyplot: it keeps figures and picks a window system.
+    # pyplot would keep the figure and choose a window system.
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def svg(figure: Figure) -> str:
-    """The figure as SVG; the same figure gives the same text."""
+    """The figure as SVG text, the same for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
     return buffer.getvalue().decode()
 
 
 def legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str], **style: Any) -> None:
-    """A legend of what was drawn (`handles`), each with its label, whatever that is.
+    """A legend of what was drawn (`handles`), with any labels.
 
-    matplotlib leaves out what has a label that begins with an underscore; so it sees
-    others, which are replaced in the finished legend.
+    matplotlib leaves out labels that begin with an underscore, so it gets other labels
+    first.
     """
     entries = axes.legend(handles, [f"entry {i}" for i in range(len(labels))], **style).get_texts()
     for entry, label in zip(entries, labels, strict=True):
@@ -49,7 +49,6 @@ def legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str], **style: A
 
 
 def short(label: str, most: int = 18) -> str:
-    """A label of the user's, cut to `most` characters, that matplotlib shows as it
-    stands."""
-    label = label.replace("$", r"\$")  # matplotlib reads mathematics between two
+    """A user's label, cut to `most` characters, which matplotlib shows literally."""
+    label = label.replace("$", r"\$")  # two of them would enclose mathematics
     return label if len(label) <= most else f"{label[: most - 1]}…"

@@ -1,4 +1,4 @@
-"""report.html: one file that shows everything, with nothing to fetch."""
+"""report.html: one file that shows a whole evaluation and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from dsvae.files import write_text
-from dsvae.metrics.catalog import number
 from dsvae.metrics.evaluate import Measured
 from dsvae.reports.plots import plots
 from dsvae.reports.sentences import Sentences
-from dsvae.reports.table import sections
+from dsvae.reports.table import number, sections
 
 TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -64,9 +63,11 @@ standard errors</p>
 {% endfor %}
 {% if m.disentanglement %}
 <h3>Disentanglement by factor</h3>
-<p class="about">Of the posterior means; in brackets of draws, and by chance.</p>
+<p class="about">Of the posterior means; in brackets of the draws, and by chance.</p>
+{% set per_factor = m.disentanglement.per_factor %}
+{% set factor_columns = (per_factor.values() | first).keys() %}
 <table><tr><th>factor</th>{% for name in factor_columns %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for factor, row in m.disentanglement.per_factor.items() %}<tr><td class="name">{{ factor }}</td>
+{% for factor, row in per_factor.items() %}<tr><td class="name">{{ factor }}</td>
 {% for name in factor_columns %}<td>{{ number(row[name]) }}
 ({{ number(m.disentanglement.draws.per_factor[factor][name]) }},
 {{ number(m.disentanglement.chance.per_factor[factor][name]) }})</td>{% endfor %}</tr>
@@ -80,13 +81,14 @@ standard errors</p>
 {% endfor %}</div>
 
 {% if pairs %}<h2>Reconstructions</h2>
-<p class="about">Greedy, from the posterior mean; a selection by hash, not by eye.</p>
+<p class="about">Greedy, from the posterior mean. The sentences are selected by hash, not
+by eye.</p>
 <table class="text"><tr><th>sentence</th><th>reconstruction</th></tr>
 {% for sentence, reconstruction in pairs %}<tr><td>{{ sentence }}</td>
 <td>{{ reconstruction }}</td></tr>
 {% endfor %}</table>
 <h2>From the prior</h2>
-<p class="about">Greedy, z drawn from p(z).</p>
+<p class="about">Greedy, with z drawn from p(z).</p>
 <ol>{% for sentence in prior %}<li>{{ sentence }}</li>{% endfor %}</ol>{% endif %}
 
 <h2>How it was counted</h2>
@@ -129,6 +131,5 @@ def write_report(
         pairs=pairs,
         prior=prior,
         number=number,
-        factor_columns=("mig_gap", "sap_gap", "completeness", "informativeness"),
     )
     write_text(path, html)

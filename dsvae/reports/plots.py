@@ -1,4 +1,4 @@
-"""The report's plots, as SVG."""
+"""The plots of report.html, as SVG."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from dsvae.reports.figures import COLOR, STYLE, legend, new_figure, short, svg
 from dsvae.reports.sentences import Sentences
 
 POINTS = 5_000
-"""Sentences in a scatter."""
+"""The most sentences in a scatter plot."""
 ENOUGH = 10
-"""Sentences of one length whose mean is worth a point."""
+"""Sentences that a length needs for a point of the mean."""
 CLASSES = 10
-"""Most labels that colours can tell apart."""
+"""The most labels that colours can tell apart."""
 
 
 def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[str, str]:
-    """Title -> SVG. A model without a latent has the plot of the lengths alone."""
+    """Title -> SVG. A model without a latent has only the plot of the lengths."""
     chosen = np.argsort(text.split.content_keys)[:POINTS]
     with matplotlib.rc_context(STYLE):
-        found = {
+        images = {
             "Length against rec": _lengths(text.split.lengths[chosen], measured.rec.numpy()[chosen])
         }
         if metrics["latent_dim"]:
-            found = {
+            images = {
                 "KL per dimension": _kl(metrics["kl_per_dim"]),
                 "Active units over thresholds": _active_units(
                     metrics["au_curve"], metrics["latent_dim"]
@@ -40,13 +40,13 @@ def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[
                 "Latents": _latents(
                     measured.posterior.point.numpy()[chosen], *_colours(metrics, text, chosen)
                 ),
-            } | found
+            } | images
         if scores := metrics.get("disentanglement"):
             names = list(scores["per_factor"])
-            found["Information about the factors"] = _matrix(
+            images["Information about the factors"] = _matrix(
                 np.array(scores["information"]), names, scores["dimensions"]
             )
-        return found
+        return images
 
 
 def _kl(kl: list[float]) -> str:
@@ -104,8 +104,8 @@ def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> str:
 
 
 def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
-    """The first two principal components of the posterior means, coloured by a label
-    or, where numbers, by a number."""
+    """The first two principal components of the posterior means, coloured by labels or
+    by numbers."""
     figure, axes = new_figure()
     components = min(2, *means.shape)
     pca = PCA(components).fit(means)
@@ -145,12 +145,12 @@ def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
 def _colours(
     metrics: dict[str, Any], text: Sentences, chosen: NDArray[np.intp]
 ) -> tuple[str, NDArray]:
-    """The label that the linear probe reads best, of those with few enough classes;
-    else the length."""
+    """Name and values of the label that the linear probe reads best, of those with few
+    enough classes; the length if there is none."""
     probes = {
-        name: found
-        for name, found in metrics.get("probes", {}).items()
-        if found is not None and len(np.unique(text.labels[name])) <= CLASSES
+        name: probe
+        for name, probe in metrics.get("probes", {}).items()
+        if probe is not None and len(np.unique(text.labels[name])) <= CLASSES
     }
     if not probes:
         return "tokens", text.split.lengths[chosen]
@@ -159,13 +159,13 @@ def _colours(
 
 
 def _matrix(information: NDArray[np.float64], names: list[str], dimensions: list[int]) -> str:
-    """I(z_i; v_k): one row per factor, one column per dimension of an active unit."""
+    """I(z_i; v_k): one row per factor, one column per active unit."""
     figure, axes = new_figure()
     image = axes.imshow(information.T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     axes.set_yticks(range(len(names)), names)
     shown = range(0, len(dimensions), max(1, len(dimensions) // 32))
     axes.set_xticks(shown, [str(dimensions[i]) for i in shown], fontsize=7)
-    axes.set_xlabel("dimension of z, active units alone")
+    axes.set_xlabel("unit of z, active ones alone")
     axes.grid(visible=False)
     figure.colorbar(image, label="I(z_i; factor) (nats)")
     return svg(figure)

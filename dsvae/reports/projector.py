@@ -1,5 +1,4 @@
-"""The latents for TensorBoard's projector, with the sentences and their labels as
-metadata."""
+"""The latents for TensorBoard's projector, with sentences and labels as metadata."""
 
 from __future__ import annotations
 
@@ -13,14 +12,14 @@ from dsvae.modeling.families import Distribution
 from dsvae.reports.sentences import Sentences
 
 POINTS = 10_000
-"""What the projector shows without stuttering."""
+"""The most points that the projector shows smoothly."""
 
 
 def write_projector(directory: Path, posterior: Distribution, text: Sentences) -> None:
     """Writes the posterior means of at most `POINTS` sentences as a TensorBoard log
     directory, whole or not at all.
 
-    A model without a latent has nothing to show: an older directory goes.
+    A model without a latent has none: only an older directory is removed.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -45,5 +44,5 @@ def write_projector(directory: Path, posterior: Distribution, text: Sentences) -
 
 
 def _cell(value: object) -> str:
-    """Text in a cell of a .tsv file, which knows no escapes."""
+    """Text in a cell of a .tsv file, which has no escapes."""
     return " ".join(str(value).split()) or " "

@@ -1,7 +1,6 @@
-"""What a run has left in its output directory: settings, how far it has come, its
-newest numbers.
+"""The output directory of a run: its settings, its progress and its newest numbers.
 
-Only reads, and takes no lock: a run may be alive while it is looked at.
+It is only read, without a lock, since the run may still be going on.
 """
 
 from __future__ import annotations
@@ -20,25 +19,10 @@ from dsvae import config as configuration
 from dsvae.config import RESUMABLE, RunConfig, flatten, to_tree
 from dsvae.engine import checkpoint
 from dsvae.errors import UserError
+from dsvae.metrics import catalog
 
-USE = "rec_shuffled-rec"
-"""What another sentence's z costs: the one metric here that metrics.json does not
-name."""
-_OF_THE_LATENT = (
-    "kl",
-    "mi",
-    "mi_upper",
-    "mi_cap",
-    "mi_sentences",
-    "mi_posteriors",
-    "marginal_kl",
-    "au",
-    "rec_shuffled",
-    "rec_prior",
-    USE,
-)
-# Settings of a run that say nothing about what it learns; ds_config is a path, whose
-# content is compared.
+# Settings that do not affect what a run learns. ds_config is a path, whose content is
+# compared instead.
 _NO_SETTINGS = {*RESUMABLE, "ds_config"} - {"phase"}
 
 
@@ -48,18 +32,18 @@ class Run:
 
     directory: Path
     name: str
-    """The directory's name, with as much of its path as tells it from the others."""
+    """The directory's name, with as much of its path as distinguishes the runs."""
     state: str = "failed to read"
-    """finished, finished (phase 1 only), phase P at step I of N (I from 1 within the
-    phase), not started, or failed to read."""
+    """finished, finished (phase 1 only), phase P at step I of N (I within the phase), not
+    started, or failed to read."""
     config: RunConfig | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    """Dotted name -> value of what decides the outcome, with the content of
-    ds_config.json under `ds_config.`. Fields that the run does not read (those of a
-    phase that it leaves out) are not in it."""
+    """Dotted name -> value of the settings that affect the outcome, with the content of
+    ds_config.json under `ds_config.`. Fields that the run does not use, such as those of
+    a phase that it leaves out, are missing."""
     split: Literal["test", "valid"] | None = None
-    """What the metrics were measured on: test is final; valid is the newest validation
-    so far; None: there are none."""
+    """What the metrics were measured on: `test` is final, `valid` the newest validation;
+    None: there are no metrics."""
     step: int | None = None
     """The step of the validation, on the run's one axis of optimizer steps."""
     phase: int | None = None
@@ -67,18 +51,18 @@ class Run:
     latent: bool = True
     """Whether the model has a latent."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Every finite number of the evaluation, standard errors as `se.NAME`; without a
-    latent none that speak of one."""
+    """Every finite number of the evaluation, standard errors as `se.NAME`. A model
+    without a latent has none that describe one."""
     tokenizer: str | None = None
-    """A hash of the run's tokenizer; None: there is none to read."""
+    """A hash of the run's tokenizer; None if there is none to read."""
     warnings: list[str] = field(default_factory=list)
-    """What the evaluation itself says of its numbers, a line each."""
+    """The warnings of the evaluation, one line each."""
     problems: list[str] = field(default_factory=list)
-    """What could not be read, a line each."""
+    """What could not be read, one line each."""
 
     def source(self) -> str | None:
-        """What decides the sentences of `split` besides the text files, None where
-        nothing does."""
+        """What decides the sentences of `split` besides the text files; None if nothing
+        does."""
         if self.config is None:
             return None
         data, seed = self.config.data, self.config.seed
@@ -94,16 +78,16 @@ class Run:
 
 
 def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The output directories that the words of a command line name, each once, and the
-    words that name files instead.
+    """The output directories that a command line names, each once, and the words that
+    name files instead.
 
     A directory that is no run stands for the runs one level down. An earlier
-    comparison, which `runs/*` names too, is left out.
+    comparison, which `runs/*` also names, is left out.
 
     Raises:
-        UserError: no such directory, or nothing in it is a run.
+        UserError: a directory does not exist or contains no run.
     """
-    found: list[Path] = []
+    directories: list[Path] = []
     files = []
     for word in words:
         path = Path(word).expanduser()
@@ -112,8 +96,8 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
         if not path.is_dir():
             files.append(word)
         elif is_run(path):
-            found.append(path)
-        elif not (path / "comparison.json").is_file():
+            directories.append(path)
+        elif not (path / "comparison.csv").is_file():
             try:
                 inside = [child for child in path.iterdir() if child.is_dir() and is_run(child)]
             except OSError as error:
@@ -123,28 +107,28 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
             if not inside:
                 raise UserError(
                     f"nothing in {word} is a run (no config.yaml in it or one level down): give "
-                    f"output directories"
+                    "output directories"
                 )
-            found += sorted(inside, key=lambda child: _natural(child.name))
-    if not found:
+            directories += sorted(inside, key=lambda child: _natural(child.name))
+    if not directories:
         raise UserError(
             f"{', '.join(words[:3]) or 'nothing'}: no directories of runs; give the output "
-            f"directories themselves"
+            "directories themselves"
         )
     once: dict[Path, Path] = {}
-    for path in found:
+    for path in directories:
         once.setdefault(path.resolve(), path)
     return list(once.values()), files
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a run has claimed a directory; one that ended before it wrote anything
-    has left its lock."""
+    """Whether a directory belongs to a run. A run that ended before it wrote anything has
+    left its lock."""
     return any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl", ".lock"))
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """What lies in each of the directories; what cannot be read is told in the runs and
+    """The runs in the directories. What cannot be read is listed in `Run.problems` and
     raises nothing."""
     whole = [Path(os.path.abspath(directory)) for directory in directories]
     common = os.path.commonpath([path.parent for path in whole])
@@ -171,7 +155,7 @@ def _read(directory: Path, name: str) -> Run:
     if (directory / "metrics.json").exists():
         return run
     if run.config is None:
-        if not run.problems and not rows.last and not done:
+        if not run.problems and not rows.steps and not done:
             run.state = "not started"
         elif not (directory / "config.yaml").exists():
             run.problems.append("no config.yaml in it")
@@ -187,26 +171,24 @@ def _read_settings(run: Run) -> None:
     try:
         run.config = configuration.build(configuration.load_tree(str(path)), where=path.name)
     except (UserError, OSError) as error:
-        run.problems.append(describe_error(error, path))
+        run.problems.append(_describe_error(error, path))
         return
-    found = flatten(to_tree(run.config))
-    unread = _unread(run.config)
+    unused = _unused(run.config)
     run.settings = {
         name: value
-        for name, value in found.items()
-        if name not in _NO_SETTINGS and value != {} and not name.startswith(unread)
+        for name, value in flatten(to_tree(run.config)).items()
+        if name not in _NO_SETTINGS and value != {} and not name.startswith(unused)
     }
     path = run.directory / "ds_config.json"
     if path.exists():
         try:
             run.settings |= flatten(json.loads(path.read_bytes()), "ds_config.")
         except (OSError, ValueError, AttributeError) as error:
-            run.problems.append(describe_error(error, path))
+            run.problems.append(_describe_error(error, path))
 
 
-def _unread(config: RunConfig) -> tuple[str, ...]:
-    """Beginnings of the names of the fields that a run does not read, whatever they
-    hold."""
+def _unused(config: RunConfig) -> tuple[str, ...]:
+    """Prefixes of the names of the fields that a run does not use."""
     names = {"1": ["phase2."], "2": ["phase1."], "all": []}[config.phase]
     if config.data.train_file is not None or config.data.dataset is not None:
         names.append("data.builtin_")
@@ -218,11 +200,10 @@ def _unread(config: RunConfig) -> tuple[str, ...]:
 
 
 class _Rows:
-    """metrics.jsonl, read once: its last row of training or validation, the newest
-    validation, the last step of each phase."""
+    """metrics.jsonl, read once: its newest validation and the last step of each
+    phase."""
 
     def __init__(self, path: Path, problems: list[str]) -> None:
-        self.last: dict[str, Any] | None = None
         self.valid: dict[str, Any] | None = None
         self.steps: dict[int, int] = {}
         """Phase -> its last step, on the run's one axis."""
@@ -235,12 +216,12 @@ class _Rows:
         except FileNotFoundError:
             return
         except OSError as error:
-            problems.append(describe_error(error, path))
+            problems.append(_describe_error(error, path))
         if damaged and not damaged[-1][1].endswith(b"\n"):
-            damaged.pop()  # the line that a live run is writing, or was when it was cut
+            damaged.pop()  # the run is writing this line, or was interrupted in it
         if damaged:
             problems.append(
-                f"{path.name}: {len(damaged)} line(s) cannot be read, the first is line "
+                f"{path.name}: {len(damaged)} line(s) cannot be read; the first is line "
                 f"{damaged[0][0]}"
             )
 
@@ -249,7 +230,6 @@ class _Rows:
             row = json.loads(line)
             if row["split"] in ("train", "valid"):
                 self.steps[int(row["phase"])] = int(row["step"])
-                self.last = row
                 if row["split"] == "valid":
                     self.valid = row
         except (ValueError, KeyError, TypeError):
@@ -258,48 +238,44 @@ class _Rows:
 
 
 def _final(run: Run) -> dict[str, Any] | None:
-    """The final evaluation, None where there is none or where it cannot be read."""
+    """The final evaluation; None if there is none or if it cannot be read."""
     path = run.directory / "metrics.json"
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_bytes())
-        if (
-            not isinstance(found, dict)
-            or not isinstance(found.get("test"), dict)
-            or "rec" not in found["test"]
-        ):
+        content = json.loads(path.read_bytes())
+        final = content.get("test") if isinstance(content, dict) else None
+        if not isinstance(final, dict) or "rec" not in final:
             raise ValueError("no final evaluation in it")
-        return found["test"]
+        return final
     except (OSError, ValueError) as error:
-        run.problems.append(describe_error(error, path))
+        run.problems.append(_describe_error(error, path))
         return None
 
 
 def _take(run: Run, evaluation: dict[str, Any]) -> None:
-    """Puts the numbers of an evaluation into the run."""
+    """Stores the numbers and warnings of an evaluation in the run."""
     run.latent = evaluation.get("kl_per_dim") != [] and evaluation.get("latent_dim") != 0
-    found = {
+    metrics = {
         name: value
         for name, value in flatten(evaluation).items()
         if _is_number(value) and name not in ("step", "phase")
     }
-    if "rec_shuffled" in found and "rec" in found:
-        found[USE] = found["rec_shuffled"] - found["rec"]
+    metrics |= catalog.differences(metrics)
     if not run.latent:
-        found = {
+        metrics = {
             name: value
-            for name, value in found.items()
-            if name.removeprefix("se.") not in _OF_THE_LATENT
+            for name, value in metrics.items()
+            if not catalog.entry(name.removeprefix("se.")).latent
         }
-    run.metrics = found
-    told = evaluation.get("warnings", [])
-    run.warnings = [str(line) for line in told] if isinstance(told, list) else []
+    run.metrics = metrics
+    warnings = evaluation.get("warnings", [])
+    run.warnings = [str(line) for line in warnings] if isinstance(warnings, list) else []
 
 
 def _done(run: Run, rows: _Rows) -> dict[int, int]:
-    """Phase -> the last step within it that the logged rows or the complete checkpoints
-    know of."""
+    """Phase -> the last step within it, from the logged rows and the complete
+    checkpoints."""
     done = dict(rows.steps)
     if 2 in done:
         done[2] -= _before_phase2(run, rows)
@@ -309,19 +285,19 @@ def _done(run: Run, rows: _Rows) -> dict[int, int]:
 
 
 def _before_phase2(run: Run, rows: _Rows) -> int:
-    """The steps that phase 2 counts on behind."""
+    """The number of steps on the run's axis before phase 2."""
     if run.config is None:
         return rows.steps.get(1, 0)
     steps = run.config.phase1.steps
-    # A phase 1 that came before leaves rows or weights, here or in the run that this
-    # one went on from.
+    # An earlier phase 1 has left rows or weights, here or in the run that this one
+    # continues.
     places = (run.directory, Path(run.config.resume))
     before = 1 in rows.steps or any((place / "phase1" / "model").is_dir() for place in places)
     return steps if before or rows.steps[2] > run.config.phase2.steps else 0
 
 
 def _state(config: RunConfig, directory: Path, done: dict[int, int]) -> str:
-    """How far a run has come whose final evaluation is not there."""
+    """The progress of a run without a final evaluation."""
     between = (directory / "phase1" / "model").is_dir()
     if config.phase == "1" and between:
         return "finished (phase 1 only)"
@@ -331,13 +307,12 @@ def _state(config: RunConfig, directory: Path, done: dict[int, int]) -> str:
 
 
 def _tokenizer(directory: Path) -> str | None:
-    """A hash of what a tokenizer does: of its pieces and rules, not of how they were
-    written down."""
+    """A hash of the pieces and rules of a tokenizer, whatever the layout of its file."""
     digest = hashlib.sha256()
     try:
         if (directory / "tokenizer.json").is_file():
             rules = json.loads((directory / "tokenizer.json").read_bytes())
-            # the file's, and those of the last call
+            # These belong to the file and to the last call, not to the tokenizer.
             for name in ("version", "truncation", "padding"):
                 rules.pop(name, None)
             digest.update(json.dumps(rules, sort_keys=True).encode())
@@ -352,8 +327,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def describe_error(error: Exception, path: Path) -> str:
-    """One line on a file that cannot be read."""
+def _describe_error(error: Exception, path: Path) -> str:
+    """One line about a file that cannot be read."""
     if isinstance(error, UserError):
         return str(error)
     reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
@@ -361,7 +336,7 @@ def describe_error(error: Exception, path: Path) -> str:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A key by which run2 comes before run10."""
+    """A sort key that puts run2 before run10."""
     return [
         (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
     ]

@@ -1,5 +1,5 @@
-"""The sentences that a finished model is measured on, with what is known about them:
-labels, or the factors they are made of."""
+"""The sentences that a finished model is measured on, with their labels, or with the
+factors that they were generated from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dsvae.metrics.reconstruction import texts as decoded
 
 BUILTIN_SENTENCES = 5_000
 BUILTIN_SEED = 1_000_003
-"""Of the built-in corpus for evaluation: not one that anybody trains on."""
+"""Seed of the built-in corpus for evaluation, which no training uses."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Sentences:
 
     split: TokenizedSplit
     texts: list[str]
-    """As the user wrote them, without white space around; truncated ones up to the end
-    of their last token."""
+    """As the user wrote them, without surrounding white space; truncated ones up to the
+    end of their last token."""
     source: str
-    """Where they come from, in words."""
+    """Where they come from, for people."""
     counts: dict[str, int]
     """`unk`, `truncated`, `skipped_blank`."""
     labels: dict[str, NDArray[np.str_]] = field(default_factory=dict)
-    """Name -> (N,): the one of `labels_file`, or every factor of the built-in
+    """Name -> (N,): the labels of `labels_file`, or every factor of the built-in
     corpus."""
     factors: NDArray[np.int64] | None = None
-    """(N, K), indices of the values of `grammar.FACTORS`, for the built-in corpus."""
+    """(N, K), indices of values in `grammar.FACTORS`, for the built-in corpus."""
 
 
 def read(
@@ -48,16 +48,16 @@ def read(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
 ) -> Sentences:
-    """The sentences of a file, with their labels if there are any; without a file those
-    of the built-in corpus.
+    """The sentences of a file, with labels if they are given; without a file those of
+    the built-in corpus.
 
     Raises:
-        UserError: files that are missing, empty or not what they should be; labels that
-            do not fit the sentences.
+        UserError: a file is missing, empty or not what it should be, or the labels do not
+            fit the sentences.
     """
     if test_file is None:
         if labels_file is not None:
-            raise UserError("--labels_file is given without --test_file: name the sentences too")
+            raise UserError("--labels_file is given without --test_file; give both")
         return _builtin(tokenizer, max_tokens)
     path = Path(test_file).expanduser()
     texts = list(read_file(path, "--test_file", text_column))
@@ -66,19 +66,20 @@ def read(
     seen = _as_seen([texts[i] for i in kept], split, tokenizer)
     if labels is None:
         return Sentences(split, seen, path.name, counts)
-    # Before hours of work; equal sentences are those of equal tokens.
+    # Checked before hours of work. Sentences with equal tokens are equal.
     usable_labels(zip(labels[kept].tolist(), split.hashes.tolist(), strict=True), str(labels_file))
     return Sentences(split, seen, path.name, counts, {"label": labels[kept]})
 
 
 def check_factors(text: Sentences) -> None:
-    """Raises UserError where sentences of the built-in corpus are cut so short that too
-    few different ones are left for a probe.
+    """Checks, before hours of work, that truncation leaves enough different sentences
+    of the built-in corpus for the probes.
 
-    Before hours of work; equal sentences are those of equal tokens.
+    Raises:
+        UserError: it does not.
     """
     for name, labels in text.labels.items() if text.factors is not None else ():
-        where = f"{text.source}, cut to {text.split.lengths.max()} tokens: {name}"
+        where = f"{text.source}, truncated to {text.split.lengths.max()} tokens: {name}"
         try:
             usable_labels(zip(labels.tolist(), text.split.hashes.tolist(), strict=True), where)
         except UserError as error:
@@ -86,27 +87,27 @@ def check_factors(text: Sentences) -> None:
 
 
 def _labels(path: Path, sentences: Path, texts: list[str]) -> NDArray[np.str_]:
-    """(N,), one for each of the texts; blank only where the text is blank too."""
+    """(N,), one label per text; blank only where the text is blank too."""
     labels = read_labels(path, "--labels_file")
     if len(labels) != len(texts):
         raise UserError(
             f"{path} has {len(labels):,} lines, but {sentences} has {len(texts):,}: "
-            "give one label a line, in the order of the sentences"
+            "give one label per line, in the order of the sentences"
         )
     for number, (label, text) in enumerate(zip(labels, texts, strict=True), 1):
         if not label and text.strip():
-            raise UserError(f"{path}:{number}: no label for a sentence; give every sentence one")
+            raise UserError(f"{path}:{number}: no label; give every sentence a label")
     return np.array(labels)
 
 
 def _as_seen(
     texts: list[str], split: TokenizedSplit, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """What the model sees of each text: all of it, or what stands before the end of the
-    last token.
+    """The part of each text that the model sees: all, or up to the end of the last
+    token.
 
-    Only a fast tokenizer knows where a token ends. The tokens of another one are
-    decoded.
+    Only a fast tokenizer knows where a token ends in the text. With any other, the
+    tokens are decoded.
     """
     texts = [text.strip() for text in texts]
     for i in np.flatnonzero(split.truncated).tolist():

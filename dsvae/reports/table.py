@@ -1,42 +1,47 @@
-"""The metrics as rows for people: on the terminal and in the report."""
+"""Metrics as rows and tables for people: at the end of a run, after `dsvae evaluate`,
+in model cards and in reports. Which metrics, and in what words: `dsvae.metrics.catalog`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from dsvae.metrics.catalog import BASELINE, SECTIONS, Row, described, error, number
+from dsvae.metrics import catalog
+from dsvae.metrics.catalog import Metric
 
-DISENTANGLEMENT = (
-    ("mig", "mutual information gap (Chen et al. 2018)"),
-    ("dci_disentanglement", "each dimension for one factor (Eastwood & Williams 2018)"),
-    ("dci_completeness", "each factor in one dimension"),
-    ("dci_informativeness", "held-out accuracy of random forests that read the factors"),
-    ("z_diff", "beta-VAE metric (Higgins et al. 2017)"),
-    (
-        "sap",
-        "SAP, categorical: held-out balanced accuracy of tree thresholds on the best dimension "
-        "minus the second best (after Kumar et al. 2018)",
-    ),
-)
+
+class Row(NamedTuple):
+    """One metric as text."""
+
+    name: str
+    value: str
+    error: str
+    """Its standard error; empty where it has none."""
+    unit: str
+    meaning: str
 
 
 def sections(metrics: dict[str, Any]) -> Iterator[tuple[str, list[Row]]]:
-    """Title and rows of every section that the metrics have something for."""
-    for title, lines in SECTIONS.items():
-        if not metrics["latent_dim"]:
-            if title not in ("Likelihood", "Text"):
-                continue
-            lines = BASELINE if title == "Likelihood" else lines
-        rows = described(lines, metrics)
+    """Title and rows of every section that has a metric.
+
+    Args:
+        metrics: name -> value, None where it is not finite. `se`: standard errors by
+            name.
+    """
+    latent = bool(metrics["latent_dim"])
+    for title in dict.fromkeys(m.section for m in catalog.METRICS if m.section is not None):
+        rows = []
+        for metric in catalog.METRICS:
+            meaning = _meaning(metric, title, latent)
+            rows += [] if meaning is None else _rows(metric, meaning, metrics)
         if rows:
             yield title, rows
-        if title.startswith("Reconstruction"):
-            yield from _use_of_latents(metrics)
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """All sections as aligned text, warnings last."""
+    """All sections as aligned text, then the warnings."""
     lines = [f"{metrics['source']}: {metrics['sentences']:,} sentences"]
     for title, rows in sections(metrics):
         lines += ["", title]
@@ -49,42 +54,102 @@ def table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _use_of_latents(metrics: dict[str, Any]) -> Iterator[tuple[str, list[Row]]]:
-    if probes := metrics.get("probes"):
-        rows = [_probe_row(label, found) for label, found in probes.items()]
-        yield "Linear probe of the posterior means, held out", rows
-    if "disentanglement" in metrics:
-        scores = metrics["disentanglement"]
-        rows = [
-            Row(name, "-", "", "0-1", f"no active unit; {meaning}")
-            if scores is None
-            else Row(
-                name,
-                number(scores[name]),
-                error(scores[name], scores["se"].get(name)),
-                "0-1",
-                f"draws {number(scores['draws'][name])}, chance {number(scores['chance'][name])}; "
-                f"{meaning}",
-            )
-            for name, meaning in DISENTANGLEMENT
-        ]
-        yield "Disentanglement against the factors, posterior means", rows
+def result_table(title: str, metrics: dict[str, Any]) -> str:
+    """The final metrics of a run as lines, then the warnings.
+
+    Args:
+        metrics: of `dsvae.metrics.evaluate`, or the same read from metrics.json.
+    """
+    latent = metrics["kl_per_dim"] != []
+    lines = [f"{title} ({metrics['sentences']:,} sentences)"]
+    for metric in catalog.METRICS:
+        meaning = metric.meaning if latent else metric.exact
+        if catalog.SUMMARY in metric.places and meaning is not None:
+            lines += [
+                f"  {row.name:<13}{row.value:>10} {row.unit:<14} {row.meaning}"
+                for row in _rows(metric, meaning, metrics)
+            ]
+    lines += [f"warning: {warning}" for warning in metrics.get("warnings", [])]
+    return "\n".join(lines)
 
 
-def _probe_row(label: str, found: dict[str, Any] | None) -> Row:
-    if found is None:
-        return Row(label, "-", "", "accuracy", "no active unit")
+def markdown(columns: dict[str, list[str]], right: set[str]) -> str:
+    """Heading -> cells as an aligned Markdown table; the columns in `right` are aligned
+    to the right."""
+    lines: list[list[str]] = []
+    for heading, cells in columns.items():
+        cells = [" ".join(cell.replace("|", r"\|").split()) for cell in (heading, *cells)]
+        width = max(3, *map(len, cells))
+        rule = "-" * (width - 1) + ":" if heading in right else "-" * width
+        cells = [cell.rjust(width) if heading in right else cell.ljust(width) for cell in cells]
+        lines.append([cells[0], rule, *cells[1:]])
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*lines, strict=True))
+
+
+def number(value: float | None) -> str:
+    """A number at the precision that people read; "-" where it is not finite."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:,.{_decimals(value)}f}"
+
+
+def error(value: float | None, se: float | None) -> str:
+    """A standard error with as many decimals as its value; "-" where one of them is not
+    finite, empty where there is none."""
+    if se is None:
+        return ""
+    if value is None or not math.isfinite(value) or not math.isfinite(se):
+        return "-"
+    return f"{se:,.{_decimals(value)}f}"
+
+
+def _meaning(metric: Metric, title: str, latent: bool) -> str | None:
+    """The words of a metric in a section; None where it has no row there."""
+    if latent and metric.again is not None and metric.again[0] == title:
+        return metric.again[1]
+    if metric.section != title:
+        return None
+    return metric.meaning if latent else metric.exact
+
+
+def _rows(metric: Metric, meaning: str, metrics: dict[str, Any]) -> list[Row]:
+    """The rows of a metric: none if it was not measured, one per label for probes."""
+    outer, _, name = metric.name.rpartition(".")
+    group = metrics.get(outer, {}) if outer else metrics
+    if group is None:
+        return [Row(name, "-", "", metric.unit, f"no active unit; {meaning}")]
+    if name not in group:
+        return []
+    value = group[name]
+    if isinstance(value, dict):
+        return [_probe_row(label, probe, metric.unit) for label, probe in value.items()]
+    if "chance" in group:
+        draws, chance = (number(group[other][name]) for other in ("draws", "chance"))
+        meaning = f"draws {draws}, chance {chance}; {meaning}"
+    se = group.get("se", {}).get(name)
+    return [Row(name, number(value), error(value, se), metric.unit, meaning)]
+
+
+def _probe_row(label: str, probe: dict[str, Any] | None, unit: str) -> Row:
+    if probe is None:
+        return Row(label, "-", "", unit, "no active unit")
 
     def with_error(name: str) -> str:
-        return f"{number(found[name])} ± {error(found[name], found['se'][name])}"
+        return f"{number(probe[name])} ± {error(probe[name], probe['se'][name])}"
 
     about = (
-        f"draws {with_error('linear_draws')}, chance {number(found['linear_chance'])}, "
-        f"majority {number(found['majority'])}; nearest neighbours {with_error('knn')}, "
-        f"draws {with_error('knn_draws')}, chance {number(found['knn_chance'])}; "
-        f"{found['classes']} classes"
+        f"draws {with_error('linear_draws')}, chance {number(probe['linear_chance'])}, "
+        f"majority {number(probe['majority'])}; nearest neighbours {with_error('knn')}, "
+        f"draws {with_error('knn_draws')}, chance {number(probe['knn_chance'])}; "
+        f"{probe['classes']} classes"
     )
-    if found["left_out"]:
-        about += f", {found['left_out']:,} sentences of rare labels left out"
-    se = error(found["linear"], found["se"]["linear"])
-    return Row(label, number(found["linear"]), se, "accuracy", about)
+    if probe["left_out"]:
+        about += f", {probe['left_out']:,} sentences of rare labels left out"
+    se = error(probe["linear"], probe["se"]["linear"])
+    return Row(label, number(probe["linear"]), se, unit, about)
+
+
+def _decimals(value: float) -> int:
+    return 4 if abs(value) < 1 else 3 if abs(value) < 100 else 2 if abs(value) < 1000 else 0

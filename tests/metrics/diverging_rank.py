@@ -33,7 +33,7 @@ eos = model.module.config.eos_token_id
 
 
 def diverge(module, arguments, output):
-    """What rounding does to a close argmax: rank 0 sees EOS at once, rank 1 never."""
+    """Different rounding of a close argmax: rank 0 sees EOS at once, rank 1 never."""
     if output.logits is not None:
         output.logits[..., eos] = torch.inf if world.rank == 0 else -torch.inf
     return output

@@ -1,5 +1,5 @@
-"""An evaluation that is cut again and again does its work once, and ends with the
-numbers of an uncut one."""
+"""An evaluation that is interrupted again and again does its work once, and ends with
+the numbers of an uninterrupted one."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ class Counting:
 
 
 def cut_every(batches):
-    """Stops at every batch of that number, as signals would."""
+    """Stops at every batch of that number, as a signal would."""
     asked = {"times": 0}
 
     def stop():
@@ -67,7 +67,7 @@ def test_cut_every_few_batches(batches, split, tmp_path):
 
 
 def test_what_other_weights_gave_is_not_taken_over(split, tmp_path):
-    """Nor what another batch size did, whose sums may differ in the last bit."""
+    """Results of another batch size are not reused: their sums may differ in the last bit."""
     first, second = make_vae(), make_vae()
     with torch.no_grad():
         for parameter in second.parameters():

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from xml.etree import ElementTree
 
 import numpy as np
@@ -40,7 +41,7 @@ from dsvae.metrics.reconstruction import compare, reconstruct
 from dsvae.modeling.families import GaussianFamily
 from dsvae.parallel.world import World
 from dsvae.reports import html
-from dsvae.reports.evaluation import evaluate_model
+from dsvae.reports.evaluation import evaluate_model, evaluate_sentences
 from dsvae.reports.plots import plots
 from dsvae.reports.sentences import read
 
@@ -76,7 +77,7 @@ def save(path, model, tokenizer):
 
 @pytest.fixture(autouse=True)
 def _same_environment():
-    """A run of one process leaves RANK and its like in the environment."""
+    """A run of one process leaves RANK and similar variables in the environment."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -166,12 +167,12 @@ def test_two_ranks_change_nothing(directory, metrics, tmp_path):
         script=tmp_path / "command.py",
     )
     try:
-        told = [process.communicate(timeout=120) for process in run.processes]
+        output = [process.communicate(timeout=120) for process in run.processes]
     finally:
         run.kill()
-    assert [process.returncode for process in run.processes] == [0, 0], told
-    assert "Likelihood" in told[0][0]
-    assert "Likelihood" not in told[1][0]
+    assert [process.returncode for process in run.processes] == [0, 0], output
+    assert "Likelihood" in output[0][0]
+    assert "Likelihood" not in output[1][0]
     assert_same(metrics, json.loads((tmp_path / "out" / "metrics.json").read_text())["test"])
 
 
@@ -206,8 +207,8 @@ def test_what_is_in_the_metrics(metrics, split):
 
 
 def pairs_of(texts, order):
-    """(text, its place among its equals) -> the same of the sentence that it is given,
-    in that order of the file."""
+    """(text, its number among equal texts) -> the same of the sentence that it is paired
+    with, in that order of the file."""
     seen = Counter()
     names = []
     for i in order:
@@ -229,8 +230,8 @@ def pairs_of(texts, order):
 
 
 def test_another_sentence_has_another_text_wherever_there_is_one():
-    """Every way to fill up to six places with up to six texts, and random larger ones,
-    in two orders of the file."""
+    """All files of up to six sentences with up to six texts, and random larger ones, each
+    in two orders."""
     small = [
         texts for n in range(1, 7) for texts in itertools.combinations_with_replacement("abcdef", n)
     ]
@@ -263,7 +264,7 @@ def test_among_different_texts_another_sentence_is_the_next_by_content_key(split
 
 @torch.no_grad()
 def test_rec_shuffled_is_that_of_another_text(tokenizer):
-    """Two texts, three times each: by hand, sentence by sentence."""
+    """Computed sentence by sentence, for two texts with three sentences each."""
     model = make_vae()
     split = tokenize([SENTENCES[0], SENTENCES[1]] * 3, tokenizer, 64, "test")[0]
     found = measure(model, split, ALONE, samples=1, token_budget=512, seed=0)
@@ -307,13 +308,13 @@ def test_without_another_text_there_is_no_rec_shuffled(directory, tmp_path, coun
         (
             0.0,
             0.0,
-            "rec_shuffled - rec = 0.000 ± 0.000 nats: another text's z does as well, the decoder "
+            "rec_shuffled - rec = 0.000 ± 0.000 nats: another text's z does as well; the decoder "
             "does not use z",
         ),
         (
             0.01,
             0.1,
-            "rec_shuffled - rec = 0.010 ± 0.010 nats: another text's z does as well, the decoder "
+            "rec_shuffled - rec = 0.010 ± 0.010 nats: another text's z does as well; the decoder "
             "does not use z",
         ),
         (
@@ -326,7 +327,7 @@ def test_without_another_text_there_is_no_rec_shuffled(directory, tmp_path, coun
         (float("nan"), 0.0, None),
     ],
 )
-def test_a_collapse_is_told_from_too_few_sentences(gain, deviation, said):
+def test_a_collapse_differs_from_too_few_sentences(gain, deviation, said):
     unit = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     unit = (unit - unit.mean()) / unit.std()
     rec = torch.full((100,), 40.0, dtype=torch.float64)
@@ -353,7 +354,7 @@ def test_a_collapse_is_told_from_too_few_sentences(gain, deviation, said):
 
 
 def test_other_posteriors_of_the_same_text_raise_the_cap(tokenizer, monkeypatch):
-    """Ten sentences beside the training ones, and no more of those than fit."""
+    """Ten sentences with training ones beside them, but no more of those than fit."""
     split = tokenize(SENTENCES[:10], tokenizer, 64, "test")[0]
     more = tokenize(SENTENCES[10:], tokenizer, 64, "train")[0]
     model, options = make_vae(), {"samples": 1, "token_budget": 512}
@@ -433,7 +434,7 @@ def test_reconstruction_scores_by_hand(tokenizer):
 
 
 def word_tokenizer():
-    """One piece per word, with unknown ones, that asks for a cleaned-up decoding."""
+    """One piece per word, an unknown piece, and a configuration that cleans decoded text."""
     words = ["<pad>", "</s>", "<unk>", "the", "king", "did", "n't", "go", "home", "."]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -447,7 +448,7 @@ def word_tokenizer():
 
 
 def test_reconstructions_are_compared_with_the_users_text():
-    """All tokens come back, but what an unknown piece stood for does not."""
+    """All tokens come back, but not the text of an unknown piece."""
     texts = ["the king did n't go home .", "the zebra did n't go home ."]
     tokenizer = word_tokenizer()
     split = tokenize(texts, tokenizer, 64, "test")[0]
@@ -490,6 +491,42 @@ def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split
     assert not (tmp_path / "out" / "projector").exists()
 
 
+class Watchdog:
+    """Records heartbeats and how deep hang detection is suspended."""
+
+    def __init__(self):
+        self.beats, self.suspended = [], 0
+
+    def heartbeat(self, where):
+        self.beats.append(where)
+
+    @contextmanager
+    def suspend_hang_detection(self):
+        self.suspended += 1
+        yield
+        self.suspended -= 1
+
+
+def test_long_work_is_not_taken_for_a_hang(tokenizer, monkeypatch):
+    """Rank 0 trains forests and probes for minutes, and every rank decodes for minutes."""
+    watchdog, suspended = Watchdog(), []
+
+    def train(*_):
+        suspended.append(watchdog.suspended)
+        return {}
+
+    monkeypatch.setattr("dsvae.reports.sentences.BUILTIN_SENTENCES", 60)
+    monkeypatch.setattr("dsvae.reports.evaluation.disentanglement", train)
+    monkeypatch.setattr("dsvae.reports.evaluation.probe", train)
+    world = World(0, 0, 1, torch.device("cpu"), watchdog)
+    text = read(None, None, "text", tokenizer, 24)
+    options = {"samples": 1, "iw_samples": None, "token_budget": 128, "max_tokens": 24, "seed": 0}
+    evaluate_sentences(make_vae(), tokenizer, text, world, **options)
+    assert len(suspended) == 10  # nine factors to probe, and their scores
+    assert min(suspended) == 1
+    assert watchdog.beats.count("reconstruction") >= 10  # one per batch
+
+
 def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch):
     monkeypatch.setattr("dsvae.reports.sentences.BUILTIN_SENTENCES", 400)
     # more than scikit-learn takes
@@ -501,7 +538,7 @@ def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch
 
 
 def test_a_collapsed_latent_has_nothing_to_probe(tmp_path, tokenizer, monkeypatch, capsys):
-    """The means tell sentences apart, but their scale is next to nothing."""
+    """The means differ between sentences, but their scale is close to 0."""
     monkeypatch.setattr("dsvae.reports.sentences.BUILTIN_SENTENCES", 100)
     model = make_vae()
     with torch.no_grad():
@@ -688,7 +725,7 @@ BAD = {
     ),
     "factors cut off": (
         lambda d, t: {"test_file": None, "labels_file": None, "max_tokens": 2},
-        "built-in corpus .* cut to 2 tokens: .* a probe needs two such labels; give a larger "
+        "built-in corpus .* truncated to 2 tokens: .* a probe needs two such labels; give a larger "
         "--max_tokens",
     ),
     "one token": (lambda d, t: {"max_tokens": 1}, "max_tokens 1"),

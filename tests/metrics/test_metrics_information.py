@@ -43,8 +43,8 @@ def integrated(means, deviations):
 
 
 def repeated(means, deviations, times):
-    """The mixture as a set of sentences: each component `times` times. The aggregate
-    posterior is the same."""
+    """The mixture as a set of sentences with each component `times` times, so that the
+    aggregate posterior is the same."""
     mean = torch.tensor(means).repeat(times)[:, None]
     return Gaussian(mean, 2 * torch.log(torch.tensor(deviations)).repeat(times)[:, None])
 
@@ -63,7 +63,7 @@ def test_mutual_information_of_a_mixture(means, deviations):
 
 
 def test_sentences_that_never_overlap():
-    """The lower bound is its cap, the upper one far off."""
+    """The lower bound reaches its cap, and the upper bound is far away."""
     q = Gaussian(torch.arange(50.0)[:, None] * 100, torch.zeros(50, 1))
     terms = mutual_information(q, q.sample(torch.randn(50, 1)), ALONE)
     torch.testing.assert_close(terms.lower, torch.full((50,), math.log(50), dtype=torch.float64))
@@ -73,7 +73,7 @@ def test_sentences_that_never_overlap():
 
 
 KINDS = 400
-"""Sentences that a language has, all as likely, with posteriors that never overlap:
+"""Number of equally likely sentences of a language, whose posteriors never overlap:
 I(x; z) = ln 400 = 5.99 nats."""
 
 
@@ -131,7 +131,7 @@ def test_a_linear_gaussian_channel_lies_between_the_bounds(dims, s):
 
 
 def test_every_block_beats():
-    """A watchdog would take a long computation without a heartbeat for a hang."""
+    """Without a heartbeat the watchdog would mistake a long computation for a hang."""
     beats = []
     world = World(0, 0, 1, torch.device("cpu"), SimpleNamespace(heartbeat=beats.append))
     q = Gaussian(torch.randn(30, 2), torch.randn(30, 2))

@@ -1,5 +1,5 @@
-"""The bounds against a linear-Gaussian decoder, whose log p(x) and posterior are known
-in closed form."""
+"""The bounds, compared with a linear-Gaussian decoder, whose log p(x) and posterior are
+known in closed form."""
 
 import math
 
@@ -50,7 +50,7 @@ class LinearGaussian:
         return Normal(z @ self.w.T + self.b, NOISE).log_prob(self.x).sum(-1)
 
     def posterior(self, shift=0.0, widen=0.0):
-        """The exact one; or another, moved by `shift` and with `widen` added to the
+        """The exact posterior, or one moved by `shift` and with `widen` added to the
         log-variance."""
         variance = 1 / (1 + self.w.square().sum(0) / NOISE**2)
         centre = (self.x - self.b) @ self.w / NOISE**2 * variance
@@ -118,7 +118,7 @@ def test_the_bound_of_k_samples_rises_to_log_p(truth):
 
 
 def test_wrong_formulas_are_far_off(truth):
-    """What the peers' code does: the test would see it."""
+    """A mistake in other implementations, which the test would detect."""
     q = truth.posterior()
     log_px_z, log_pz, log_qz = draw(truth, q, 50)
     log_px = truth.log_px

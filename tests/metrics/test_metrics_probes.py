@@ -10,7 +10,7 @@ N = 600
 
 
 def probe(features, labels, groups, seed):
-    """Of posteriors without a width: a draw is the mean."""
+    """The probe of posteriors without a width, whose draw is the mean."""
     return probes.probe(features, features, labels, groups, seed)
 
 
@@ -41,7 +41,7 @@ def test_a_label_that_is_not_there_is_not_read(features):
 
 
 def test_a_draw_does_not_hold_what_is_lost_in_the_width_of_the_posterior(features):
-    """Means times 0.01 with unit variance: 0.0002 nats of KL."""
+    """Means times 0.01 with unit variance have 0.0002 nats of KL."""
     labels = np.where(features[:, 1] > 0, "good", "bad")
     draws = 0.01 * features + np.random.default_rng(5).normal(size=features.shape)
     found = probes.probe(0.01 * features, draws, labels, GROUPS, seed=0)
@@ -58,8 +58,8 @@ def test_a_ring_is_for_the_neighbours(features):
 
 
 def test_equal_sentences_are_never_asked_and_trained_on(features):
-    """Every sentence three times, with labels at random: a neighbour that is the
-    sentence itself would know them."""
+    """Every sentence comes three times with a random label. A neighbour that is the
+    sentence itself would know it."""
     labels = np.random.default_rng(1).choice(["a", "b"], size=N // 3)
     found = probe(
         np.repeat(features[: N // 3], 3, 0),

@@ -9,7 +9,7 @@ SCRIPT = Path(__file__).with_name("diverging_rank.py")
 
 
 def test_a_rank_that_ends_sooner_leaves_no_other_waiting(tmp_path):
-    """At ZeRO 3 every pass gathers the weights from all ranks: all must make as many.
+    """At ZeRO 3 every pass gathers the weights from all ranks, so all need equally many.
 
     Of two sentences the means are encoded, one pass each; then 12 tokens are decoded.
     """

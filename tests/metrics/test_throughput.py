@@ -1,5 +1,5 @@
-"""Operations, memory and speed, against torch's own count of operations and the
-kernel's of memory."""
+"""Operations, memory and speed, compared with torch's count of operations and the
+kernel's count of memory."""
 
 import numpy as np
 import pytest
@@ -14,12 +14,11 @@ from dsvae.metrics import throughput
 from dsvae.metrics.throughput import ModelFlops, Speed, peak_flops, peak_memory
 
 SOURCE, TARGET = 7, 9
-"""Tokens of every sentence on the encoder's side, some of them deleted, and on the
-decoder's."""
+"""Tokens per sentence in the encoder, where some are deleted, and in the decoder."""
 
 
 def batch_of(source, target, latent_dim, weight=None):
-    """Sentences of the given numbers of tokens."""
+    """Sentences with the given numbers of tokens."""
     count = len(target)
     return collate(
         [np.full(length, 5) for length in target],
@@ -32,8 +31,8 @@ def batch_of(source, target, latent_dim, weight=None):
 
 
 def counted_by_torch(model, batch):
-    """Of a forward and backward pass through everything that the loss is made of. The
-    plain kernel of attention: torch does not count the others on every device."""
+    """A forward and backward pass through the whole loss. Attention uses the plain
+    kernel, since torch does not count the others on every device."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=batch.noise)
         loss = out.logits.logsumexp(-1).sum()
@@ -79,7 +78,7 @@ def test_padding_and_fillers_are_no_work():
 
 
 def test_weights_that_a_rank_does_not_hold_count():
-    """ZeRO 3 leaves a parameter empty, and its size beside it."""
+    """ZeRO 3 leaves a parameter empty and stores its size in an attribute."""
     model = make_vae()
     whole = ModelFlops.of(model)
     for parameter in model.parameters():
@@ -133,7 +132,7 @@ def test_no_peak_without_a_gpu(monkeypatch):
 
 
 def test_peak_memory_is_what_the_kernel_says():
-    """On CPU the peak of the resident memory, which does not fall again."""
+    """On CPU it is the peak of the resident memory, which never falls."""
     if torch.accelerator.is_available():
         pytest.skip("a GPU's memory is counted by torch")
     before = resident_peak()

@@ -1,5 +1,4 @@
-"""Model cards: what they say is true of the model, and the code and the commands in
-them work."""
+"""Model cards describe their model correctly, and their code and commands work."""
 
 import re
 import shlex
@@ -23,8 +22,8 @@ TEXTS = [drawn.text for drawn in generate(40, seed=3)]
 
 @pytest.fixture(params=["memory", "none"])
 def card(request, tmp_path, monkeypatch):
-    """A model directory with its card, sentences beside it and the current directory
-    there: (injection, card, greedy)."""
+    """(injection, card, greedy sentence) of a model directory in the current directory,
+    with files of sentences beside it."""
     monkeypatch.chdir(tmp_path)
     # what evaluate sets is taken back
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard, read back with other tools than wrote them."""
+"""metrics.jsonl and TensorBoard, read with other tools than those that wrote them."""
 
 import json
 import re
@@ -12,7 +12,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from dsvae.config import ModelConfig, RunConfig
 from dsvae.files import write_json
 from dsvae.reports import training_log
-from dsvae.reports.training_log import Reporter, data_lines, result_table
+from dsvae.reports.table import result_table
+from dsvae.reports.training_log import Reporter, data_lines
 
 VALUES = {
     "loss": 3.0,
@@ -51,7 +52,7 @@ def rows(directory):
 
 
 def run(directory, first, steps, **kwargs):
-    """One process's life: opens at step `first` and logs `steps`."""
+    """One process: opens the log at step `first` and logs `steps`."""
     reporter = make(directory)
     reporter.open(first)
     log(reporter, steps, **kwargs)
@@ -110,7 +111,7 @@ def test_no_step_twice_after_a_resume(tmp_path):
 
 
 def test_the_final_evaluation_goes_when_a_run_goes_on(tmp_path):
-    """It has the step of the last checkpoint, so its step alone would keep it."""
+    """Its step is that of the last checkpoint, so the step alone would not drop it."""
     reporter = make(tmp_path)
     reporter.open(1)
     log(reporter, [5])
@@ -194,8 +195,7 @@ def test_tensorboard_has_the_scalars_at_their_steps(tmp_path, reporter):
 
 
 def test_tensorboard_begins_with_what_matters(tmp_path, reporter):
-    """It sorts tags, with the group before the slash first, and shows images among
-    them."""
+    """It sorts tags by group and then by name, images and scalars together."""
     reporter.open(1)
     log(reporter, [1])
     reporter.evaluation(1, 1, "valid", VALID | {"mi": 0.25, "au": 1})
@@ -427,7 +427,7 @@ MEASURED = {name: 10.125 + i for i, name in enumerate(NAMES)} | {
 
 
 def lines_of(metrics):
-    """First line; name -> line of the others."""
+    """The first line, and name -> line for the others."""
     first, *lines = result_table("test", metrics).splitlines()
     return first, {line.split()[0]: line for line in lines}
 
