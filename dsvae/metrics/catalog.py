@@ -196,6 +196,29 @@ METRICS: tuple[Metric, ...] = (
             latent=True,
         ),
         Metric("latent_dim", "units", "dimensions of z", None, NO_CHART),
+        Metric(
+            "hoyer",
+            "0-1",
+            "sparsity of the decoded point: 1 for one non-zero entry per sentence",
+            latent=True,
+        ),
+        Metric("hoyer_draws", "0-1", "the same of draws of z", latent=True),
+        Metric(
+            "units_used", "units", "dimensions per sentence that are not in the spike", latent=True
+        ),
+        Metric(
+            "tc",
+            "nats",
+            "total correlation of the variables under q(z); - where there are too many codes",
+            latent=True,
+        ),
+        Metric("tc_pairwise", "nats", "information of pairs of variables, summed", latent=True),
+        Metric(
+            "marginal_kl_units",
+            "nats",
+            "KL(q(z_d) || p(z_d)), summed over the variables: kl = mi + tc + this",
+            latent=True,
+        ),
     ),
     *_section(
         USE,

@@ -7,10 +7,33 @@ import math
 import torch
 from torch import Tensor
 
+from dsvae.modeling.families import Distribution
 from dsvae.objective import elbo
 
-ENUMERABLE = 1_000_000
+ENUMERABLE = 65_536
 """Most codes that a total correlation is summed over one by one."""
+
+
+def of_codes(posterior: Distribution, draws: Tensor, continuous: bool) -> dict[str, float]:
+    """The metrics of this module that the family has, by name.
+
+    Args:
+        posterior: q(z|x) of N sentences.
+        draws: z of them, (N, Z).
+        continuous: `Family.continuous`.
+    """
+    parameters = posterior.tensors()
+    if continuous:
+        found = {"hoyer": average_hoyer(posterior.point), "hoyer_draws": average_hoyer(draws)}
+        if "spike" in parameters:
+            found["units_used"] = float((1 - parameters["spike"].double()).sum(1).mean())
+        return found
+    probabilities = parameters["probabilities"]
+    return {
+        "tc": total_correlation(probabilities),
+        "tc_pairwise": pairwise_total_correlation(probabilities),
+        "marginal_kl_units": marginal_kl_of_variables(probabilities),
+    }
 
 
 def hoyer(z: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dsvae.data.noise import LATENT, PRIOR
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.metrics import information, likelihood, passes
+from dsvae.metrics.codes import of_codes
 from dsvae.metrics.information import active_units, mutual_information, near_cap
 from dsvae.metrics.kept import Kept
 from dsvae.modeling.families import Distribution
@@ -58,6 +59,8 @@ class Measured:
     """(N,) float64: -log p(x|z) under the z of another text; NaN if there is none."""
     rec_prior: Tensor
     """(N,) float64: -log p(x|z) under z from the prior."""
+    codes: dict[str, float]
+    """Of `of_codes`; empty without a latent."""
 
     @property
     def rec(self) -> Tensor:
@@ -153,6 +156,7 @@ def measure(
         if other is None
         else rec_of(first[other]),
         rec_prior=rec_of(prior.sample(noise(PRIOR, 0))),
+        codes=of_codes(posterior, first, family.continuous) if family.units else {},
     )
     model.train(training)
     return measured
@@ -191,6 +195,7 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
         "mi_sentences": len(measured.mi_rows),
         "mi_posteriors": measured.mi_posteriors,
         "au": active_units(measured.posterior),
+        **measured.codes,
         "kl_per_dim": measured.kl.mean(0).tolist(),
         "sentences": len(split),
         "tokens": int(split.lengths.sum()),
