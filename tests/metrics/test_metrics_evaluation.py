@@ -333,7 +333,7 @@ def test_a_collapse_differs_from_too_few_sentences(gain, deviation, said):
     rec = torch.full((100,), 40.0, dtype=torch.float64)
     nothing = torch.zeros(100)
     measured = Measured(
-        None, -rec[None], nothing, nothing, None, 0, rec + gain + deviation * unit, nothing
+        None, -rec[None], nothing, nothing, None, 0, rec + gain + deviation * unit, nothing, {}
     )
     metrics = {
         "kl_per_dim": [1.0],
