@@ -3,6 +3,7 @@
 import os
 import signal
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -156,7 +157,8 @@ def test_a_start_reads_its_files_once_and_leaves_the_configuration_alone(tmp_pat
     )
     read, hash_file = [], corpora._hash_file
     monkeypatch.setattr(corpora, "_hash_file", lambda file: read.append(file) or hash_file(file))
-    monkeypatch.setattr(train, "_engine", lambda *_: (None, None))
+    engine = types.SimpleNamespace(ds_config={}, zero_stage=0, precision="fp32")
+    monkeypatch.setattr(train, "phase_engine", lambda *_: nullcontext((engine, None)))
 
     def stop(*_):
         raise KeyboardInterrupt

@@ -168,8 +168,10 @@ def _join_as(hang_timeout: float, lent: dict[str, str | None]) -> World:
         ) from None
     device = _device(local_rank)
     synchronize = None if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
+    # A run of one process meets nobody, but a port that is taken ends it here in one line.
+    store = _meet(hang_timeout) if size > 1 or not dist.is_initialized() else None
     watchdog = (
-        Watchdog(_meet(hang_timeout), rank, size, hang_timeout, synchronize) if size > 1 else None
+        Watchdog(store, rank, size, hang_timeout, synchronize) if store and size > 1 else None
     )
     # From here on the others notice if this rank leaves.
     if device.type != "cpu":
@@ -262,13 +264,17 @@ def _meet(hang_timeout: float) -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=hang_timeout)))
     except RuntimeError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         reason = str(error).strip().splitlines()[0]
+        if "EADDRINUSE" in reason:
+            raise UserError(
+                f"port {port} of {address}, where the ranks would meet, is already in use: choose "
+                f"another one (--master_port of the launcher, or MASTER_PORT)"
+            ) from None
         raise RunStopped(
             EXIT_RANK_LOST,
             f"error: rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} ranks did not "
-            f"meet at {where} "
-            f"within {hang_timeout:g} s ({reason})",
+            f"meet at {address}:{port} within {hang_timeout:g} s ({reason})",
         ) from None
     return dist.PrefixStore("dsvae", store)
 

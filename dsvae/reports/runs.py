@@ -20,6 +20,7 @@ from dsvae import config as configuration
 from dsvae.config import RESUMABLE, RunConfig, flatten, to_tree
 from dsvae.engine import checkpoint
 from dsvae.errors import UserError
+from dsvae.run_directory import RunDirectory
 
 USE = "rec_shuffled-rec"
 """What another sentence's z costs: the one metric here that metrics.json does not
@@ -75,6 +76,11 @@ class Run:
     """What the evaluation itself says of its numbers, a line each."""
     problems: list[str] = field(default_factory=list)
     """What could not be read, a line each."""
+
+    @property
+    def paths(self) -> RunDirectory:
+        """The files in the directory."""
+        return RunDirectory(self.directory)
 
     def source(self) -> str | None:
         """What decides the sentences of `split` besides the text files, None where
@@ -140,7 +146,7 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 def is_run(directory: Path) -> bool:
     """Whether a run has claimed a directory; one that ended before it wrote anything
     has left its lock."""
-    return any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl", ".lock"))
+    return RunDirectory(directory).is_claimed()
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
@@ -157,8 +163,8 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 def _read(directory: Path, name: str) -> Run:
     run = Run(directory, name)
     _read_settings(run)
-    run.tokenizer = _tokenizer(directory / "tokenizer")
-    rows = _Rows(directory / "metrics.jsonl", run.problems)
+    run.tokenizer = _tokenizer(run.paths.tokenizer)
+    rows = _Rows(run.paths.metrics_jsonl, run.problems)
     done = _done(run, rows)
     final = _final(run)
     if final is not None:
@@ -168,20 +174,20 @@ def _read(directory: Path, name: str) -> Run:
     if rows.valid is not None:
         run.split, run.step, run.phase = "valid", rows.valid["step"], rows.valid["phase"]
         _take(run, rows.valid)
-    if (directory / "metrics.json").exists():
+    if run.paths.metrics.exists():
         return run
     if run.config is None:
         if not run.problems and not rows.last and not done:
             run.state = "not started"
-        elif not (directory / "config.yaml").exists():
+        elif not run.paths.config.exists():
             run.problems.append("no config.yaml in it")
         return run
-    run.state = _state(run.config, directory, done)
+    run.state = _state(run.config, run.paths, done)
     return run
 
 
 def _read_settings(run: Run) -> None:
-    path = run.directory / "config.yaml"
+    path = run.paths.config
     if not path.exists():
         return
     try:
@@ -196,7 +202,7 @@ def _read_settings(run: Run) -> None:
         for name, value in found.items()
         if name not in _NO_SETTINGS and value != {} and not name.startswith(unread)
     }
-    path = run.directory / "ds_config.json"
+    path = run.paths.ds_config
     if path.exists():
         try:
             run.settings |= flatten(json.loads(path.read_bytes()), "ds_config.")
@@ -259,7 +265,7 @@ class _Rows:
 
 def _final(run: Run) -> dict[str, Any] | None:
     """The final evaluation, None where there is none or where it cannot be read."""
-    path = run.directory / "metrics.json"
+    path = run.paths.metrics
     if not path.exists():
         return None
     try:
@@ -303,7 +309,7 @@ def _done(run: Run, rows: _Rows) -> dict[int, int]:
     done = dict(rows.steps)
     if 2 in done:
         done[2] -= _before_phase2(run, rows)
-    for saved in checkpoint.find(run.directory / "checkpoints"):
+    for saved in checkpoint.find(run.paths.checkpoints):
         done[saved.phase] = max(saved.step, done.get(saved.phase, 0))
     return done
 
@@ -315,14 +321,14 @@ def _before_phase2(run: Run, rows: _Rows) -> int:
     steps = run.config.phase1.steps
     # A phase 1 that came before leaves rows or weights, here or in the run that this
     # one went on from.
-    places = (run.directory, Path(run.config.resume))
-    before = 1 in rows.steps or any((place / "phase1" / "model").is_dir() for place in places)
+    places = (run.paths, RunDirectory(run.config.resume))
+    before = 1 in rows.steps or any(place.phase1_model.is_dir() for place in places)
     return steps if before or rows.steps[2] > run.config.phase2.steps else 0
 
 
-def _state(config: RunConfig, directory: Path, done: dict[int, int]) -> str:
+def _state(config: RunConfig, paths: RunDirectory, done: dict[int, int]) -> str:
     """How far a run has come whose final evaluation is not there."""
-    between = (directory / "phase1" / "model").is_dir()
+    between = paths.phase1_model.is_dir()
     if config.phase == "1" and between:
         return "finished (phase 1 only)"
     if config.phase != "1" and (2 in done or between):
