@@ -15,6 +15,7 @@ from dsvae.data.tokenization import Prepared
 from dsvae.engine import ds_config, nvme
 from dsvae.engine.build import build_model
 from dsvae.engine.engine import PhaseEngine
+from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.parallel.world import World
 from dsvae.phases import Phase
 
@@ -80,5 +81,6 @@ def _resolve(phase: Phase, raw: dict[str, Any], data: Prepared, world: World) ->
         bf16_supported=accelerator.is_bf16_supported(),
         fp16_supported=accelerator.is_fp16_supported(),
     )
+    lend_to_deepspeed(world)  # its check compares batch sizes with the number of ranks
     ds_config.check_with_deepspeed(resolved)
     return resolved
