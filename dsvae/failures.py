@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import sys
+import time
 import traceback
 from contextlib import suppress
 from typing import NoReturn
@@ -27,6 +28,9 @@ from dsvae.parallel.stopping import Stopping
 from dsvae.parallel.watchdog import advice
 from dsvae.parallel.world import World, may_come_from_another_rank
 
+PRINTS_WITHIN = 5.0
+"""Seconds that the ranks of a node may be apart at their start."""
+
 
 def explain(error: BaseException, world: World | None, reading: bool, stopping: Stopping) -> int:
     """Says on stderr what ends this rank; its exit code.
@@ -37,7 +41,10 @@ def explain(error: BaseException, world: World | None, reading: bool, stopping: 
             which all ranks do alike.
     """
     if isinstance(error, UserError):
-        _print_once(error, f"error: {error}", world, reading)
+        if reading:
+            _print_on_every_node(f"error: {error}", stopping)
+        else:
+            _print_once(error, f"error: {error}", world)
         return EXIT_USER_ERROR
     if isinstance(error, RunStopped):
         # where the ranks never met, rank 0 may be the one that is missing
@@ -54,7 +61,7 @@ def explain(error: BaseException, world: World | None, reading: bool, stopping: 
             f"error: {error}; make room, and the same command continues from the last complete "
             f"checkpoint"
         )
-        _print_once(error, line, world, reading)
+        _print_once(error, line, world)
         return EXIT_DISK
     if may_come_from_another_rank(error):
         if world is not None and world.watchdog is not None and (lost := world.watchdog.lost()):
@@ -83,14 +90,23 @@ def _print_stack(error: BaseException, world: World | None) -> None:
     sys.excepthook(type(error), error, error.__traceback__)
 
 
-def _print_once(error: Exception, line: str, world: World | None, reading: bool) -> None:
+def _print_on_every_node(line: str, stopping: Stopping) -> None:
+    """One line per node for an error in what the ranks read: a node may lack the files,
+    and its ranks read the same ones."""
+    if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0:
+        _print(line, on_every_rank=True)
+        return
+    # Launchers end all ranks when the first one leaves, and the one that prints may
+    # still be importing.
+    end = time.monotonic() + PRINTS_WITHIN
+    while stopping.pending is None and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _print_once(error: Exception, line: str, world: World | None) -> None:
     """One line for an error that every rank has; the rank's own line where it may be
     the only one."""
-    if reading:
-        # A node may lack the files, so each node prints its line. The other ranks of a
-        # node read the same files.
-        _print(line, int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0)
-    elif world is None:
+    if world is None:
         _print(line, on_every_rank=True)
     elif getattr(error, "shared", False) or world.is_main or world.watchdog is None:
         _print(line)
