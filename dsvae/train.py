@@ -359,7 +359,7 @@ def _save(
         if leaving or config.on_save_error == "stop":
             raise RunStopped(
                 EXIT_DISK,
-                f"error: {failure}; make room, and the same command goes on from there",
+                f"error: {failure}; make room, and the same command continues from there",
             ) from None
         reporter.say(f"warning: {failure}; training goes on without (on_save_error is continue)")
 

@@ -371,7 +371,7 @@ class Watchdog:
 def advice(code: int) -> str:
     """What to do where another rank has left with a code, or is lost."""
     return _ADVICE.get(
-        code, "repeat the command: a training run goes on from the last complete checkpoint"
+        code, "repeat the command: a training run continues from the last complete checkpoint"
     )
 
 
