@@ -306,7 +306,15 @@ def read(argv: Sequence[str]) -> RunConfig:
         UserError: unknown name, wrong type, unreadable file, or values that make no
             sense together.
     """
-    given = parse_flags(argv)
+    config = merge(parse_flags(argv))
+    check(config)
+    return config
+
+
+def merge(given: Mapping[str, str]) -> RunConfig:
+    """The configuration of flags from `parse_flags` on top of their `--config`, not yet
+    checked."""
+    given = dict(given)
     source = given.pop("config", None)
     tree = load_tree(str(source)) if source is not None else load_tree(DEFAULT_RECIPE)
     if "model.name" in given and "model.t5" not in given:
@@ -319,7 +327,6 @@ def read(argv: Sequence[str]) -> RunConfig:
         config.output_dir = (
             f"runs/{Path(str(source)).stem if source is not None else DEFAULT_RECIPE}"
         )
-    check(config)
     return config
 
 

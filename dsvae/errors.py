@@ -1,5 +1,5 @@
-"""The one exception for what a user can cause and can repair, and what each exit code of
-a run means."""
+"""The exception for mistakes that a user can repair, and what each exit code of a run
+means."""
 
 from __future__ import annotations
 
@@ -7,55 +7,52 @@ from __future__ import annotations
 class UserError(Exception):
     """A mistake in the command, the configuration or the data.
 
-    The message is one line that says what is wrong, where, and what to do about it. The
-    entry points print it to stderr as it stands and leave with exit code 2; nothing has
-    been half-written by then.
+    The message is one line that says what is wrong, where, and what to do. The entry
+    points print it to stderr and leave with exit code 2. Nothing has been half-written
+    by then.
     """
 
 
 EXIT_DEFECT = 1
-"""A defect in the program, or a lack of memory: python's own code for an exception that
-nobody expected, after its stack."""
-
-
+"""A defect in the program, or a lack of memory. The stack is on stderr."""
 EXIT_USER_ERROR = 2
-"""A mistake of the user's: the line on stderr says what to change. Repeating the
-command unchanged fails again."""
+"""A mistake of the user. The line on stderr says what to change; the same command fails
+again."""
 EXIT_NON_FINITE = 65
-"""Losses or gradients were not finite for too many steps in a row (sysexits'
-EX_DATAERR). The batch lies in output_dir."""
+"""Losses or gradients were not finite for too many steps in a row (EX_DATAERR of
+sysexits.h). The batch is in output_dir."""
 EXIT_RANK_LOST = 69
 """Another rank did not answer within `hang_timeout` (EX_UNAVAILABLE). The same command
-goes on from the last checkpoint."""
+continues from the last checkpoint."""
 EXIT_DISK = 74
-"""The disk took no checkpoint, and `on_save_error` is stop, or not what a command
-prints (EX_IOERR). With room made, the same command goes on."""
+"""A checkpoint, or the output of a command, could not be written (EX_IOERR). Once there
+is room, the same command continues."""
 EXIT_RESUMABLE = 75
-"""SIGTERM or SIGUSR1 came: saved at the next step, left (EX_TEMPFAIL). The same command
-goes on exactly there."""
+"""SIGTERM or SIGUSR1 came, and the run saved at the next step and left (EX_TEMPFAIL). The
+same command continues exactly there."""
 EXIT_PREFLIGHT = 78
-"""`dsvae.parallel.preflight` found a bad node and named it (EX_CONFIG). Nothing of the run was
-begun; leave the node out, or repair it."""
+"""`dsvae.parallel.preflight` found a bad node and named it (EX_CONFIG) before the run
+began. Leave the node out, or repair it."""
 EXIT_INTERRUPTED = 130
-"""Ctrl-C: saved at the next step, left (128 + SIGINT, as shells count it). The same
-command goes on exactly there."""
+"""Ctrl-C: the run saved at the next step and left (128 + SIGINT, as shells count). The
+same command continues exactly there."""
 
 
 class RunStopped(BaseException):
-    """The run ends early, by no mistake in the command. The entry point prints the line
-    and leaves with `code`.
+    """The run ends early without a mistake in the command. The entry point prints the
+    line and leaves with `code`.
 
-    No `Exception`: a signal raises it anywhere, and libraries around which errors are
-    caught must not swallow it.
+    It is no `Exception`, because a signal raises it anywhere: libraries that catch
+    exceptions must not swallow it.
     """
 
     def __init__(self, code: int, message: str) -> None:
-        super().__init__(code, message)  # both: exceptions travel between ranks by their arguments
+        super().__init__(code, message)  # pickling, between ranks, keeps these arguments
         self.code, self.message = code, message
 
 
 def exit_code(error: BaseException) -> int:
-    """The code with which a process leaves that an exception ends."""
+    """The exit code of a process that an exception ends."""
     if isinstance(error, RunStopped):
         return error.code
     if isinstance(error, UserError):

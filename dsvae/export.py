@@ -29,10 +29,11 @@ from dsvae.files import make_writable
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.modeling.weight_source import Origin
 from dsvae.reports.card import write_checkpoint_card
+from dsvae.run_directory import RunDirectory
 
 
 def export_checkpoint(
-    run: str | Path,
+    output_dir: str | Path,
     which: str,
     output: str | Path | None,
     report: Callable[[str], Any],
@@ -45,7 +46,7 @@ def export_checkpoint(
     the run began with.
 
     Args:
-        run: its output directory.
+        output_dir: of the run.
         which: latest (that is sound), best (of the running phase, on validation text),
             or the name of a checkpoint.
         output: the directory; None: `exports` of the run and the checkpoint's name.
@@ -55,18 +56,16 @@ def export_checkpoint(
         UserError: no run or no such checkpoint, damaged or gone meanwhile; the output
             exists, or cannot be written to.
     """
-    run = Path(run).expanduser()
+    run = RunDirectory(Path(output_dir).expanduser())
     config = _read_config(run)
     found = _find(run, which, report)
-    directory = (
-        run / "exports" / found.directory.name if output is None else Path(output).expanduser()
-    )
+    directory = run.exports / found.directory.name if output is None else Path(output).expanduser()
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory} is there already: give another --output, or remove it")
     make_writable(directory.absolute().parent, "--output")
 
     def extras(target: Path) -> None:
-        shutil.copytree(run / "tokenizer", target, dirs_exist_ok=True)
+        shutil.copytree(run.tokenizer, target, dirs_exist_ok=True)
         write_checkpoint_card(
             target / "README.md", config, found.phase, found.step, meta.get("valid")
         )
@@ -74,9 +73,9 @@ def export_checkpoint(
     with _still_there(found):
         meta = found.meta
         saved = _saved(found, meta)  # from here on the open files stay, whatever the run removes
-    between = run / "phase1" / "model"
+    between = run.phase1_model
     began = between if found.phase == 2 and between.is_dir() else None
-    origin = find_origin(config.model, load_tokenizer(str(run / "tokenizer")), began, config.seed)
+    origin = find_origin(config.model, load_tokenizer(str(run.tokenizer)), began, config.seed)
     model = cast(T5VAE, origin.skeleton())
     model.config.max_tokens = config.data.max_tokens  # as the run itself exports it
     if found.phase == 1 and config.phase1.freeze_decoder:
@@ -97,45 +96,46 @@ def export_checkpoint(
     return directory
 
 
-def _read_config(run: Path) -> RunConfig:
-    path = run / "config.yaml"
+def _read_config(run: RunDirectory) -> RunConfig:
+    path = run.config
     if not path.is_file():
-        above = next((p for p in run.absolute().parents[:2] if (p / "config.yaml").is_file()), None)
+        parents = run.path.absolute().parents[:2]
+        above = next((p for p in parents if RunDirectory(p).config.is_file()), None)
         hint = f"is it {above}?" if above else "name the output_dir of a run"
-        raise UserError(f"{run}: no run there (no config.yaml); {hint}")
+        raise UserError(f"{run.path}: no run there (no config.yaml); {hint}")
     return configuration.build(configuration.load_tree(str(path)), where=str(path))
 
 
-def _find(run: Path, which: str, report: Callable[[str], Any]) -> Checkpoint:
+def _find(run: RunDirectory, which: str, report: Callable[[str], Any]) -> Checkpoint:
     """The checkpoint of that name, complete and sound."""
-    root = run / "checkpoints"
+    root = run.checkpoints
     complete = checkpoint.find(root)
     names = ", ".join(each.directory.name for each in complete)
     if not complete:
         raise UserError(
-            f"{run}: no complete checkpoint in it yet; --checkpoint_every of a run says how "
+            f"{run.path}: no complete checkpoint in it yet; --checkpoint_every of a run says how "
             f"often one is saved"
         )
     if which == "latest":
         with _still_there(*complete):
             newest = checkpoint.newest_sound(root, report)
         if newest is None:
-            raise UserError(f"{run}: every checkpoint in it is damaged: {names}")
+            raise UserError(f"{run.path}: every checkpoint in it is damaged: {names}")
         return newest
     if which == "best":
         with _still_there(*complete):
             found = checkpoint.best_of(complete)
         if found is None:
             raise UserError(
-                f"{run}: no checkpoint of phase {complete[-1].phase} was measured on validation "
-                f"text ({names}): name one, "
+                f"{run.path}: no checkpoint of phase {complete[-1].phase} was measured on "
+                f"validation text ({names}): name one, "
                 "or make --checkpoint_every a multiple of --eval_every"
             )
     else:
         found = next((each for each in complete if each.directory.name == which), None)
         if found is None:
             raise UserError(
-                f"--checkpoint {which}: no such checkpoint in {run}: latest, best, or one of "
+                f"--checkpoint {which}: no such checkpoint in {run.path}: latest, best, or one of "
                 f"{names}"
             )
     with _still_there(found):

@@ -1,7 +1,8 @@
-"""What a phase of training is: one value, made from the configuration."""
+"""A phase of training: what it trains, for how long, and with which penalty."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsvae.config import PhaseConfig, RunConfig
@@ -30,12 +31,13 @@ class Phase:
 
     @property
     def seed(self) -> int:
-        """Of the order of the sentences, their noise and dropout: each phase its own."""
+        """Seed of the order of the sentences, their noise and dropout; it differs between
+        the phases."""
         return self.config.seed * 2 + self.number - 1
 
     @property
     def sample_latent(self) -> bool:
-        """Whether a sample of the posterior is decoded, or its point."""
+        """Whether the decoder gets a sample of the posterior, or its point."""
         return self.config.phase1.sample_latent if self.number == 1 else True
 
     @property
@@ -61,3 +63,8 @@ class Phase:
         return Penalty(
             beta, settings.free_bits, settings.free_bits_mode, settings.total_correlation
         )
+
+    def validation_loss(self, metrics: Mapping[str, float]) -> float:
+        """The value on validation text by which the best checkpoint of the phase is
+        known: rec in phase 1, rec + kl in phase 2."""
+        return metrics["rec"] + (metrics["kl"] if self.number == 2 else 0.0)

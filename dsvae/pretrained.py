@@ -15,6 +15,7 @@ from dsvae.data.tokenization import load_tokenizer
 from dsvae.errors import UserError
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 from dsvae.modeling.weight_source import PICKLES, refuse_pickles
+from dsvae.run_directory import RunDirectory
 
 ADVICE = "name the `model` directory that a run left in its output_dir"
 
@@ -104,8 +105,8 @@ def _model_type(directory: Path) -> str:
     path = directory / "config.json"
     if not path.is_file():
         hint = (
-            f" (is it {directory / 'model'}?)"
-            if (directory / "model" / "config.json").is_file()
+            f" (is it {RunDirectory(directory).model}?)"
+            if (RunDirectory(directory).model / "config.json").is_file()
             else ""
         )
         raise UserError(f"{directory} is no model directory, it has no config.json{hint}; {ADVICE}")

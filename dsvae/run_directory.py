@@ -1,184 +1,245 @@
-"""The output directory of a run: claimed by one run at a time, and where in it a run
-goes on."""
+"""The output directory of a run: every path in it, and the claim that one run has on it.
+
+The scripts in slurm/ write their logs and copies to `slurm` inside it. They ask this
+module what a command line means, so that they and train.py cannot disagree:
+
+    python -m dsvae.run_directory output_dir TRAIN_ARGS...
+        The directory that train.py would write to.
+    python -m dsvae.run_directory arguments COPIES DS_CONFIG TRAIN_ARGS...
+        The same arguments, with the files of --config and --ds_config replaced by
+        copies in COPIES, and with --output_dir and --ds_config DS_CONFIG where neither
+        they nor their configuration name one. Each half is left out where its word is
+        empty.
+    python -m dsvae.run_directory member LIST INDEX TRAIN_ARGS...
+        The arguments of the run in line INDEX of a sweep's list, counted from 1.
+    python -m dsvae.run_directory members LIST TRAIN_ARGS...
+        The output directories of all runs of a list.
+    python -m dsvae.run_directory begun LIST TRAIN_ARGS...
+        Those of them that a run has claimed. The others are named on stderr.
+
+Answers end in NUL, one each. This module imports nothing heavy: an answer takes about
+0.1 s.
+"""
 
 from __future__ import annotations
 
 import fcntl
-import json
+import re
+import shlex
+import shutil
+import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from dsvae import config as configuration
-from dsvae.config import RunConfig
-from dsvae.data.corpora import fingerprint
-from dsvae.engine import checkpoint, reshape_checkpoint
-from dsvae.engine.checkpoint import Checkpoint
-from dsvae.errors import UserError
-
-DATA = "data.json"
-"""The file in an output directory that says which sentences the run began with."""
+from dsvae.config import RECIPES, RunConfig
+from dsvae.errors import EXIT_USER_ERROR, UserError
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins."""
+class RunDirectory:
+    """The paths in the output directory of one run."""
 
-    phases: list[int]
-    """The phases still to run, in order; empty: the run is finished."""
-    checkpoint: Checkpoint | None = None
-    """What the first of them goes on from; None: from its beginning."""
-    weights: Path | None = None
-    """Weights that the first of them starts from; None: the model of the
-    configuration."""
-    tokenizer: Path | None = None
-    """The tokenizer of the run that goes on; None: that of the configuration."""
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        """The whole configuration, written when the run begins."""
+        self.ds_config = self.path / "ds_config.json"
+        """The DeepSpeed configuration as the user gave it."""
+        self.data = self.path / "data.json"
+        """What tells the sentences of the run from others."""
+        self.tokenizer = self.path / "tokenizer"
+        self.metrics_jsonl = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        """The checkpoints of the running phase (`dsvae.engine.checkpoint`)."""
+        self.phase1_model = self.path / "phase1" / "model"
+        """The weights between the phases."""
+        self.evaluation = self.path / ".evaluation"
+        """Results of a final evaluation that has not ended (`dsvae.metrics.kept`)."""
+        self.model = self.path / "model"
+        """The exported model."""
+        self.metrics = self.path / "metrics.json"
+        """The final evaluation. It is written last."""
+        self.exports = self.path / "exports"
+        """Models of checkpoints, from `dsvae export`."""
+        self.lock = self.path / ".lock"
 
+    def resolved_ds_config(self, phase: int) -> Path:
+        """The DeepSpeed configuration of a phase with every value filled in."""
+        return self.path / f"ds_config.phase{phase}.json"
 
-def claim(directory: Path) -> TextIO:
-    """Makes the directory, makes sure that it can be written to, and locks it for this
-    process until the file is closed.
+    def non_finite(self, phase: int, step: int) -> Path:
+        """The batch after which a run stopped because nothing finite came out."""
+        return self.path / f"non_finite.phase{phase}-step{step:08d}.jsonl"
 
-    Raises:
-        UserError: not a directory, not writable, or a live run has it.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            probe.write(b"dsvae")
-            probe.flush()
-        lock = (directory / ".lock").open("a")
-    except OSError as error:
-        raise UserError(
-            f"output_dir {directory}: {error.strerror}; give another --output_dir"
-        ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise UserError(
-            f"output_dir {directory} belongs to a run that is still alive; give another "
-            f"--output_dir"
-        ) from None
-    return lock
+    def claim(self) -> TextIO:
+        """Makes the directory, checks that it can be written to, and locks it for this
+        process until the returned file is closed.
 
-
-def find_start(
-    config: RunConfig,
-    report: Callable[[str], Any],
-    sentences: Callable[[], dict[str, Any]] | None = None,
-) -> Start:
-    """Where the run of `config` begins: afresh, at a checkpoint, between the phases, or
-    nowhere because it is finished.
-
-    Args:
-        report: gets a line for every damaged checkpoint.
-        sentences: `data_of(config)`, where the caller needs it too; it is asked for
-            where a run is there.
-
-    Raises:
-        UserError: `resume` never and a run lies there; auto and it was another
-            configuration; a directory without anything to resume from; other sentences
-            than it began with; or another phase of it is not finished.
-    """
-    own = Path(config.output_dir)
-    reshape_checkpoint.clean(own / "checkpoints")
-    wanted = [1, 2] if config.phase == "all" else [int(config.phase)]
-    # A requeued job repeats its whole command: `--resume DIR` counts until this
-    # directory has something of its own to go on from.
-    begun = (
-        bool(checkpoint.find(own / "checkpoints"))
-        or (own / "phase1" / "model").is_dir()
-        or is_finished(own, config.phase)
-    )
-    source = own if config.resume in ("auto", "never") or begun else Path(config.resume)
-    if config.resume == "never":
-        if (own / "config.yaml").exists():
+        Raises:
+            UserError: it is no directory, it cannot be written to, or a live run has
+                claimed it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path) as probe:
+                probe.write(b"dsvae")
+                probe.flush()
+            lock = self.lock.open("a")
+        except OSError as error:
             raise UserError(
-                f"output_dir {own} holds a run: go on with it (--resume auto) or give another "
+                f"output_dir {self.path}: {error.strerror}; choose another --output_dir"
+            ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise UserError(
+                f"output_dir {self.path} belongs to a run that is still alive; choose another "
                 f"--output_dir"
-            )
-        return Start(wanted)
-    if not (source / "config.yaml").is_file():
-        if source != own:
-            raise UserError(f"--resume {source}: no run there (no config.yaml)")
-        return Start(wanted)
-    for directory in dict.fromkeys((source, own)):
-        if (directory / "config.yaml").is_file():
-            _compare(directory, config, mine=directory == own)
-    if source == own and is_finished(own, config.phase):
-        return Start([])
-    _compare_data(source, sentences or (lambda: data_of(config)))
-    between = source / "phase1" / "model"
-    tokenizer = source / "tokenizer" if (source / "tokenizer").is_dir() else None
-    newest = checkpoint.newest_sound(source / "checkpoints", report)
-    if (
-        newest is not None
-        and newest.phase in wanted
-        and not (newest.phase == 1 and between.is_dir())
-    ):
-        weights = between if newest.phase == 2 and between.is_dir() else None
-        return Start(
-            [phase for phase in wanted if phase >= newest.phase], newest, weights, tokenizer
-        )
-    if between.is_dir() and 2 in wanted:
-        return Start([2], None, between, tokenizer)
-    if newest is not None and source == own:
-        # Another phase's checkpoints would go as soon as this one has its own.
-        raise UserError(
-            f"{own} holds a run in phase {newest.phase} (step {newest.step}): finish it (--phase "
-            f"{newest.phase} or all), or give "
-            "another --output_dir"
-        )
-    if source != own:
-        raise UserError(f"--resume {source}: no complete checkpoint in it")
-    return Start(wanted, tokenizer=tokenizer)
+            ) from None
+        return lock
+
+    def is_claimed(self) -> bool:
+        """Whether a run has ever begun here. One that ended before it wrote anything has
+        left its lock."""
+        return any(file.is_file() for file in (self.config, self.metrics_jsonl, self.lock))
+
+    def is_finished(self, phase: str) -> bool:
+        """Whether everything is there that a run of `phase` (1, 2 or all) leaves at its
+        end."""
+        if phase == "1":
+            return self.phase1_model.is_dir()
+        return self.metrics.is_file() and self.model.is_dir()
 
 
-def _compare(directory: Path, config: RunConfig, mine: bool) -> None:
-    """Raises UserError where the run in a directory was another configuration's."""
-    previous = directory / "config.yaml"
-    old = configuration.build(configuration.load_tree(str(previous)), where=str(previous))
-    if changed := configuration.difference(old, config):
-        advice = "give another --output_dir, or the same values" if mine else "give the same values"
-        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
-        raise UserError(
-            f"{directory} holds a run with other values: {'; '.join(changed[:3])}{more}: {advice}"
-        )
+def settings_of(words: Sequence[str]) -> RunConfig:
+    """The configuration of a command line, right in `output_dir` and `ds_config`.
 
-
-def _compare_data(directory: Path, sentences: Callable[[], dict[str, Any]]) -> None:
-    """Raises UserError where the sentences are no longer those that the run in a
-    directory began with."""
-    path = directory / DATA
-    if not path.is_file():
-        return
-    old, new = json.loads(path.read_text(encoding="utf-8")), sentences()
-    if old != new:
-        before, now = old.get("files", {}), new.get("files", {})
-        changed = sorted(entry[0] for split, entry in now.items() if before.get(split) != entry)
-        raise UserError(
-            f"{directory} holds a run on other "
-            f"sentences{': ' if changed else ''}{', '.join(changed)}: put them back as they "
-            "were, or give another --output_dir"
-        )
-
-
-def data_of(config: RunConfig) -> dict[str, Any]:
-    """What tells the sentences of a run from others, as it is kept in `DATA`. Reads the
-    files.
+    The values of other flags are left out: train.py judges them.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: an unknown flag, or a configuration file that cannot be read.
     """
-    found: dict[str, Any] = json.loads(json.dumps(fingerprint(config.data, config.seed)))
-    return found
+    given = configuration.parse_flags(words)
+    asked = ("config", "ds_config", "output_dir")
+    settings = configuration.merge({name: given[name] for name in asked if name in given})
+    if not settings.output_dir.strip():
+        raise UserError("output_dir is empty: name a directory")
+    return settings
 
 
-def is_finished(directory: Path, phase: str) -> bool:
-    """Whether everything that a run leaves at its end is there."""
-    if phase == "1":
-        return (directory / "phase1" / "model").is_dir()
-    return (directory / "metrics.json").is_file() and (directory / "model").is_dir()
+def arguments(copies: str, ds_config: str, *words: str) -> list[str]:
+    """`words` as a job uses them; see the head of this module."""
+    settings_of(words)  # refuses what train.py cannot parse
+    complete = list(words)
+    for index, word in enumerate(words if copies else ()):
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        if flag.startswith("--") and name in ("config", "ds_config"):
+            if equals:
+                complete[index] = f"{flag}={_copy(value, Path(copies, name))}"
+            else:
+                complete[index + 1] = _copy(words[index + 1], Path(copies, name))
+    if ds_config:
+        settings = settings_of(complete)
+        if "output_dir" not in configuration.parse_flags(complete):
+            complete += ["--output_dir", settings.output_dir]
+        if settings.ds_config is None:
+            complete += ["--ds_config", ds_config]
+    return complete
+
+
+def _copy(file: str, directory: Path) -> str:
+    """The copy of a file in `directory`, made where it is not there yet; the word itself
+    where it names no file."""
+    copy = directory / Path(file).name
+    if not copy.is_file():
+        if (RECIPES / f"{file}.yaml").is_file() or not Path(file).is_file():
+            return file
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        except OSError as error:
+            raise UserError(f"cannot copy {file} to {copy}: {error.strerror}") from None
+    return str(copy)
+
+
+def member(list_file: str, index: str, *common: str) -> list[str]:
+    """The arguments of one run of a sweep: those of all runs, those of its line, and an
+    output_dir where neither names one."""
+    lines = _lines(list_file)
+    if not (index.isdigit() and 1 <= int(index) <= len(lines)):
+        raise UserError(f"{list_file} has {len(lines)} runs; there is no run {index}")
+    where = f"{list_file}, run {index}"
+    try:
+        words = shlex.split(lines[int(index) - 1])
+    except ValueError as error:
+        raise UserError(f"{where}: its quotes do not match ({error})") from None
+    try:
+        given = configuration.parse_flags([*common, *words])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if "output_dir" in given:
+        return [*common, *words]
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(words).replace("--", ""))[:120]
+    return [*common, *words, "--output_dir", f"runs/{Path(list_file).stem}/{name}"]
+
+
+def members(list_file: str, *common: str) -> list[str]:
+    """The output directories of all runs of a sweep, in the order of its list."""
+    count = len(_lines(list_file))
+    places = [
+        settings_of(member(list_file, str(index + 1), *common)).output_dir for index in range(count)
+    ]
+    if len(set(places)) < count:
+        raise UserError(f"two runs of {list_file} write to the same output_dir")
+    return places
+
+
+def begun(list_file: str, *common: str) -> list[str]:
+    """The output directories of the runs of a sweep that have begun."""
+    places = members(list_file, *common)
+    for place in places:
+        if not RunDirectory(place).is_claimed():
+            print(f"never began: {place}", file=sys.stderr)
+    return [place for place in places if RunDirectory(place).is_claimed()]
+
+
+def _lines(list_file: str) -> list[str]:
+    """The lines of a sweep's list that are runs."""
+    try:
+        text = Path(list_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"list of runs {list_file}: {reason}") from None
+    lines = [line for line in text.splitlines() if line.strip() and line.strip()[0] != "#"]
+    if not lines:
+        raise UserError(f"{list_file} has no line with a run")
+    return lines
+
+
+COMMANDS: dict[str, Callable[..., list[str]]] = {
+    "output_dir": lambda *words: [settings_of(words).output_dir],
+    "arguments": arguments,
+    "member": member,
+    "members": members,
+    "begun": begun,
+}
+
+
+def main(words: Sequence[str]) -> int:
+    """Answers a script; the exit code."""
+    try:
+        answer = COMMANDS[words[0]](*words[1:])
+    except UserError as error:
+        print(f"dsvae: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    sys.stdout.write("".join(f"{each}\0" for each in answer))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -12,14 +12,15 @@ LAYERS = (
     ("errors",),
     ("files",),
     ("config",),
+    ("run_directory",),
     ("modeling",),
     ("objective", "parallel"),
     ("phases", "data", "private_names", "pretrained"),
     ("metrics", "generation"),
     ("engine", "planning"),
-    ("run_directory",),
+    ("start",),
     ("reports",),
-    ("export", "usage", "command_line"),
+    ("export", "failures", "usage", "command_line"),
     ("train", "cli"),
 )
 
@@ -53,4 +54,13 @@ def test_imports_go_one_way():
 )
 def test_measuring_and_sampling_need_no_deepspeed(module):
     code = f"import sys, {module}; sys.exit('deepspeed' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
+
+
+def test_the_scripts_of_a_cluster_get_their_answers_without_heavy_imports():
+    """They ask on a login node, several times per job."""
+    code = (
+        "import sys, dsvae.run_directory;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'transformers')))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""Whose an output directory is, and where in it a run goes on."""
+"""Whose an output directory is, and where in it a run continues."""
 
 import json
 import os
@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from dsvae import run_directory
 from dsvae.config import RunConfig, build, to_yaml
 from dsvae.errors import UserError
-from dsvae.run_directory import Start
+from dsvae.run_directory import RunDirectory
+from dsvae.start import Start, data_of, find_start
 
 
 def config_of(directory, **fields):
@@ -42,13 +42,13 @@ def leave_results(directory):
 
 
 def find(config, report=pytest.fail):
-    start = run_directory.find_start(config, report)
+    start = find_start(config, report)
     at = (start.checkpoint.phase, start.checkpoint.step) if start.checkpoint else None
     return start.phases, at, start.weights
 
 
 def test_a_claim_makes_the_directory_and_leaves_nothing_but_the_lock(tmp_path):
-    with run_directory.claim(tmp_path / "a" / "b"):
+    with RunDirectory(tmp_path / "a" / "b").claim():
         assert os.listdir(tmp_path / "a" / "b") == [".lock"]
 
 
@@ -56,17 +56,17 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"output_dir {path}: .*--output_dir"):
-            run_directory.claim(path)
+            RunDirectory(path).claim()
 
 
 def test_one_run_at_a_time(tmp_path):
-    first = run_directory.claim(tmp_path)
+    first = RunDirectory(tmp_path).claim()
     with pytest.raises(UserError, match="still alive"):
-        run_directory.claim(tmp_path)
-    with run_directory.claim(tmp_path / "other"):
+        RunDirectory(tmp_path).claim()
+    with RunDirectory(tmp_path / "other").claim():
         pass
     first.close()
-    run_directory.claim(tmp_path).close()
+    RunDirectory(tmp_path).claim().close()
 
 
 def test_a_killed_run_no_longer_holds_its_directory(tmp_path):
@@ -75,15 +75,15 @@ def test_a_killed_run_no_longer_holds_its_directory(tmp_path):
         "fcntl.LOCK_EX); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / ".lock")]).returncode == -9
-    run_directory.claim(tmp_path).close()
+    RunDirectory(tmp_path).claim().close()
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 @pytest.mark.parametrize(("phase", "phases"), [("all", [1, 2]), ("1", [1]), ("2", [2])])
 def test_afresh(tmp_path, resume, phase, phases):
-    assert run_directory.find_start(
-        config_of(tmp_path, resume=resume, phase=phase), pytest.fail
-    ) == Start(phases)
+    config = config_of(tmp_path, resume=resume, phase=phase, phase1={"steps": 70})
+    before = 70 if phase != "2" else 0
+    assert find_start(config, pytest.fail) == Start(phases, steps_before_phase2=before)
 
 
 def test_never_where_a_run_lies(tmp_path):
@@ -152,7 +152,8 @@ def test_finished_once_all_is_there(tmp_path, missing):
 def test_other_values_are_named(tmp_path):
     leave_checkpoint(leave_run(tmp_path, seed=1), 1, 10)
     with pytest.raises(
-        UserError, match=r"seed: 1 -> 2; phase2\.beta\.max: 1\.0 -> 0\.5: give another --output_dir"
+        UserError,
+        match=r"seed: 1 -> 2; phase2\.beta\.max: 1\.0 -> 0\.5: choose another --output_dir",
     ):
         find(config_of(tmp_path, seed=2, phase2={"beta": {"max": 0.5}}))
     many = {"seed": 2, "phase1": {"steps": 1, "lr": 2.0, "adam_eps": 1.0}, "phase2": {"steps": 1}}
@@ -243,11 +244,43 @@ def test_other_sentences_than_the_run_began_with_are_refused(tmp_path):
     text.write_text("a sentence\n" * 50)
     config = config_of(tmp_path / "run", data={"train_file": str(text)})
     leave_checkpoint(leave_run(tmp_path / "run", data={"train_file": str(text)}), 1, 10)
-    (tmp_path / "run" / run_directory.DATA).write_text(json.dumps(run_directory.data_of(config)))
+    (tmp_path / "run" / "data.json").write_text(json.dumps(data_of(config)))
     assert find(config) == ([1, 2], (1, 10), None)
     text.write_text("a sentencE\n" * 50)
     with pytest.raises(
-        UserError, match=r"holds a run on other sentences: train\.txt: put them back"
+        UserError, match=r"holds a run on other sentences: train\.txt: restore the files"
     ) as caught:
         find(config)
     assert "\n" not in str(caught.value)
+
+
+def test_phase_2_counts_on_behind_the_phase_1_that_came_before_it(tmp_path):
+    """Wherever that one ran."""
+    settings = {"phase1": {"steps": 70}}
+
+    def offset(**fields):
+        config = config_of(tmp_path, **settings, **fields)
+        return find_start(config, pytest.fail).phase(2, config).offset
+
+    leave_checkpoint(leave_run(tmp_path, phase="2", **settings), 2, 3)
+    assert offset(phase="2") == 0
+    (record,) = tmp_path.glob("checkpoints/*/COMPLETE")
+    record.write_text(json.dumps({"meta": {"steps_before": 40}, "files": {}}))
+    assert offset(phase="2") == 40
+    record.write_text(json.dumps({"meta": {}, "files": {}}))
+    leave_phase1(tmp_path)
+    assert offset(phase="2") == offset() == 70
+
+
+def test_a_phase_continues_from_a_checkpoint_of_its_own(tmp_path):
+    leave_checkpoint(leave_run(tmp_path), 1, 20)
+    config = config_of(tmp_path)
+    start = find_start(config, pytest.fail)
+    first, second = start.phase(1, config), start.phase(2, config)
+    assert (start.resumed(first).step, start.resumed(second)) == (20, None)
+
+
+def test_resume_from_the_output_directory_itself(tmp_path):
+    assert find(config_of(tmp_path, resume=str(tmp_path))) == ([1, 2], None, None)
+    leave_checkpoint(leave_run(tmp_path), 1, 20)
+    assert find(config_of(tmp_path, resume=str(tmp_path))) == ([1, 2], (1, 20), None)

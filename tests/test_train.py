@@ -2,16 +2,25 @@
 
 import os
 import signal
+import threading
+import time
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from dsvae import train
+from dsvae import failures, train
 from dsvae.config import build, load_tree
 from dsvae.data import corpora
 from dsvae.data.grammar import generate
-from dsvae.errors import EXIT_DEFECT, EXIT_RANK_LOST, EXIT_RESUMABLE
+from dsvae.errors import (
+    EXIT_DEFECT,
+    EXIT_RANK_LOST,
+    EXIT_RESUMABLE,
+    EXIT_USER_ERROR,
+    UserError,
+)
 from dsvae.parallel.world import World
 
 
@@ -104,6 +113,29 @@ def test_a_signal_while_the_end_is_explained_changes_nothing(monkeypatch, capsys
     assert "SIGTERM" not in capsys.readouterr().err
 
 
+def test_a_mistake_is_printed_before_a_launcher_ends_the_rank_that_prints_it(monkeypatch, capsys):
+    """A launcher ends all ranks when the first one leaves: the silent ones of a node wait
+    for its signal."""
+
+    def refuse(_):
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        raise UserError("no such file")
+
+    monkeypatch.setattr(failures, "PRINTS_WITHIN", 60.0)
+    monkeypatch.setattr(train.configuration, "read", refuse)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    begin = time.monotonic()
+    try:
+        assert train.main([]) == EXIT_USER_ERROR
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert 0.2 <= time.monotonic() - begin < 30
+    assert capsys.readouterr().err == ""
+
+
 def test_an_operation_that_fails_on_a_signal(monkeypatch, capsys):
     others = Others()
     others.lost = lambda: None
@@ -156,8 +188,8 @@ def test_a_start_reads_its_files_once_and_leaves_the_configuration_alone(tmp_pat
     )
     read, hash_file = [], corpora._hash_file
     monkeypatch.setattr(corpora, "_hash_file", lambda file: read.append(file) or hash_file(file))
-    monkeypatch.setattr(train, "lend_to_deepspeed", lambda _: None)
-    monkeypatch.setattr(train, "_engine", lambda *_: (None, None))
+    engine = types.SimpleNamespace(ds_config={}, zero_stage=0, precision="fp32")
+    monkeypatch.setattr(train, "phase_engine", lambda *_: nullcontext((engine, None)))
 
     def stop(*_):
         raise KeyboardInterrupt

@@ -76,6 +76,7 @@ class PhaseEngine:
             ds_configs.precision_of(ds_config),
         )
         self.world, self.phase, self.origin, self._norm = world, phase, origin, math.nan
+        self.ds_config = ds_config
         self.units = model.family.units
         model.requires_grad_(True)
         if phase.freeze_decoder:

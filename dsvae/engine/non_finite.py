@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 from dsvae.data.batches import Step
 from dsvae.engine.engine import PhaseEngine, StepSums
 from dsvae.errors import EXIT_NON_FINITE, RunStopped
 from dsvae.files import finite, write_text
 from dsvae.parallel.world import World
+from dsvae.run_directory import RunDirectory
 
 
 class SkippedSteps:
@@ -20,7 +20,7 @@ class SkippedSteps:
 
     Args:
         limit: that many in a row end the run.
-        directory: where the last of their batches is saved.
+        directory: of the run, where the last of their batches is saved.
         decode: a sentence's text from its token ids.
         say: takes a line for the console.
     """
@@ -28,7 +28,7 @@ class SkippedSteps:
     def __init__(
         self,
         limit: int,
-        directory: Path,
+        directory: RunDirectory,
         phase: int,
         decode: Callable[[list[int]], str],
         say: Callable[[str], None],
@@ -64,7 +64,7 @@ class SkippedSteps:
         )
         if self._in_a_row < self._limit:
             return
-        path = self._directory / f"non_finite.phase{self._phase}-step{index + 1:08d}.jsonl"
+        path = self._directory.non_finite(self._phase, index + 1)
         rows = [row for part in world.gather(engine.inspect(index, step)) for row in part]
 
         def write() -> None:

@@ -1,13 +1,14 @@
-"""Looks at the nodes of a job before the expensive part: `python -m dsvae.parallel.preflight`,
-one process a rank (slurm/preflight.sh).
+"""Checks the nodes of a job before the expensive part: slurm/preflight.sh runs
+`python -m dsvae.parallel.preflight` once per rank.
 
-Every rank: a GPU that is there and empty, an output_dir that can be written to and is
-the same on all nodes, disk space; all ranks meet, each sends to each, an all-reduce has
-the sum that it must have, and all have the same versions. What is wrong is one line,
+Every rank checks that its GPU exists and is empty, that output_dir can be written to,
+is the same on all nodes, and has space. Then all ranks meet, each sends to each, an
+all-reduce must give the right sum, and all must have the same versions. Every fault is
+one line on stdout,
 
     preflight: BAD NODE: what
 
-on stdout, and the exit code is EXIT_PREFLIGHT. No check waits for ever.
+and the exit code is EXIT_PREFLIGHT. Every check has a time limit.
 """
 
 from __future__ import annotations
@@ -36,26 +37,26 @@ from dsvae.errors import EXIT_PREFLIGHT
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets")
 LOCAL_SECONDS = 30.0
-"""Longest that a check of this node alone may take: a dead network file system hangs,
-it does not fail."""
+"""Time limit of a check of this node alone: a dead network file system hangs instead of
+failing."""
 EMPTY = 0.9
 """Share of a GPU's memory that must be free."""
 MEBIBYTES = 16
-"""Of the all-reduce, float32."""
+"""Size of the all-reduce, in float32."""
 
 
 class Bad(Exception):
-    """Something is wrong; the message says what. Lines of `NODE<tab>what` blame other
-    nodes than this rank's."""
+    """Something is wrong, and the message says what. A line `NODE<tab>what` blames
+    another node than this rank's."""
 
 
 class Left(Exception):
-    """This rank goes because of what another one has named."""
+    """This rank leaves because of a fault that another one has named."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks this rank; 0 or EXIT_PREFLIGHT. RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR
-    and MASTER_PORT are in the environment."""
+    """Checks this rank; 0 or EXIT_PREFLIGHT. Reads RANK, LOCAL_RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT from the environment."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="where the run will write")
     parser.add_argument(
@@ -74,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     )
     names = options.nodes.split(",")
-    # block distribution, as many ranks on each
+    # Block distribution, with equally many ranks per node.
     nodes = [names[each * len(names) // size] for each in range(size)]
     problems = 0
 
     def check(what: str, function: Callable[[], str], seconds: float = LOCAL_SECONDS) -> str | None:
-        """What a check says, None where it failed."""
+        """What a check reports; None where it failed."""
         nonlocal problems
         try:
             return within(seconds, what, function)
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             problems += 1
             return None
 
-    said = [
+    reports = [
         check("GPU", lambda: check_gpu(local_rank)),
         check("output_dir", lambda: check_disk(options.output_dir, options.min_free_gb)),
     ]
@@ -104,15 +105,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rendezvous", lambda: meeting.meet(options.seconds), options.seconds + LOCAL_SECONDS + 15
     )
     if met is not None:
-        said.append(met)
-        said.append(check("shared output_dir", meeting.check_shared))
-        said.append(
+        reports.append(met)
+        reports.append(check("shared output_dir", meeting.check_shared))
+        reports.append(
             check("all-reduce", lambda: meeting.check_collectives(local_rank), 2 * LOCAL_SECONDS)
         )
     if not problems:
         print(
             f"preflight: rank {rank} on {nodes[rank]}: ok; "
-            f"{'; '.join(each for each in said if each)}",
+            f"{'; '.join(each for each in reports if each)}",
             flush=True,
         )
     meeting.part()
@@ -120,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def within(seconds: float, what: str, function: Callable[[], str]) -> str:
-    """What `function` gives; Bad if it raises, or takes longer (it is then left alone
-    in its thread)."""
+    """What `function` returns. Raises Bad if it raises, or if it takes longer: then its
+    thread stays behind."""
     result: list[str] = []
     failure: list[BaseException] = []
 
@@ -145,8 +146,8 @@ def within(seconds: float, what: str, function: Callable[[], str]) -> str:
 
 
 def check_gpu(local_rank: int) -> str:
-    """GPU `local_rank` is there and empty. Where SLURM gave none, there is nothing to
-    look at."""
+    """GPU `local_rank` exists and is empty. Where SLURM gave no GPU, nothing is
+    checked."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("SLURM_GPUS_ON_NODE")
     if not torch.cuda.is_available():
         if given:
@@ -168,8 +169,7 @@ def check_gpu(local_rank: int) -> str:
 
 
 def check_disk(directory: Path, min_free_gb: float) -> str:
-    """A mebibyte can be written to `directory`, flushed and read back, and there is
-    space for more."""
+    """`directory` takes a mebibyte and gives it back, and has space for more."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".preflight-") as probe:
@@ -178,7 +178,7 @@ def check_disk(directory: Path, min_free_gb: float) -> str:
             probe.flush()
             os.fsync(probe.fileno())
             if Path(probe.name).read_bytes() != content:
-                raise Bad(f"{directory} gives back other bytes than were written")
+                raise Bad(f"{directory} returns other bytes than were written")
     except OSError as error:
         raise Bad(f"cannot write to {directory}: {error.strerror}") from None
     free = shutil.disk_usage(directory).free / 1e9
@@ -196,15 +196,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "missing"
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
     found["dsvae's code"] = digest.hexdigest()[:12]
     return found
 
 
 def odd_ones(found: list[dict[str, str]], nodes: list[str]) -> list[str]:
-    """`node<tab>what differs` for every node whose versions are not those of most
-    ranks."""
+    """`node<tab>what differs` for every node that differs from most ranks."""
     lines = []
     for name in found[0]:
         most = Counter(each[name] for each in found).most_common(1)[0][0]
@@ -219,7 +218,7 @@ def odd_ones(found: list[dict[str, str]], nodes: list[str]) -> list[str]:
 
 
 class Meeting:
-    """The ranks of a job, found at a store on rank 0."""
+    """The ranks of a job, which meet at a store on rank 0."""
 
     def __init__(self, rank: int, nodes: list[str], directory: Path) -> None:
         self.rank, self.size, self.nodes = rank, len(nodes), nodes
@@ -227,7 +226,7 @@ class Meeting:
         self.store: dist.TCPStore | None = None
 
     def meet(self, seconds: float) -> str:
-        """All ranks arrive, and have the same versions. Rank 0 says who did not."""
+        """All ranks arrive and have the same versions. Rank 0 names those that do not."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             self.store = dist.TCPStore(
@@ -268,12 +267,12 @@ class Meeting:
                 self.nodes,
             )
         if not lines:
-            # Written before the others are told to look for it.
+            # Written before the others look for it.
             token = str(os.getpid())
             try:
                 self.file.write_text(token)
             except OSError:
-                token = ""  # check_disk has said so
+                token = ""  # check_disk has reported it
             self.store.set("token", token)
         self.store.set("go", "0" if lines else "1")
         if lines:
@@ -281,8 +280,8 @@ class Meeting:
         return f"met {self.size - 1} other rank(s)"
 
     def check_shared(self) -> str:
-        """The file that rank 0 wrote is seen here; a network file system may need some
-        seconds."""
+        """This rank sees the file that rank 0 wrote, within the seconds that a network
+        file system may need."""
         assert self.store is not None
         token = self.store.get("token").decode()
         if not token:
@@ -298,8 +297,8 @@ class Meeting:
         )
 
     def check_collectives(self, local_rank: int) -> str:
-        """Each rank sends its number to each, and an all-reduce gives the sum that it
-        must give; its bandwidth."""
+        """Each rank sends its number to each, and an all-reduce gives the right sum;
+        reports its bandwidth."""
         assert self.store is not None
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -348,7 +347,7 @@ class Meeting:
         )
 
     def part(self) -> None:
-        """Rank 0, whose store the others need, leaves last."""
+        """Rank 0 leaves last, because the others need its store."""
         if self.store is None:
             return
         with contextlib.suppress(dist.DistError, OSError, RuntimeError):
@@ -370,6 +369,6 @@ def _first_line(error: BaseException) -> str:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    # a check that hangs in its thread, or a group that waits for a lost rank, does not
-    # hold the process
+    # A check that hangs in its thread, or a group that waits for a lost rank, must not
+    # hold the process.
     os._exit(code)

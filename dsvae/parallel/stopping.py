@@ -1,5 +1,5 @@
-"""Signals: a run that is told to stop leaves between two optimizer steps, on all ranks
-together, with everything saved."""
+"""Signals: after one, all ranks leave together between two optimizer steps, with
+everything saved."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from dsvae.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, RunStopped
 from dsvae.parallel.world import World
 
-# Ordered: where ranks got different ones, the last of them counts for all (launchers
-# answer Ctrl-C with a SIGTERM of their own).
+# In rising order: where ranks got different signals, the last one here counts for all.
+# (Launchers answer Ctrl-C with a SIGTERM.)
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 class Stopping:
     """Listens for SIGTERM, SIGUSR1 and SIGINT (Ctrl-C).
 
-    Inside `between_steps` a signal is only noted, and the loop asks `agreed` after
-    every step. Anywhere else there is nothing to save that is not saved already, and
-    `RunStopped` is raised at once. A second Ctrl-C never waits.
+    Inside `between_steps` a signal is only noted, and the loop asks `agreed` after every
+    step. Anywhere else everything is saved already, and `RunStopped` is raised at once.
+    A second Ctrl-C never waits.
     """
 
     def __init__(self) -> None:
@@ -31,13 +31,13 @@ class Stopping:
         self._deferred = False
 
     def install(self) -> None:
-        """Starts listening. Main thread only; a process of one run does it once."""
+        """Starts listening. Main thread only."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Signals wait for `agreed` meanwhile."""
+        """In this block signals wait for `agreed`."""
         self._deferred = True
         try:
             yield
@@ -45,14 +45,14 @@ class Stopping:
             self._deferred = False
 
     def agreed(self, world: World) -> RunStopped | None:
-        """What all ranks raise once they have saved, if any of them was told to stop.
+        """What all ranks raise once they have saved, if any of them got a signal.
         Collective."""
         place = int(world.max(torch.tensor(self._place, device=world.device)))
         return _stopped(SIGNALS[place - 1], "saved") if place else None
 
     @property
     def pending(self) -> RunStopped | None:
-        """What this rank raises at once, if it was told to stop."""
+        """What this rank would raise at once, if it got a signal."""
         return _stopped(SIGNALS[self._place - 1], "left at once") if self._place else None
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
@@ -65,4 +65,4 @@ class Stopping:
 
 def _stopped(number: signal.Signals, how: str) -> RunStopped:
     code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_RESUMABLE
-    return RunStopped(code, f"{number.name}: {how}; the same command goes on")
+    return RunStopped(code, f"{number.name}: {how}; the same command continues")

@@ -1,12 +1,11 @@
-"""Which rank no longer answers: the others would wait for it until the time-out of the
-process group, without its name.
+"""Which rank no longer answers. Without it, the others would wait for that rank until the
+time-out of the process group, and never learn its name.
 
-Every rank tells the others through a store of their own, from a thread, that it lives
-and how long ago its main thread last got anywhere. A rank that has waited for `timeout`
-looks who is to blame: a process that tells nothing any more (killed, stopped, its node
-gone), or one that lives but whose main thread neither gets anywhere nor waits for
-others. One that leaves before the others says so, and those that wait for it need no
-time limit: patience is for ranks that are slow, not for those that have gone.
+Every rank tells the others through a store, from a thread, that it lives and how long
+ago its main thread last made progress. A rank that has waited for `timeout` looks for
+the cause: a process that says nothing any more (killed, stopped, its node gone), or one
+that lives but whose main thread neither makes progress nor waits for others. A rank
+that leaves before the others says so with its exit code.
 """
 
 from __future__ import annotations
@@ -31,25 +30,32 @@ _COLLECTIVE = ("torch.distributed.", "deepspeed.")
 """Packages whose code a thread is in while it waits for other ranks. Names of modules:
 a path can lead through a folder of any name."""
 _STORE_ANSWERS = 5.0
-"""Seconds within which the store gives an answer while rank 0 lives."""
+"""Seconds within which the store answers while rank 0 lives."""
 _DEVICE_ANSWERS = 1.0
-"""Seconds within which an idle device says that it is."""
+"""Seconds within which an idle device says that it is idle."""
+_SILENCE = 4
+"""Intervals without a word after which a rank is gone."""
 _LEFT = "left"
-"""The key in the store that is there once a rank has left before the others."""
+"""The key in the store that is set once a rank has left before the others."""
 _ADVICE = {
     EXIT_USER_ERROR: "that rank's own line says what to change",
     EXIT_DEFECT: "that rank's stack says why",
 }
-"""What to do after a rank has left with a code, where repeating would be no help."""
+"""What to do after a rank has left with a code, where repeating would not help."""
+
+Verdict = tuple[str, int]
+"""A line that names a rank, and the exit code that fits."""
+Heard = dict[int, tuple[int, float]]
+"""Rank -> its last count, and when this rank first read it."""
 
 
 class Watchdog:
-    """Of one rank among `size`, which all make one at the same time.
+    """The watchdog of one rank among `size`, which all make one at the same time.
 
     Args:
-        store: its own connection, used by nothing else.
-        timeout: seconds that the main thread may go without `heartbeat` while it neither
-            waits for others nor is `suspend_hang_detection`.
+        store: a connection that nothing else uses.
+        timeout: seconds that the main thread may go without `heartbeat`, outside of
+            `waiting` and `suspend_hang_detection`.
         synchronize: returns once the device of this rank has nothing left to do; None
             where operations block the host itself.
     """
@@ -72,24 +78,23 @@ class Watchdog:
         self._count = 0
         self._exit_code: int | None = None
         self._complaint: str | None = None
-        self._heard: dict[int, tuple[int, float]] = {}
         self._lost: list[int] = []
         self._leaving = False
         self._closed = threading.Event()
         self._store.set_timeout(timedelta(seconds=_STORE_ANSWERS))
-        self._lock = threading.Lock()  # one question at a time: both threads ask
+        self._lock = threading.Lock()  # both threads ask, one at a time
         self._asking: threading.Thread | None = None
         self._thread = threading.Thread(target=self._watch, name="dsvae-watchdog", daemon=True)
-        self._tell()  # at once: a rank that dies early has said something, too
+        self._tell()  # at once, so that a rank that dies early has said something
         self._thread.start()
 
     def heartbeat(self, where: str) -> None:
-        """The main thread gets on: `where` it is now."""
+        """The main thread makes progress; `where` says what it does now."""
         self._seen = (time.monotonic(), where)
 
     @contextmanager
     def suspend_hang_detection(self) -> Iterator[None]:
-        """Hang detection is suspended in this block: one rank works while the others
+        """Hang detection is off in this block, where one rank works while the others
         wait."""
         self._patient += 1
         try:
@@ -100,8 +105,7 @@ class Watchdog:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """In here the main thread waits for the other ranks, wherever the host stands
-        meanwhile."""
+        """In this block the main thread waits for the other ranks."""
         self._waiting += 1
         try:
             yield
@@ -109,8 +113,8 @@ class Watchdog:
             self._waiting -= 1
 
     def close(self, code: int | None = None) -> None:
-        """Ends the thread. With an exit code: this rank leaves before the others, which
-        are told why."""
+        """Ends the thread. With an exit code, this rank leaves before the others, and they
+        learn the code."""
         self._closed.set()
         self._thread.join()
         if code is not None:
@@ -121,15 +125,15 @@ class Watchdog:
                 self._linger()
 
     def _linger(self) -> None:
-        """Until the others are leaving too, or have had the time to see why: the store
-        goes with this process."""
+        """Waits until the others are leaving too, or had the time to read the exit code:
+        the store ends with this process."""
         first: list[dict[str, Any]] | None = None
         for attempt in range(16):
             said = self._others()
             if said is None:
                 return
             first = first or said
-            late = attempt >= 6  # who has told nothing since is not on its way
+            late = attempt >= 6  # a rank that has said nothing since is not leaving
             if all(
                 state["leaving"]
                 or rank in self._lost
@@ -156,74 +160,67 @@ class Watchdog:
                 return True
         return False
 
-    def lost(self) -> tuple[str, int] | None:
-        """Who is gone, after an operation with the others has failed: a line, and the
-        exit code that fits; None if nobody.
+    def lost(self) -> Verdict | None:
+        """Which rank is gone, after an operation with the others has failed; None if none
+        is.
 
-        Takes a few seconds: whoever says nothing during them is gone.
+        Takes a few seconds: a rank that says nothing during them is gone.
         """
-        said = self._others()
-        found = (said and self._with_code(said)) or self._gone(*self._two_readings())
+        heard: Heard = {}
+        verdict = None
+        for _ in range(_SILENCE + 1):
+            if verdict := self._left() or self._silent(heard, patient=False):
+                break
+            self._closed.wait(self._interval)
+            self._tell()  # whoever lives says something meanwhile, this rank too
         if self._leaving:
-            self._thread.join()  # has told why, and ends the process
-        return found
+            self._thread.join()  # has said why, and ends the process
+        return verdict
 
     # The thread.
 
     def _watch(self) -> None:
         # where the main thread was when it waited for a rank that has left
         doomed: tuple[float, str] | None = None
+        heard: Heard = {}
+        since = 0.0  # when `heard` began
         while not self._closed.wait(self._interval):
             self._tell()
-            found: tuple[str, int] | None
-            seen, waits = self._seen, self._waits()
+            seen, waits, patient = self._seen, self._waits(), bool(self._patient)
             age = time.monotonic() - seen[0]
-            if waits and age >= 2 * self._interval and (found := self._left()):
-                # Not at once: an operation with a rank that has left just behind it
-                # still ends.
+            if waits and age >= 2 * self._interval and (verdict := self._left()):
+                # Not at once: an operation that the other rank has left behind it still
+                # ends.
                 if doomed is seen and not self._closed.is_set() and self._waits():
-                    self._leave(*found)
+                    self._leave(*verdict)
                 doomed = seen
                 continue
             doomed = None
-            if self._patient and waits:
-                if (found := self._silent()) and not self._closed.is_set():
-                    self._leave(*found)
+            if not (waits if patient else age >= self._timeout):
+                heard.clear()
                 continue
-            self._heard.clear()
-            if self._patient or age < self._timeout:
-                continue
-            # it is this rank itself, whatever becomes of the others, which first shall
-            # see it hang
-            if not waits:
-                for _ in range(8):
-                    self._closed.wait(self._interval)
-                    self._tell()
-                age = time.monotonic() - self._seen[0]
-                found = (
-                    f"rank {self._rank} (on {socket.gethostname()}) has hung for {age:.0f} s "
-                    f"({self._seen[1]})",
-                    EXIT_RANK_LOST,
-                )
+            if waits:
+                since = since if heard else time.monotonic()
+                verdict = self._silent(heard, patient)
+                # once it is known that all live
+                if not patient and time.monotonic() - since >= _SILENCE * self._interval:
+                    verdict = verdict or self._stuck()
             else:
-                before, now = self._two_readings()
-                found = self._gone(before, now) or (None if now is None else self._stuck(now))
-            # A rank that got on meanwhile, or is leaving, says nothing.
-            if (
-                found
-                and not self._closed.is_set()
-                and time.monotonic() - self._seen[0] >= self._timeout
-            ):
-                self._leave(*found)
+                verdict = self._hangs()
+            # A rank that made progress meanwhile, or is leaving, says nothing.
+            late = patient or time.monotonic() - self._seen[0] >= self._timeout
+            if verdict and late and not self._closed.is_set():
+                self._leave(*verdict)
 
-    def _two_readings(self) -> tuple[list[dict[str, Any]] | None, list[dict[str, Any]] | None]:
-        """What the ranks said last, twice; whoever lives says something in between,
-        this rank too."""
-        before = self._others()
-        for _ in range(4 if before is not None else 0):
+    def _hangs(self) -> Verdict:
+        """This rank itself, whatever becomes of the others, which get the time to see it
+        first."""
+        for _ in range(2 * _SILENCE):
             self._closed.wait(self._interval)
             self._tell()
-        return before, self._others()
+        age, where = time.monotonic() - self._seen[0], self._seen[1]
+        name = f"rank {self._rank} (on {socket.gethostname()})"
+        return f"{name} has hung for {age:.0f} s ({where})", EXIT_RANK_LOST
 
     def _tell(self) -> None:
         self._count += 1
@@ -242,15 +239,15 @@ class Watchdog:
         self._ask(lambda: self._store.set(str(self._rank), json.dumps(state)))
 
     def _others(self) -> list[dict[str, Any]] | None:
-        """What every rank said last; None if rank 0, where the store lives, gives no
+        """What every rank said last; None if rank 0, where the store lives, does not
         answer."""
         said = self._ask(lambda: self._store.multi_get([str(rank) for rank in range(self._size)]))
         return None if said is None else [json.loads(text) for text in said]
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """The store's answer; None if it gives none in time.
+        """The store's answer; None if there is none in time.
 
-        In a thread of its own: while the process of rank 0 stands still, the store's
+        A separate thread asks: while the process of rank 0 stands still, the store's
         client waits without any time-out.
         """
         answer: list[Any] = []
@@ -280,12 +277,12 @@ class Watchdog:
         return self._device_waits()
 
     def _device_waits(self) -> bool:
-        """Whether the device has been busy for as long as this rank got nowhere.
+        """Whether the device has been busy for as long as this rank made no progress.
 
         Operations on a GPU are only queued: the host goes on, and stands still in
         whatever line needs a result first. No kernel of a model computes for `timeout`
-        seconds; what is under way that long waits for other ranks, and a rank that
-        hangs by itself leaves its device idle.
+        seconds: one that runs that long waits for other ranks. A rank that hangs by
+        itself leaves its device idle.
         """
         if self._synchronize is None or time.monotonic() - self._seen[0] < self._timeout:
             return False
@@ -302,65 +299,46 @@ class Watchdog:
             if self._synchronize is not None:
                 self._synchronize()
 
-    def _gone(
-        self, before: list[dict[str, Any]] | None, now: list[dict[str, Any]] | None
-    ) -> tuple[str, int] | None:
-        """Ranks that have left, or said nothing between two readings."""
-        if before is None or now is None:
-            return _silence("rank 0")
-        if found := self._with_code(now):
-            return found
-        silent = [
-            rank
-            for rank in range(self._size)
-            if rank != self._rank and now[rank]["count"] == before[rank]["count"]
-        ]
-        self._lost = silent
-        if not silent:
-            return None
-        return _silence(_name(silent, now), now[silent[0]]["where"])
-
-    def _with_code(self, now: list[dict[str, Any]]) -> tuple[str, int] | None:
-        """Ranks that have left and said so. What ended the first of them ends the job:
-        its code goes on."""
-        for rank, state in enumerate(now):
-            if state["code"] is not None and rank != self._rank:
-                return (
-                    f"rank {rank} (on {state['host']}) left with exit code {state['code']}",
-                    state["code"],
-                )
-        return None
-
-    def _left(self) -> tuple[str, int] | None:
-        """The same; asks for one key only, as it is asked often."""
+    def _left(self) -> Verdict | None:
+        """A rank that has left and said so. The code of the first one becomes that of the
+        job. Asks for one key only where nobody has left."""
         if not self._ask(lambda: self._store.check([_LEFT])):
             return None
-        now = self._others()
-        return None if now is None else self._with_code(now)
+        for rank, state in enumerate(self._others() or []):
+            if state["code"] is not None and rank != self._rank:
+                name = f"rank {rank} (on {state['host']})"
+                return f"{name} left with exit code {state['code']}", state["code"]
+        return None
 
-    def _silent(self) -> tuple[str, int] | None:
-        """Ranks that have said nothing since `timeout`; asked while this rank waits in
-        patience, where time alone is no sign.
+    def _silent(self, heard: Heard, patient: bool) -> Verdict | None:
+        """Ranks that have said nothing new for a while, which is `timeout` in patience:
+        what takes long there may keep the threads of a process from running.
 
-        Longer than between two readings: what takes long may keep the other process's
-        threads from running for a while.
+        Args:
+            heard: of the calls before; empty at the first one.
         """
+        limit = self._timeout if patient else _SILENCE * self._interval
         now, moment = self._others(), time.monotonic()
         if now is None:
-            since = self._heard.setdefault(0, (-1, moment))[1]
-            return _silence("rank 0") if moment - since >= self._timeout else None
+            since = heard.setdefault(0, (-1, moment))[1]
+            return None if patient and moment - since < limit else _silence("rank 0")
         for rank, state in enumerate(now):
-            if self._heard.get(rank, (-1, 0.0))[0] != state["count"]:
-                self._heard[rank] = (state["count"], moment)
-        silent = [
+            if heard.get(rank, (-1, 0.0))[0] != state["count"]:
+                heard[rank] = (state["count"], moment)
+        self._lost = [
             rank
-            for rank, (_, since) in self._heard.items()
-            if moment - since >= self._timeout and rank != self._rank
+            for rank, (_, since) in sorted(heard.items())
+            if rank != self._rank and moment - since >= limit
         ]
-        return _silence(_name(sorted(silent), now), now[min(silent)]["where"]) if silent else None
+        if not self._lost:
+            return None
+        return _silence(_name(self._lost, now), now[self._lost[0]]["where"])
 
-    def _stuck(self, now: list[dict[str, Any]]) -> tuple[str, int] | None:
+    def _stuck(self) -> Verdict | None:
         """Ranks that live but hang; None while any rank still works."""
+        now = self._others()
+        if now is None:
+            return None
         working = [rank for rank, state in enumerate(now) if not state["waits"]]
         if any(now[rank]["patient"] or now[rank]["age"] < self._timeout for rank in working):
             return None
@@ -385,18 +363,19 @@ class Watchdog:
                 flush=True,
             )
         if self._rank == 0:
-            time.sleep(4 * self._interval)  # the store lives here, and the others are reading
+            # The store lives here, and the others are reading.
+            time.sleep(_SILENCE * self._interval)
         os._exit(code)
 
 
 def advice(code: int) -> str:
     """What to do where another rank has left with a code, or is lost."""
     return _ADVICE.get(
-        code, "repeat the command: a training run goes on from the last complete checkpoint"
+        code, "repeat the command: a training run continues from the last complete checkpoint"
     )
 
 
-def _silence(who: str, where: str | None = None) -> tuple[str, int]:
+def _silence(who: str, where: str | None = None) -> Verdict:
     return f"{who} no longer answers" + (f" (last seen: {where})" if where else ""), EXIT_RANK_LOST
 
 

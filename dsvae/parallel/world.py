@@ -1,5 +1,5 @@
-"""The processes of a run: start, rank, and the few collective operations that the run
-needs."""
+"""The processes of a run: how they meet, their ranks, and the few collective operations
+that the run needs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from dsvae.parallel.watchdog import Watchdog, advice
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=24)
-"""Longest that a collective operation waits for the other ranks: rank 0 tokenizes large
-corpora meanwhile. Hangs are the watchdog's matter, which knows the one from the
-other."""
+"""Longest that a collective operation waits for the other ranks.
+
+No shorter one would do: rank 0 alone tokenizes a corpus, downloads a model, verifies
+checkpoints and writes exports, on a disk that may be slow, while the others wait in a
+collective operation. The watchdog tells such work from a hang."""
 HANG_TIMEOUT = 600.0
 """Seconds, where nothing else is configured."""
 
@@ -41,8 +43,8 @@ class World:
     watchdog: Watchdog | None = None
     """None in a run of one process."""
     lent: Mapping[str, str | None] = field(default_factory=dict)
-    """Variables that `join` has put into the environment, with their values before;
-    None: it was not set."""
+    """Variables that `join` has put into the environment, with the values they had
+    before; None: it was not set."""
 
     @property
     def is_main(self) -> bool:
@@ -78,29 +80,29 @@ class World:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Around an operation with the other ranks, which has ended behind it: on GPUs
-        it would only be queued."""
+        """Around an operation with the other ranks. It has ended behind the block; on GPUs
+        it would otherwise only be queued."""
         with self.watchdog.waiting() if self.watchdog is not None else nullcontext():
             yield
             if self.device.type != "cpu":
                 torch.accelerator.synchronize(self.device)
 
     def heartbeat(self, where: str) -> None:
-        """Tells the watchdog that this rank gets on."""
+        """Tells the watchdog that this rank makes progress."""
         if self.watchdog is not None:
             self.watchdog.heartbeat(where)
 
     def suspend_hang_detection(self) -> AbstractContextManager[None]:
-        """Hang detection is suspended in this block."""
+        """Hang detection is off in this block."""
         return (
             self.watchdog.suspend_hang_detection() if self.watchdog is not None else nullcontext()
         )
 
     def run_on_rank0(self, function: Callable[[], T]) -> T:
-        """Runs `function` on rank 0 and gives its (picklable) result to all ranks.
+        """Runs `function` on rank 0 and returns its (picklable) result on all ranks.
 
-        A `UserError`, `RunStopped` or `OSError` is raised on every rank: all leave
-        together, and none waits for a rank that has gone.
+        A `UserError`, `RunStopped` or `OSError` is raised on every rank, so that all
+        leave together, and none waits for a rank that has gone.
         """
         box: list = [None, None]
         if self.is_main:
@@ -117,11 +119,11 @@ class World:
         return box[0]
 
     def run_on_all(self, function: Callable[[], T]) -> T:
-        """Runs `function`, which must not be collective, on every rank; its result
-        stays where it was made.
+        """Runs `function`, which must not be collective, on every rank and returns this
+        rank's result.
 
-        A `UserError` of any rank is raised on every rank, with the number of a rank
-        that had it where not all had.
+        A `UserError` of any rank is raised on every rank. Where not all ranks had it, it
+        begins with the number of the first one that had.
         """
         result: list[T] = []
         problem: str | None = None
@@ -141,13 +143,17 @@ class World:
 
 
 def join(hang_timeout: float = HANG_TIMEOUT) -> World:
-    """Joins the processes that the launcher started: deepspeed, torchrun or srun (RANK,
-    LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment), or a run of
-    one process where RANK is not set. That one has these variables from here to `leave`.
+    """Joins the processes that deepspeed, torchrun or srun started, with RANK, LOCAL_RANK,
+    WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment. Where RANK is not set, the
+    run has one process, and these variables are set from here to `leave`.
 
     Args:
-        hang_timeout: seconds after which a rank that gets nowhere is given up, and the
-            others leave with its number.
+        hang_timeout: seconds after which a rank that makes no progress is given up, and
+            the others leave and name it.
+
+    Raises:
+        UserError: the variables or the port cannot be used.
+        RunStopped: not all ranks came in time, or this one has no GPU.
     """
     lent = {} if "RANK" in os.environ else _lend_environment()
     try:
@@ -168,10 +174,12 @@ def _join_as(hang_timeout: float, lent: dict[str, str | None]) -> World:
         ) from None
     device = _device(local_rank)
     synchronize = None if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
+    # A run of one process meets nobody, but a port that is taken ends it here in one line.
+    store = _meet(hang_timeout) if size > 1 or not dist.is_initialized() else None
     watchdog = (
-        Watchdog(_meet(hang_timeout), rank, size, hang_timeout, synchronize) if size > 1 else None
+        Watchdog(store, rank, size, hang_timeout, synchronize) if store and size > 1 else None
     )
-    # From here on the others notice if this rank leaves.
+    # From here on the others learn it if this rank leaves.
     if device.type != "cpu":
         if local_rank >= (count := torch.accelerator.device_count()):
             if watchdog is not None:
@@ -188,7 +196,7 @@ def _join_as(hang_timeout: float, lent: dict[str, str | None]) -> World:
 
 
 def leave(world: World, group: bool = True) -> None:
-    """Undoes `join`; with `group` leaves the process group, too. All ranks together."""
+    """Undoes `join`, and with `group` leaves the process group too. Collective."""
     if world.watchdog is not None:
         world.watchdog.close()
     if group:
@@ -198,11 +206,11 @@ def leave(world: World, group: bool = True) -> None:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """`join` before and `leave` after a block that all ranks run. A process group that
-    the caller has made is used and kept.
+    """`join` before and `leave` after a block that all ranks run. If the caller has made
+    a process group, it is used and kept.
 
-    If this rank alone meets an error, the others leave at once, with its exit code and
-    a line that names this rank.
+    If only this rank meets an error, the others leave at once, with its exit code and a
+    line that names this rank.
 
     Raises:
         RunStopped: an operation with the other ranks failed, because one of them has
@@ -226,17 +234,17 @@ def joined() -> Iterator[World]:
 
 
 def shared(error: Any) -> Any:
-    """Says of an error that every rank raises it, and rank 0 alone prints it."""
+    """Marks an error that every rank raises, so that only rank 0 prints it."""
     error.shared = True
     return error
 
 
 def may_come_from_another_rank(error: BaseException) -> bool:
-    """Whether an error comes out of an operation with the other ranks. One of them may
-    be its cause, which is never so where this rank's own computation has failed."""
+    """Whether an error comes out of an operation with the other ranks, so that one of
+    them may be its cause. An error of this rank's own computation never is."""
     if isinstance(error, dist.DistError):
         return True
-    # gloo has no type of its own; nor has the CPU's lack of memory
+    # Errors of gloo and a lack of memory on CPU are plain RuntimeErrors.
     own = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
     if not isinstance(error, RuntimeError) or own:
         return False
@@ -245,8 +253,8 @@ def may_come_from_another_rank(error: BaseException) -> bool:
 
 
 def _device(local_rank: int) -> torch.device:
-    """The device of this rank; `DS_ACCELERATOR=cpu` keeps it off a GPU that is there, as
-    it does DeepSpeed."""
+    """The device of this rank. `DS_ACCELERATOR=cpu` keeps it off the GPUs, as it does
+    DeepSpeed."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
@@ -254,27 +262,31 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _meet(hang_timeout: float) -> dist.Store:
-    """Waits until every rank has come; a connection to the store over which they met.
+    """Waits until every rank has come; a connection to the store where they met.
 
-    With a time limit of its own: a rank that died on its way here leaves nothing behind
-    that the others could notice.
+    The wait has a time limit: a rank that died on its way here leaves nothing behind that
+    the others could notice.
     """
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=hang_timeout)))
     except RuntimeError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         reason = str(error).strip().splitlines()[0]
+        if "EADDRINUSE" in reason:
+            raise UserError(
+                f"port {port} of {address}, where the ranks would meet, is already in use: choose "
+                f"another one (--master_port of the launcher, or MASTER_PORT)"
+            ) from None
         raise RunStopped(
             EXIT_RANK_LOST,
             f"error: rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} ranks did not "
-            f"meet at {where} "
-            f"within {hang_timeout:g} s ({reason})",
+            f"meet at {address}:{port} within {hang_timeout:g} s ({reason})",
         ) from None
     return dist.PrefixStore("dsvae", store)
 
 
 def _lend_environment() -> dict[str, str | None]:
-    """Sets the variables of a run of one process, which DeepSpeed reads; what they were
+    """Sets the variables of a run of one process, which DeepSpeed reads; their values
     before."""
     alone = {
         "RANK": "0",

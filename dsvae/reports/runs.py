@@ -20,6 +20,7 @@ from dsvae.config import RESUMABLE, RunConfig, flatten, to_tree
 from dsvae.engine import checkpoint
 from dsvae.errors import UserError
 from dsvae.metrics import catalog
+from dsvae.run_directory import RunDirectory
 
 # Settings that do not affect what a run learns. ds_config is a path, whose content is
 # compared instead.
@@ -59,6 +60,11 @@ class Run:
     """The warnings of the evaluation, one line each."""
     problems: list[str] = field(default_factory=list)
     """What could not be read, one line each."""
+
+    @property
+    def paths(self) -> RunDirectory:
+        """The files in the directory."""
+        return RunDirectory(self.directory)
 
     def source(self) -> str | None:
         """What decides the sentences of `split` besides the text files; None if nothing
@@ -122,9 +128,9 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a directory belongs to a run. A run that ended before it wrote anything has
-    left its lock."""
-    return any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl", ".lock"))
+    """Whether a run has claimed a directory; one that ended before it wrote anything
+    has left its lock."""
+    return RunDirectory(directory).is_claimed()
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
@@ -141,8 +147,8 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 def _read(directory: Path, name: str) -> Run:
     run = Run(directory, name)
     _read_settings(run)
-    run.tokenizer = _tokenizer(directory / "tokenizer")
-    rows = _Rows(directory / "metrics.jsonl", run.problems)
+    run.tokenizer = _tokenizer(run.paths.tokenizer)
+    rows = _Rows(run.paths.metrics_jsonl, run.problems)
     done = _done(run, rows)
     final = _final(run)
     if final is not None:
@@ -152,20 +158,20 @@ def _read(directory: Path, name: str) -> Run:
     if rows.valid is not None:
         run.split, run.step, run.phase = "valid", rows.valid["step"], rows.valid["phase"]
         _take(run, rows.valid)
-    if (directory / "metrics.json").exists():
+    if run.paths.metrics.exists():
         return run
     if run.config is None:
         if not run.problems and not rows.steps and not done:
             run.state = "not started"
-        elif not (directory / "config.yaml").exists():
+        elif not run.paths.config.exists():
             run.problems.append("no config.yaml in it")
         return run
-    run.state = _state(run.config, directory, done)
+    run.state = _state(run.config, run.paths, done)
     return run
 
 
 def _read_settings(run: Run) -> None:
-    path = run.directory / "config.yaml"
+    path = run.paths.config
     if not path.exists():
         return
     try:
@@ -179,7 +185,7 @@ def _read_settings(run: Run) -> None:
         for name, value in flatten(to_tree(run.config)).items()
         if name not in _NO_SETTINGS and value != {} and not name.startswith(unused)
     }
-    path = run.directory / "ds_config.json"
+    path = run.paths.ds_config
     if path.exists():
         try:
             run.settings |= flatten(json.loads(path.read_bytes()), "ds_config.")
@@ -238,8 +244,8 @@ class _Rows:
 
 
 def _final(run: Run) -> dict[str, Any] | None:
-    """The final evaluation; None if there is none or if it cannot be read."""
-    path = run.directory / "metrics.json"
+    """The final evaluation, None where there is none or where it cannot be read."""
+    path = run.paths.metrics
     if not path.exists():
         return None
     try:
@@ -279,7 +285,7 @@ def _done(run: Run, rows: _Rows) -> dict[int, int]:
     done = dict(rows.steps)
     if 2 in done:
         done[2] -= _before_phase2(run, rows)
-    for saved in checkpoint.find(run.directory / "checkpoints"):
+    for saved in checkpoint.find(run.paths.checkpoints):
         done[saved.phase] = max(saved.step, done.get(saved.phase, 0))
     return done
 
@@ -289,16 +295,16 @@ def _before_phase2(run: Run, rows: _Rows) -> int:
     if run.config is None:
         return rows.steps.get(1, 0)
     steps = run.config.phase1.steps
-    # An earlier phase 1 has left rows or weights, here or in the run that this one
-    # continues.
-    places = (run.directory, Path(run.config.resume))
-    before = 1 in rows.steps or any((place / "phase1" / "model").is_dir() for place in places)
+    # A phase 1 that came before leaves rows or weights, here or in the run that this
+    # one went on from.
+    places = (run.paths, RunDirectory(run.config.resume))
+    before = 1 in rows.steps or any(place.phase1_model.is_dir() for place in places)
     return steps if before or rows.steps[2] > run.config.phase2.steps else 0
 
 
-def _state(config: RunConfig, directory: Path, done: dict[int, int]) -> str:
-    """The progress of a run without a final evaluation."""
-    between = (directory / "phase1" / "model").is_dir()
+def _state(config: RunConfig, paths: RunDirectory, done: dict[int, int]) -> str:
+    """How far a run has come whose final evaluation is not there."""
+    between = paths.phase1_model.is_dir()
     if config.phase == "1" and between:
         return "finished (phase 1 only)"
     if config.phase != "1" and (2 in done or between):

@@ -20,6 +20,7 @@ from dsvae.config import RunConfig, flatten, to_tree
 from dsvae.files import finite, write_text
 from dsvae.metrics import catalog
 from dsvae.metrics.throughput import peak_flops
+from dsvae.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +30,8 @@ class Reporter:
     """Writes to `output_dir` as rank 0; elsewhere every method does nothing."""
 
     def __init__(self, config: RunConfig, enabled: bool) -> None:
-        self.enabled, self.config, self.directory = enabled, config, Path(config.output_dir)
+        self.enabled, self.config = enabled, config
+        self.directory = RunDirectory(config.output_dir)
         self._bar: tqdm | None = None
         self._writer: SummaryWriter | None = None
         self._jsonl: TextIO | None = None
@@ -41,14 +43,14 @@ class Reporter:
         there on is dropped, so that no step comes twice."""
         if not self.enabled:
             return
-        path = self.directory / "metrics.jsonl"
+        path = self.directory.metrics_jsonl
         self._kl_per_dim = [
             (row["step"], row["kl_per_dim"])
             for row in _truncate_jsonl(path, first_step)
             if row["split"] == "valid"
         ]
         self._jsonl = path.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=first_step)
+        self._writer = SummaryWriter(str(self.directory.tensorboard), purge_step=first_step)
         self._writer.add_custom_scalars(_layout(self.config.model.injection != "none"))
 
     def say(self, text: str) -> None:

@@ -197,7 +197,11 @@ class StandIn:
         path = directory / "python"
         path.write_text(STAND_IN.format(python=sys.executable))
         path.chmod(0o755)
-        self.variables = {"DSVAE_PYTHON": str(path), "STAND_IN_RECORDS": str(directory)}
+        self.variables = {
+            "DSVAE_PYTHON": str(path),
+            "DSVAE_HOST_PYTHON": sys.executable,
+            "STAND_IN_RECORDS": str(directory),
+        }
 
     def records(self, job: str) -> dict[tuple[int, int], dict]:
         found = {}

@@ -6,14 +6,15 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 from launch import ROOT
 
 from dsvae import config as configuration
+from dsvae.errors import UserError
 
 SCRIPTS = sorted(
     [
@@ -125,7 +126,7 @@ def test_more_tasks_than_gpus_is_refused(cluster, checkout, stand_in):
         **stand_in.variables,
     )
     assert cluster.wait(job)["ExitCode"] == "2:0"
-    assert "3 tasks a node, but 2 GPUs" in (checkout / f"dsvae-{job}.out").read_text()
+    assert "3 tasks per node, but 2 GPUs" in (checkout / f"dsvae-{job}.out").read_text()
     assert not stand_in.records(job)
 
 
@@ -312,6 +313,7 @@ def test_a_cancelled_job_is_not_requeued(cluster, checkout, stand_in, tmp_path):
         "runs/cancelled",
         cwd=checkout,
         DSVAE_PYTHON=str(stubborn),
+        DSVAE_HOST_PYTHON=sys.executable,
     )
     cluster.wait_for(tmp_path / "there", job)
     cluster.run("scancel", job)
@@ -493,57 +495,126 @@ def test_the_scripts_know_where_train_writes(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("seed: 1\n")
     Path("named.yaml").write_text('data:\n  cache_dir: z\noutput_dir: "runs/of the file"  \n')
-    script = f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; run_dir "{ROOT}" "$@"'
-    found = subprocess.run(
-        ["bash", "-uc", script, "_", *arguments], capture_output=True, text=True, check=True
-    ).stdout
-    assert found == configuration.read([*arguments, "--ds_config", "x.json"]).output_dir
+    expected = configuration.read([*arguments, "--ds_config", "x.json"]).output_dir
+    assert ask("output_dir", *arguments) == [expected]
+
+
+def ask(*words, code=0):
+    """What the scripts are told; with another code, the one line of the mistake."""
+    script = f'. "{ROOT}/slurm/lib.sh"; ask "$@"; printf "%s\\0" "${{ANSWER[@]}}"'
+    done = subprocess.run(
+        ["bash", "-uc", script, "_", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DSVAE_HOST_PYTHON": sys.executable},
+    )
+    assert done.returncode == code, done.stderr
+    if code:
+        assert done.stdout == ""
+        (line,) = done.stderr.splitlines()
+        return line
+    return done.stdout.split("\0")[:-1]
 
 
 @pytest.mark.parametrize(
     "value",
     [
         "runs/x  # where",
-        "runs/x #",
         "runs/x#1 # one",
-        "it's # 'there'",
         "'runs/x # 1'  # a 'quoted' word",
-        "'it''s'",
-        '"runs/x # 1" #"',
         '"a \\"b\\" \\\\ # c"   # "d"',
-        '"#1"',
-        "# the default",
-        "~",
-        "null  # the default",
         "'null'",
-        "",
     ],
 )
-def test_the_scripts_read_a_value_as_yaml_does(value, tmp_path, monkeypatch):
-    """Comments, quotes, nothing: against PyYAML."""
+def test_the_scripts_read_a_file_as_train_does(value, tmp_path, monkeypatch):
+    """Comments and quotes."""
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(f"output_dir: {value}\nseed: 1\n")
-    script = (
-        f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; run_dir "{ROOT}" --config mine.yaml'
-    )
-    found = subprocess.run(
-        ["bash", "-uc", script], capture_output=True, text=True, check=True
-    ).stdout
-    assert found == (yaml.safe_load(Path("mine.yaml").read_text())["output_dir"] or "runs/mine")
+    expected = configuration.read(["--config", "mine.yaml", "--ds_config", "x.json"]).output_dir
+    assert ask("output_dir", "--config", "mine.yaml") == [expected]
 
 
-def test_a_commented_ds_config_is_none(tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", ["", "~", "[a, b]"])
+def test_the_scripts_refuse_a_file_that_train_refuses(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    script = (
-        f'. "{ROOT}/slurm/site.sh"; . "{ROOT}/slurm/lib.sh"; complete_args CODE RUN --config '
-        f'mine.yaml; echo "${{ARGS[@]}}"'
+    Path("mine.yaml").write_text(f"output_dir: {value}\nseed: 1\n")
+    with pytest.raises(UserError) as refused:
+        configuration.read(["--config", "mine.yaml", "--ds_config", "x.json"])
+    said = ask("output_dir", "--config", "mine.yaml", code=2)
+    assert said == f"dsvae: error: {refused.value}"
+
+
+def test_a_mistake_in_a_command_line_is_found_before_a_job_is_submitted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ask("output_dir", "--poolin", "max", code=2).endswith(
+        "unknown flag --poolin; did you mean pooling?"
     )
-    for value, added in (("# zero2", True), ("mine.json # of mine", False)):
-        Path("mine.yaml").write_text(f"ds_config: {value}\n")
-        found = subprocess.run(
-            ["bash", "-uc", script], capture_output=True, text=True, check=True
-        ).stdout
-        assert ("--ds_config CODE/ds_configs/zero2.json" in found) is added
+    assert "--config none.yaml: no such file" in ask("output_dir", "--config", "none.yaml", code=2)
+    assert "output_dir is empty" in ask("output_dir", "--output_dir", "", code=2)
+
+
+def test_values_are_for_train_to_judge(tmp_path, monkeypatch):
+    """A file may make sense only with the rest of the command line, and one member of a
+    sweep may have a wrong value."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("phase2:\n  beta: {kind: target}\n")
+    assert ask("output_dir", "--config", "mine.yaml", "--phase2.beta.target", "5") == ["runs/mine"]
+    assert ask("output_dir", "--pooling", "no such", "--seed", "x") == ["runs/quickstart"]
+
+
+def test_arguments_are_completed_where_neither_they_nor_their_file_say_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["--config", "mine.yaml"]
+    for text, added in (
+        ("seed: 1", ["--output_dir", "runs/mine", "--ds_config", "zero2.json"]),
+        ("ds_config: # zero1\n", ["--output_dir", "runs/mine", "--ds_config", "zero2.json"]),
+        ("ds_config: mine.json # of mine", ["--output_dir", "runs/mine"]),
+    ):
+        Path("mine.yaml").write_text(text)
+        assert ask("arguments", "", "zero2.json", *given) == [*given, *added]
+    whole = ["--ds-config=a.json", "--output_dir", "b"]
+    assert ask("arguments", "", "zero2.json", *whole) == whole
+
+
+def test_copies_are_made_of_files_alone_and_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("seed: 1\n")
+    Path("zero.json").write_text("{}")
+    Path("park2021").write_text("a file that is called like a recipe")
+    words = ["--config", "mine.yaml", "--seed", "-1", "--ds-config=zero.json"]
+    copied = ["--config", "copies/config/mine.yaml", "--seed", "-1"]
+    copied += ["--ds-config=copies/ds_config/zero.json"]
+    assert ask("arguments", "copies", "", *words) == copied
+    Path("mine.yaml").write_text("seed: 2\n")
+    assert ask("arguments", "copies", "", *words) == copied
+    assert Path("copies/config/mine.yaml").read_text() == "seed: 1\n"
+    assert ask("arguments", "copies", "", "--config", "park2021") == ["--config", "park2021"]
+
+
+def test_the_members_of_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text(
+        "# two\n--pooling max --data.text_column 'a b'\n\n  # three\n--output_dir \"x y\"\n"
+    )
+    first = ["--seed", "3", "--pooling", "max", "--data.text_column", "a b"]
+    place = "runs/list/pooling_max_data.text_column_a-b"
+    assert ask("member", "list.txt", "1", "--seed", "3") == [*first, "--output_dir", place]
+    assert ask("member", "list.txt", "2") == ["--output_dir", "x y"]
+    assert ask("members", "list.txt") == [place, "x y"]
+    Path("x y").mkdir()
+    Path("x y/.lock").touch()
+    assert ask("begun", "list.txt") == ["x y"]
+    assert "has 2 runs; there is no run 3" in ask("member", "list.txt", "3", code=2)
+    assert "--output_dir is given twice" in ask("members", "list.txt", "--output_dir", "z", code=2)
+    for text, says in (
+        ("# nothing\n", "list.txt has no line with a run"),
+        ("--seed '1\n", "list.txt, run 1: its quotes do not match"),
+        ("--seed 1\n--sed 2\n", "list.txt, run 2: unknown flag --sed; did you mean seed?"),
+        ("--output_dir x\n--output_dir x\n", "two runs of list.txt write to the same output_dir"),
+    ):
+        Path("list.txt").write_text(text)
+        assert says in ask("members", "list.txt", code=2)
+    assert "list of runs none.txt: No such file" in ask("members", "none.txt", code=2)
 
 
 @pytest.mark.parametrize("version", ["3 2", "4 3", "4 4", "5 0"])
@@ -560,7 +631,7 @@ def test_an_old_bash_is_refused_by_every_script(version, tmp_path):
     called = [
         path.name
         for path in (tmp_path / "slurm").iterdir()
-        if path.name not in ("lib.sh", "site.sh", "members.sh", "sweeps")
+        if path.name not in ("lib.sh", "site.sh", "sweeps")
     ]
     assert len(called) == 9
     job = {

@@ -59,7 +59,11 @@ def waiting(tmp_path):
     path = tmp_path / "python"
     path.write_text(WAITING.format(python=sys.executable, patched=PATCHED))
     path.chmod(0o755)
-    return {"DSVAE_PYTHON": str(path), "WHEN": str(tmp_path / CHECKPOINT)}
+    return {
+        "DSVAE_PYTHON": str(path),
+        "DSVAE_HOST_PYTHON": sys.executable,
+        "WHEN": str(tmp_path / CHECKPOINT),
+    }
 
 
 def test_preempted(waiting, arguments, undisturbed, cluster, checkout, tmp_path):

@@ -1,0 +1,86 @@
+"""Everything a phase trains with: its ds_config filled in, its model, its engine, its
+batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+
+from dsvae.data.batches import TrainingBatches, most_micro_batches
+from dsvae.data.tokenization import Prepared
+from dsvae.engine import ds_config, nvme
+from dsvae.engine.build import build_model
+from dsvae.engine.engine import PhaseEngine
+from dsvae.engine.process_group import lend_to_deepspeed
+from dsvae.parallel.world import World
+from dsvae.phases import Phase
+
+
+@contextmanager
+def phase_engine(
+    phase: Phase, raw: dict[str, Any], data: Prepared, weights: Path | None, world: World
+) -> Iterator[tuple[PhaseEngine, TrainingBatches]]:
+    """The engine of a phase and its batches, which agree on how a step is cut.
+    Collective. What the engine has put on a disk is removed behind the block.
+
+    Args:
+        raw: the DeepSpeed configuration as it was read.
+        weights: a T5VAE directory to start from; None: the model of the configuration.
+
+    Raises:
+        UserError: on every rank: the ds_config or the model cannot be used.
+    """
+    config = phase.config
+    given = raw.get("gradient_accumulation_steps", "auto")
+    with ExitStack() as cleanup:
+        with world.suspend_hang_detection():
+            resolved = _resolve(phase, raw, data, world)
+            cleanup.enter_context(nvme.place(resolved, config.output_dir, world))
+            model, origin = build_model(
+                config.model, data.tokenizer, weights, config.seed, world, resolved
+            )
+            model.config.max_tokens = config.data.max_tokens  # for the exported config.json
+            batches = TrainingBatches(
+                data.splits["train"],
+                batch_size=config.data.batch_size,
+                token_budget=config.data.micro_batch_tokens,
+                micro_batches=None if given == "auto" else given,
+                noise_width=model.family.noise_width,
+                draws=phase.settings.draws,
+                deletion=phase.settings.deletion,
+                seed=phase.seed,
+                rank=world.rank,
+                world_size=world.size,
+                pad_id=model.config.pad_token_id,
+            )
+            engine = PhaseEngine(model, world, phase, resolved, origin=origin)
+        yield engine, batches
+        engine.close()
+
+
+def _resolve(phase: Phase, raw: dict[str, Any], data: Prepared, world: World) -> dict[str, Any]:
+    """The ds_config of a phase, accepted by DeepSpeed."""
+    settings = phase.config.data
+    accelerator = get_accelerator()
+    resolved = ds_config.resolve(
+        raw,
+        phase=phase.settings,
+        precision=phase.config.precision,
+        batch_size=settings.batch_size,
+        micro_batches=most_micro_batches(
+            data.splits["train"].lengths,
+            settings.batch_size,
+            world.size,
+            settings.micro_batch_tokens,
+        ),
+        world_size=world.size,
+        bf16_supported=accelerator.is_bf16_supported(),
+        fp16_supported=accelerator.is_fp16_supported(),
+    )
+    lend_to_deepspeed(world)  # its check compares batch sizes with the number of ranks
+    ds_config.check_with_deepspeed(resolved)
+    return resolved

@@ -1,0 +1,200 @@
+"""Where a run begins: afresh, at a checkpoint, between the phases, or nowhere because it
+is finished; and what its beginning leaves for the next start."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dsvae import config as configuration
+from dsvae.config import RunConfig
+from dsvae.data.corpora import fingerprint
+from dsvae.engine import checkpoint, reshape_checkpoint
+from dsvae.engine.checkpoint import Checkpoint
+from dsvae.errors import UserError
+from dsvae.files import write_json, write_text
+from dsvae.phases import Phase
+from dsvae.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    phases: list[int]
+    """The phases still to run, in order; empty: the run is finished."""
+    checkpoint: Checkpoint | None = None
+    """Where the first of them continues; None: at its beginning."""
+    weights: Path | None = None
+    """The weights that the first of them starts from; None: the model of the
+    configuration."""
+    tokenizer: Path | None = None
+    """The tokenizer of the run that continues; None: that of the configuration."""
+    steps_before_phase2: int = 0
+    """Optimizer steps of a phase 1 that comes or came before phase 2."""
+
+    def phase(self, number: int, config: RunConfig) -> Phase:
+        """Phase `number` of the run, with its place on the axis of steps."""
+        return Phase(number, config, self.steps_before_phase2 if number == 2 else 0)
+
+    def resumed(self, phase: Phase) -> Checkpoint | None:
+        """The checkpoint from which a phase continues."""
+        here = self.checkpoint is not None and self.checkpoint.phase == phase.number
+        return self.checkpoint if here else None
+
+
+def find_start(
+    config: RunConfig,
+    report: Callable[[str], Any],
+    sentences: Callable[[], dict[str, Any]] | None = None,
+) -> Start:
+    """Where the run of `config` begins.
+
+    Args:
+        report: gets a line for every damaged checkpoint.
+        sentences: `data_of(config)`, for callers that need it too; it is called only
+            where there is a run to compare with.
+
+    Raises:
+        UserError: `resume` is never and the directory holds a run; its run had another
+            configuration or other sentences; another phase of it is not finished; or
+            the directory to resume from has nothing to continue.
+    """
+    own = RunDirectory(config.output_dir)
+    reshape_checkpoint.clean(own.checkpoints)
+    # A requeued job repeats its whole command: `--resume DIR` counts until this
+    # directory has something to continue from.
+    begun = (
+        bool(checkpoint.find(own.checkpoints))
+        or own.phase1_model.is_dir()
+        or own.is_finished(config.phase)
+    )
+    elsewhere = (
+        config.resume not in ("auto", "never") and Path(config.resume) != own.path and not begun
+    )
+    source = RunDirectory(config.resume) if elsewhere else own
+    if config.resume == "never" and own.config.exists():
+        raise UserError(
+            f"output_dir {own.path} holds a run: continue it (--resume auto) or choose another "
+            f"--output_dir"
+        )
+    if config.resume == "never" or not source.config.is_file():
+        if elsewhere:
+            raise UserError(f"--resume {source.path}: no run there (no config.yaml)")
+        return _start(config)
+    for run in (source, own) if elsewhere else (own,):
+        if run.config.is_file():
+            _compare(run, config, mine=run is own)
+    if not elsewhere and own.is_finished(config.phase):
+        return Start([])
+    _compare_data(source, sentences or (lambda: data_of(config)))
+    return _continue(config, source, elsewhere, report)
+
+
+def _continue(
+    config: RunConfig, source: RunDirectory, elsewhere: bool, report: Callable[[str], Any]
+) -> Start:
+    """The start of a run that continues what lies in `source`."""
+    wanted = _wanted(config)
+    between = source.phase1_model if source.phase1_model.is_dir() else None
+    tokenizer = source.tokenizer if source.tokenizer.is_dir() else None
+    newest = checkpoint.newest_sound(source.checkpoints, report)
+    if newest is not None and newest.phase in wanted and not (newest.phase == 1 and between):
+        phases = [phase for phase in wanted if phase >= newest.phase]
+        weights = between if newest.phase == 2 else None
+        return _start(config, phases, newest, weights, tokenizer)
+    if between and 2 in wanted:
+        return _start(config, [2], weights=between, tokenizer=tokenizer)
+    if elsewhere:
+        raise UserError(f"--resume {source.path}: no complete checkpoint in it")
+    if newest is not None:
+        # Another phase's checkpoints would be removed once this one has its first.
+        raise UserError(
+            f"{source.path} holds a run in phase {newest.phase} (step {newest.step}): finish it "
+            f"(--phase {newest.phase} or all), or choose another --output_dir"
+        )
+    return _start(config, tokenizer=tokenizer)
+
+
+def _wanted(config: RunConfig) -> list[int]:
+    return [1, 2] if config.phase == "all" else [int(config.phase)]
+
+
+def _start(
+    config: RunConfig,
+    phases: list[int] | None = None,
+    newest: Checkpoint | None = None,
+    weights: Path | None = None,
+    tokenizer: Path | None = None,
+) -> Start:
+    """A start with the steps that phase 2 counts on behind a phase 1, whether that ran
+    in this process or in an earlier one."""
+    phases = phases or _wanted(config)
+    before = config.phase1.steps if 1 in phases or weights else 0
+    if newest is not None and newest.phase == 2:
+        before = newest.meta.get("steps_before", before)  # phase 1 ran in another directory
+    return Start(phases, newest, weights, tokenizer, before)
+
+
+def _compare(run: RunDirectory, config: RunConfig, mine: bool) -> None:
+    """Raises UserError where the run in a directory had another configuration."""
+    old = configuration.build(configuration.load_tree(str(run.config)), where=str(run.config))
+    if changed := configuration.difference(old, config):
+        advice = (
+            "choose another --output_dir, or the same values" if mine else "give the same values"
+        )
+        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        raise UserError(
+            f"{run.path} holds a run with other values: {'; '.join(changed[:3])}{more}: {advice}"
+        )
+
+
+def _compare_data(run: RunDirectory, sentences: Callable[[], dict[str, Any]]) -> None:
+    """Raises UserError where the sentences are no longer those that the run in a
+    directory began with."""
+    if not run.data.is_file():
+        return
+    old, new = json.loads(run.data.read_text(encoding="utf-8")), sentences()
+    if old != new:
+        before, now = old.get("files", {}), new.get("files", {})
+        changed = sorted(entry[0] for split, entry in now.items() if before.get(split) != entry)
+        raise UserError(
+            f"{run.path} holds a run on other "
+            f"sentences{': ' if changed else ''}{', '.join(changed)}: restore the files, or "
+            "choose another --output_dir"
+        )
+
+
+def data_of(config: RunConfig) -> dict[str, Any]:
+    """What tells the sentences of a run from others. Reads the files.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    identity: dict[str, Any] = json.loads(json.dumps(fingerprint(config.data, config.seed)))
+    return identity
+
+
+def write_down(
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: dict[str, Any],
+) -> None:
+    """Puts into the output directory what a later start compares and needs."""
+    run = RunDirectory(config.output_dir)
+    write_json(run.ds_config, ds_config)
+    write_json(run.data, sentences)
+    if not run.tokenizer.is_dir():
+        temporary = run.tokenizer.with_name(".tokenizer.tmp")
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(run.tokenizer)
+    # a copy: the configuration stays the same on all ranks
+    written = dataclasses.replace(config, ds_config=str(run.ds_config))
+    write_text(run.config, configuration.to_yaml(written))
