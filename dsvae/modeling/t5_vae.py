@@ -22,29 +22,13 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.mt5.modeling_mt5 import MT5Stack
-from transformers.models.t5.modeling_t5 import T5Stack
-from transformers.models.umt5.modeling_umt5 import UMT5Stack
 from transformers.utils import can_return_tuple
 
-from dsvae.modeling.attention import LATENT_ATTENTION
+from dsvae.modeling.backbone import BACKBONES, T5Backbone, backbone
 from dsvae.modeling.families import Distribution, Family, make_family
 from dsvae.modeling.injection import make_injection
 from dsvae.modeling.posterior import PosteriorHead
 from dsvae.modeling.weight_source import Origin, SafetensorsFiles, refuse_pickles
-
-STACKS: dict[str, type[PreTrainedModel]] = {"t5": T5Stack, "mt5": MT5Stack, "umt5": UMT5Stack}
-"""The encoder/decoder stack of every supported `model_type` (ByT5 is a t5 or mt5 with a
-byte vocabulary)."""
-
-T5_EMBEDDINGS = (
-    "shared.weight",
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "lm_head.weight",
-)
-"""Names under which a T5's file may hold its input embedding: of tied weights a file
-has only one."""
 
 CACHE = (
     "cache"
@@ -71,8 +55,8 @@ def read_config(name_or_path: str) -> PreTrainedConfig:
     fields, _ = PreTrainedConfig.get_config_dict(name_or_path)
     if "model_type" in fields:
         return AutoConfig.from_pretrained(name_or_path)
-    for kind in STACKS:
-        if f"{kind.upper()}ForConditionalGeneration" in (fields.get("architectures") or ()):
+    for kind, each in BACKBONES.items():
+        if each.architecture in (fields.get("architectures") or ()):
             return type(AutoConfig.for_model(kind)).from_dict(fields)
     raise ValueError(
         f'the config.json of {name_or_path} has no "model_type": copy the model to a directory '
@@ -124,28 +108,29 @@ class T5VAEConfig(PreTrainedConfig):
         elif isinstance(self.t5, dict):
             fields = dict(self.t5)
             self.t5 = AutoConfig.for_model(fields.pop("model_type", "t5"), **fields)
-        if self.t5.model_type not in STACKS:
-            raise ValueError(f"model_type {self.t5.model_type!r} is not one of {', '.join(STACKS)}")
         if self.tie_word_embeddings is None:
-            # transformers sets `tie_word_embeddings` to True in every T5 configuration,
-            # whatever it was; for t5 what the file said survives in
-            # `scale_decoder_outputs`, and the released mT5 and umT5 are all untied.
-            self.tie_word_embeddings = self.t5.model_type == "t5" and self.t5.scale_decoder_outputs
+            self.tie_word_embeddings = self.backbone.tied_by_default
         if self.injection == "none":
             self.latent_dim, self.family = 0, "gaussian"
         self.spike_prior = list(self.spike_prior)  # as a file holds it
         kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
         kwargs.setdefault("eos_token_id", self.t5.eos_token_id)
-        start = getattr(self.t5, "decoder_start_token_id", None)
-        kwargs.setdefault(
-            "decoder_start_token_id", self.t5.pad_token_id if start is None else start
-        )
+        kwargs.setdefault("decoder_start_token_id", self.backbone.start_token)
         super().__post_init__(**kwargs)
+
+    @property
+    def backbone(self) -> T5Backbone:
+        """What is known of the T5.
+
+        Raises:
+            ValueError: its `model_type` is not supported.
+        """
+        return backbone(self.t5)
 
     # What `generate` asks of a decoder's configuration to size its cache.
     @property
     def vocab_size(self) -> int:
-        return self.t5.vocab_size
+        return self.backbone.vocabulary
 
     @vocab_size.setter
     def vocab_size(self, value: int) -> None:
@@ -154,15 +139,15 @@ class T5VAEConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        return self.t5.d_model
+        return self.backbone.decoder_width
 
     @property
     def num_hidden_layers(self) -> int:
-        return self.t5.num_decoder_layers
+        return self.backbone.decoder_layers
 
     @property
     def num_attention_heads(self) -> int:
-        return self.t5.num_heads
+        return self.backbone.key_value_heads
 
 
 @dataclass
@@ -193,7 +178,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the Trainer need not pass `num_items_in_batch`
     _supports_sdpa = True
-    _no_split_modules = ["T5Block", "MT5Block", "UMT5Block"]
+    _no_split_modules = [each.block for each in BACKBONES.values()]
     _keep_in_fp32_modules = ["wo"]
     _keep_in_fp32_modules_strict = ["posterior"]
     _tied_weights_keys = {"lm_head.weight": "shared.weight"}
@@ -201,25 +186,20 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: T5VAEConfig) -> None:
         super().__init__(config)
-        t5 = config.t5
+        base = config.backbone
         self.family: Family = make_family(config)
-        stack = STACKS[t5.model_type]
-        self.shared = nn.Embedding(t5.vocab_size, t5.d_model)
+        self.shared = nn.Embedding(base.vocabulary, base.decoder_width)
         if config.injection != "none":
-            self.encoder = stack(_stack_config(t5, is_decoder=False))
-            self.posterior = PosteriorHead(t5.d_model, self.family.parameter_width, config.pooling)
-            del self.encoder.embed_tokens  # both stacks are fed embeddings from `shared`
+            self.encoder = base.encoder()
+            self.posterior = PosteriorHead(
+                base.encoder_width, self.family.parameter_width, config.pooling
+            )
         self.injection = make_injection(
-            config.injection, t5, self.family.latent_width, config.memory_slots
+            config.injection, base, self.family.latent_width, config.memory_slots
         )
-        self.decoder = stack(_stack_config(t5, is_decoder=True))
-        for block in cast(nn.ModuleList, self.decoder.block):
-            # Cross-attention goes. The feed-forward stays `layer[-1]`, which is how the
-            # block calls it.
-            del cast(nn.ModuleList, block.layer)[1]
-        del self.decoder.embed_tokens
-        self.lm_head = nn.Linear(t5.d_model, t5.vocab_size, bias=False)
-        self.output_scale = _output_scale(config)
+        self.decoder = base.decoder()
+        self.lm_head = nn.Linear(base.decoder_width, base.vocabulary, bias=False)
+        self.output_scale = base.output_scale(bool(config.tie_word_embeddings))
         self.post_init()
 
     @classmethod
@@ -253,15 +233,17 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         """What `from_t5` is built from, tensor by tensor; the latent path is drawn from
         `seed`. Raises what it raises."""
         t5_config = read_config(name_or_path)
-        if t5_config.model_type not in STACKS:
+        if t5_config.model_type not in BACKBONES:
             raise ValueError(
-                f"{name_or_path} is a {t5_config.model_type} model, not one of {', '.join(STACKS)}"
+                f"{name_or_path} is a {t5_config.model_type} model, not one of "
+                f"{', '.join(BACKBONES)}"
             )
+        base = backbone(t5_config)
         files = SafetensorsFiles(name_or_path)
         # The weights say whether lm_head is the checkpoint's own. The configuration
         # does not: transformers reads "tied" for every T5, and building from it and
         # loading a state dict ties v1.1 silently.
-        embedding = next((key for key in T5_EMBEDDINGS if key in files), T5_EMBEDDINGS[0])
+        embedding = base.embedding_key(files)
         tied = "lm_head.weight" not in files or files.equal(embedding, "lm_head.weight")
         if dropout_rate is not None:
             t5_config.dropout_rate = dropout_rate
@@ -270,7 +252,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         def key_of(name: str) -> str | None:
             if name == "shared.weight":
                 return embedding
-            return None if name.startswith(LATENT_PATH) else _with_cross_attention(name)
+            return None if name.startswith(LATENT_PATH) else base.pretrained_key(name)
 
         return Origin(lambda: cls(copy.deepcopy(config)), seed, files, key_of)
 
@@ -318,7 +300,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Called by transformers for what a checkpoint does not hold; the stacks
         initialize themselves."""
-        factor = self.config.t5.initializer_factor
+        factor = self.config.backbone.initializer_factor
         if module is self.shared:
             module.weight.normal_(0.0, factor)
         elif module is self.lm_head:
@@ -504,36 +486,6 @@ def _no_padding_warning() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
-
-
-def _output_scale(config: T5VAEConfig) -> float:
-    """What the decoder's output is multiplied by before the projection to logits."""
-    t5 = config.t5
-    scaled = {
-        "t5": getattr(t5, "scale_decoder_outputs", False),  # true for v1.0, false for v1.1
-        # As umT5 was trained: with the scale where the projection is the embedding. Its
-        # configuration does not say: transformers 5 sets `tie_word_embeddings` in all.
-        "umt5": config.tie_word_embeddings,
-        "mt5": False,
-    }[t5.model_type]
-    return t5.d_model**-0.5 if scaled else 1.0
-
-
-def _stack_config(t5: PreTrainedConfig, *, is_decoder: bool) -> PreTrainedConfig:
-    config = copy.deepcopy(t5)
-    config.is_decoder = is_decoder
-    config.is_encoder_decoder = False  # so that the decoder's cache is a plain one
-    config.use_cache = is_decoder
-    if is_decoder:
-        config.num_layers = t5.num_decoder_layers
-        config._attn_implementation = LATENT_ATTENTION
-    return config
-
-
-def _with_cross_attention(name: str) -> str:
-    """The name in a T5, whose decoder blocks have cross-attention in the middle, of a
-    weight of a T5VAE."""
-    return name.replace(".layer.1.", ".layer.2.") if name.startswith("decoder.block.") else name
 
 
 AutoConfig.register(T5VAEConfig.model_type, T5VAEConfig)

@@ -48,7 +48,7 @@ class SafetensorsFiles:
                 self._files |= dict.fromkeys(reader.keys(), file)
             self._stamps[file] = _stamp(file)
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._files
 
     def shape(self, key: str) -> tuple[int, ...]:
