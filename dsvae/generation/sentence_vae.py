@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -238,24 +238,44 @@ class SentenceVAE:
         return self.decode(geometry.analogy(*point)[None], **options)[0]
 
     def traversal(
-        self, text: str, dim: int, *, steps: int = 7, width: float = 3.0, scale: str = "prior"
-    ) -> tuple[list[float], Tensor]:
-        """The posterior mean of a sentence with one dimension moved: (offsets, z
-        (steps, Z)).
+        self,
+        text: str,
+        unit: int,
+        *,
+        steps: int | None = None,
+        width: float | None = None,
+        scale: str | None = None,
+    ) -> tuple[list[dict[str, float]], Tensor]:
+        """The posterior's point of a sentence with one unit of the latent moved.
 
         Args:
-            dim: 0 .. Z-1.
-            steps: at least 2, equally spaced over -width .. width.
-            width: in standard deviations of `scale`.
-            scale: prior: the dimension takes the values that the prior has there,
-                whatever the sentence; posterior: it moves about the sentence's own
-                value.
+            unit: a dimension, or a categorical variable, which takes all its categories.
+            steps: of a dimension: how many values, at least 2, equally spaced over
+                -width .. width; 7 by default.
+            width: of a dimension: in standard deviations of `scale`; 3 by default.
+            scale: of a dimension. prior (the default): it takes the values that the
+                prior has there, whatever the sentence. posterior: it moves about the
+                sentence's own value.
+
+        Returns: of each of the J places `offset` (in standard deviations) and `value`, or
+            `category`; and z (J, Z).
+
+        Raises:
+            UserError: no such unit, or settings that the latent does not have.
         """
-        self._need_continuous("a traversal")
-        if not 0 <= dim < self.latent_dim:
-            raise UserError(
-                f"dim is {dim}: the model's latent has dimensions 0 to {self.latent_dim - 1}"
-            )
+        self._check_unit(unit)
+        if not self.model.family.continuous:
+            for name, value in (("steps", steps), ("width", width), ("scale", scale)):
+                if value is not None:
+                    raise UserError(
+                        f"{name} is for dimensions: this traversal goes over the categories of a "
+                        f"variable, leave it out"
+                    )
+            codes = self.model.family.codes(self.encode([text]).point[0], unit)
+            return [{"category": i} for i in range(len(codes))], codes
+        steps = 7 if steps is None else steps
+        width = 3.0 if width is None else width
+        scale = SCALES[0] if scale is None else scale
         if steps < 2:
             raise UserError(f"steps is {steps}: a traversal needs at least 2, its two ends")
         if not (math.isfinite(width) and width > 0):
@@ -266,23 +286,48 @@ class SentenceVAE:
         posterior = self._encode(self._meant([text]) * steps)
         latent = posterior.point.clone()
         about = posterior if scale == "posterior" else self.model.family.prior()
-        latent[:, dim] = about.along(dim, offsets)[0]
-        return offsets.tolist(), latent
+        latent[:, unit] = about.along(unit, offsets)[0]
+        places = zip(offsets.tolist(), latent[:, unit].tolist(), strict=True)
+        return [{"offset": offset, "value": value} for offset, value in places], latent
 
     def traverse(
         self,
         text: str,
-        dim: int,
+        unit: int,
         *,
-        steps: int = 7,
-        width: float = 3.0,
-        scale: str = "prior",
+        steps: int | None = None,
+        width: float | None = None,
+        scale: str | None = None,
         **options: Any,
     ) -> list[str]:
         """The sentences of a `traversal`, whose settings it takes."""
-        return self.decode(
-            self.traversal(text, dim, steps=steps, width=width, scale=scale)[1], **options
-        )
+        _, latent = self.traversal(text, unit, steps=steps, width=width, scale=scale)
+        return self.decode(latent, **options)
+
+    def with_categories(self, latent: Tensor, categories: Mapping[int, int]) -> Tensor:
+        """z (1, Z) with some of its variables set.
+
+        Args:
+            categories: variable -> category.
+
+        Raises:
+            UserError: the latent has no categories, or not these.
+        """
+        if self.model.family.continuous:
+            raise UserError(
+                f"categories cannot be set: this model's latent is {self.model.config.family}; "
+                f"edit it toward a label"
+            )
+        for unit, category in categories.items():
+            self._check_unit(unit)
+            codes = self.model.family.codes(latent[0], unit)
+            if not 0 <= category < len(codes):
+                raise UserError(
+                    f"category {category} of variable {unit}: the model's variables have "
+                    f"categories 0 to {len(codes) - 1}"
+                )
+            latent = codes[category : category + 1]
+        return latent
 
     def attribute_vector(self, texts: Iterable[str], labels: Iterable[str], toward: str) -> Tensor:
         """Mean latent of the sentences labelled `toward` minus that of all others, (Z,)
@@ -339,7 +384,16 @@ class SentenceVAE:
     def _need_continuous(self, what: str) -> None:
         if not self.model.family.continuous:
             raise UserError(
-                f"{what} needs a continuous latent, and this model's is {self.model.config.family}"
+                f"{what} needs a continuous latent, and this model's is "
+                f"{self.model.config.family}: use traverse, or edit with --set"
+            )
+
+    def _check_unit(self, unit: int) -> None:
+        family = self.model.family
+        if not 0 <= unit < family.units:
+            kind = "dimension" if family.continuous else "variable"
+            raise UserError(
+                f"{kind} {unit}: the model's latent has {kind}s 0 to {family.units - 1}"
             )
 
     # Batches

@@ -95,6 +95,10 @@ class Family(Protocol):
     def noise_width(self) -> int:
         """E: the standard normal numbers of one draw."""
 
+    def codes(self, z: Tensor, unit: int) -> Tensor:
+        """z (Z,) with one unit at each of its K values, (K, Z); of discrete families
+        alone."""
+
     def of(self, parameters: Tensor) -> Distribution:
         """The distributions of a head's output (B, P)."""
 
@@ -195,6 +199,9 @@ class GaussianFamily:
     @property
     def noise_width(self) -> int:
         return self.units
+
+    def codes(self, z: Tensor, unit: int) -> Tensor:
+        raise TypeError("a dimension has no list of values")
 
     def of(self, parameters: Tensor) -> Gaussian:
         return Gaussian(*parameters.float().chunk(2, dim=-1))
@@ -352,6 +359,9 @@ class SpikeSlabFamily:
     def noise_width(self) -> int:
         return 2 * self.units
 
+    def codes(self, z: Tensor, unit: int) -> Tensor:
+        raise TypeError("a dimension has no list of values")
+
     def of(self, parameters: Tensor) -> SpikeSlab:
         return SpikeSlab(parameters.float())
 
@@ -461,6 +471,11 @@ class CategoricalFamily:
     @property
     def noise_width(self) -> int:
         return self.latent_width
+
+    def codes(self, z: Tensor, unit: int) -> Tensor:
+        codes = z.view(self.units, self.categories).repeat(self.categories, 1, 1)
+        codes[:, unit] = torch.eye(self.categories, dtype=z.dtype, device=z.device)
+        return codes.flatten(1)
 
     def of(self, parameters: Tensor) -> Categorical:
         return Categorical(parameters.float().view(-1, self.units, self.categories))
