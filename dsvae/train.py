@@ -50,7 +50,7 @@ from dsvae import private_names, run_directory
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.corpora import entropy
-from dsvae.data.tokenization import Prepared, load_prepared, prepare
+from dsvae.data.prepared import Prepared, load_prepared, prepare
 from dsvae.engine import checkpoint, ds_config, nvme, reshape_checkpoint, weights
 from dsvae.engine.build import build_model
 from dsvae.engine.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from dsvae.data import corpora
+from dsvae.data import readers
 from dsvae.data.noise import ORDER, generator
 from dsvae.errors import UserError
 
@@ -49,7 +49,7 @@ def read_sentences(file: str | None, text_column: str, option: str = "FILE") -> 
         if sys.stdin is None:
             raise UserError(f"stdin is closed: give {option}, or sentences on stdin")
         return _stdin_lines(sys.stdin.buffer)
-    return corpora.read_file(Path(file).expanduser(), option, text_column)
+    return readers.read_file(Path(file).expanduser(), option, text_column)
 
 
 def not_blank(
@@ -86,7 +86,7 @@ def draw_sentences(file: str, text_column: str, count: int, seed: int) -> Iterat
 
 def read_labels(file: str) -> Iterable[str]:
     """One label a line, stripped. Raises UserError as `read_sentences`."""
-    return corpora.read_labels(Path(file).expanduser(), "--labels_file")
+    return readers.read_labels(Path(file).expanduser(), "--labels_file")
 
 
 def check_labels(labels_file: str, text_file: str, text_column: str, toward: str) -> None:
