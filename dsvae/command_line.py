@@ -9,7 +9,6 @@ fire then gets each value as a Python literal, which it reads back as that value
 """
 
 import contextlib
-import difflib
 import functools
 import inspect
 import io
@@ -24,7 +23,7 @@ from typing import Any, Literal
 
 import fire
 
-from dsvae.errors import UserError
+from dsvae.errors import UserError, did_you_mean
 
 Function = Callable[..., None]
 
@@ -68,7 +67,7 @@ class Parameter:
         if self.choices and text not in self.choices:
             raise UserError(
                 f"--{self.name} is {text!r}, not one of {', '.join(self.choices)}"
-                f"{nearest(text, self.choices)}"
+                f"{did_you_mean(text, self.choices)}"
             )
         if self.kind is str:
             return text
@@ -219,7 +218,7 @@ class Command:
             if parameter.letter == name:
                 return parameter
         raise UserError(
-            f"unknown flag {dashes}{written}{nearest(name, self.parameters, '--')}; {program} "
+            f"unknown flag {dashes}{written}{did_you_mean(name, self.parameters, '--')}; {program} "
             f"{self.name} --help lists all; a sentence that begins with a dash goes behind --"
         )
 
@@ -248,7 +247,7 @@ def dispatch(known: Mapping[str, Command], words: Sequence[str], program: str) -
         raise UserError(f"no command: give one of {', '.join(known)}; {program} --help says more")
     if name not in known:
         raise UserError(
-            f"unknown command {before[0]!r}{nearest(name, known)}; {program} --help lists all"
+            f"unknown command {before[0]!r}{did_you_mean(name, known)}; {program} --help lists all"
         )
     known[name].call(words[1:], program)
 
@@ -261,12 +260,6 @@ def overview(known: Mapping[str, Command], program: str) -> str:
         f"{program}: a T5 variational autoencoder at work\n\n{lines}\n\n"
         f"{program} COMMAND --help says more."
     )
-
-
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean X?` for a name that is nearly one of `known`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _run_fire(component: Any, words: list[str], program: str) -> str:

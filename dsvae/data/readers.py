@@ -8,7 +8,6 @@ says why.
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dsvae.errors import UserError
+from dsvae.errors import UserError, first_line, nearest
 
 TEXT_SUFFIXES = ("", ".txt", ".text")
 """Endings of the files that have no columns."""
@@ -80,8 +79,8 @@ def _check_readable(file: Path, option: str) -> None:
 
 def _similar_file(file: Path) -> str:
     names = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
-    close = difflib.get_close_matches(file.name, names, n=1)
-    return f" (is it {file.with_name(close[0])}?)" if close else ""
+    close = nearest(file.name, names)
+    return f" (is it {file.with_name(close)}?)" if close else ""
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -228,8 +227,8 @@ def string_of(value: Any, column: str, where: str) -> str:
 
 def unknown_column(column: str, present: list[str], where: str) -> UserError:
     """The error for a column that a source does not have."""
-    close = difflib.get_close_matches(column, present, n=1)
-    hint = f"did you mean --text_column {close[0]}?" if close else "choose one with --text_column"
+    close = nearest(column, present)
+    hint = f"did you mean --text_column {close}?" if close else "choose one with --text_column"
     return UserError(
         f"{where}: no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; {hint}"
     )
@@ -238,8 +237,7 @@ def unknown_column(column: str, present: list[str], where: str) -> UserError:
 def reason_of(error: BaseException) -> str:
     """The first line of an error's first cause: libraries wrap errors and write
     paragraphs."""
-    error = error.__cause__ or error
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return first_line(error.__cause__ or error)
 
 
 def _kind(value: Any) -> str:
