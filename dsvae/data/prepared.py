@@ -34,7 +34,7 @@ from dsvae.data.tokenization import (
 from dsvae.data.tokenizer_training import train_tokenizer
 from dsvae.errors import UserError
 
-# Raise it whenever the same sentences and options would give other files.
+# To be raised whenever the same sentences and options would give other files.
 _FORMAT = 4
 _TOKENIZER_SENTENCES = 1_000_000
 _STALE_SECONDS = 24 * 3600
@@ -42,8 +42,8 @@ _STALE_SECONDS = 24 * 3600
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` left: the tokenizer, the tokenized "train", "valid" and "test",
-    and the report on them."""
+    """What `prepare` made: the tokenizer, the tokenized "train", "valid" and "test", and
+    the report on them."""
 
     tokenizer: PreTrainedTokenizerBase
     splits: dict[str, TokenizedSplit]
@@ -58,14 +58,18 @@ def prepare(
     seed: int,
     corpus: dict[str, Any] | None = None,
 ) -> Path:
-    """The directory with the tokenizer, the tokenized splits and the report, made
-    unless it is there; for one process.
+    """The directory with the tokenizer, the tokenized splits and the report.
 
-    `tokenizer` names one to load; where it is None, one of `vocab_size` pieces is
-    trained on the training sentences. The directory's name is a hash of all that
-    decides its content; `corpus` is the `fingerprint` of the sentences, where it is
-    known already. It appears complete, by a rename, or not at all. Raises
-    UserError for a fault of the source, the tokenizer or the cache directory.
+    It is made unless it exists; call this on one process. Its name is a hash of everything
+    that decides its content. It appears complete, by a rename, or not at all.
+
+    Args:
+        tokenizer: one to load. None: one is trained on the training sentences.
+        vocab_size: pieces of the tokenizer to train.
+        corpus: the `fingerprint` of the sentences, if it is already known.
+
+    Raises:
+        UserError: a fault of the source, the tokenizer or the cache directory.
     """
     if (tokenizer is None) == (vocab_size is None):
         raise ValueError("give either a tokenizer or the vocab_size of one to train")
@@ -97,13 +101,17 @@ def prepare(
     except OSError as error:
         raise UserError(
             f"cannot write the tokenized corpus to {root}: {error.strerror or error}; "
-            "make room or choose another --data.cache_dir"
+            "free some space, or choose another --data.cache_dir"
         ) from error
     return final
 
 
 def load_prepared(path: str | os.PathLike[str]) -> Prepared:
-    """Open what `prepare` returned, memory-mapped: every rank may."""
+    """Opens the directory that `prepare` returned, memory-mapped; any rank may.
+
+    Raises:
+        UserError: it is damaged.
+    """
     path = Path(path)
     try:
         splits = {
@@ -124,7 +132,7 @@ def _fill(
     vocab_size: int | None,
     seed: int,
 ) -> None:
-    """Write everything of one cache entry into `directory`."""
+    """Writes everything of one cache entry into `directory`."""
     work_dir = directory / "work"
     work_dir.mkdir()
     corpus = load_corpus(data, seed, work_dir)
@@ -153,8 +161,10 @@ def _tokenize(
     work_dir: Path,
     target: Path,
 ) -> dict[str, Any]:
-    """Write one tokenized split to `target` (as `datasets` saves to disk); what the
-    report says about it."""
+    """Writes one tokenized split to `target`, as `datasets` saves to disk.
+
+    Returns: what the report says about it.
+    """
     figures: Counter[str] = Counter()
     draft = work_dir / f"{name}.tokenized.arrow"
     with ArrowWriter(path=str(draft), features=FEATURES) as writer:
@@ -165,7 +175,7 @@ def _tokenize(
         if not figures["sentences"]:
             raise UserError(
                 f"{corpus.source}: the tokenizer leaves nothing of the {name} sentences; use "
-                f"another"
+                f"another tokenizer"
             )
         writer.finalize()
     with no_progress_bars():
@@ -186,15 +196,15 @@ def _tokenize(
 
 
 def _sample(split: datasets.Dataset) -> Iterator[str]:
-    """The sentences to train a tokenizer on: all, or evenly spaced ones where there are
-    more than it takes."""
+    """The sentences to train a tokenizer on: all, or evenly spaced ones if there are more
+    than `_TOKENIZER_SENTENCES`."""
     step = -(-len(split) // _TOKENIZER_SENTENCES)
     for batch in split.select(range(0, len(split), step)).iter(BATCH_ROWS):
         yield from batch["text"]
 
 
 def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What decides the ids that a tokenizer gives, wherever it was loaded from."""
+    """What decides the ids of a tokenizer, wherever it was loaded from."""
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     if tokenizer.is_fast:
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -206,13 +216,13 @@ def _publish(temporary: Path, final: Path) -> None:
     try:
         temporary.rename(final)
     except OSError:
-        if not final.is_dir():  # another run may have been first: its entry is equal
+        if not final.is_dir():  # another run may have finished first; its entry is equal
             raise
 
 
 def _sweep(root: Path, key: str) -> None:
-    """Remove what killed runs left of this entry; a day old, so that no run still
-    writes it."""
+    """Removes temporary directories of this entry that are a day old: those of killed
+    runs, because no run writes for a day."""
     for leftover in root.glob(f".{key}.*.tmp"):
         with suppress(FileNotFoundError):  # its run may be ending at this moment
             if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dsvae.errors import UserError
+from dsvae.errors import UserError, first_line
 
 BATCH_ROWS = 10_000
 FEATURES = datasets.Features(
@@ -31,18 +31,17 @@ FEATURES = datasets.Features(
 
 
 class TokenizedSplit:
-    """Sentences as token ids, memory-mapped; N sentences in the order of the source.
+    """N sentences as token ids, memory-mapped, in the order of the source.
 
-    Columns of `dataset`: `input_ids` (EOS last and nowhere else, at most max_tokens),
-    `words` (whitespace words) and `bytes` (UTF-8) of the text that the ids stand for,
-    `truncated`, `hash` (of the ids).
+    Columns of `dataset`: `input_ids` (EOS last and nowhere else, at most max_tokens);
+    `words` (whitespace words) and `bytes` (UTF-8) of the text that the ids stand for;
+    `truncated`; `hash` (of the ids).
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
-        # Arrow keeps the rows in chunks. Their buffers are read as they lie in the
-        # file: nothing is copied at the start, and a row costs two offsets and one
-        # slice.
+        # Arrow stores the rows in chunks. Their buffers are views of the file: nothing is
+        # copied at the start, and a row costs two offsets and one slice.
         chunks = [chunk for chunk in dataset.data.column("input_ids").chunks if len(chunk)]
         self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
         self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
@@ -52,12 +51,15 @@ class TokenizedSplit:
         return len(self.dataset)
 
     def ids(self, index: int) -> np.ndarray:
-        """(T,) int64: the token ids of one sentence, EOS last."""
+        """(T,) int64, the token ids of one sentence, EOS last."""
         return self.rows([index])[0]
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """The token ids of the sentences `indices`, (T_i,) int64 each; IndexError
-        outside 0..N-1."""
+        """The token ids of the sentences `indices`, (T_i,) int64 each.
+
+        Raises:
+            IndexError: an index outside 0..N-1.
+        """
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"rows {wanted.min()}..{wanted.max()} of a split of {len(self)}")
@@ -71,50 +73,49 @@ class TokenizedSplit:
         return rows
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TokenizedSplit:
-        """The sentences `indices` as a split of their own, held in memory."""
+        """The sentences `indices` as another split, held in memory."""
         with no_progress_bars():
             return TokenizedSplit(self.dataset.select(indices).flatten_indices(keep_in_memory=True))
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(N,) int32: tokens of each sentence, EOS included."""
+        """(N,) int32, tokens of each sentence, EOS included."""
         return np.concatenate(
             [np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)]
         )
 
     @cached_property
     def words(self) -> np.ndarray:
-        """(N,) int32: whitespace words of each sentence, as truncated."""
+        """(N,) int32, whitespace words of each truncated sentence."""
         return self._column("words")
 
     @cached_property
     def bytes(self) -> np.ndarray:
-        """(N,) int32: UTF-8 bytes of each sentence, as truncated."""
+        """(N,) int32, UTF-8 bytes of each truncated sentence."""
         return self._column("bytes")
 
     @cached_property
     def truncated(self) -> np.ndarray:
-        """(N,) bool: whether the sentence was longer than max_tokens."""
+        """(N,) bool, whether the sentence was longer than max_tokens."""
         return self._column("truncated")
 
     @cached_property
     def hashes(self) -> np.ndarray:
-        """(N,) uint64: a hash of each sentence's token ids, the same for equal
-        sentences."""
+        """(N,) uint64, a hash of each sentence's token ids."""
         return self._column("hash")
 
     @cached_property
     def text_keys(self) -> np.ndarray:
-        """(N,) uint64: a key of each sentence made of its token ids alone: the content
-        key of the first sentence equal to it."""
+        """(N,) uint64, a key of each sentence made only of its token ids: the content key
+        of the first sentence that is equal to it."""
         return _mix(self.hashes)
 
     @cached_property
     def content_keys(self) -> np.ndarray:
-        """(N,) uint64: a key of each sentence made of its token ids, and of how many
-        equal ones stand before it.
+        """(N,) uint64, a key of each sentence made of its token ids and of the number of
+        equal sentences before it.
 
-        Repeated sentences have different keys; as a set, the keys do not depend on the
+        Repeated sentences have different keys. As a set, the keys do not depend on the
         order of the sentences.
         """
         hashes = self.hashes
@@ -133,8 +134,14 @@ class TokenizedSplit:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a T5, mT5, umT5 or ByT5: a directory or a hub id. Raises
-    UserError where none can be used."""
+    """The tokenizer of a T5, mT5, umT5 or ByT5.
+
+    Args:
+        name_or_path: a directory, or a hub id.
+
+    Raises:
+        UserError: no usable tokenizer there.
+    """
     local = Path(name_or_path).expanduser()
     if not local.is_dir() and (
         local.exists() or local.is_absolute() or name_or_path.startswith((".", "~"))
@@ -145,7 +152,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(local) if local.is_dir() else name_or_path)
     except Exception as error:  # transformers, tokenizers and the network each raise their own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         if local.is_dir():
             raise UserError(
                 f"{name_or_path}: its tokenizer cannot be loaded ({reason}); save the tokenizer "
@@ -156,8 +163,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             f"({reason}); "
             "check the name, the network and HF_HUB_OFFLINE"
         ) from error
-    # Where a directory has no vocabulary, transformers makes an empty one from the kind
-    # of the model in config.json.
+    # If a directory has no vocabulary, transformers makes an empty tokenizer of the kind
+    # that config.json names.
     if len(tokenizer) - len(tokenizer.all_special_ids) < 2:
         raise UserError(f"{name_or_path}: no tokenizer there; save the tokenizer next to the model")
     for kind in ("eos", "pad", "unk"):
@@ -171,17 +178,19 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 def tokenize(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int, where: str
 ) -> tuple[TokenizedSplit, np.ndarray, dict[str, int]]:
-    """Sentences as a split held in memory, outside the cache: text to evaluate a
-    finished model on.
+    """Sentences as a split that is held in memory and not cached, for the evaluation of a
+    finished model.
 
     Args:
-        texts: as they stand in the source; blank ones, and those of which the tokenizer
-            leaves nothing, are skipped.
-        where: what to call the source in an error.
+        texts: as they stand in the source. Blank ones are skipped, and those of which
+            the tokenizer leaves nothing.
+        where: what errors call the source.
 
     Returns: the split; (N,) int64, which of the texts each of its sentences is; and the
-        counts `unk`, `truncated` and `skipped_blank`. Raises UserError where no
-        sentence is left.
+        counts `unk`, `truncated` and `skipped_blank`.
+
+    Raises:
+        UserError: no sentence is left.
     """
     figures: Counter[str] = Counter()
     columns: dict[str, list] = {name: [] for name in FEATURES}
@@ -218,13 +227,13 @@ def tokenize(
 def token_ids(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[tuple[list[int], bool]]:
-    """(ids with EOS last and nowhere else, whether they were truncated to `max_tokens`)
-    of each text.
+    """For each text its ids, with EOS last and nowhere else, and whether they were
+    truncated to `max_tokens`.
 
-    The ids of a text of which the tokenizer leaves nothing are EOS alone.
+    If the tokenizer leaves nothing of a text, its ids are EOS alone.
     """
-    # EOS is added here, after the cut, and `split_special_tokens` reads a "</s>" in the
-    # text as text.
+    # EOS is added after the cut. `split_special_tokens` reads a "</s>" in the text as
+    # text.
     encoded = tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -232,8 +241,8 @@ def token_ids(
         return_attention_mask=False,
         verbose=False,
     )["input_ids"]
-    # T5's own vocabulary holds "</s>" as an ordinary piece too: the end of a sentence
-    # in its middle.
+    # In T5's own vocabulary "</s>" is an ordinary piece, too. It would end a sentence in
+    # its middle.
     inner = {
         tokenizer.eos_token_id: tokenizer.unk_token_id,
         tokenizer.pad_token_id: tokenizer.unk_token_id,
@@ -252,10 +261,13 @@ def encode(
     figures: Counter[str],
     kept: list[int] | None = None,
 ) -> dict[str, list]:
-    """The columns of one batch; adds to `figures`, and to `kept` which texts have a
-    row.
+    """The columns of one batch.
 
     A text of which the tokenizer leaves nothing counts as blank.
+
+    Args:
+        figures: the counts of the batch are added to it.
+        kept: the places of the texts that have a row are added to it.
     """
     columns: dict[str, list] = {name: [] for name in FEATURES}
     for position, (text, (ids, truncated)) in enumerate(
@@ -268,7 +280,7 @@ def encode(
             kept.append(position)
         unknown = ids.count(tokenizer.unk_token_id)
         if truncated or unknown:
-            # Figures per word and per byte must count what the ids can spell.
+            # Numbers per word and per byte must count what the ids can spell.
             text = _spelled(ids[:-1], tokenizer)
         figures["unk"] += unknown
         columns["input_ids"].append(ids)
@@ -285,8 +297,10 @@ def encode(
 
 
 def _spelled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that `ids` spell, without the bytes of a character that a cut goes
-    through: one such byte makes the decoder give up those before it."""
+    """The text that `ids` spell, without the bytes of a character that was cut.
+
+    A single such byte makes the decoder drop the bytes before it.
+    """
     for end in range(len(ids), max(len(ids) - 4, -1), -1):
         text = str(
             tokenizer.decode(
@@ -300,8 +314,8 @@ def _spelled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 @contextmanager
 def parallel_tokenizers() -> Iterator[None]:
-    """Let `tokenizers` use its threads inside, and none afterwards: it warns about
-    every later fork otherwise."""
+    """Lets `tokenizers` use threads inside, and none afterwards: otherwise it would warn
+    about every later fork."""
     if "TOKENIZERS_PARALLELISM" in os.environ:
         yield
         return
@@ -324,7 +338,7 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def _mix(keys: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer, a bijection of uint64: keys that differ stay different
+    """The finalizer of splitmix64, a bijection of uint64: different keys stay different
     and look random."""
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -26,10 +26,10 @@ _SPECIAL = ("<pad>", "</s>", "<unk>")
 # How `tokenizers` spells a byte that no piece covers.
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 # Stands for a space while pieces are chosen. In the finished tokenizer a space is a
-# space, so that this character is one like any other.
+# space, and this character is one like any other.
 _SPACE = "▁"
 # A word with the space before it and an apostrophe ("▁the", "'s"), a run of other
-# characters ("▁."), or a space alone: like T5's own pieces, none mixes letters and
+# characters ("▁."), or a single space. Like T5's own pieces, none mixes letters and
 # punctuation.
 _APOSTROPHE = "['\u2019]"
 _WORD = (
@@ -45,13 +45,18 @@ _NEVER = -100.0
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A Unigram tokenizer in T5's manner of at most `vocab_size` pieces: <pad> 0, </s>
-    1 (appended), <unk> 2 (never used), those of the text, and 256 bytes.
+    """A Unigram tokenizer in the manner of T5.
 
-    It spells every text and reads it back exactly: a character that has no piece is
-    spelled in its UTF-8 bytes. Deterministic: the same sentences give the same
-    tokenizer, byte for byte. Holds the sentences in memory. Raises UserError where
-    `vocab_size` leaves no room for pieces of the text.
+    Its pieces are <pad> 0, </s> 1 (appended), <unk> 2 (never used), those of the text, and
+    256 bytes. It spells every text and reads it back exactly: a character without a piece
+    is spelled in its UTF-8 bytes. The same sentences give the same tokenizer, byte for
+    byte. The sentences are held in memory.
+
+    Args:
+        vocab_size: most pieces, all kinds together.
+
+    Raises:
+        UserError: `vocab_size` leaves no room for pieces of the text.
     """
     size = vocab_size - len(_BYTES)
     room = size - len(_SPECIAL)
@@ -62,11 +67,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             f"{len(_SPECIAL)} special pieces are part of it; give --model.vocab_size {least} or "
             f"more"
         )
-    # `tokenizers`' own Unigram trainer walks hash maps of random order: its scores
-    # differ from run to run, and so would the cached corpus and the losses. Its
+    # The Unigram trainer of `tokenizers` iterates over hash maps of random order. Its
+    # scores differ from run to run, and so would the cached corpus and the losses. Its
     # byte-pair trainer breaks ties by rule. So byte-pair merges propose pieces, the
-    # pieces that its segmentation uses most are kept, and their frequencies are the
-    # Unigram's probabilities.
+    # pieces that occur most in the segmented text are kept, and their frequencies are the
+    # probabilities of the Unigram model.
     sentences = list(texts)
     alphabet = _alphabet(sentences, size)[:room]
     proposal = _pipeline(models.BPE(unk_token=_SPECIAL[2]), _SPACE)
@@ -86,8 +91,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         counts.keys() - {*alphabet, *_SPECIAL}, key=lambda piece: (-counts[piece], piece)
     )
     pieces = [*alphabet, *merged[: room - len(alphabet)]]
-    # Count anew with the kept pieces alone: what the dropped ones stood for is now
-    # spelled with others.
+    # Count again with the kept pieces: the text of the dropped ones is now spelled with
+    # others.
     counts = _piece_counts(_unigram(pieces, counts, _SPACE), sentences)
     tokenizer = _unigram(sorted(pieces, key=lambda piece: (-counts[piece], piece)), counts, " ")
     eos = _SPECIAL[1]
@@ -104,13 +109,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def _alphabet(sentences: list[str], size: int) -> list[str]:
-    """The characters that get a piece each, most frequent first: all, or as many as
-    half of `size` pieces holds, or nearly all the text consists of if those are more."""
+    """The characters that get a piece each, most frequent first.
+
+    These are as many as fit into half of `size` pieces, or as many as cover nearly all of
+    the text (`_COVERAGE`) if those are more.
+    """
     counts: Counter[str] = Counter()
     for sentence in sentences:
         counts.update(sentence.replace(" ", _SPACE))
-    # a word at the start of a sentence has it too, even where no sentence has a second
-    # word
+    # The first word of a sentence has a space, too, even if no sentence has a second word.
     counts[_SPACE] += 1
     ranked = sorted(counts, key=lambda character: (-counts[character], character))
     covered = np.cumsum([counts[character] for character in ranked])
@@ -127,7 +134,7 @@ def _piece_counts(tokenizer: Tokenizer, sentences: list[str]) -> Counter[str]:
 
 
 def _unigram(pieces: list[str], counts: Counter[str], space: str) -> Tokenizer:
-    """A Unigram tokenizer of the special pieces, `pieces` and the bytes; a piece that
+    """A Unigram tokenizer of the special pieces, `pieces` and the bytes. A piece that
     never occurs counts as half an occurrence."""
     total = math.log(sum(max(counts[piece], 0.5) for piece in pieces))
     vocabulary = [
@@ -142,10 +149,10 @@ def _unigram(pieces: list[str], counts: Counter[str], space: str) -> Tokenizer:
 
 
 def _pipeline(model: models.Model, space: str) -> Tokenizer:
-    """A tokenizer of `model`, whose pieces write a space as `space`."""
+    """A tokenizer of `model`, in whose pieces a space is written as `space`."""
     tokenizer = Tokenizer(model)
-    # The first word gets a space like the others, which decoding takes away again: a
-    # word has the same piece everywhere.
+    # The first word gets a space like the others, so that a word has the same piece
+    # everywhere. Decoding removes it again.
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend(" "), normalizers.Replace(" ", space)]
     )

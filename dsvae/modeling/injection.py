@@ -1,9 +1,9 @@
-"""How z enters the decoder. An injection owns all of it: its weights, and what it adds
-to the decoder's call.
+"""How z enters the decoder. An injection owns its weights and what it adds to the
+decoder's call.
 
 `forward(latent, embeddings)` takes z (B, Z) and the decoder's input embeddings (B, T,
-d) and returns the embeddings to use and the keyword arguments that the decoder's
-attention gets beside them. z is the only way from the sentence to the decoder.
+d). It returns the embeddings to use, and the keyword arguments that the decoder's
+attention gets with them. z is the only way from the sentence to the decoder.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ INJECTIONS = ("memory", "embedding", "both", "none")
 
 
 class MemoryInjection(nn.Module):
-    """Key/value slots in every decoder self-attention layer, linear in z (memory scheme
-    of Optimus, Li et al. 2020)."""
+    """Key/value slots in every decoder self-attention layer, linear in z.
+
+    This is the memory scheme of Optimus (Li et al. 2020).
+    """
 
     def __init__(self, backbone: T5Backbone, latent_width: int, slots: int) -> None:
         super().__init__()
@@ -30,14 +32,16 @@ class MemoryInjection(nn.Module):
 
     def forward(self, latent: Tensor, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         memory = self.projection(latent.to(self.projection.weight.dtype))
-        # The batch stays the outermost axis: a reshape that moves it mixes the examples
-        # of a batch.
+        # The batch stays the outermost axis. A reshape that moves it would mix the
+        # sentences of a batch.
         return embeddings, {"latent_memory": memory.view(-1, *self.shape)}
 
 
 class EmbeddingInjection(nn.Module):
-    """A vector linear in z, added to every input embedding of the decoder (embedding
-    scheme of Optimus)."""
+    """A vector linear in z, added to every input embedding of the decoder.
+
+    This is the embedding scheme of Optimus.
+    """
 
     def __init__(self, backbone: T5Backbone, latent_width: int) -> None:
         super().__init__()
@@ -49,8 +53,8 @@ class EmbeddingInjection(nn.Module):
 
 
 class NoInjection(nn.Module):
-    """Nothing enters: the decoder is a plain language model, the baseline to read a
-    VAE's perplexity against."""
+    """Nothing enters. The decoder is a plain language model, the baseline for the
+    perplexity of a VAE."""
 
     def forward(self, latent: Tensor, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return embeddings, {}
