@@ -371,14 +371,14 @@ def encode(
 def corpus(
     *, n: int = 1000, seed: int = 0, output: str | None = None, factors: str | None = None
 ) -> None:
-    """Sentences of the built-in corpus, whose factors of variation are known.
+    """Prints sentences of the built-in corpus, whose factors of variation are known.
 
     Args:
         n: number of sentences, drawn with replacement; the first k are those of -n k.
-        seed: another seed, another corpus.
-        output: the file to write, one sentence a line; stdout where it is left out.
-        factors: a .csv file for the factors: row i holds the indices of the values that
-            line i was made of.
+        seed: another seed gives another corpus.
+        output: the file to write, one sentence per line; stdout by default.
+        factors: a .csv file for the factors; row i contains the indices of the values of
+            line i.
     """
     from dsvae.data.grammar import draw, write_corpus
 
@@ -406,31 +406,29 @@ def evaluate(
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> None:
-    """What a model is worth: likelihood, information in the latent, reconstruction, and
-    use of the latent.
+    """Measures a model: likelihood, information in the latent, reconstruction, and use of
+    the latent.
 
-    Also on several ranks: deepspeed --module dsvae.cli evaluate ...
+    It also runs on several ranks: deepspeed --module dsvae.cli evaluate ...
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
-        test_file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); the built-in corpus
-            where it is left out.
-        labels_file: one label a line, line i for sentence i: how well the latent tells
-            them apart.
-        output: directory for metrics.json, report.html and the projector; where it is
-            left out MODEL_DIR/evaluation, for a hub id ./evaluation.
-        samples: samples of z a sentence for the ELBO.
-        iw_samples: samples of z a sentence for the importance-weighted bound; without
-            it there is none.
-        batch_tokens: most padded tokens of one forward pass on one rank; changes the
-            speed only.
-        text_column: column of the sentence, where the file has columns.
+        test_file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); the built-in corpus by
+            default.
+        labels_file: one label per line, line i for sentence i, to measure how well the
+            latent tells them apart.
+        output: directory for metrics.json, report.html and the projector; by default
+            MODEL_DIR/evaluation, and ./evaluation for a hub id.
+        samples: samples of z per sentence for the ELBO.
+        iw_samples: samples of z per sentence for the importance-weighted bound; without
+            it, the bound is not measured.
+        batch_tokens: most padded tokens per forward pass on one rank; it changes only the
+            speed.
         max_tokens: longest sentence in tokens, EOS included; longer ones are truncated
-            and counted. Where it is left out that of the model's training
-            (data.max_tokens), 64 for a model that does not say.
-        seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
+            and counted. By default data.max_tokens of the model's training, or 64 if the
+            model does not say.
+        seed: of the draws of z and of the folds of the probes, from 0 to 2^53 - 1.
     """
-    # DeepSpeed logs to the stdout that it finds when it is imported
+    # DeepSpeed logs to the stdout that is there when it is imported.
     with contextlib.redirect_stdout(sys.stderr):
         from dsvae.reports.evaluation import evaluate_model
 
@@ -449,21 +447,19 @@ def evaluate(
 
 
 def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -> None:
-    """The model of a checkpoint of a run, finished or not, as a transformers directory
-    like OUTPUT_DIR/model.
+    """Writes the model of a checkpoint as a transformers directory like OUTPUT_DIR/model.
 
-    Weights in float32, whatever the precision, the ZeRO stage and the number of ranks.
-    One process on CPU; the run is only read and may be going on. The directory appears
-    whole or not at all; its name is printed.
+    The weights are float32 for every precision, ZeRO stage and number of ranks. It takes
+    one process on CPU. The run is only read, and may still be running. The directory
+    appears whole or not at all, and its name is printed.
 
     Args:
-        run: output directory of the run. Its checkpoints hold pickles, which can run
+        run: output directory of the run. Its checkpoints contain pickles, which can run
             code: name only what you trust.
-        checkpoint: latest, best (smallest loss on validation text in the phase that is
-            running), or a name as in OUTPUT_DIR/checkpoints, such as
-            phase2-step00001000.
-        output: the directory to write, which must not exist; RUN/exports/CHECKPOINT
-            where it is left out.
+        checkpoint: latest, best (smallest loss on validation text in the running phase),
+            or a name as in OUTPUT_DIR/checkpoints, such as phase2-step00001000.
+        output: the directory to write, which must not exist; RUN/exports/CHECKPOINT by
+            default.
     """
     import logging
 
@@ -471,7 +467,7 @@ def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.disable(logging.WARNING)  # DeepSpeed logs to stdout from its import on
+    logging.disable(logging.WARNING)  # DeepSpeed logs to stdout as soon as it is imported
     try:
         with contextlib.redirect_stdout(sys.stderr):
             from dsvae.export import export_checkpoint
@@ -483,21 +479,21 @@ def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -
 
 
 def compare(runs: list[str], *, output: str | None = None, sort_by: str | None = None) -> None:
-    """Runs side by side: the settings in which they differ, how far each has come, and
-    its metrics.
+    """Compares runs: the settings in which they differ, their progress, and their
+    metrics.
 
     A run that is not finished shows its newest validation values, with a star. Written:
     comparison.md (the table that is printed), comparison.csv and comparison.json (every
     metric in full, standard errors too), comparison.svg (rec against kl).
 
     Args:
-        runs: output directories of runs; a directory that holds them one level down, as
-            a sweep leaves, stands for all of them.
-        output: directory to write into; where it is left out `comparison` beside the
-            runs, or in the current directory if they lie in different ones. An earlier
-            comparison there is replaced.
+        runs: output directories of runs; a directory that contains them one level down,
+            as after a sweep, stands for all of them.
+        output: directory to write into; by default `comparison` beside the runs, or in
+            the current directory if they are in different ones. An earlier comparison
+            there is replaced.
         sort_by: name of a column or of any metric, best first and finished runs before
-            the others; the order given if left out.
+            the others; by default the given order.
     """
     from dsvae.files import make_writable
     from dsvae.reports.compare import compare_runs
@@ -507,14 +503,14 @@ def compare(runs: list[str], *, output: str | None = None, sort_by: str | None =
     directories, passed_over = find_runs(runs)
     if passed_over:
         more = f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
-        say(f"passed over, being no directories: {', '.join(passed_over[:3])}{more}")
-    found = compare_runs(directories, sort_by)
+        say(f"skipped, because they are no directories: {', '.join(passed_over[:3])}{more}")
+    comparison = compare_runs(directories, sort_by)
     directory = place(directories, output)
     make_writable(directory, "--output")
     if (directory / "comparison.json").exists():
         say(f"the earlier comparison in {directory} is replaced")
-    files = write(directory, found)
-    print(text(found))
+    files = write(directory, comparison)
+    print(text(comparison))
     print("\n" + "\n".join(f"{what:<12} {path}" for what, path in files.items()))
 
 
@@ -540,37 +536,34 @@ def plan(
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
     json: bool = False,
 ) -> None:
-    """What training needs of every GPU and node, by DeepSpeed configuration; the
-    fastest that fits, and its command.
+    """Estimates what training needs per GPU and node, and prints the fastest command that
+    fits.
 
-    An estimate, made without the weights and without a network; how it is made and
-    checked: docs/plan.md. The exit code is 0 also where nothing fits: then it says what
-    would.
+    The estimate needs neither the weights nor a network; docs/plan.md says how it is made
+    and checked. The exit code is 0 even if nothing fits: then the output says what would.
 
     Args:
         model: a public T5, v1.1, flan, mT5, umT5, ByT5 or UL2 by its hub id, a
             directory with a config.json, a recipe or a YAML file.
-        gpus: GPUs of the run, all nodes together.
-        gpu_memory: of one GPU: 40GB (10^9), 80GiB (2^30).
-        gpus_per_node: most GPUs of one node.
-        host_memory: of one node.
-        margin: per cent of every memory to leave free.
-        config: recipe or YAML file of the run, for a model given by its name
-            (park2021).
-        ds_config: plan for this DeepSpeed configuration alone, not for the shipped
-            ones.
-        gradient_checkpointing: plan with it alone, or without it alone (false).
-        batch_tokens: data.micro_batch_tokens, most padded tokens of a forward pass on a
+        gpus: number of GPUs on all nodes together.
+        gpu_memory: memory per GPU: 40GB (10^9), 80GiB (2^30).
+        gpus_per_node: most GPUs per node.
+        host_memory: memory per node.
+        margin: per cent of each memory to leave free.
+        config: recipe or YAML file of the run, for a model given by its name (park2021).
+        ds_config: plan only for this DeepSpeed configuration, not for the shipped ones.
+        gradient_checkpointing: plan only with it, or only without it (false).
+        batch_tokens: data.micro_batch_tokens, most padded tokens per forward pass on a
             GPU.
         eval_batch_tokens: eval.batch_tokens, the same in evaluation.
         max_tokens: data.max_tokens, longest sentence.
-        batch_size: data.batch_size, sentences of a step.
-        phase: which phases are to run.
+        batch_size: data.batch_size, sentences per step.
+        phase: which phases to run.
         freeze_decoder: phase1.freeze_decoder.
         injection: how z enters the decoder.
         latent_dim: dimensions of z.
-        precision: as the run's.
-        json: one JSON object, sizes in bytes.
+        precision: that of the run.
+        json: prints one JSON object, with sizes in bytes.
     """
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout as it is imported
         from dsvae.planning.command import plan_command
