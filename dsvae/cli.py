@@ -1,36 +1,55 @@
-"""The `dsvae` command: evaluate a trained model, and use its latent space.
+"""The `dsvae` command: evaluate a trained model, use its latent space, compare and plan
+runs.
 
-Results go to stdout, in UTF-8, and nothing else does; warnings, counts and progress go
-to stderr. A mistake of the user is one line on stderr and exit code 2; results that
-find no room are one line and exit code 74.
+Results go to stdout, in UTF-8, and nothing else does. Warnings, counts and progress go
+to stderr. A mistake of the user is one line on stderr and exit code 2. Results that find
+no room on the disk are one line and exit code 74.
 """
 
-# No `from __future__ import annotations`: fire shows the annotations in its help, and
-# command_line.py reads them. What needs torch is imported inside the commands: help and
-# usage errors should not wait for it.
+# No `from __future__ import annotations`: command_line.py reads the annotations. What
+# needs torch is imported inside the commands: help and usage errors should not wait for
+# it.
 
 import contextlib
 import errno
-import io
-import json
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from dsvae.command_line import command, dispatch
+from dsvae.command_line import commands, dispatch
+from dsvae.console import (
+    abandon_stdout,
+    one_line,
+    prepare_streams,
+    progress,
+    say,
+    show,
+    table,
+    terminable,
+)
 from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
-from dsvae.generation.options import OPTIONS, check
+from dsvae.generation.options import OPTIONS
 
-if TYPE_CHECKING:
-    from dsvae.generation import SentenceVAE
+SHARED = {
+    "model_dir": "model directory of a run (OUTPUT_DIR/model), or a hub id.",
+    "file": "sentences (.txt, .jsonl, .csv, .tsv, .parquet); stdin, one per line, where it is "
+    "left out or -.",
+    "text_column": "column of the sentence, where the file has columns.",
+    "json": "prints JSON, one object per line.",
+    "seed": "repeats the output of --do_sample exactly.",
+    "batch_size": "sentences that the model takes at a time.",
+    "max_tokens": "longest sentence in tokens, EOS included. A longer one of a file is truncated "
+    "and counted on stderr; a longer one of the command line is an error.",
+    "device": "cpu, cuda, cuda:1, ...; by default the accelerator where there is one.",
+    "options": "those of transformers' generate: --do_sample --temperature --top_p --num_beams "
+    "--max_new_tokens (128) and more. Without any, the most likely token is taken each time "
+    "(greedy).",
+}
+"""What the help says about parameters that several commands have."""
 
 
-@command(OPTIONS)
 def sample(
     model_dir: str,
     *,
@@ -45,30 +64,23 @@ def sample(
     device: str | None = None,
     **options: Any,
 ) -> None:
-    """Sentences of random latents.
+    """Generates sentences from random latents.
 
-    With --json one object a line: "sample" (from 1), "sentence"; with --source
-    aggregate also "line" and "from", the sentence whose posterior was sampled and its
+    With --json one object per line: "sample" (from 1), "sentence"; with --source
+    aggregate also "from", the sentence whose posterior was sampled, and "line", its
     number in the file.
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         n: number of sentences.
-        source: prior draws z from p(z); aggregate from q(z|x) of sentences drawn from
-            --file: where the decoder has been.
+        source: prior draws z from p(z); aggregate draws it from q(z|x) of sentences of
+            --file, which shows where the decoder was trained.
         file: sentences for --source aggregate (.txt, .jsonl, .csv, .tsv, .parquet).
-        text_column: column of the sentence in --file, where it has columns.
-        seed: repeats the output exactly; without it a fresh one is drawn and told on
+        seed: repeats the output exactly; by default a fresh one is drawn and printed on
             stderr.
-        json: one JSON object a line.
-        batch_size: sentences at a time.
-        max_tokens: longest sentence of --file in tokens, EOS included; longer ones are
-            truncated and counted on stderr.
-        device: cpu, cuda, cuda:1, ...; the accelerator where there is one.
-        options: those of transformers' generate: --do_sample --temperature --top_p
-            --top_k --num_beams --max_new_tokens (128) and more; without any the most
-            likely token is taken each time (greedy).
     """
+    from dsvae.generation.reading import draw_sentences, read_sentences
+    from dsvae.generation.session import session
+
     if n < 1:
         raise UserError(f"-n is {n}: give at least 1")
     if (source == "aggregate") != (file is not None):
@@ -76,38 +88,37 @@ def sample(
             "--source aggregate and --file belong together: the file's sentences are encoded and "
             "their z sampled"
         )
-    check(options)
-    if file is None:
-        vae = _load(model_dir, device, batch_size, max_tokens)
-        seed = _seed(seed, needed=True)
-        rows = (
+    if file is not None:
+        read_sentences(file, text_column, "--file")  # checks the file before the model loads
+    with session(
+        model_dir,
+        device=device,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        options=options,
+        seed=seed,
+        draws=True,
+    ) as (vae, seed):
+        rows: Any = (
             {"sample": i, "sentence": text}
             for i, text in enumerate(vae.prior_stream(n, seed=seed, **options), 1)
         )
-    else:
-        from dsvae.generation.reading import draw_sentences, read_sentences
-
-        # a missing file is told before the model is loaded
-        read_sentences(file, text_column, "--file")
-        vae = _load(model_dir, device, batch_size, max_tokens)
-        seed = _seed(seed, needed=True)
-        drawn = vae.posterior_stream(
-            draw_sentences(file, text_column, n, seed), seed=seed, **options
+        if file is not None:
+            lines = draw_sentences(file, text_column, n, seed)
+            rows = (
+                {"sample": i, "sentence": text, "line": line.line, "from": line.text}
+                for i, (line, text) in enumerate(
+                    vae.posterior_stream(lines, seed=seed, **options), 1
+                )
+            )
+        width = len(str(n))
+        show(
+            progress(rows, n),
+            json,
+            lambda row: f"{row['sample']:>{width}}  {one_line(row['sentence'])}",
         )
-        rows = (
-            {"sample": i, "sentence": text, "line": line.line, "from": line.text}
-            for i, (line, text) in enumerate(drawn, 1)
-        )
-    width = len(str(n))
-    _show(
-        _progress(rows, n),
-        json,
-        lambda row: f"{row['sample']:>{width}}  {_one_line(row['sentence'])}",
-    )
-    _report(vae)
 
 
-@command(OPTIONS)
 def reconstruct(
     model_dir: str,
     file: str | None = None,
@@ -120,48 +131,38 @@ def reconstruct(
     device: str | None = None,
     **options: Any,
 ) -> None:
-    """Sentences of a file or of stdin, each with what the decoder makes of its
-    posterior mean.
+    """Decodes the posterior mean of each sentence of a file or of stdin.
 
-    Memory does not grow with the file. With --json one object a line: "line" (number in
-    the source, from 1, blank ones counted), "sentence", "reconstruction"; otherwise the
+    Memory does not grow with the file. With --json one object per line: "line" (number in
+    the source, from 1, blank ones counted), "sentence", "reconstruction". Otherwise the
     two stand one above the other, behind the number.
-
-    Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
-        file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); stdin, one a line, where
-            it is left out or -.
-        text_column: column of the sentence, where the file has columns.
-        json: one JSON object a line.
-        seed: repeats the output of --do_sample exactly.
-        batch_size: sentences at a time.
-        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated
-            and counted on stderr.
-        device: cpu, cuda, cuda:1, ...; the accelerator where there is one.
-        options: those of transformers' generate: --num_beams --do_sample --temperature
-            --top_p --max_new_tokens (128) and more; without any the most likely token
-            is taken each time (greedy).
     """
     from dsvae.generation.reading import read_sentences
+    from dsvae.generation.session import check_not_empty, session
 
-    check(options)
     sentences = read_sentences(file, text_column)
-    vae = _load(model_dir, device, batch_size, max_tokens)
-    _seed(seed, needed=bool(options.get("do_sample")))
-    pairs = vae.reconstruct_stream(sentences, **options)
-    rows = (
-        {"line": line.line, "sentence": line.text, "reconstruction": text} for line, text in pairs
-    )
+    with session(
+        model_dir,
+        device=device,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        options=options,
+        seed=seed,
+    ) as (vae, _):
+        rows = (
+            {"line": line.line, "sentence": line.text, "reconstruction": text}
+            for line, text in vae.reconstruct_stream(sentences, **options)
+        )
+        show(
+            progress(rows),
+            json,
+            lambda row: (
+                f"{row['line']:>6}  {row['sentence']}\n{'':>6}  {one_line(row['reconstruction'])}"
+            ),
+        )
+        check_not_empty(vae, file)
 
-    def both(row: dict[str, Any]) -> str:
-        return f"{row['line']:>6}  {row['sentence']}\n{'':>6}  {_one_line(row['reconstruction'])}"
 
-    _show(_progress(rows), json, both)
-    _check_not_empty(vae, file)
-    _report(vae)
-
-
-@command(OPTIONS)
 def interpolate(
     model_dir: str,
     a: str,
@@ -175,34 +176,31 @@ def interpolate(
     device: str | None = None,
     **options: Any,
 ) -> None:
-    """The sentences on the way from one sentence to another.
+    """Generates the sentences on the way from one sentence to another.
 
-    The first and the last are the reconstructions of the two. With --json one object a
+    The first and the last are the reconstructions of the two. With --json one object per
     line: "t" (0 to 1), "sentence".
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         a: the sentence to start from.
         b: the sentence to arrive at.
         steps: number of sentences, at least 2.
-        path: linear, the straight line; slerp, along the great circle, with the norm
-            going linearly.
-        json: one JSON object a line.
-        seed: repeats the output of --do_sample exactly.
-        max_tokens: longest sentence in tokens, EOS included; a longer one is an error.
-        device: cpu, cuda, cuda:1, ...; the accelerator where there is one.
-        options: those of transformers' generate (see dsvae sample --help).
+        path: linear, the straight line; slerp, along the great circle, while the norm
+            changes linearly.
     """
+    from dsvae.generation.session import session
+
     if steps < 2:
         raise UserError(f"--steps is {steps}: a path needs at least 2, its two ends")
-    vae = _load_for_few(model_dir, device, max_tokens, seed, options)
-    texts = vae.interpolate(a, b, steps=steps, path=path, **options)
-    rows = ({"t": i / (steps - 1), "sentence": text} for i, text in enumerate(texts))
-    _show(rows, json, lambda row: f"{row['t']:.3f}  {_one_line(row['sentence'])}")
-    _report(vae)
+    with session(model_dir, device=device, max_tokens=max_tokens, options=options, seed=seed) as (
+        vae,
+        _,
+    ):
+        texts = vae.interpolate(a, b, steps=steps, path=path, **options)
+        rows = ({"t": i / (steps - 1), "sentence": text} for i, text in enumerate(texts))
+        show(rows, json, lambda row: f"{row['t']:.3f}  {one_line(row['sentence'])}")
 
 
-@command(OPTIONS)
 def analogy(
     model_dir: str,
     a: str,
@@ -215,79 +213,83 @@ def analogy(
     device: str | None = None,
     **options: Any,
 ) -> None:
-    """The sentence that is to C as B is to A: of the latent z_b - z_a + z_c.
+    """Generates the sentence that is to C as B is to A, from the latent z_b - z_a + z_c.
 
     With --json one object: "a", "b", "c", "sentence".
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         a: a sentence.
-        b: what became of it.
-        c: another sentence, to which the same is to be done.
-        json: one JSON object.
-        seed: repeats the output of --do_sample exactly.
-        max_tokens: longest sentence in tokens, EOS included; a longer one is an error.
-        device: cpu, cuda, cuda:1, ...; the accelerator where there is one.
-        options: those of transformers' generate (see dsvae sample --help).
+        b: what A became.
+        c: another sentence, which is to change in the same way.
     """
-    vae = _load_for_few(model_dir, device, max_tokens, seed, options)
-    row = {"a": a, "b": b, "c": c, "sentence": vae.analogy(a, b, c, **options)}
-    _show([row], json, _table)
-    _report(vae)
+    from dsvae.generation.session import session
+
+    with session(model_dir, device=device, max_tokens=max_tokens, options=options, seed=seed) as (
+        vae,
+        _,
+    ):
+        show([{"a": a, "b": b, "c": c, "sentence": vae.analogy(a, b, c, **options)}], json, table)
 
 
-@command(OPTIONS)
 def traverse(
     model_dir: str,
     a: str,
     *,
     dim: int,
-    steps: int = 7,
-    width: float = 3.0,
-    scale: Literal["prior", "posterior"] = "prior",
+    steps: int | None = None,
+    width: float | None = None,
+    scale: Literal["prior", "posterior"] | None = None,
     json: bool = False,
     seed: int | None = None,
     max_tokens: int = 512,
     device: str | None = None,
     **options: Any,
 ) -> None:
-    """The sentences along one dimension of the latent, from the posterior mean of a
+    """Generates the sentences along one unit of the latent, from the posterior mean of a
     sentence.
 
-    With --json one object a line: "offset" (standard deviations), "value" (the
-    coordinate of z), "sentence".
+    A dimension goes through equally spaced values; a categorical variable goes through
+    all its categories. With --json one object per line: "offset" (standard deviations)
+    and "value" (the coordinate of z), or "category"; "sentence".
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         a: the sentence.
-        dim: the dimension to move, from 0; the others stay.
-        steps: number of sentences, at least 2.
-        width: the dimension goes from -width to width standard deviations.
-        scale: prior, it takes the values that are usual over all sentences; posterior,
-            it moves about the sentence's own value by the sentence's own uncertainty.
-        json: one JSON object a line.
-        seed: repeats the output of --do_sample exactly.
-        max_tokens: longest sentence in tokens, EOS included; a longer one is an error.
-        device: cpu, cuda, cuda:1, ...; the accelerator where there is one.
-        options: those of transformers' generate (see dsvae sample --help).
+        dim: the dimension or variable to move, from 0; the others stay.
+        steps: number of sentences, at least 2; 7 by default. For dimensions only.
+        width: the dimension goes from -width to width standard deviations; 3 by default.
+            For dimensions only.
+        scale: prior (the default), the dimension takes the values that are usual over
+            all sentences; posterior, it moves about the sentence's own value by the
+            sentence's own uncertainty. For dimensions only.
     """
-    vae = _load_for_few(model_dir, device, max_tokens, seed, options)
-    offsets, latent = vae.traversal(a, dim, steps=steps, width=width, scale=scale)
-    found = zip(offsets, latent[:, dim].tolist(), vae.decode(latent, **options), strict=True)
-    rows = ({"offset": offset, "value": value, "sentence": text} for offset, value, text in found)
-    _show(rows, json, lambda row: f"{row['offset']:>+6.2f}  {_one_line(row['sentence'])}")
-    _report(vae)
+    from dsvae.generation.session import session
+
+    with session(model_dir, device=device, max_tokens=max_tokens, options=options, seed=seed) as (
+        vae,
+        _,
+    ):
+        places, latent = vae.traversal(a, dim, steps=steps, width=width, scale=scale)
+        texts = vae.decode(latent, **options)
+        rows = [{**place, "sentence": text} for place, text in zip(places, texts, strict=True)]
+        show(
+            rows,
+            json,
+            lambda row: (
+                (f"{row['category']:>3}" if "category" in row else f"{row['offset']:>+6.2f}")
+                + f"  {one_line(row['sentence'])}"
+            ),
+        )
 
 
-@command(OPTIONS)
 def edit(
     model_dir: str,
     a: str,
     *,
-    toward: str,
-    labels_file: str,
-    text_file: str,
-    strength: float = 1.0,
+    set: str | None = None,
+    toward: str | None = None,
+    labels_file: str | None = None,
+    text_file: str | None = None,
+    strength: float | None = None,
     text_column: str = "text",
     json: bool = False,
     seed: int | None = None,
@@ -296,52 +298,39 @@ def edit(
     device: str | None = None,
     **options: Any,
 ) -> None:
-    """A sentence moved towards a label, along an attribute vector.
+    """Changes a sentence: sets categories of its latent, or moves it toward a label.
 
-    The vector is the mean latent of the sentences with that label minus the mean of all
-    others. With --json one object: "sentence", "reconstruction" (strength 0), "edited",
-    "strength".
+    With --set, variables of a categorical latent get the categories that are given. With
+    --toward, a continuous latent moves along an attribute vector: the mean latent of the
+    sentences with that label minus the mean of all others. With --json one object:
+    "sentence", "reconstruction" (nothing changed), "edited", and "set" or "strength".
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
         a: the sentence.
+        set: VARIABLE=CATEGORY, both from 0; several with commas between them (3=7,5=0).
         toward: a label of --labels_file.
-        labels_file: one label a line, line i for sentence i of --text_file.
+        labels_file: one label per line, line i for sentence i of --text_file.
         text_file: the labelled sentences (.txt, .jsonl, .csv, .tsv, .parquet).
-        strength: 1 goes by the distance of the two means; try 0.5 to 3.
+        strength: 1 (the default) goes by the distance of the two means; try 0.5 to 3.
         text_column: column of the sentence in --text_file, where it has columns.
-        json: one JSON object.
-        seed: repeats the output of --do_sample exactly.
-        batch_size: sentences at a time.
-        max_tokens: longest sentence in tokens, EOS included; longer ones of --text_file
-            are truncated and counted, A is refused.
-        device: cpu, cuda, cuda:1, ...; the accelerator where there is one.
-        options: those of transformers' generate (see dsvae sample --help).
     """
-    from dsvae.generation.reading import check_labels, read_labels, read_sentences
+    from dsvae.generation import editing
+    from dsvae.generation.session import session
 
-    check_labels(labels_file, text_file, text_column, toward)
-    check(options)
-    vae = _load(model_dir, device, batch_size, max_tokens)
-    seed = _seed(seed, needed=bool(options.get("do_sample")))
-    vae.encode([a])  # a sentence that cannot be taken is told before the file is encoded
-    sentences = _progress(read_sentences(text_file, text_column, "--text_file"), quiet_output=True)
-    direction = vae.attribute_vector(sentences, read_labels(labels_file), toward)
-    found = {}
-    for name, by in (("reconstruction", 0.0), ("edited", strength)):
-        # sampled tokens of both from the same numbers: what differs is the strength
-        _seed(seed, needed=False)
-        found[name] = vae.edit(a, direction, strength=by, **options)
-    row = {"sentence": a, **found, "strength": strength}
-    _show(
-        [row],
-        json,
-        lambda row: _table({name: row[name] for name in ("sentence", "reconstruction", "edited")}),
-    )
-    _report(vae)
+    request = editing.read_request(set, toward, labels_file, text_file, strength, text_column)
+    with session(
+        model_dir,
+        device=device,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        options=options,
+        seed=seed,
+    ) as (vae, seed):
+        row = editing.edit(vae, a, request, seed, options)
+        shown = ("sentence", "reconstruction", "edited")
+        show([row], json, lambda row: table({name: row[name] for name in shown}))
 
 
-@command()
 def encode(
     model_dir: str,
     file: str | None = None,
@@ -352,50 +341,44 @@ def encode(
     max_tokens: int = 512,
     device: str | None = None,
 ) -> None:
-    """The posteriors of the sentences of a file or of stdin, as a safetensors file.
+    """Writes the posteriors of the sentences of a file or of stdin to a safetensors file.
 
-    Tensors, a row a sentence: mean and logvar (N, Z) float32 (natural logarithm of the
-    variance), and line (N,) int64, the number of the sentence in its source, from 1:
-    blank ones are counted and have no row. Memory does not grow with the file; the disk
-    beside the output holds it twice for a moment. The output appears whole or not at
-    all.
+    Tensors, with a row per sentence: for the Gaussian mean and logvar (N, Z) float32
+    (natural logarithm of the variance), and line (N,) int64, the number of the sentence
+    in its source, from 1. Blank sentences are counted and have no row. The posteriors are
+    held in memory, about 300 bytes per sentence for 32 dimensions. The file appears whole
+    or not at all.
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
-        file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); stdin, one a line, where
-            it is left out or -.
         output: the file to write.
-        text_column: column of the sentence, where the file has columns.
-        batch_size: sentences at a time.
-        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated
-            and counted on stderr.
-        device: cpu, cuda, cuda:1, ...; the accelerator where there is one.
     """
-    from dsvae.generation.latents_file import LatentsFile
+    from dsvae.generation.latents_file import check_place, write_latents
     from dsvae.generation.reading import read_sentences
+    from dsvae.generation.session import check_not_empty, session
 
     sentences = read_sentences(file, text_column)
-    with LatentsFile(output, {"format": "pt", "dsvae": version("dsvae")}) as latents:
-        vae = _load(model_dir, device, batch_size, max_tokens)
-        for lines, posterior in vae.encode_stream(_progress(sentences, quiet_output=True)):
-            latents.add([line.line for line in lines], posterior)
-        _check_not_empty(vae, file)
-    _report(vae)
-    _say(f"{latents.rows} sentences in {output}")
+    check_place(output)
+    with session(model_dir, device=device, max_tokens=max_tokens, batch_size=batch_size) as (
+        vae,
+        _,
+    ):
+        batches = list(vae.encode_stream(progress(sentences, prints_rows=False)))
+        check_not_empty(vae, file)
+        write_latents(output, batches)
+    say(f"{vae.counts.sentences} sentences in {output}")
 
 
-@command()
 def corpus(
     *, n: int = 1000, seed: int = 0, output: str | None = None, factors: str | None = None
 ) -> None:
-    """Sentences of the built-in corpus, whose factors of variation are known.
+    """Prints sentences of the built-in corpus, whose factors of variation are known.
 
     Args:
         n: number of sentences, drawn with replacement; the first k are those of -n k.
-        seed: another seed, another corpus.
-        output: the file to write, one sentence a line; stdout where it is left out.
-        factors: a .csv file for the factors: row i holds the indices of the values that
-            line i was made of.
+        seed: another seed gives another corpus.
+        output: the file to write, one sentence per line; stdout by default.
+        factors: a .csv file for the factors; row i contains the indices of the values of
+            line i.
     """
     from dsvae.data.grammar import draw, write_corpus
 
@@ -410,7 +393,6 @@ def corpus(
             print(drawn.text)
 
 
-@command()
 def evaluate(
     model_dir: str,
     *,
@@ -424,31 +406,29 @@ def evaluate(
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> None:
-    """What a model is worth: likelihood, information in the latent, reconstruction, and
-    use of the latent.
+    """Measures a model: likelihood, information in the latent, reconstruction, and use of
+    the latent.
 
-    Also on several ranks: deepspeed --module dsvae.cli evaluate ...
+    It also runs on several ranks: deepspeed --module dsvae.cli evaluate ...
 
     Args:
-        model_dir: model directory of a run (OUTPUT_DIR/model), or a hub id.
-        test_file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); the built-in corpus
-            where it is left out.
-        labels_file: one label a line, line i for sentence i: how well the latent tells
-            them apart.
-        output: directory for metrics.json, report.html and the projector; where it is
-            left out MODEL_DIR/evaluation, for a hub id ./evaluation.
-        samples: samples of z a sentence for the ELBO.
-        iw_samples: samples of z a sentence for the importance-weighted bound; without
-            it there is none.
-        batch_tokens: most padded tokens of one forward pass on one rank; changes the
-            speed only.
-        text_column: column of the sentence, where the file has columns.
+        test_file: sentences (.txt, .jsonl, .csv, .tsv, .parquet); the built-in corpus by
+            default.
+        labels_file: one label per line, line i for sentence i, to measure how well the
+            latent tells them apart.
+        output: directory for metrics.json, report.html and the projector; by default
+            MODEL_DIR/evaluation, and ./evaluation for a hub id.
+        samples: samples of z per sentence for the ELBO.
+        iw_samples: samples of z per sentence for the importance-weighted bound; without
+            it, the bound is not measured.
+        batch_tokens: most padded tokens per forward pass on one rank; it changes only the
+            speed.
         max_tokens: longest sentence in tokens, EOS included; longer ones are truncated
-            and counted. Where it is left out that of the model's training
-            (data.max_tokens), 64 for a model that does not say.
-        seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
+            and counted. By default data.max_tokens of the model's training, or 64 if the
+            model does not say.
+        seed: of the draws of z and of the folds of the probes, from 0 to 2^53 - 1.
     """
-    # DeepSpeed logs to the stdout that it finds when it is imported
+    # DeepSpeed logs to the stdout that is there when it is imported.
     with contextlib.redirect_stdout(sys.stderr):
         from dsvae.reports.evaluation import evaluate_model
 
@@ -466,23 +446,20 @@ def evaluate(
     )
 
 
-@command()
 def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -> None:
-    """The model of a checkpoint of a run, finished or not, as a transformers directory
-    like OUTPUT_DIR/model.
+    """Writes the model of a checkpoint as a transformers directory like OUTPUT_DIR/model.
 
-    Weights in float32, whatever the precision, the ZeRO stage and the number of ranks.
-    One process on CPU; the run is only read and may be going on. The directory appears
-    whole or not at all; its name is printed.
+    The weights are float32 for every precision, ZeRO stage and number of ranks. It takes
+    one process on CPU. The run is only read, and may still be running. The directory
+    appears whole or not at all, and its name is printed.
 
     Args:
-        run: output directory of the run. Its checkpoints hold pickles, which can run
+        run: output directory of the run. Its checkpoints contain pickles, which can run
             code: name only what you trust.
-        checkpoint: latest, best (smallest loss on validation text in the phase that is
-            running), or a name as in OUTPUT_DIR/checkpoints, such as
-            phase2-step00001000.
-        output: the directory to write, which must not exist; RUN/exports/CHECKPOINT
-            where it is left out.
+        checkpoint: latest, best (smallest loss on validation text in the running phase),
+            or a name as in OUTPUT_DIR/checkpoints, such as phase2-step00001000.
+        output: the directory to write, which must not exist; RUN/exports/CHECKPOINT by
+            default.
     """
     import logging
 
@@ -490,34 +467,33 @@ def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.disable(logging.WARNING)  # DeepSpeed logs to stdout from its import on
+    logging.disable(logging.WARNING)  # DeepSpeed logs to stdout as soon as it is imported
     try:
         with contextlib.redirect_stdout(sys.stderr):
             from dsvae.export import export_checkpoint
 
-            directory = export_checkpoint(run, checkpoint, output, _say)
+            directory = export_checkpoint(run, checkpoint, output, say)
     finally:
         logging.disable(logging.NOTSET)
     print(directory)
 
 
-@command()
 def compare(runs: list[str], *, output: str | None = None, sort_by: str | None = None) -> None:
-    """Runs side by side: the settings in which they differ, how far each has come, and
-    its metrics.
+    """Compares runs: the settings in which they differ, their progress, and their
+    metrics.
 
     A run that is not finished shows its newest validation values, with a star. The
     printed table is Markdown. Written: comparison.csv (every metric in full, standard
     errors too) and comparison.svg (rec against kl).
 
     Args:
-        runs: output directories of runs; a directory that holds them one level down, as
-            a sweep leaves, stands for all of them.
-        output: directory to write into; where it is left out `comparison` beside the
-            runs, or in the current directory if they lie in different ones. An earlier
-            comparison there is replaced.
+        runs: output directories of runs; a directory that contains them one level down,
+            as after a sweep, stands for all of them.
+        output: directory to write into; by default `comparison` beside the runs, or in
+            the current directory if they are in different ones. An earlier comparison
+            there is replaced.
         sort_by: name of a column or of any metric, best first and finished runs before
-            the others; the order given if left out.
+            the others; by default the given order.
     """
     from dsvae.files import make_writable
     from dsvae.reports.compare import compare_runs
@@ -527,18 +503,17 @@ def compare(runs: list[str], *, output: str | None = None, sort_by: str | None =
     directories, passed_over = find_runs(runs)
     if passed_over:
         more = f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
-        _say(f"passed over, being no directories: {', '.join(passed_over[:3])}{more}")
-    found = compare_runs(directories, sort_by)
+        say(f"skipped, because they are no directories: {', '.join(passed_over[:3])}{more}")
+    comparison = compare_runs(directories, sort_by)
     directory = place(directories, output)
     make_writable(directory, "--output")
     if (directory / "comparison.csv").exists():
-        _say(f"the earlier comparison in {directory} is replaced")
-    files = write(directory, found)
-    print(text(found))
+        say(f"the earlier comparison in {directory} is replaced")
+    files = write(directory, comparison)
+    print(text(comparison))
     print("\n" + "\n".join(f"{what:<12} {path}" for what, path in files.items()))
 
 
-@command()
 def plan(
     model: str,
     *,
@@ -561,37 +536,34 @@ def plan(
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
     json: bool = False,
 ) -> None:
-    """What training needs of every GPU and node, by DeepSpeed configuration; the
-    fastest that fits, and its command.
+    """Estimates what training needs per GPU and node, and prints the fastest command that
+    fits.
 
-    An estimate, made without the weights and without a network; how it is made and
-    checked: docs/plan.md. The exit code is 0 also where nothing fits: then it says what
-    would.
+    The estimate needs neither the weights nor a network; docs/plan.md says how it is made
+    and checked. The exit code is 0 even if nothing fits: then the output says what would.
 
     Args:
         model: a public T5, v1.1, flan, mT5, umT5, ByT5 or UL2 by its hub id, a
             directory with a config.json, a recipe or a YAML file.
-        gpus: GPUs of the run, all nodes together.
-        gpu_memory: of one GPU: 40GB (10^9), 80GiB (2^30).
-        gpus_per_node: most GPUs of one node.
-        host_memory: of one node.
-        margin: per cent of every memory to leave free.
-        config: recipe or YAML file of the run, for a model given by its name
-            (park2021).
-        ds_config: plan for this DeepSpeed configuration alone, not for the shipped
-            ones.
-        gradient_checkpointing: plan with it alone, or without it alone (false).
-        batch_tokens: data.micro_batch_tokens, most padded tokens of a forward pass on a
+        gpus: number of GPUs on all nodes together.
+        gpu_memory: memory per GPU: 40GB (10^9), 80GiB (2^30).
+        gpus_per_node: most GPUs per node.
+        host_memory: memory per node.
+        margin: per cent of each memory to leave free.
+        config: recipe or YAML file of the run, for a model given by its name (park2021).
+        ds_config: plan only for this DeepSpeed configuration, not for the shipped ones.
+        gradient_checkpointing: plan only with it, or only without it (false).
+        batch_tokens: data.micro_batch_tokens, most padded tokens per forward pass on a
             GPU.
         eval_batch_tokens: eval.batch_tokens, the same in evaluation.
         max_tokens: data.max_tokens, longest sentence.
-        batch_size: data.batch_size, sentences of a step.
-        phase: which phases are to run.
+        batch_size: data.batch_size, sentences per step.
+        phase: which phases to run.
         freeze_decoder: phase1.freeze_decoder.
         injection: how z enters the decoder.
         latent_dim: dimensions of z.
-        precision: as the run's.
-        json: one JSON object, sizes in bytes.
+        precision: that of the run.
+        json: prints one JSON object, with sizes in bytes.
     """
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout as it is imported
         from dsvae.planning.command import plan_command
@@ -623,9 +595,8 @@ def plan(
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    function.__name__: function
-    for function in (
+COMMANDS = commands(
+    (
         evaluate,
         export,
         compare,
@@ -638,21 +609,21 @@ COMMANDS: dict[str, Callable[..., None]] = {
         encode,
         corpus,
         plan,
-    )
-}
+    ),
+    OPTIONS,
+    SHARED,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs what a command line asks for; the exit code."""
+    """Runs what a command line asks for, and returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     # from the deepspeed launcher
     words = [word for word in words if not word.startswith("--local_rank=")]
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if sys.stderr is None:  # closed by who called us; `print` would take None for stdout
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
     try:
-        _check_stdout()
-        with _terminable():
+        prepare_streams()
+        with terminable():
             if words == ["--version"]:
                 print(f"dsvae {version('dsvae')}")
             else:
@@ -660,152 +631,26 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            _say(f"error: {error}")
+            say(f"error: {error}")
         return EXIT_USER_ERROR
     except RunStopped as stopped:  # several ranks that did not meet
-        _say(stopped.message)
+        say(stopped.message)
         return stopped.code
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        _abandon_stdout()  # who read our output has had enough of it
+        abandon_stdout()  # the reader has closed the pipe
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        _abandon_stdout()
-        _say(
-            f"error: the results cannot be written: {error.strerror}; make room, and repeat the "
-            f"command"
+        abandon_stdout()
+        say(
+            f"error: the results cannot be written: {error.strerror}; free some space, and "
+            f"repeat the command"
         )
         return EXIT_DISK
     return 0
-
-
-def _check_stdout() -> None:
-    """Makes stdout UTF-8 like every file that is read and written, whatever the locale;
-    a terminal keeps its encoding.
-
-    Raises UserError where there is none.
-    """
-    if sys.stdout is None:
-        raise UserError("stdout is closed: send the results to a file, or to /dev/null")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        encoding = sys.stdout.encoding if sys.stdout.isatty() else "utf-8"
-        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
-
-
-def _abandon_stdout() -> None:
-    """Python would fail once more when it flushes stdout at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Makes SIGTERM an exception, so that temporary files are taken away."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _load(model_dir: str, device: str | None, batch_size: int, max_tokens: int) -> "SentenceVAE":
-    from transformers.utils import logging
-
-    from dsvae.generation import SentenceVAE
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return SentenceVAE.from_pretrained(
-        model_dir, device=device, batch_size=batch_size, max_tokens=max_tokens
-    )
-
-
-def _load_for_few(
-    model_dir: str, device: str | None, max_tokens: int, seed: int | None, options: dict[str, Any]
-) -> "SentenceVAE":
-    """The model for a command that takes its sentences from the command line."""
-    check(options)
-    vae = _load(model_dir, device, 128, max_tokens)
-    _seed(seed, needed=bool(options.get("do_sample")))
-    return vae
-
-
-def _seed(seed: int | None, *, needed: bool) -> int:
-    """Seeds torch; a fresh seed is told, where anything is `needed` to be random."""
-    import torch
-
-    from dsvae.generation.sentence_vae import check_seed
-
-    fresh = check_seed(seed)
-    if needed and seed is None:
-        _say(f"seed {fresh} (--seed {fresh} repeats this)")
-    torch.manual_seed(fresh)
-    return fresh
-
-
-def _show(
-    rows: Iterable[dict[str, Any]], as_json: bool, line: Callable[[dict[str, Any]], str]
-) -> None:
-    """Prints rows as they come."""
-    for row in rows:
-        print(json.dumps(row, ensure_ascii=False) if as_json else line(row), flush=True)
-
-
-def _table(row: dict[str, Any]) -> str:
-    """Name and value of every field, a line each."""
-    width = max(map(len, row))
-    return "\n".join(f"{name:<{width}}  {_one_line(value)}" for name, value in row.items())
-
-
-def _one_line(text: str) -> str:
-    """Generated text on one line: byte vocabularies can produce line ends."""
-    return " ".join(text.splitlines())
-
-
-def _progress(
-    rows: Iterable[Any], total: int | None = None, *, quiet_output: bool = False
-) -> Iterable[Any]:
-    """The same rows under a progress bar, where someone looks at stderr and nothing
-    else is written to the terminal."""
-    if not sys.stderr.isatty() or (sys.stdout.isatty() and not quiet_output):
-        return rows
-    from tqdm import tqdm
-
-    return tqdm(
-        rows, total=total, unit="sentence", unit_scale=True, dynamic_ncols=True, leave=False
-    )
-
-
-def _check_not_empty(vae: "SentenceVAE", file: str | None) -> None:
-    if not vae.counts.sentences:
-        from dsvae.generation.reading import no_sentences
-
-        raise no_sentences("stdin" if file in (None, "-") else str(file))
-
-
-def _report(vae: "SentenceVAE") -> None:
-    """Says on stderr what was not taken as it came."""
-    counts = vae.counts
-    if counts.blank:
-        _say(f"{counts.blank} blank sentences skipped")
-    if counts.truncated:
-        _say(f"{counts.truncated} sentences truncated to {vae.max_tokens} tokens (--max_tokens)")
-    if counts.unfinished:
-        _say(f"{counts.unfinished} generated sentences cut before their end (--max_new_tokens)")
-
-
-def _say(text: str) -> None:
-    print(f"dsvae: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

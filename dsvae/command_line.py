@@ -1,288 +1,315 @@
 """From the words of a command line to the call of a function, with python-fire.
 
-fire matches flags to a function's parameters, writes its help from its docstring, and
-calls it. Sentences and pipelines need what it does not do by itself: it reads `1, 2`,
-`None` or `[ok]` as Python and not as text; it takes `-` for a separator and the word
-behind a bare `--json` for its value; and it calls the function first and complains
-about unknown words afterwards. So the parameters' annotations say how a word is read,
-and every word is checked here before fire gets it as `--name=value`.
+fire calls the function and writes its help from its docstring. Everything in between is
+done here, because sentences and pipelines need what fire does not do: it reads `1, 2`,
+`None` or `[ok]` as Python and not as text, it takes `-` for a separator and the word
+behind a bare `--json` for its value, and it complains about unknown words only after
+the call. So every word is checked and read here, by the annotations of the function.
+fire then gets each value as a Python literal, which it reads back as that value.
 """
 
-import difflib
+import contextlib
 import functools
 import inspect
+import io
 import json
 import math
 import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import fire
-from fire import decorators, helptext, inspectutils
-from fire.trace import FireTrace
 
-from dsvae.errors import UserError
+from dsvae.errors import UserError, did_you_mean
 
-Commands = Mapping[str, Callable[..., None]]
+Function = Callable[..., None]
 
 # No space before the "=": "-so it was = bad" is a sentence.
 _FLAG = re.compile(r"(--?)([A-Za-z][\w-]*)(?:(=)(.*))?", re.DOTALL)
 _HELP = ("--help", "-h")
+_WANTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list in JSON",
+}
 
 
-def command(
-    options: Mapping[str, type] | None = None,
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Marks a function as a command: its keyword-only parameters are flags, its others
-    words in their order, or flags as well.
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a command: a flag, and maybe a word that stands without a name."""
 
-    The last of the words takes all that are left where it is a `list[str]`.
+    name: str
+    kind: type
+    """str, bool, int, float or list."""
+    choices: tuple[str, ...] = ()
+    """The words that a str may be. Empty: any."""
+    is_word: bool = False
+    """Whether it may be given without its name."""
+    required: bool = False
+    letter: str | None = None
+    """A letter that stands for the name."""
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether it takes all words that are left."""
+        return self.is_word and self.kind is list
+
+    def read(self, text: str) -> Any:
+        """The value that a word means; a str stays as it is.
+
+        Raises:
+            UserError: the word means no such value.
+        """
+        if self.choices and text not in self.choices:
+            raise UserError(
+                f"--{self.name} is {text!r}, not one of {', '.join(self.choices)}"
+                f"{did_you_mean(text, self.choices)}"
+            )
+        if self.kind is str:
+            return text
+        try:
+            if self.kind is bool:
+                return {"true": True, "false": False}[text.lower()]
+            value: Any = json.loads(text) if self.kind is list else self.kind(text)
+            if self.kind is float and not math.isfinite(value):
+                raise ValueError
+            if not isinstance(value, self.kind):
+                raise ValueError
+            return value
+        except (ValueError, KeyError):
+            raise UserError(f"--{self.name} must be {_WANTED[self.kind]}, not {text!r}") from None
+
+
+class Command:
+    """A function as a command.
+
+    Its keyword-only parameters are flags. Its others are words in their order, and flags
+    as well. The last word takes all that are left where it is a `list[str]`.
 
     Args:
-        options: further flags and their types, which the function takes as `**options`.
+        options: further flags and their types, for a function that takes `**options`.
+        shared: what the help says about parameters that the docstring does not describe,
+            by their names.
     """
 
-    def mark(function: Callable[..., None]) -> Callable[..., None]:
-        function._options = dict(options or {})  # type: ignore[attr-defined]
-        return function
+    def __init__(
+        self, function: Function, options: Mapping[str, type], shared: Mapping[str, str]
+    ) -> None:
+        self.function, self.name = function, function.__name__
+        declared = inspect.signature(function).parameters.values()
+        own = [p for p in declared if p.kind is not p.VAR_KEYWORD]
+        self.options = options if len(own) < len(declared) else {}
+        self.shared = shared
+        firsts = [p.name[0] for p in own if not _positional(p) or p.default is not p.empty]
+        self.parameters = {p.name: _parameter(p, firsts) for p in own}
+        self.parameters |= {name: Parameter(name, kind) for name, kind in self.options.items()}
 
-    return mark
+    @property
+    def summary(self) -> str:
+        """The first paragraph of the docstring, on one line."""
+        return " ".join((inspect.getdoc(self.function) or "").split("\n\n")[0].split())
+
+    @property
+    def usage(self) -> str:
+        """The name and the words that follow it, required ones without brackets."""
+        words = [p for p in self.parameters.values() if p.is_word]
+        shown = [p.name.upper() if p.required else f"[{p.name.upper()}]" for p in words]
+        return " ".join(
+            [self.name, *(s + "..." * p.takes_all for s, p in zip(shown, words, strict=True))]
+        )
+
+    def help(self, program: str) -> str:
+        """The help that fire writes from the docstring."""
+        shown = functools.wraps(self.function)(lambda: None)
+        signature = inspect.signature(self.function)
+        # fire prints the name of a type, and a Literal has none. In `X | None` the None
+        # says no more than the default does.
+        named = [
+            p.replace(annotation=type(_type_name(self.parameters[p.name]), (), {}))
+            if p.name in self.parameters
+            else p.replace(annotation=p.empty)
+            for p in signature.parameters.values()
+        ]
+        shown.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        document = inspect.getdoc(self.function) or ""
+        missing = [
+            f"    {name}: {text}"
+            for name, text in self.shared.items()
+            if name in signature.parameters and f"\n    {name}: " not in document
+        ]
+        heading = [] if "\nArgs:" in document else ["", "Args:"]
+        shown.__doc__ = "\n".join([document, *heading, *missing])
+        text = _run_fire({self.name: shown}, [self.name, "--", "--help"], program)
+        text = re.sub(r"Type: Optional\[(.+?)\]?$", r"Type: \1", text.rstrip("\n"), flags=re.M)
+        for each in self.parameters.values():
+            if each.takes_all:
+                text = text.replace(
+                    f"{each.name.upper()} <flags>", f"{each.name.upper()}... <flags>", 1
+                )
+        if not self.options:
+            return text
+        lines = "\n".join(f"    --{each} {kind.__name__}" for each, kind in self.options.items())
+        return f"{text}\n\nOPTIONS OF GENERATE\n{lines}"
+
+    def read(self, words: Sequence[str], program: str) -> dict[str, Any]:
+        """The values that the words behind the command's name give.
+
+        Flags are `--name value` or `--name=value`, `--name` alone for a boolean. A
+        single letter stands for the one flag that begins with it. Words behind `--` are
+        no flags.
+
+        Raises:
+            UserError: no such flag, a value of the wrong type, a word missing or one too
+                many.
+        """
+        given: dict[str, Any] = {}
+        loose: list[str] = []
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            if word == "--":
+                loose += rest
+                break
+            match = _FLAG.fullmatch(word)
+            if match is None:
+                loose.append(word)
+                continue
+            parameter = self._flag(match[1], match[2], program)
+            value = match[4]
+            if value is None:
+                value = _value_behind(parameter, rest)
+            if parameter.name in given:
+                raise UserError(f"--{parameter.name} is given twice")
+            given[parameter.name] = [value] if parameter.takes_all else parameter.read(value)
+        places = [p for p in self.parameters.values() if p.is_word and p.name not in given]
+        if places and places[-1].takes_all and len(loose) >= len(places):
+            given[places[-1].name] = loose[len(places) - 1 :]
+            places, loose = places[:-1], loose[: len(places) - 1]
+        if len(loose) > len(places):
+            raise UserError(
+                f"{loose[len(places)]!r} is one word too many for {program} {self.usage}; quote "
+                f"sentences"
+            )
+        given |= {p.name: p.read(word) for p, word in zip(places, loose, strict=False)}
+        for parameter in self.parameters.values():
+            if parameter.required and parameter.name not in given:
+                name = parameter.name
+                raise UserError(
+                    f"{name.upper() if parameter.is_word else f'--{name}'} is missing: {program} "
+                    f"{self.usage}; {program} {self.name} --help says more"
+                )
+        return given
+
+    def call(self, words: Sequence[str], program: str) -> None:
+        """Calls the function with what the words give; raises what `read` raises."""
+        given = self.read(words, program)
+        flags = [f"--{name}={value!r}" for name, value in given.items()]
+        fire.Fire({self.name: self.function}, command=[self.name, *flags], name=program)
+
+    def _flag(self, dashes: str, written: str, program: str) -> Parameter:
+        name = written.replace("-", "_")
+        for parameter in self.parameters.values():
+            if parameter.name == name and (dashes == "--" or len(name) == 1):
+                return parameter
+            if parameter.letter == name:
+                return parameter
+        raise UserError(
+            f"unknown flag {dashes}{written}{did_you_mean(name, self.parameters, '--')}; {program} "
+            f"{self.name} --help lists all; a sentence that begins with a dash goes behind --"
+        )
 
 
-def dispatch(commands: Commands, words: Sequence[str], program: str) -> None:
+def commands(
+    functions: Iterable[Function],
+    options: Mapping[str, type] | None = None,
+    shared: Mapping[str, str] | None = None,
+) -> dict[str, Command]:
+    """The commands of functions by their names; arguments as of `Command`."""
+    return {f.__name__: Command(f, options or {}, shared or {}) for f in functions}
+
+
+def dispatch(known: Mapping[str, Command], words: Sequence[str], program: str) -> None:
     """Calls the command that `words` name, or prints help to stdout.
 
     Raises:
-        UserError: no such command or flag, a value of the wrong type, a word missing or
-            one too many.
+        UserError: no such command, or what `Command.read` raises.
     """
     before = list(words[: words.index("--")]) if "--" in words else list(words)
     name = before[0].replace("-", "_") if before else ""
     if any(word in before for word in _HELP):
-        print(help_text(commands, name if name in commands else None, program))
+        print(known[name].help(program) if name in known else overview(known, program))
         return
     if not before:
+        raise UserError(f"no command: give one of {', '.join(known)}; {program} --help says more")
+    if name not in known:
         raise UserError(
-            f"no command: give one of {', '.join(commands)}; {program} --help says more"
+            f"unknown command {before[0]!r}{did_you_mean(name, known)}; {program} --help lists all"
         )
-    if name not in commands:
-        raise UserError(
-            f"unknown command {before[0]!r}{nearest(name, commands)}; {program} --help lists all"
-        )
-    parsers = {
-        each: functools.partial(convert, each, kind)
-        for each, kind in _types(commands[name]).items()
-    }
-    # A copy is marked, because fire's help would list the mark among what the command
-    # offers.
-    parsed = decorators.SetParseFns(**parsers)(_copy(commands[name]))
-    fire.Fire(
-        {name: parsed},
-        command=[name, *canonical(commands[name], words[1:], f"{program} {name}")],
-        name=program,
-    )
+    known[name].call(words[1:], program)
 
 
-def canonical(function: Callable[..., None], words: Sequence[str], program: str) -> list[str]:
-    """The words of a command as `--name=value`, each name known and given once.
-
-    Flags are `--name value` or `--name=value`, `--name` alone for a boolean; a single
-    letter stands for the one flag that begins with it. Words behind `--` are no flags.
-
-    Raises:
-        UserError: see `dispatch`.
-    """
-    kinds, positional = _types(function), _positional(function)
-    letters = _letters(function)
-    given: dict[str, str] = {}
-    loose: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            loose += rest
-            break
-        match = _FLAG.fullmatch(word)
-        if match is None:
-            loose.append(word)
-            continue
-        dashes, written, equals, value = match.groups()
-        name = written.replace("-", "_")
-        if len(name) == 1:
-            name = letters.get(name, name)
-        if name not in kinds or (dashes == "-" and len(written) > 1):
-            raise UserError(
-                f"unknown flag {dashes}{written}{nearest(name, kinds, '--')}; {program} --help "
-                f"lists all; "
-                "a sentence that begins with a dash goes behind --"
-            )
-        if not equals:
-            if _plain(kinds[name]) is bool:
-                value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
-            elif rest and not (_FLAG.fullmatch(rest[0]) or rest[0] == "--"):
-                value = rest.pop(0)
-            else:
-                raise UserError(f"--{name} needs a value: write --{name}=VALUE")
-        if name in given:
-            raise UserError(f"--{name} is given twice")
-        given[name] = json.dumps([value]) if name in positional and _is_list(kinds[name]) else value
-    open_places = [name for name in positional if name not in given]
-    if open_places and _is_list(kinds[open_places[-1]]) and len(loose) >= len(open_places):
-        first = len(open_places) - 1
-        loose[first:] = [json.dumps(loose[first:])]
-    if len(loose) > len(open_places):
-        raise UserError(
-            f"{loose[len(open_places)]!r} is one word too many for {_usage(function, program)}; "
-            f"quote sentences"
-        )
-    given |= dict(zip(open_places, loose, strict=False))
-    for name, parameter in inspect.signature(function).parameters.items():
-        if (
-            name not in given
-            and parameter.default is parameter.empty
-            and parameter.kind is not parameter.VAR_KEYWORD
-        ):
-            what = name.upper() if name in positional else f"--{name}"
-            raise UserError(
-                f"{what} is missing: {_usage(function, program)}; {program} --help says more"
-            )
-    return [f"--{name}={value}" for name, value in given.items()]
-
-
-def convert(name: str, kind: Any, text: str) -> Any:
-    """The value of a flag in the type of its parameter; text stays as it is. Raises
-    UserError for a word that is none."""
-    kind = _plain(kind)
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if text not in choices:
-            raise UserError(
-                f"--{name} is {text!r}, not one of {', '.join(choices)}{nearest(text, choices)}"
-            )
-        return text
-    if kind is str:
-        return text
-    kind = list if _is_list(kind) else kind
-    wanted = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        list: "a list in JSON",
-    }[kind]
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        value = json.loads(text) if kind is list else kind(text)
-        if not isinstance(value, kind) or (kind is float and not math.isfinite(value)):
-            raise ValueError
-        return value
-    except (ValueError, KeyError):
-        raise UserError(f"--{name} must be {wanted}, not {text!r}") from None
-
-
-def help_text(commands: Commands, name: str | None, program: str) -> str:
-    """The help for a command, written by fire from its docstring; a list of all
-    commands for None."""
-    if name is None:
-        summaries = {
-            each: inspectutils.Info(function)["docstring_info"].summary
-            for each, function in commands.items()
-        }
-        width = max(map(len, summaries))
-        lines = "\n".join(f"    {each:<{width}}  {summary}" for each, summary in summaries.items())
-        return (
-            f"{program}: a T5 variational autoencoder at work\n\n{lines}\n\n{program} COMMAND "
-            f"--help says more."
-        )
-    shown = _copy(commands[name])
-    signature = inspect.signature(shown)
-    # fire prints the name of a type: a Literal has none, and in `X | None` the None
-    # says no more than the default does.
-    parameters = [
-        p.replace(annotation=type(_type_name(p.annotation), (), {}))
-        for p in signature.parameters.values()
-    ]
-    shown.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    trace = FireTrace(dict(commands), name=program)
-    trace.AddAccessedProperty(shown, name, [name], None, None)
-    text = re.sub(
-        r"Type: Optional\[(.+?)\]?$", r"Type: \1", helptext.HelpText(shown, trace=trace), flags=re.M
-    )
-    many = "".join(
-        n.upper() for n in _positional(commands[name]) if _is_list(_types(commands[name])[n])
-    )
-    if many:
-        text = text.replace(f"{many} <flags>", f"{many}... <flags>", 1)
-    options = getattr(commands[name], "_options", {})
-    lines = "\n".join(f"    --{each} {kind.__name__}" for each, kind in options.items())
-    return f"{text}\n\nOPTIONS OF GENERATE\n{lines}" if options else text
-
-
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean X?` for a name that is nearly one of `known`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
-
-
-def _copy(function: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> None:
-        function(*args, **kwargs)
-
-    return call
-
-
-def _types(function: Callable[..., None]) -> dict[str, Any]:
-    """The type of every flag of a command."""
-    parameters = inspect.signature(function).parameters.values()
-    own = {p.name: p.annotation for p in parameters if p.kind is not p.VAR_KEYWORD}
-    return own | getattr(function, "_options", {})
-
-
-def _positional(function: Callable[..., None]) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-
-
-def _letters(function: Callable[..., None]) -> dict[str, str]:
-    """Letter -> the flag that it stands for; as in fire's help, among the flags that
-    the function itself names."""
-    parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
-    firsts = [name[0] for name in names]
-    return {name[0]: name for name in names if firsts.count(name[0]) == 1}
-
-
-def _plain(kind: Any) -> Any:
-    """`X` of `X | None`: what a given value is; not giving the flag is None."""
-    # `Literal[...] | None` is the second, `str | None` the first
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return next(each for each in typing.get_args(kind) if each is not type(None))
-    return kind
-
-
-def _is_list(kind: Any) -> bool:
-    """Whether a parameter takes any number of words."""
-    return typing.get_origin(_plain(kind)) is list
-
-
-def _type_name(kind: Any) -> str:
-    kind = _plain(kind)
+def overview(known: Mapping[str, Command], program: str) -> str:
+    """The list of all commands."""
+    width = max(map(len, known))
+    lines = "\n".join(f"    {name:<{width}}  {each.summary}" for name, each in known.items())
     return (
-        " | ".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else kind.__name__
+        f"{program}: a T5 variational autoencoder at work\n\n{lines}\n\n"
+        f"{program} COMMAND --help says more."
     )
 
 
-def _usage(function: Callable[..., None], program: str) -> str:
-    parameters = inspect.signature(function).parameters
-    words = [
-        n.upper() if parameters[n].default is inspect.Parameter.empty else f"[{n.upper()}]"
-        for n in _positional(function)
-    ]
-    words = [
-        f"{w}..." if _is_list(parameters[n].annotation) else w
-        for n, w in zip(_positional(function), words, strict=True)
-    ]
-    return " ".join([program, *words])
+def _run_fire(component: Any, words: list[str], program: str) -> str:
+    """What fire writes; it opens no pager where neither stream is a terminal."""
+    out = io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+        contextlib.suppress(SystemExit),
+    ):
+        fire.Fire(component, command=words, name=program)
+    return out.getvalue()
+
+
+def _value_behind(parameter: Parameter, rest: list[str]) -> str:
+    """Takes the value of a flag off the words that follow it."""
+    if parameter.kind is bool:
+        return rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+    if rest and not (_FLAG.fullmatch(rest[0]) or rest[0] == "--"):
+        return rest.pop(0)
+    raise UserError(f"--{parameter.name} needs a value: write --{parameter.name}=VALUE")
+
+
+def _positional(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+
+
+def _parameter(parameter: inspect.Parameter, firsts: list[str]) -> Parameter:
+    """A parameter by its annotation.
+
+    Args:
+        firsts: the first letters of all flags. One that begins a single flag stands for
+            it, as in fire's help.
+    """
+    kind, name = parameter.annotation, parameter.name
+    # `Literal[...] | None` is a Union, `str | None` a UnionType.
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        kind = next(each for each in typing.get_args(kind) if each is not type(None))
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    required = parameter.default is parameter.empty
+    has_letter = firsts.count(name[0]) == 1 and not (_positional(parameter) and required)
+    return Parameter(
+        name,
+        str if choices else typing.get_origin(kind) or kind,
+        choices,
+        is_word=_positional(parameter),
+        required=required,
+        letter=name[0] if has_letter else None,
+    )
+
+
+def _type_name(parameter: Parameter) -> str:
+    return " | ".join(parameter.choices) or parameter.kind.__name__

@@ -1,8 +1,8 @@
-"""RunConfig and its parts: what a run can be told, how it is read, checked and printed.
+"""RunConfig and its parts: the settings of a run, how they are read, checked and printed.
 
-A value comes from, in rising order: the defaults here, a recipe or a file (`--config`),
-the command line. Unknown names and wrong types are errors that name the nearest known
-one.
+A value comes from the defaults here, from a recipe or a file (`--config`), or from the
+command line; the later of these wins. Unknown names and wrong types are errors that name
+the nearest known one.
 """
 
 from __future__ import annotations
@@ -26,131 +26,136 @@ DEFAULT_RECIPE = "quickstart"
 
 @dataclass
 class DataConfig:
-    """Where the sentences come from and how they are batched."""
+    """Where the sentences come from, and how they are batched."""
 
     train_file: str | None = None
-    """Training sentences: .txt (one per line), .jsonl, .csv, .tsv (without quoting) or
-    .parquet. None and no `dataset`: the built-in corpus."""
+    """Training sentences: .txt (one per line), .jsonl (one object per line), .csv, .tsv
+    (without quoting) or .parquet. Without it and without `dataset`, the run uses the
+    built-in corpus."""
     valid_file: str | None = None
-    """Validation sentences. None: held out from the training sentences (5%, at most
-    5,000)."""
+    """Validation sentences. Without it, 5% of the training sentences are held out, at
+    most 5,000."""
     test_file: str | None = None
-    """Test sentences. None: held out from the training sentences (5%, at most
-    5,000)."""
+    """Test sentences. Without it, 5% of the training sentences are held out, at most
+    5,000."""
     dataset: str | None = None
-    """A hub data set instead of files: ID or ID:CONFIG, with its own
-    train/validation/test splits."""
+    """A hub data set instead of files: ID or ID:CONFIG. Its own train, validation and
+    test splits are used."""
     text_column: str = "text"
-    """Column that holds the sentence (.jsonl, .csv, .parquet and hub data sets)."""
+    """The column that contains the sentence, in .jsonl, .csv, .tsv, .parquet and hub
+    data sets."""
     builtin_size: int = 20_000
-    """Sentences of the built-in corpus (training, validation and test together)."""
+    """Number of sentences of the built-in corpus: training, validation and test
+    together."""
     builtin_seed: int = 0
     """Seed of the built-in corpus."""
     max_tokens: int = 64
-    """Longest sentence in tokens, EOS included; longer ones are truncated (counted and
-    reported)."""
+    """Longest sentence in tokens, EOS included. Longer ones are truncated, counted and
+    reported."""
     batch_size: int = 128
-    """Sentences of every optimizer step, over all ranks and micro-batches."""
+    """Sentences per optimizer step, over all ranks and micro-batches."""
     micro_batch_tokens: int = 8192
-    """Most padded tokens of one forward pass on one rank; a step is cut into as many
-    micro-batches as that takes. Less: less padding, because sentences of similar length
-    share a micro-batch, and more passes."""
+    """Most padded tokens per forward pass on one rank. A step is cut into as many
+    micro-batches as that takes. A smaller number means less padding, because sentences
+    of similar length share a micro-batch, and more passes."""
     cache_dir: str | None = None
-    """Where tokenized corpora are cached by content. None: `dsvae` inside the cache
-    directory of `datasets`."""
+    """Directory where tokenized corpora are cached by content. Without it, `dsvae`
+    inside the cache directory of `datasets`."""
 
 
 @dataclass
 class ModelConfig:
-    """Which T5, and the latent path put on it."""
+    """Which T5, and which latent path is added to it."""
 
     name: str | None = None
-    """A pretrained T5, mT5, umT5, ByT5 or T5VAE: hub id or directory. None: a new T5
-    from `t5`."""
+    """A pretrained T5, mT5, umT5, ByT5 or T5VAE: a hub id or a directory. Without it, a
+    new T5 is made from `t5`."""
     t5: dict[str, Any] = field(default_factory=dict)
-    """Fields of transformers' T5 configuration for a new T5; `model_type` may be t5,
+    """Fields of transformers' T5 configuration for a new T5. `model_type` may be t5,
     mt5 or umt5."""
     vocab_size: int = 4256
-    """Pieces of the tokenizer that is trained on the corpus for a new T5, the 256 bytes
-    that spell every other character among them; at least 260."""
+    """Pieces of the tokenizer that is trained on the corpus for a new T5, at least 260.
+    They include the 256 bytes that spell every character without a piece."""
     dropout: float | None = None
-    """Dropout rate of the T5. None: the model's own."""
+    """Dropout rate of the T5. Without it, the model's own."""
     family: Literal["gaussian", "spike_slab", "categorical"] = "gaussian"
-    """What z is: gaussian, a diagonal Gaussian; spike_slab, a sparse vector (Prokhorov
-    et al. 2021); categorical, variables of `categories` values each."""
+    """What z is. gaussian: a diagonal Gaussian. spike_slab: a sparse vector (Prokhorov
+    et al. 2021). categorical: variables of `categories` values each."""
     latent_dim: int = 32
-    """The units of the latent: dimensions of z, or categorical variables."""
+    """Number of units of the latent: dimensions of z, or categorical variables."""
     categories: int = 16
-    """Values of each variable, for categorical."""
+    """Number of values of each variable, for the categorical family."""
     spike_prior: list[float] = field(default_factory=lambda: [4.0, 1.0])
-    """a and b of the Beta(a, b) that the weight of the spike has under the prior, for
-    spike_slab. (4, 1): a unit is off in four of five sentences."""
+    """The numbers a and b of the prior Beta(a, b) of the spike's weight, for the
+    spike_slab family. With (4, 1), a unit is off in four of five sentences."""
     pooling: Literal["mean", "max", "first", "attention"] = "mean"
     """How the encoder's states become one vector."""
     injection: Literal["memory", "embedding", "both", "none"] = "memory"
-    """How z enters the decoder; none: a language model of the same decoder, without
-    encoder and latent."""
+    """How z enters the decoder. With none, the model is a language model of the same
+    decoder, without encoder and latent."""
     memory_slots: int = 1
-    """Key/value slots a decoder layer, for injection by memory."""
+    """Key/value slots per decoder layer, for injection by memory."""
     gradient_checkpointing: bool = False
-    """Recompute the blocks' activations in backward: less memory, about a third more
-    time."""
+    """Recompute the activations of each block in the backward pass. It saves memory and
+    takes about a third more time."""
 
 
 @dataclass
 class BetaConfig:
-    """Weight of the KL term, by optimizer step of the phase (see
+    """Weight of the KL term by optimizer step of the phase (see
     `dsvae.objective.schedules`)."""
 
     kind: Literal["constant", "linear", "cyclic", "target"] = "linear"
-    """constant: `max` throughout. linear: one rise over the phase. cyclic: `cycles`
-    equal rises (Fu et al. 2019). target: beta moves until the KL is `target`."""
+    """How beta moves. constant: `max` throughout. linear: one rise over the phase.
+    cyclic: `cycles` equal rises (Fu et al. 2019). target: beta moves until the KL is
+    `target`."""
     max: float = 1.0
-    """The value that is reached; for target the largest."""
+    """The largest value of beta."""
     target: float | None = None
-    """The KL to hold, in nats per sentence, for target."""
+    """The KL to hold in nats per sentence, for kind target."""
     gain: float = 1e-3
-    """How much beta moves per step and nat of distance from the target."""
+    """How much beta moves per step and per nat of distance from the target."""
     zero: float = 0.0
-    """Share of the phase (of each cycle) that beta stays at 0 before it rises."""
+    """Share of the phase (or of each cycle) during which beta stays at 0 before it
+    rises."""
     rise: float = 0.5
-    """Share of the phase (of each cycle) over which beta rises from 0 to `max`; it
+    """Share of the phase (or of each cycle) over which beta rises from 0 to `max`. It
     stays there for the rest."""
     cycles: int = 4
-    """Number of cycles, for cyclic."""
+    """Number of cycles, for kind cyclic."""
 
 
 @dataclass
 class PhaseConfig:
-    """Optimization of one phase: AdamW, gradient clipping, a learning-rate schedule,
-    and the encoder's input noise."""
+    """Optimization of one phase: AdamW, gradient clipping, a learning-rate schedule, and
+    the encoder's input noise."""
 
     steps: int = 1000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     lr: float = 1e-4
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stay, or fall towards zero, which the step behind the last
-    would have."""
+    """What the learning rate does after the warm-up: it stays constant, or falls to
+    zero along a line or a cosine. The step after the last one would have zero."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly; the first one's is above 0
-    already."""
+    """Number of steps over which the learning rate rises linearly. The first step is
+    already above 0."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of matrices; none for norms, biases, embeddings and
-    position biases."""
+    """Decoupled weight decay of matrices. Norms, biases, embeddings and position biases
+    have none."""
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's beta1 and beta2."""
     adam_eps: float = 1e-8
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm; 0: not clipped."""
+    """Clip gradients to this global norm. 0: do not clip."""
     draws: int = 1
-    """Samples of z per sentence of which the one with the best reconstruction trains
-    (speculative sampling, Sato et al. 2021). The logged training rec is then too good by
-    up to ln(draws); evaluation always draws once."""
+    """Draw z this many times per sentence and train on the draw with the best
+    reconstruction (speculative sampling, Sato et al. 2021). The logged training rec is
+    then too good by up to ln(draws). Evaluation always draws once."""
     deletion: float = 0.0
-    """Share of the tokens deleted from the encoder's input while training (never EOS;
-    the decoder's side stays clean)."""
+    """Share of tokens that are deleted from the encoder's input during training. EOS is
+    never deleted, and the decoder's side stays clean."""
 
 
 @dataclass
@@ -158,9 +163,9 @@ class Phase1Config(PhaseConfig):
     """Phase 1: a plain autoencoder, no KL term."""
 
     sample_latent: bool = True
-    """Decode a sample of q(z|x) (True) or its mean (False)."""
+    """Decode a sample of q(z|x) (true) or its mean (false)."""
     freeze_decoder: bool = False
-    """Train the encoder and the latent path (posterior and injection) only."""
+    """Train only the encoder and the latent path (posterior and injection)."""
 
 
 @dataclass
@@ -170,12 +175,12 @@ class Phase2Config(PhaseConfig):
     beta: BetaConfig = field(default_factory=BetaConfig)
     """Weight of the KL term."""
     free_bits: float = 0.0
-    """KL threshold in nats; below it the KL has no gradient. 0: none."""
+    """KL threshold in nats. Below it, the KL has no gradient. 0: no threshold."""
     total_correlation: float = 0.0
-    """Weight of the pairwise total correlation of the variables, for model.family
-    categorical; the KL holds it once already."""
+    """Weight of the pairwise total correlation of the variables, for the categorical
+    family. It adds to the share that is already part of the KL."""
     free_bits_mode: Literal["dimension", "total", "sentence"] = "dimension"
-    """What `free_bits` holds for. dimension: the mean KL of each unit over the global
+    """What `free_bits` applies to. dimension: the mean KL of each unit over the global
     batch. total: the mean of their sum. sentence: the KL of each unit of each sentence,
     as in the code of Optimus and of Park & Lee."""
 
@@ -185,17 +190,18 @@ class EvalConfig:
     """Evaluation on validation text while training, and on test text at the end."""
 
     samples: int = 1
-    """Samples of z a sentence for `rec`."""
+    """Samples of z per sentence for `rec`."""
     iw_samples: int = 10
-    """Samples of z a sentence for the importance-weighted bound `nll_iw` of the final
-    evaluation; 0: not measured."""
+    """Samples of z per sentence for the importance-weighted bound `nll_iw` of the final
+    evaluation. 0: do not measure it."""
     batch_tokens: int = 16384
-    """Most padded tokens of one forward pass on one rank."""
+    """Most padded tokens per forward pass on one rank."""
     sentences: int = 5000
-    """At most this many validation sentences while training (the final evaluation takes
-    all)."""
+    """Use at most this many validation sentences during training. The final evaluation
+    uses all."""
     shown: int = 8
-    """Reconstructions and prior samples written out as text at every evaluation."""
+    """Number of reconstructions and prior samples written as text at every
+    evaluation."""
 
 
 @dataclass
@@ -203,52 +209,52 @@ class RunConfig:
     """A whole run."""
 
     ds_config: str | None = None
-    """DeepSpeed configuration file (JSON); `auto` values are filled in from this
-    configuration."""
+    """DeepSpeed configuration file (JSON). Values that are `auto` are filled in from
+    this configuration."""
     output_dir: str = "runs/dsvae"
-    """Where the run writes everything."""
+    """Directory that the run writes everything to."""
     resume: str = "auto"
-    """auto: go on from the newest complete checkpoint in output_dir, if any. never: a
-    fresh run, refused where one lies.
-    DIR: begin with the newest complete checkpoint of that run; once output_dir has a
-        run of its own, as auto."""
+    """auto: continue from the newest complete checkpoint in output_dir, if there is
+    one. never: start afresh, and refuse an output_dir with a checkpoint. DIR: start
+    from the newest complete checkpoint of that run; once output_dir contains
+    checkpoints of its own run, behave like auto."""
     phase: Literal["all", "1", "2"] = "all"
-    """Which phases to run. 2 alone starts from output_dir/phase1/model where that
-    exists, else from the model itself."""
+    """Which phases to run. 2 alone starts from output_dir/phase1/model if it exists,
+    otherwise from the model itself."""
     seed: int = 0
-    """0 to 2^53. Of everything random: initialization, order of the sentences, deletion
-    noise, z, dropout."""
+    """Seed of everything random, 0 to 2^53: initialization, order of the sentences,
+    deletion noise, z, dropout."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Fills `bf16.enabled`, `fp16.enabled` and `torch_autocast.enabled` where the
     ds_config says auto. auto: bf16."""
     log_every: int = 10
-    """Optimizer steps between two logged ones."""
+    """Log every N optimizer steps."""
     verbose: bool = False
-    """Prints the DeepSpeed configuration of each phase as it was resolved. It is
-    written to output_dir/ds_config.phase1.json and ds_config.phase2.json in any
-    case."""
+    """Print the resolved DeepSpeed configuration of each phase. Either way it is
+    written to output_dir/ds_config.phase1.json and ds_config.phase2.json."""
     eval_every: int = 500
-    """Optimizer steps between two evaluations on validation text; 0: only at the end of
-    each phase."""
+    """Evaluate on validation text every N optimizer steps. 0: only at the end of each
+    phase."""
     checkpoint_every: int = 500
-    """Optimizer steps between two checkpoints; 0: only at the end of each phase."""
+    """Save a checkpoint every N optimizer steps. 0: only at the end of each phase."""
     keep_checkpoints: int = 2
-    """The newest N complete checkpoints are kept."""
+    """Keep the newest N complete checkpoints."""
     keep_best: bool = True
-    """Keeps the best checkpoint of the running phase besides: that with the smallest
-    rec (phase 1) or rec + kl (phase 2) on validation text, among those saved at a step
-    with an evaluation."""
+    """Also keep the best checkpoint of the running phase: the one with the smallest rec
+    (phase 1) or rec + kl (phase 2) on validation text, among those saved at a step with
+    an evaluation."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """When the disk takes no checkpoint (full, over quota): stop with exit code 74, or
-    say so and train on until the next one."""
+    """What to do when a checkpoint cannot be written (disk full, over quota). stop:
+    stop with exit code 74. continue: print a warning and train on until the next
+    one."""
     max_skipped_steps: int = 10
-    """Optimizer steps in a row that may be skipped because loss or gradients are not
-    finite; at the last of them the run saves the batch and stops with exit code 65. A
-    loss scale that is still being found (fp16) does not count."""
+    """Stop with exit code 65 after this many skipped optimizer steps in a row, and save
+    the batch. A step is skipped when its loss or gradients are not finite. Steps in
+    which fp16 is still searching for its loss scale do not count."""
     hang_timeout: float = 600.0
     """Seconds without progress (a micro-batch, an evaluation batch, a part of a
-    checkpoint) after which a rank is given up: the others name it and leave with exit
-    code 69."""
+    checkpoint) after which a rank counts as lost. The other ranks name it and stop with
+    exit code 69."""
     data: DataConfig = field(default_factory=DataConfig)
     """The sentences."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -290,8 +296,8 @@ RESUMABLE = (
     "data.cache_dir",
     "precision",
 )
-"""Fields that a resumed run may change: they say nothing about what is learned.
-`ds_config`, which may change too, decides the precision where `precision` is auto."""
+"""Fields that a resumed run may change, because they do not affect what is learned.
+`ds_config` may change, too. It decides the precision where `precision` is auto."""
 
 
 def read(argv: Sequence[str]) -> RunConfig:
@@ -452,8 +458,8 @@ def check(config: RunConfig) -> None:
     )
     need(
         config.model.injection != "none" or config.model.family == "gaussian",
-        f"model.family {config.model.family} is of no use where model.injection is none: there "
-        "is no latent",
+        f"model.family {config.model.family} needs a latent, and model.injection none has no "
+        "latent",
     )
     need(
         config.phase1.draws == 1 or config.phase1.sample_latent,

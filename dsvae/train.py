@@ -45,7 +45,8 @@ from dsvae import private_names
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches
 from dsvae.data.corpora import entropy
-from dsvae.data.tokenization import Prepared, TokenizedSplit, load_prepared, prepare
+from dsvae.data.prepared import Prepared, load_prepared, prepare
+from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine import checkpoint, ds_config, reshape_checkpoint, weights
 from dsvae.engine.assemble import phase_engine
 from dsvae.engine.checkpoint import Checkpoint

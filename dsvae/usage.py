@@ -1,5 +1,5 @@
-"""What `train.py --help` prints: every field of a run with its type, its default and
-its docstring."""
+"""The text of `train.py --help`: every field of a run with its type, its default and its
+docstring."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ The default is quickstart. Every field below is a flag; recipes change its defau
 
 
 def help_text() -> str:
-    """The whole of it."""
+    """The help text."""
     short = {field: flag for flag, field in ALIASES.items() if flag != field}
     defaults = flatten(to_tree(RunConfig()))
     documents = _documents()
@@ -50,21 +50,23 @@ def _words(kind: Any) -> str:
 
 
 def _documents() -> dict[str, str]:
-    """The docstring of every field by its dotted name: Python keeps them in the source
-    alone."""
+    """The docstring of every field by its dotted name.
+
+    Python keeps the docstrings of fields only in the source.
+    """
     classes: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(configuration)).body:
         if isinstance(node, ast.ClassDef):
-            found = classes.setdefault(node.name, {})
+            documented = classes.setdefault(node.name, {})
             for base in node.bases:
-                found |= classes.get(ast.unparse(base), {})
+                documented |= classes.get(ast.unparse(base), {})
             for field, text in zip(node.body, node.body[1:], strict=False):
                 if (
                     isinstance(field, ast.AnnAssign)
                     and isinstance(text, ast.Expr)
                     and isinstance(text.value, ast.Constant)
                 ):
-                    found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+                    documented[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
 
     def walk(cls: type, prefix: str) -> dict[str, str]:
         documents: dict[str, str] = {}

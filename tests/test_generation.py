@@ -1,8 +1,12 @@
 """Sentences to latents and back: against the model and the tokenizer used directly, and
 against arithmetic by hand."""
 
+import errno
 import itertools
 import math
+import os
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +19,8 @@ from transformers import GenerationConfig
 from dsvae.data.noise import LATENT, PRIOR, generator
 from dsvae.data.tokenization import tokenize
 from dsvae.errors import UserError
-from dsvae.generation import SentenceVAE, geometry, options
-from dsvae.generation.latents_file import LatentsFile
+from dsvae.generation import SentenceVAE, geometry, latents_file, options
+from dsvae.generation.latents_file import check_place, write_latents
 from dsvae.generation.reading import WINDOW, Line, draw_sentences, windows
 
 TEXTS = [
@@ -288,7 +292,7 @@ def test_an_attribute_vector_is_the_difference_of_two_means(vae):
     found = vae.attribute_vector(iter(texts), iter(labels), "good")
     torch.testing.assert_close(found.double(), good.mean(0) - rest.mean(0), rtol=1e-4, atol=1e-5)
     for bad in (labels[:-1], [*labels, "x"]):
-        with pytest.raises(UserError, match="one label a sentence"):
+        with pytest.raises(UserError, match="one label per sentence"):
             vae.attribute_vector(iter(texts), iter(bad), "good")
     with pytest.raises(UserError, match="0 sentences are labelled excellent"):
         vae.attribute_vector(iter(texts), iter(labels), "excellent")
@@ -296,8 +300,10 @@ def test_an_attribute_vector_is_the_difference_of_two_means(vae):
 
 def test_a_traversal_moves_one_dimension(vae):
     posterior = posterior_of(vae, TEXTS[1])
-    offsets, latent = vae.traversal(TEXTS[1], 4, steps=5, width=2.0)
-    assert offsets == [-2.0, -1.0, 0.0, 1.0, 2.0]
+    places, latent = vae.traversal(TEXTS[1], 4, steps=5, width=2.0)
+    offsets = [-2.0, -1.0, 0.0, 1.0, 2.0]
+    assert [place["offset"] for place in places] == offsets
+    assert [place["value"] for place in places] == latent[:, 4].tolist()
     others = [0, 1, 2, 3, 5]
     torch.testing.assert_close(
         latent[:, others], posterior.mean[:, others].expand(5, -1), rtol=1e-4, atol=1e-5
@@ -309,6 +315,70 @@ def test_a_traversal_moves_one_dimension(vae):
     expected = float(posterior.mean[0, 4]) + deviation * torch.tensor(offsets)
     torch.testing.assert_close(around[:, 4], expected, rtol=1e-4, atol=1e-5)
     assert vae.traverse(TEXTS[1], 4, steps=5, width=2.0, **FEW) == [decoded(vae, z) for z in latent]
+
+
+# Categories
+
+
+@pytest.fixture(scope="module")
+def coded(tokenizer):
+    """A model of 6 variables with 4 categories each."""
+    model = make_vae(family="categorical", categories=4)
+    return SentenceVAE(model, tokenizer, batch_size=3)
+
+
+def one_hots(categories):
+    """z of a category per variable, (24,)."""
+    return torch.nn.functional.one_hot(torch.tensor(categories), 4).float().flatten()
+
+
+def categories_of(vae, text):
+    return posterior_of(vae, text).probabilities[0].argmax(-1).tolist()
+
+
+def test_a_traversal_goes_over_all_categories_of_a_variable(coded):
+    own = categories_of(coded, TEXTS[1])
+    places, latent = coded.traversal(TEXTS[1], 2)
+    assert places == [{"category": i} for i in range(4)]
+    expected = torch.stack([one_hots([*own[:2], i, *own[3:]]) for i in range(4)])
+    assert latent.tolist() == expected.tolist()
+    texts = coded.traverse(TEXTS[1], 2, **FEW)
+    assert texts == [decoded(coded, z) for z in expected]
+    assert texts[own[2]] == coded.reconstruct([TEXTS[1]], **FEW)[0]
+
+
+def test_categories_that_are_set_replace_those_of_the_sentence(coded):
+    own = categories_of(coded, TEXTS[1])
+    wanted = [own[0], 3, *own[2:5], 0]
+    point = coded.encode([TEXTS[1]]).point
+    before = point.clone()
+    assert coded.with_categories(point, {1: 3, 5: 0}).tolist() == [one_hots(wanted).tolist()]
+    assert torch.equal(point, before)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda vae: vae.traverse("a", 6), "variable 6: .* variables 0 to 5"),
+        (lambda vae: vae.traverse("a", 0, steps=3), "steps is for dimensions"),
+        (lambda vae: vae.traverse("a", 0, width=1.0), "width is for dimensions"),
+        (lambda vae: vae.traverse("a", 0, scale="prior"), "scale is for dimensions"),
+        (lambda vae: vae.with_categories(torch.zeros(1, 24), {6: 0}), "variables 0 to 5"),
+        (lambda vae: vae.with_categories(torch.zeros(1, 24), {0: 4}), "categories 0 to 3"),
+        (lambda vae: vae.interpolate("a", "b"), "continuous latent.*--set"),
+        (lambda vae: vae.analogy("a", "b", "c"), "continuous latent"),
+        (lambda vae: vae.attribute_vector(["a"], ["b"], "b"), "continuous latent"),
+    ],
+)
+def test_mistakes_with_categories_are_told(coded, call, message):
+    with pytest.raises(UserError, match=message) as caught:
+        call(coded)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_continuous_latent_has_no_categories_to_set(vae):
+    with pytest.raises(UserError, match="this model's latent is gaussian"):
+        vae.with_categories(torch.zeros(1, 6), {0: 1})
 
 
 # Errors
@@ -376,10 +446,9 @@ def test_options_without_effect_are_told(given, message):
 
 def test_a_latents_file_holds_the_posteriors(vae, tmp_path):
     path = tmp_path / "new" / "latents.safetensors"
-    with LatentsFile(path, {"dsvae": "1"}) as latents:
-        for lines, posterior in vae.encode_stream([TEXTS[0], "", *TEXTS[1:]]):
-            latents.add([line.line for line in lines], posterior)
-        assert not path.exists()
+    check_place(str(path))
+    assert not path.exists()
+    write_latents(str(path), list(vae.encode_stream([TEXTS[0], "", *TEXTS[1:]])))
     found = load_file(path)
     whole = vae.encode(TEXTS)
     assert set(found) == {"line", "mean", "logvar"}
@@ -387,25 +456,22 @@ def test_a_latents_file_holds_the_posteriors(vae, tmp_path):
     assert found["mean"].dtype == torch.float32
     torch.testing.assert_close(found["mean"], whole.mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["logvar"], whole.logvar, rtol=1e-4, atol=1e-5)
-    # the format asks for tensors that are aligned
-    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
     with safe_open(path, "np") as file:
-        assert file.metadata() == {"dsvae": "1"}
-        assert file.get_slice("mean").get_shape() == [7, 6]
+        assert file.metadata() == {"format": "pt", "dsvae": version("dsvae")}
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_an_interrupted_latents_file_leaves_what_was_there(vae, tmp_path):
+def test_a_latents_file_that_cannot_be_written_leaves_what_was_there(vae, tmp_path, monkeypatch):
     path = tmp_path / "latents.safetensors"
     path.write_bytes(b"older")
 
-    def write():
-        with LatentsFile(path) as latents:
-            latents.add([1, 2], vae.encode(TEXTS[:2]))
-            raise KeyboardInterrupt
+    def full(tensors, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(KeyboardInterrupt):
-        write()
+    monkeypatch.setattr(latents_file, "save_file", full)
+    with pytest.raises(UserError, match="cannot write .*: No space left on device"):
+        write_latents(str(path), list(vae.encode_stream(TEXTS)))
     assert path.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -414,4 +480,4 @@ def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "latents.safetensors"):
         with pytest.raises(UserError, match="cannot write"):
-            LatentsFile(path)
+            check_place(str(path))

@@ -10,6 +10,7 @@ from launch import ROOT
 # From the ground up; a package may import those before it, and itself.
 LAYERS = (
     ("errors",),
+    ("console",),
     ("files",),
     ("config",),
     ("run_directory",),

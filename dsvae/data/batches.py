@@ -1,13 +1,14 @@
 """From a split to the micro-batches of every rank.
 
-The epochs follow each other as one endless line of sentences. Each epoch has all
-sentences once, in a random order that depends on (seed, epoch) alone. Optimizer step i
-takes sentences i * B to (i + 1) * B of the line, so every step has exactly B sentences
-and every sentence the same weight; a step may begin in one epoch and end in the next.
+The epochs follow each other as one endless sequence of sentences. Each epoch has every
+sentence once, in a random order that depends only on (seed, epoch). Optimizer step i
+takes sentences i * B to (i + 1) * B of the sequence, so every step has exactly B
+sentences and every sentence has the same weight. A step may begin in one epoch and end
+in the next.
 
 Inside a step, sentences are sorted by length, cut into micro-batches by a budget of
-padded tokens, and dealt out to the ranks, the same number of micro-batches to each. The
-number of ranks does not change which sentences a step has.
+padded tokens, and divided among the ranks. Each rank gets the same number of
+micro-batches. The number of ranks does not change which sentences a step has.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class MicroBatch:
     attention_mask: Tensor
     """(B, S) int64, 1 = token."""
     labels: Tensor
-    """(B, T) int64, the clean sentence, -100 behind EOS."""
+    """(B, T) int64, the clean sentence, -100 after EOS."""
     noise: Tensor
     """(B, K, E) float32, standard normal: the noise of K draws of z."""
     weight: Tensor
-    """(B,) float32, 1 for a sentence, 0 for a filler (a rank that got no sentence must
-    still take part)."""
+    """(B,) float32, 1 for a sentence, 0 for a filler: a rank without a sentence must
+    still take part."""
     indices: NDArray[np.int64]
     """(B,), which sentences of the split."""
 
@@ -61,7 +62,7 @@ class Step:
 
     micro_batches: list[MicroBatch]
     sentences: int
-    """N of the global batch: the sentences of all ranks and micro-batches."""
+    """N, the sentences of the global batch: of all ranks and micro-batches."""
     tokens: int
     """Predicted tokens of the global batch, EOS included."""
 
@@ -77,8 +78,8 @@ def draw_step(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The sentences of optimizer step `index` and the epoch of each, both (batch_size,).
 
-    A sentence may come twice in a step that two epochs share, and in every step where
-    `batch_size` is more than `count`; its epoch then tells the copies apart.
+    A sentence may occur twice in a step that two epochs share, and in every step if
+    `batch_size` is more than `count`. Its epoch then tells the copies apart.
     """
     places = np.arange(index * batch_size, (index + 1) * batch_size)
     epochs = places // count
@@ -92,17 +93,17 @@ def draw_step(
 def cut_step(
     lengths: NDArray[np.int32], world_size: int, token_budget: int, micro_batches: int | None = None
 ) -> list[slice]:
-    """Cuts a step's sentences, sorted by falling length, into micro-batches of all
-    ranks together.
+    """Cuts the sentences of a step, longest first, into micro-batches of all ranks
+    together.
 
-    Rank r of W takes every W-th sentence of a slice, from the r-th on: equal shapes on
-    all ranks.
+    Rank r of W takes every W-th sentence of a slice, starting with the r-th, so that
+    shapes are nearly equal on all ranks.
 
     Args:
-        lengths: (N,) in the step's order.
+        lengths: (N,) in the order of the step.
         token_budget: most padded tokens (rows times longest row) of one rank's share of
             a slice.
-        micro_batches: cut into exactly so many slices of equal numbers of sentences
+        micro_batches: cut into exactly this many slices with equal numbers of sentences
             instead.
     """
     if micro_batches is not None:
@@ -120,8 +121,8 @@ def cut_step(
 def most_micro_batches(
     lengths: NDArray[np.int32], batch_size: int, world_size: int, token_budget: int
 ) -> int:
-    """The most micro-batches that any step can take: those of a step of the longest
-    sentences, each as often as the epochs of one step bring it."""
+    """The most micro-batches that any step can have: those of a step of the longest
+    sentences, each as often as it can occur in one step."""
     epochs = 1 + math.ceil(batch_size / len(lengths))
     longest = np.repeat(np.sort(lengths)[::-1][:batch_size], epochs)[:batch_size]
     return len(cut_step(longest, world_size, token_budget))
@@ -136,8 +137,12 @@ def collate(
     indices: NDArray[np.int64],
     encoder_rows: list[NDArray[np.int64]] | None = None,
 ) -> MicroBatch:
-    """Pads sentences (each (T_i,), EOS last) to a batch; `encoder_rows` are the noised
-    ones, where they differ."""
+    """Pads sentences to a batch.
+
+    Args:
+        rows: (T_i,) each, EOS last.
+        encoder_rows: the same with noise, where the encoder's input differs.
+    """
     encoder_rows = rows if encoder_rows is None else encoder_rows
     input_ids = _pad(encoder_rows, pad_id)
     lengths = np.array([len(row) for row in encoder_rows])
@@ -162,7 +167,7 @@ def _pad(rows: list[NDArray[np.int64]], value: int) -> NDArray[np.int64]:
 class TrainingBatches:
     """The optimizer steps of one rank.
 
-    `step(i)` gives the step of any position: there is no state to save, a resumed run
+    `step(i)` returns the step at any position. There is no state to save: a resumed run
     asks for the next number.
     """
 
@@ -189,7 +194,7 @@ class TrainingBatches:
         if batch_size < world_size:
             raise UserError(
                 f"data.batch_size {batch_size} is less than the {world_size} ranks: every rank "
-                f"needs a sentence a step"
+                f"needs a sentence per step"
             )
         self.split, self.lengths = split, split.lengths
         self.batch_size, self.token_budget, self.micro_batches = (
@@ -203,7 +208,7 @@ class TrainingBatches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimizer steps per epoch, seldom a whole number."""
+        """Optimizer steps per epoch, rarely a whole number."""
         return len(self.split) / self.batch_size
 
     def step(self, index: int) -> Step:
@@ -246,8 +251,8 @@ class TrainingBatches:
 def share(
     sentences: NDArray[np.int64], rank: int, world_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """A rank's part of a slice, and its weights: every `world_size`-th sentence; a
-    filler of weight 0 where none is left."""
+    """A rank's share of a slice, and its weights: every `world_size`-th sentence, or a
+    filler of weight 0 if none is left."""
     own = sentences[rank::world_size]
     if len(own):
         return own, np.ones(len(own), dtype=np.float32)
@@ -257,8 +262,8 @@ def share(
 def evaluation_batches(
     lengths: NDArray[np.int32], *, token_budget: int, rank: int, world_size: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Every sentence once, over all ranks: (indices, weights) of this rank's batches,
-    the same number on every rank."""
+    """(indices, weights) of this rank's batches, which cover every sentence once over
+    all ranks. Every rank has the same number of batches."""
     order = np.argsort(-lengths, kind="stable")
     for part in cut_step(lengths[order], world_size, token_budget):
         yield share(order[part], rank, world_size)

@@ -1,7 +1,7 @@
 """The built-in corpus: English sentences of independent, known factors of variation.
 
-A sentence is one choice a factor (`FACTORS`), drawn independently and uniformly, so
-that what a latent dimension learned can be compared with what the sentence was made of.
+A sentence is one choice per factor (`FACTORS`), drawn independently and uniformly, so
+that what a latent dimension has learned can be compared with the factors of the sentence.
 The map from choices to sentences is one to one.
 """
 
@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 
 from dsvae.errors import UserError
 
-# Singular and plural differ in every noun, else the number of the subject would not
+# Singular and plural differ in every noun. Otherwise the number of the subject would not
 # show in the past and the future.
 _SUBJECTS = {
     "artist": "artists",
@@ -38,7 +38,7 @@ _SUBJECTS = {
     "woman": "women",
 }
 # Base form: (third person singular, past). The past differs from the base (no "put",
-# "cut"), else "the kings put" would be present and past at once.
+# "cut"). Otherwise "the kings put" would be present and past at once.
 _VERBS = {
     "admire": ("admires", "admired"),
     "break": ("breaks", "broke"),
@@ -57,8 +57,8 @@ _VERBS = {
     "throw": ("throws", "threw"),
     "wash": ("washes", "washed"),
 }
-# Adjective: its indefinite article. Listed, not guessed from the first letter: "an
-# ugly" but "a useful".
+# Adjective: its indefinite article, which the first letter does not decide: "an ugly" but
+# "a useful".
 _ADJECTIVES = {
     "blue": "a",
     "cheap": "a",
@@ -108,24 +108,26 @@ FACTORS: dict[str, tuple[str, ...]] = {
 _SIZES = tuple(len(values) for values in FACTORS.values())
 _TOTAL = prod(_SIZES)
 ENTROPY = log(_TOTAL)
-"""Of a sentence drawn from the corpus, in nats: all of them are equally likely, so no
-code needs less, and the best one needs exactly this for each of them."""
+"""The entropy of a sentence in nats. All sentences are equally likely, so no code needs
+less on average, and the best one needs exactly this for each of them."""
 
 
 class Sentence(NamedTuple):
-    """A sentence and what it was made of: `factors[i]` indexes the values of the i-th
-    factor of `FACTORS`."""
+    """A sentence and its factors: `factors[i]` indexes the values of the i-th factor of
+    `FACTORS`."""
 
     text: str
     factors: tuple[int, ...]
 
 
 def sentence(factors: Mapping[str, str | int]) -> str:
-    """The English sentence of one choice a factor; a choice is a value of `FACTORS` or
-    its index.
+    """The English sentence of one choice per factor.
 
-    Raises ValueError for a factor that is missing or unknown, or a value that the
-    factor does not have.
+    Args:
+        factors: for each factor of `FACTORS` a value, or its index.
+
+    Raises:
+        ValueError: a factor is missing or unknown, or does not have the value.
     """
     if factors.keys() != FACTORS.keys():
         raise ValueError(
@@ -160,10 +162,10 @@ def sentence(factors: Mapping[str, str | int]) -> str:
 
 
 def draw(size: int, seed: int) -> Iterator[Sentence]:
-    """`size` sentences drawn with replacement, one at a time; what comes first does not
+    """`size` sentences drawn with replacement, one at a time. The first ones do not
     depend on `size`."""
-    # One hash a sentence, not a random generator: it needs no earlier draw and cannot
-    # change with a library's version.
+    # Each sentence comes from a hash and not from a random generator. A hash needs no
+    # earlier draw and cannot change with the version of a library.
     names = tuple(FACTORS)
     for position in range(size):
         digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=16).digest()
@@ -176,8 +178,8 @@ def draw(size: int, seed: int) -> Iterator[Sentence]:
 
 
 def generate(size: int, seed: int) -> list[Sentence]:
-    """`size` sentences drawn with replacement; the first k of them are `generate(k,
-    seed)`, on every machine."""
+    """`size` sentences drawn with replacement. The first k of them are `generate(k,
+    seed)` on every machine."""
     return list(draw(size, seed))
 
 
@@ -187,14 +189,16 @@ def write_corpus(
     seed: int,
     factors_path: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write `size` sentences, one a line, and optionally their factors: value indices
-    under the factors' names (csv).
+    """Writes `size` sentences, one per line, and optionally their factors.
 
-    Row i of the csv belongs to line i. Each file is written whole or not at all. Raises
-    UserError where it cannot be.
+    The factors are a csv: the indices of the values under the names of the factors. Row i
+    belongs to line i. Each file appears whole or not at all.
+
+    Raises:
+        UserError: a file cannot be written.
     """
     if factors_path is not None and Path(path).resolve() == Path(factors_path).resolve():
-        raise UserError(f"{path} is to hold both the sentences and their factors: name two files")
+        raise UserError(f"{path} cannot hold both the sentences and their factors: name two files")
 
     def sentences(file: IO[str]) -> None:
         file.writelines(f"{drawn.text}\n" for drawn in draw(size, seed))

@@ -1,8 +1,8 @@
-"""Random numbers of single sentences, and the deletion noise made of them.
+"""Random numbers per sentence, and the deletion noise that is made of them.
 
 Every sentence of every epoch has its own stream, keyed by (seed, purpose, epoch,
-sentence): what it draws depends neither on the rank nor on the micro-batch that it
-falls into, and a resumed run draws what the uncut run would have drawn.
+sentence). Its draws depend neither on the rank nor on the micro-batch, and a resumed run
+draws what the uninterrupted run would have drawn.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ DELETION, LATENT, PRIOR, ORDER = 1, 2, 3, 4
 def generator(seed: int, purpose: int, repetition: int, sentence: int) -> np.random.Generator:
     """The stream of one sentence.
 
-    `repetition` is the epoch in training and the number of the sample in evaluation.
-    Philox is counter-based: a key costs no warm-up.
+    Args:
+        purpose: DELETION, LATENT, PRIOR or ORDER.
+        repetition: the epoch in training, the number of the sample in evaluation.
     """
+    # Philox is counter-based: a new key costs no warm-up.
     key = np.array([(seed << 8) + purpose, repetition], dtype=np.uint64)
     counter = np.array([0, 0, sentence, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -28,7 +30,7 @@ def generator(seed: int, purpose: int, repetition: int, sentence: int) -> np.ran
 def delete_tokens(
     ids: NDArray[np.int64], rate: float, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Deletes every token with probability `rate`, independently; the last one, EOS,
+    """Deletes each token with probability `rate`, independently. The last one, EOS,
     always stays.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from dsvae.data.batches import TrainingBatches, most_micro_batches
-from dsvae.data.tokenization import Prepared
+from dsvae.data.prepared import Prepared
 from dsvae.engine import ds_config, nvme
 from dsvae.engine.build import build_model
 from dsvae.engine.engine import PhaseEngine

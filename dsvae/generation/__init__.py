@@ -1,4 +1,4 @@
-"""Sentences from latents and latents from sentences: what a trained model is used for.
+"""Uses of a trained model: sentences from latents, and latents from sentences.
 
 from dsvae.generation import SentenceVAE
 
@@ -15,8 +15,8 @@ __all__ = ["SentenceVAE"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and transformers only for who asks for the class, and not for the
-    command line's help."""
+    """Imports torch and transformers only when the class is needed, and not for the help
+    of the command line."""
     if name == "SentenceVAE":
         from dsvae.generation.sentence_vae import SentenceVAE
 

@@ -1,5 +1,4 @@
-"""Paths and directions in the latent space: geometry of vectors, whatever family they
-come from."""
+"""Paths and directions in the latent space, for the latents of any continuous family."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from torch import Tensor
 
 PATHS = ("linear", "slerp")
 
-_PARALLEL = 1e-6  # sine of an angle below which two directions give no great circle
+_PARALLEL = 1e-6  # sine of an angle below which two directions define no great circle
 
 
 def interpolate(a: Tensor, b: Tensor, steps: int, path: str = "linear") -> Tensor:
@@ -34,11 +33,11 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """The point at `t` in [0, 1] on the great circle from `a` to `b` (Z,) (Shoemake
     1985; White 2016).
 
-    The direction turns at constant speed while the norm goes linearly from |a| to |b|:
-    points between typical draws of a high-dimensional prior stay at typical distances
-    from its centre, where a straight line cuts through it. Where the two directions
-    define no great circle (parallel, opposite, or a zero vector) the path is the
-    straight line.
+    The direction turns at constant speed while the norm changes linearly from |a| to
+    |b|. Points between typical draws of a high-dimensional prior thus stay at typical
+    distances from its centre, while a straight line passes close to it. Where the two
+    directions define no great circle (parallel, opposite, or a zero vector), the path is
+    the straight line.
     """
     norm_a, norm_b = a.norm(), b.norm()
     if norm_a == 0 or norm_b == 0:

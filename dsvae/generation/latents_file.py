@@ -1,119 +1,64 @@
-"""Posteriors of any number of sentences in one safetensors file, in constant memory.
-
-safetensors begins with the shapes of all tensors and then holds one tensor behind the
-other, but posteriors come batch by batch, from a stream whose length nobody knows. So
-each tensor is collected in an unnamed temporary file beside the output, and the output
-is put together from them at the end: twice the space on disk for a moment, and no more
-memory than a batch.
-"""
+"""The posteriors of sentences in one safetensors file."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import IO
 
-import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from dsvae.errors import UserError
+from dsvae.generation.reading import Line
 from dsvae.modeling.families import Distribution
 
-_DTYPES = {"<i8": "I64", "<f4": "F32"}
+
+def check_place(path: str) -> None:
+    """Makes sure, before hours of work, that a file can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        raise UserError(f"cannot write {place}: it is a directory; name a file in it")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place.parent).close()
+    except OSError as error:
+        raise _failure(place, error.strerror) from error
 
 
-class LatentsFile:
-    """Writes a safetensors file with N rows: `line` (N,) int64, and the posterior's
-    fields, for the Gaussian `mean` and `logvar` (N, Z) float32. A context manager: the
-    file appears whole when its block ends, and not at all if that raises.
+def write_latents(path: str, batches: Sequence[tuple[Sequence[Line], Distribution]]) -> None:
+    """Writes posteriors to a file, which appears whole or not at all.
+
+    Its tensors have a row per sentence: `line` (N,) int64, the number of the sentence in
+    its source, and the parameters of the posterior by their names, float32; for the
+    Gaussian `mean` and `logvar` (N, Z).
+
+    Args:
+        batches: at least one.
 
     Raises:
         UserError: the place cannot be written, or is full.
     """
+    place = Path(path).expanduser()
+    parts = [posterior.tensors() for _, posterior in batches]
+    tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+    tensors["line"] = torch.tensor([line.line for lines, _ in batches for line in lines])
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", "dsvae": version("dsvae")})
+        temporary.replace(place)
+    except (OSError, SafetensorError) as error:
+        raise _failure(place, getattr(error, "strerror", None) or str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    def __init__(
-        self, path: str | os.PathLike[str], metadata: dict[str, str] | None = None
-    ) -> None:
-        self.path, self.metadata = Path(path).expanduser(), metadata or {}
-        self.rows = 0
-        # name -> file, dtype, shape of a row
-        self._parts: dict[str, tuple[IO[bytes], str, tuple[int, ...]]] = {}
-        self._files = ExitStack()
-        if self.path.is_dir():
-            raise UserError(f"cannot write {self.path}: it is a directory; name a file in it")
-        try:
-            # Fails now, and not after an hour, where nothing can be written.
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.path.parent).close()
-        except OSError as error:
-            raise self._failure(error) from error
 
-    def add(self, lines: Sequence[int], posterior: Distribution) -> None:
-        """Appends the posteriors of a batch, and the numbers of their sentences in the
-        source."""
-        try:
-            self._append("line", np.asarray(lines, dtype="<i8"))
-            for name, tensor in posterior.tensors().items():
-                self._append(name, tensor.cpu().numpy().astype("<f4", copy=False))
-        except OSError as error:
-            raise self._failure(error) from error
-        self.rows += len(lines)
-
-    def __enter__(self) -> LatentsFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._files:
-            if kind is None:
-                try:
-                    self._publish()
-                except OSError as error:
-                    raise self._failure(error) from error
-
-    def _append(self, name: str, rows: np.ndarray) -> None:
-        if name not in self._parts:
-            # The stack closes it.
-            file = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
-            self._parts[name] = (self._files.enter_context(file), rows.dtype.str, rows.shape[1:])
-        self._parts[name][0].write(np.ascontiguousarray(rows).tobytes())
-
-    def _publish(self) -> None:
-        header: dict[str, object] = {"__metadata__": self.metadata}
-        end = 0
-        # `line` is first: 8 bytes a number, aligned like the header
-        for name, (file, dtype, shape) in self._parts.items():
-            start, end = end, end + file.tell()
-            header[name] = {
-                "dtype": _DTYPES[dtype],
-                "shape": [self.rows, *shape],
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as output:
-                output.write(len(text).to_bytes(8, "little") + text)
-                for file, _, _ in self._parts.values():
-                    file.seek(0)
-                    shutil.copyfileobj(file, output, 1 << 20)
-                output.flush()
-                os.fsync(output.fileno())
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _failure(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write {self.path}: {error.strerror}; choose a place that can be written"
-        )
+def _failure(place: Path, reason: str | None) -> UserError:
+    return UserError(f"cannot write {place}: {reason}; choose a place that can be written")

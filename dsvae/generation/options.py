@@ -1,12 +1,12 @@
-"""The options of transformers' `generate` that a command line can give: names, types,
-and combinations without effect."""
+"""The options of transformers' `generate` that the command line takes: names, types, and
+combinations without effect."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from dsvae.errors import UserError
+from dsvae.errors import UserError, first_line
 
 SAMPLING: dict[str, type] = {
     "temperature": float,
@@ -39,14 +39,14 @@ OPTIONS: dict[str, type] = {
     "begin_suppress_tokens": list,
     "use_cache": bool,
 }
-"""Name -> type. What would change the form of the output (num_return_sequences,
-output_scores, ...) is not among them."""
+"""Name -> type. Options that would change the form of the output
+(num_return_sequences, output_scores, ...) are left out."""
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Raises UserError for options that transformers would refuse, or ignore with no
-    more than a warning."""
-    # not above: help and usage errors of the command line need only the names
+    """Raises UserError for options that transformers would refuse, or ignore with only a
+    warning."""
+    # Imported here: help and usage errors of the command line need only the names.
     from transformers import GenerationConfig
 
     for name in options:
@@ -69,8 +69,7 @@ def check(options: Mapping[str, Any]) -> None:
 def refusal(options: Mapping[str, Any], error: Exception) -> UserError:
     """The error for options that transformers refused."""
     given = " ".join(f"--{name} {value}" for name, value in options.items())
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return UserError(
-        f"transformers' generate refuses {given or 'its options'}: {reason.rstrip('.')}; change "
-        f"the option"
+        f"transformers' generate refuses {given or 'its options'}: "
+        f"{first_line(error).rstrip('.')}; change the option"
     )

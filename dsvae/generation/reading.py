@@ -1,5 +1,4 @@
-"""Sentences and labels from files and stdin, one at a time: nothing here holds a whole
-file."""
+"""Sentences and labels from files and stdin, one at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from dsvae.data import corpora
+from dsvae.data import readers
 from dsvae.data.noise import ORDER, generator
 from dsvae.errors import UserError
 
@@ -23,39 +22,38 @@ WINDOW = 32
 
 
 class Line(NamedTuple):
-    """A sentence and where it came from."""
+    """A sentence and its place in the source."""
 
     line: int
-    """1-based number of the sentence in its source, blank ones counted."""
+    """Number of the sentence in its source, from 1, blank ones counted."""
     text: str
     """Stripped; not blank."""
 
 
 def read_sentences(file: str | None, text_column: str, option: str = "FILE") -> Iterator[str]:
-    """The sentences of a file as they stand there, blank ones included; of stdin (one a
-    line) for None or "-".
+    """The sentences of a file or of stdin as they stand there, blank ones included.
 
     Args:
-        file: .txt (one a line), .jsonl, .csv, .tsv or .parquet.
-        text_column: the column with the sentence, where the file has columns.
+        file: .txt (one per line), .jsonl, .csv, .tsv or .parquet. None or "-": stdin,
+            one per line.
+        text_column: the column of the sentence, where the file has columns.
         option: the flag that named the file, for errors.
 
     Raises:
-        UserError: now for a file that is missing, empty or of an unknown kind; while
-            reading for content that is not UTF-8, or not what the kind of file says,
-            with the line.
+        UserError: at once, for a file that is missing, empty or of an unknown kind; while
+            reading, for a line that is not UTF-8 or does not fit the kind of file.
     """
     if file is None or file == "-":
         if sys.stdin is None:
             raise UserError(f"stdin is closed: give {option}, or sentences on stdin")
         return _stdin_lines(sys.stdin.buffer)
-    return corpora.read_file(Path(file).expanduser(), option, text_column)
+    return readers.read_file(Path(file).expanduser(), option, text_column)
 
 
 def not_blank(
     sentences: Iterable[str], skipped: Callable[[], None] = lambda: None
 ) -> Iterator[Line]:
-    """The sentences that are not blank, stripped; `skipped` is called for each of the
+    """The sentences that are not blank, stripped. `skipped` is called for each of the
     others."""
     for number, sentence in enumerate(sentences, 1):
         if text := sentence.strip():
@@ -68,7 +66,7 @@ def draw_sentences(file: str, text_column: str, count: int, seed: int) -> Iterat
     """`count` sentences of a file, drawn uniformly with replacement, in the order of
     the file.
 
-    Two passes over the file; in memory are `count` numbers, and not the sentences.
+    The file is read twice, and only `count` numbers are held in memory.
     """
     total = sum(1 for _ in not_blank(read_sentences(file, text_column, "--file")))
     if not total:
@@ -85,15 +83,15 @@ def draw_sentences(file: str, text_column: str, count: int, seed: int) -> Iterat
 
 
 def read_labels(file: str) -> Iterable[str]:
-    """One label a line, stripped. Raises UserError as `read_sentences`."""
-    return corpora.read_labels(Path(file).expanduser(), "--labels_file")
+    """One label per line, stripped. Raises UserError as `read_sentences`."""
+    return readers.read_labels(Path(file).expanduser(), "--labels_file")
 
 
 def check_labels(labels_file: str, text_file: str, text_column: str, toward: str) -> None:
     """Raises UserError unless every sentence has a label, and both `toward` and another
-    label are among them.
+    label occur.
 
-    One pass over both files before any model runs. A blank sentence may have a blank
+    It reads both files once, before any model runs. A blank sentence may have a blank
     label.
     """
     counts: Counter[str] = Counter()
@@ -112,7 +110,7 @@ def check_labels(labels_file: str, text_file: str, text_column: str, toward: str
     if labels != sentences:
         raise UserError(
             f"{labels_file} has {labels:,} lines, but {text_file} has {sentences:,}: "
-            "give one label a line, in the order of the sentences"
+            "give one label per line, in the order of the sentences"
         )
     if missing is not None:
         raise UserError(
@@ -131,13 +129,15 @@ def check_labels(labels_file: str, text_file: str, text_column: str, toward: str
 
 
 def no_sentences(source: str) -> UserError:
-    """The error for a source of nothing, or of blank sentences only."""
+    """The error for a source that is empty or has only blank sentences."""
     return UserError(f"{source} has no sentences: give at least one that is not blank")
 
 
 def windows(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:
-    """Lists of consecutive items to sort by length: one batch at first, so that output
-    starts at once, then twice as many each time up to `WINDOW` batches.
+    """Lists of consecutive items, to be sorted by length.
+
+    The first is one batch, so that output starts at once. Each of the next has twice as
+    many items, up to `WINDOW` batches.
     """
     iterator, size = iter(items), batch_size
     while window := list(islice(iterator, size)):
@@ -148,7 +148,7 @@ def windows(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:
 def _stdin_lines(stream: BinaryIO) -> Iterator[str]:
     if stream.isatty():
         print(
-            "dsvae: reading sentences from the terminal, one a line; Ctrl-D ends", file=sys.stderr
+            "dsvae: reading sentences from the terminal, one per line; Ctrl-D ends", file=sys.stderr
         )
     for number, line in enumerate(stream, 1):
         try:

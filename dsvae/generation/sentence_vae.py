@@ -1,11 +1,11 @@
-"""A T5VAE and its tokenizer together: strings in, latents between, strings out."""
+"""A T5VAE with its tokenizer: from strings to latents, and from latents to strings."""
 
 from __future__ import annotations
 
 import math
 import secrets
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dsvae import pretrained
 from dsvae.data.noise import LATENT, ORDER, PRIOR, generator
 from dsvae.data.tokenization import token_ids
-from dsvae.errors import UserError
+from dsvae.errors import UserError, first_line
 from dsvae.generation import geometry
 from dsvae.generation.options import refusal
 from dsvae.generation.reading import Line, not_blank, windows
@@ -27,15 +27,15 @@ from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
 
 MAX_NEW_TOKENS = 128
-"""Longest generated sentence in tokens, EOS included, unless `max_new_tokens` says
-otherwise."""
+"""Longest generated sentence in tokens, EOS included, unless the option
+`max_new_tokens` is given."""
 
 SCALES = ("prior", "posterior")
 
 
 @dataclass
 class Counts:
-    """What has gone through a `SentenceVAE` so far."""
+    """Counts of the sentences that a `SentenceVAE` has processed."""
 
     sentences: int = 0
     """Sentences of streams that were encoded."""
@@ -48,30 +48,30 @@ class Counts:
 
 
 class SentenceVAE:
-    """Encodes, decodes, and what lies between, in batches of sentences of similar
-    length; results come in the order given.
+    """Encodes and decodes sentences, in batches of similar length. Results are in the
+    order of the input.
 
-    Lists of sentences are held to be meant: a blank one, or one longer than
-    `max_tokens`, is a UserError. Streams (the methods that end in `_stream`) take what
-    files hold: blank sentences are skipped and long ones truncated, counted in
-    `counts`; they hold one window of sentences in memory, however long the stream.
+    In a list of sentences, a blank one, or one longer than `max_tokens`, is a UserError.
+    Streams (the methods that end in `_stream`) take sentences as they stand in files:
+    blank ones are skipped and long ones truncated, and `counts` says how many. A stream
+    holds one window of sentences in memory.
 
-    Where a method takes `options`, they are those of transformers' `generate`; nothing
-    given is greedy decoding. Sampled tokens come from torch's global generator
-    (`torch.manual_seed`), as in transformers.
+    `options` are those of transformers' `generate`. Without any, decoding is greedy.
+    Sampled tokens come from torch's global generator (`torch.manual_seed`), as in
+    transformers.
 
     Args:
-        model: with a latent, on the device where it is to run; put into evaluation
+        model: with a latent, on the device where it is to run. It is put into evaluation
             mode.
-        tokenizer: the one that it was trained with.
-        batch_size: sentences at a time. It changes the speed, and which numbers sampled
-            tokens draw.
+        tokenizer: the one that the model was trained with.
+        batch_size: sentences at a time. It changes the speed, and which random numbers
+            a sampled token gets.
         max_tokens: longest sentence to encode, EOS included. T5 itself has no limit;
-            memory grows with the square.
+            memory grows with the square of the length.
 
     Raises:
-        UserError: a model without a latent, or a batch_size or max_tokens that leaves
-            no room.
+        UserError: a model without a latent, or a batch_size or max_tokens that is too
+            small.
     """
 
     def __init__(
@@ -103,33 +103,33 @@ class SentenceVAE:
         or a hub id, in float32.
 
         Args:
-            device: as torch calls it. None: the accelerator, where there is one.
+            device: by its name in torch. None: the accelerator, where there is one.
             settings: `batch_size` and `max_tokens`.
 
         Raises:
-            UserError: no model there, no weights, not a T5VAE, no tokenizer, no latent,
-                or no such device.
+            UserError: there is no such device or model, or its weights or tokenizer are
+                missing, or it is no T5VAE with a latent.
         """
         where = find_device(device)
         model, tokenizer = pretrained.load(model_dir)
         if model.config.injection == "none":
             raise UserError(
                 f"{model_dir} is a language model without a latent (injection none): give one "
-                f"with a latent; "
-                "of this one there is only dsvae evaluate"
+                f"with a latent; only dsvae evaluate works without one"
             )
         nn.Module.to(model, where)
         return cls(model, tokenizer, **settings)
 
     @property
     def latent_dim(self) -> int:
-        """Z, the numbers of one z."""
+        """Z, how many numbers z has."""
         return self.model.family.latent_width
 
     # Encoding and decoding
 
     def encode(self, texts: Sequence[str]) -> Distribution:
-        """q(z|x) of N sentences, on CPU: mean and logvar, (N, Z) float32."""
+        """q(z|x) of N sentences, on CPU, float32. The Gaussian has mean and logvar,
+        (N, Z) each."""
         return self._encode(self._meant(texts))
 
     def decode(self, latent: Tensor, **options: Any) -> list[str]:
@@ -143,11 +143,11 @@ class SentenceVAE:
         ]
 
     def reconstruct(self, texts: Sequence[str], **options: Any) -> list[str]:
-        """The sentences as the decoder gives them back from their posterior means."""
+        """The sentences that the decoder makes of the posterior means."""
         return self._reconstruct(self._meant(texts), options)
 
     def encode_stream(self, texts: Iterable[str]) -> Iterator[tuple[list[Line], Distribution]]:
-        """(sentences, q(z|x) of them on CPU), window by window."""
+        """(sentences, their q(z|x) on CPU), window by window."""
         for lines, rows in self._rows_of_stream(texts):
             yield lines, self._encode(rows)
 
@@ -168,16 +168,15 @@ class SentenceVAE:
         seed: int | None = None,
         **options: Any,
     ) -> list[str]:
-        """`count` sentences of random z: from the prior, or from the aggregate
-        posterior of `texts`.
+        """`count` sentences of random z, from the prior or from the aggregate posterior
+        of `texts`.
 
         Args:
-            texts: z comes from q(z|x) of one of these, drawn uniformly with
-                replacement: the aggregate posterior (1/N) sum_i q(z|x_i) (Makhzani et
-                al. 2016), where the decoder has been, which need not be where the prior
-                is.
-            seed: of z; the same seed gives the same z, whatever the batch size and for
-                any greater `count`. None: from torch's global generator.
+            texts: z comes from q(z|x) of one of these, drawn uniformly with replacement.
+                This is the aggregate posterior (1/N) sum_i q(z|x_i) (Makhzani et al.
+                2016): where the decoder was trained, which may differ from the prior.
+            seed: of z. The same seed gives the same z for any batch size and any greater
+                `count`. None: it comes from torch's global generator.
         """
         if count < 1:
             raise UserError(f"the number of samples is {count}: give at least 1")
@@ -202,7 +201,7 @@ class SentenceVAE:
     def posterior_stream(
         self, lines: Iterable[Line], *, seed: int, **options: Any
     ) -> Iterator[tuple[Line, str]]:
-        """(sentence, sentence of one z drawn from its posterior), one by one."""
+        """(sentence, generated sentence of one z from its posterior), one by one."""
         done = 0
         for window in windows(lines, self.batch_size):
             tokenized = self._tokenize([line.text for line in window])
@@ -219,7 +218,7 @@ class SentenceVAE:
     def interpolate(
         self, a: str, b: str, *, steps: int = 8, path: str = "linear", **options: Any
     ) -> list[str]:
-        """`steps` sentences from `a` to `b`; the first and the last are their
+        """`steps` sentences from `a` to `b`. The first and the last are their
         reconstructions.
 
         Args:
@@ -232,30 +231,50 @@ class SentenceVAE:
         return self.decode(geometry.interpolate(point[0], point[1], steps, path), **options)
 
     def analogy(self, a: str, b: str, c: str, **options: Any) -> str:
-        """The sentence that is to `c` as `b` is to `a`: of z_b - z_a + z_c."""
+        """The sentence that is to `c` as `b` is to `a`, from z_b - z_a + z_c."""
         self._need_continuous("an analogy")
         point = self.encode([a, b, c]).point
         return self.decode(geometry.analogy(*point)[None], **options)[0]
 
     def traversal(
-        self, text: str, dim: int, *, steps: int = 7, width: float = 3.0, scale: str = "prior"
-    ) -> tuple[list[float], Tensor]:
-        """The posterior mean of a sentence with one dimension moved: (offsets, z
-        (steps, Z)).
+        self,
+        text: str,
+        unit: int,
+        *,
+        steps: int | None = None,
+        width: float | None = None,
+        scale: str | None = None,
+    ) -> tuple[list[dict[str, float]], Tensor]:
+        """The posterior's point of a sentence with one unit of the latent moved.
 
         Args:
-            dim: 0 .. Z-1.
-            steps: at least 2, equally spaced over -width .. width.
-            width: in standard deviations of `scale`.
-            scale: prior: the dimension takes the values that the prior has there,
-                whatever the sentence; posterior: it moves about the sentence's own
-                value.
+            unit: a dimension, or a categorical variable, which takes all its categories.
+            steps: of a dimension: how many values, at least 2, equally spaced over
+                -width .. width; 7 by default.
+            width: of a dimension: in standard deviations of `scale`; 3 by default.
+            scale: of a dimension. prior (the default): it takes the values that the
+                prior has there, whatever the sentence. posterior: it moves about the
+                sentence's own value.
+
+        Returns: of each of the J places `offset` (in standard deviations) and `value`, or
+            `category`; and z (J, Z).
+
+        Raises:
+            UserError: no such unit, or settings that the latent does not have.
         """
-        self._need_continuous("a traversal")
-        if not 0 <= dim < self.latent_dim:
-            raise UserError(
-                f"dim is {dim}: the model's latent has dimensions 0 to {self.latent_dim - 1}"
-            )
+        self._check_unit(unit)
+        if not self.model.family.continuous:
+            for name, value in (("steps", steps), ("width", width), ("scale", scale)):
+                if value is not None:
+                    raise UserError(
+                        f"{name} is for dimensions: this traversal goes over the categories of a "
+                        f"variable, leave it out"
+                    )
+            codes = self.model.family.codes(self.encode([text]).point[0], unit)
+            return [{"category": i} for i in range(len(codes))], codes
+        steps = 7 if steps is None else steps
+        width = 3.0 if width is None else width
+        scale = SCALES[0] if scale is None else scale
         if steps < 2:
             raise UserError(f"steps is {steps}: a traversal needs at least 2, its two ends")
         if not (math.isfinite(width) and width > 0):
@@ -266,39 +285,64 @@ class SentenceVAE:
         posterior = self._encode(self._meant([text]) * steps)
         latent = posterior.point.clone()
         about = posterior if scale == "posterior" else self.model.family.prior()
-        latent[:, dim] = about.along(dim, offsets)[0]
-        return offsets.tolist(), latent
+        latent[:, unit] = about.along(unit, offsets)[0]
+        places = zip(offsets.tolist(), latent[:, unit].tolist(), strict=True)
+        return [{"offset": offset, "value": value} for offset, value in places], latent
 
     def traverse(
         self,
         text: str,
-        dim: int,
+        unit: int,
         *,
-        steps: int = 7,
-        width: float = 3.0,
-        scale: str = "prior",
+        steps: int | None = None,
+        width: float | None = None,
+        scale: str | None = None,
         **options: Any,
     ) -> list[str]:
         """The sentences of a `traversal`, whose settings it takes."""
-        return self.decode(
-            self.traversal(text, dim, steps=steps, width=width, scale=scale)[1], **options
-        )
+        _, latent = self.traversal(text, unit, steps=steps, width=width, scale=scale)
+        return self.decode(latent, **options)
+
+    def with_categories(self, latent: Tensor, categories: Mapping[int, int]) -> Tensor:
+        """z (1, Z) with some of its variables set.
+
+        Args:
+            categories: variable -> category.
+
+        Raises:
+            UserError: the latent has no categories, or not these.
+        """
+        if self.model.family.continuous:
+            raise UserError(
+                f"categories cannot be set: this model's latent is {self.model.config.family}; "
+                f"edit it toward a label"
+            )
+        for unit, category in categories.items():
+            self._check_unit(unit)
+            codes = self.model.family.codes(latent[0], unit)
+            if not 0 <= category < len(codes):
+                raise UserError(
+                    f"category {category} of variable {unit}: the model's variables have "
+                    f"categories 0 to {len(codes) - 1}"
+                )
+            latent = codes[category : category + 1]
+        return latent
 
     def attribute_vector(self, texts: Iterable[str], labels: Iterable[str], toward: str) -> Tensor:
         """Mean latent of the sentences labelled `toward` minus that of all others, (Z,)
         float32 (Larsen et al. 2016).
 
-        A stream: `texts` and `labels` go side by side, the label of a blank sentence is
+        `texts` and `labels` are streams side by side. The label of a blank sentence is
         skipped with it.
 
         Raises:
-            UserError: more labels than sentences or fewer, or none on one of the two
-                sides.
+            UserError: there are not as many labels as sentences, or one of the two sides
+                has none.
         """
         self._need_continuous("a direction")
         sums = torch.zeros(2, self.latent_dim, dtype=torch.float64)
         counts = [0, 0]
-        # numbers and labels of the sentences that are read and not yet encoded
+        # Numbers and labels of the sentences that are read and not yet encoded.
         waiting: deque[tuple[int, str]] = deque()
 
         def labelled() -> Iterator[str]:
@@ -308,7 +352,7 @@ class SentenceVAE:
                         ("labels", "sentences") if text is None else ("sentences", "labels")
                     )
                     raise UserError(
-                        f"{number - 1} {fewer} and more {more}: give one label a sentence, in "
+                        f"{number - 1} {fewer} and more {more}: give one label per sentence, in "
                         f"the same order"
                     )
                 waiting.append((number, label))
@@ -332,25 +376,34 @@ class SentenceVAE:
         return (sums[1] / counts[1] - sums[0] / counts[0]).float()
 
     def edit(self, text: str, direction: Tensor, *, strength: float = 1.0, **options: Any) -> str:
-        """The sentence of z + strength * direction, for z the posterior mean of `text`
-        and a direction (Z,)."""
+        """The sentence of z + strength * direction (Z,), where z is the posterior mean of
+        `text`."""
         return self.decode(self.encode([text]).point + strength * direction, **options)[0]
 
     def _need_continuous(self, what: str) -> None:
         if not self.model.family.continuous:
             raise UserError(
-                f"{what} needs a continuous latent, and this model's is {self.model.config.family}"
+                f"{what} needs a continuous latent, and this model's is "
+                f"{self.model.config.family}: use traverse, or edit with --set"
+            )
+
+    def _check_unit(self, unit: int) -> None:
+        family = self.model.family
+        if not 0 <= unit < family.units:
+            kind = "dimension" if family.continuous else "variable"
+            raise UserError(
+                f"{kind} {unit}: the model's latent has {kind}s 0 to {family.units - 1}"
             )
 
     # Batches
 
     def _tokenize(self, texts: Sequence[str]) -> list[tuple[list[int], bool]]:
-        """(ids, whether they were truncated) of each text, as in training."""
+        """For each text its ids, as in training, and whether they were truncated."""
         return token_ids(texts, self.tokenizer, self.max_tokens)
 
     def _meant(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of sentences that someone gave one by one. Raises UserError for one
-        that cannot be taken whole."""
+        """The ids of the sentences of a list. Raises UserError for one that cannot be
+        encoded whole."""
         if isinstance(texts, str):
             raise TypeError("give a list of sentences, not one string")
         if not texts:
@@ -371,8 +424,7 @@ class SentenceVAE:
             if truncated:
                 raise UserError(
                     f"the sentence {text.strip()[:40]!r}... is longer than max_tokens "
-                    f"({self.max_tokens}): "
-                    "shorten it, or raise --max_tokens"
+                    f"({self.max_tokens}): shorten it, or raise --max_tokens"
                 )
         return [ids for ids, _ in tokenized]
 
@@ -387,7 +439,7 @@ class SentenceVAE:
             for line, (ids, truncated) in zip(
                 window, self._tokenize([line.text for line in window]), strict=True
             ):
-                if len(ids) == 1:  # the tokenizer leaves nothing but EOS; training skips it too
+                if len(ids) == 1:  # nothing but EOS; training skips it, too
                     skipped()
                     continue
                 kept.append(line)
@@ -398,8 +450,8 @@ class SentenceVAE:
                 yield kept, rows
 
     def _by_length(self, rows: list[list[int]]) -> Iterator[list[int]]:
-        """Indices of rows, a batch at a time, the longest first: little padding, and
-        sentences that end together."""
+        """Indices of rows, a batch at a time, longest first. Rows of similar length need
+        little padding, and their sentences end at about the same time."""
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
@@ -443,14 +495,14 @@ class SentenceVAE:
                 raise
             raise refusal(options, error) from error
         assert isinstance(ids, Tensor)
-        # Beams pad with EOS: what counts is whether one comes behind the start token.
+        # Beams pad with EOS, so only its presence after the start token counts.
         self.counts.unfinished += int((ids[:, 1:] != self.tokenizer.eos_token_id).all(1).sum())
         return self.tokenizer.batch_decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def _noise(self, seed: int, purpose: int, numbers: Iterable[int]) -> Tensor:
-        """Standard normal noise of samples by their numbers, (N, E): each has its own
+        """Standard normal noise of samples by their numbers, (N, E). Each has its own
         stream, whatever the batch."""
         width = self.model.family.noise_width
         rows = [
@@ -460,8 +512,8 @@ class SentenceVAE:
 
 
 def check_seed(seed: int | None) -> int:
-    """The seed itself, or a fresh one for None. Raises UserError outside 0 .. 2^53 -
-    1."""
+    """The seed itself, or a fresh one for None. Raises UserError for a seed outside
+    0 .. 2^53 - 1."""
     if seed is None:
         return secrets.randbits(32)
     if not 0 <= seed < 2**53:
@@ -470,14 +522,14 @@ def check_seed(seed: int | None) -> int:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of a name; of None the accelerator, or else the CPU. Raises UserError
-    for one that is not there."""
+    """The device of a name. None: the accelerator, or the CPU if there is none. Raises
+    UserError for a device that does not exist."""
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UserError(f"--device {name}: {reason}; give cpu, cuda or cuda:N") from error
     return device

@@ -69,14 +69,14 @@ class ModelFlops:
                 weight = module.weight
                 size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 leaves an empty one
                 per[_grows_with(name)] += size * (6 if weight.requires_grad else 4)
-        t5, kind = model.config.t5, model.config.injection
-        # Queries times keys and weights times values: once forward, twice backward.
-        pair = 12 * t5.num_heads * t5.d_kv
+        backbone, kind = model.config.backbone, model.config.injection
+        # queries times keys, and the weights times values; each also twice backward
+        pair = 12 * backbone.query_heads * backbone.head_width
         return cls(
             encoder_token=per["encoder token"],
-            encoder_pair=0 if kind == "none" else pair * t5.num_layers,
+            encoder_pair=0 if kind == "none" else pair * backbone.encoder_layers,
             decoder_token=per["decoder token"],
-            decoder_pair=pair * t5.num_decoder_layers,
+            decoder_pair=pair * backbone.decoder_layers,
             memory_slots=model.config.memory_slots if kind in ("memory", "both") else 0,
             sentence=per["sentence"],
         )

@@ -1,2 +1,2 @@
-"""What is trained: the T5 VAE. Knows nothing of processes or DeepSpeed; files are read
-in origin.py alone."""
+"""What is trained: the T5 VAE. Knows nothing of processes or DeepSpeed; only
+weight_source.py reads files."""

@@ -1,15 +1,15 @@
 """Decoder self-attention that can also look at latent memory slots.
 
 transformers dispatches the attention of T5, mT5 and umT5 through
-`ALL_ATTENTION_FUNCTIONS`, so memory slots need no copy of the model code: the function
-registered here prepends the slots of its layer to the keys and values and calls the
+`ALL_ATTENTION_FUNCTIONS`, so memory slots need no copy of the model code. The function
+registered here prepends the slots of its layer to the keys and values, and calls the
 stock SDPA.
 
-The slots travel as a keyword argument through the decoder stack and not in the
-key/value cache: gradient checkpointing sets the cache to None (the latent would
-vanish), and the stock SDPA crops keys that are longer than the queries when it is given
-no mask (a prefilled slot would shift causality). Outside the cache, relative positions
-also stay those of the tokens.
+The slots are a keyword argument of the decoder stack and not a part of its key/value
+cache. Gradient checkpointing sets the cache to None, which would drop the latent. The
+stock SDPA crops keys that are longer than the queries when it gets no mask, which would
+shift causality by a slot. And outside the cache, relative positions stay those of the
+tokens.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def latent_attention_forward(
     """Scaled dot-product attention over `[memory slots of this layer, tokens]`.
 
     Args:
-        module: the attention module; `module.layer_idx` says which slots are its own.
+        module: the attention module; `module.layer_idx` says which slots belong to it.
         query: (B, H, Q, D).
         key, value: (B, H, K, D), the tokens seen so far.
-        attention_mask: (B or 1, 1, Q, K) boolean, True = may be attended to.
+        attention_mask: (B or 1, 1, Q, K) boolean, True where a query may see a key.
         position_bias: (1, H, Q, K), T5's relative position bias.
-        latent_memory: (B, L, 2, M, H, D): for each decoder layer, keys and values of M
-            slots. None: plain attention.
+        latent_memory: (B, L, 2, M, H, D), for each decoder layer the keys and values of
+            M slots. None: plain attention.
 
-    Every query sees every slot; slots have no position, so their bias is zero.
+    Every query sees every slot. Slots have no position, so their bias is zero.
     """
     if latent_memory is not None:
         # (B, 2, H, M, D)
@@ -85,10 +85,10 @@ def explicit_causal_mask(
 ) -> Tensor:
     """The decoder's mask, (1 or B, 1, Q, K) boolean, always written out.
 
-    The stock mask function may return None and leave causality to a flag, which memory
-    slots would shift (and which umT5 sets wrongly in some releases of transformers).
-    Without padding the mask is shared by the batch, so that SDPA's merged bias-and-mask
-    stays (1, H, Q, K).
+    The stock mask function may return None and leave causality to a flag. Memory slots
+    would shift that causality, and umT5 sets the flag wrongly in some releases of
+    transformers. Without padding the batch shares one mask, so that the sum of bias and
+    mask stays (1, H, Q, K).
     """
     if attention_mask is None:
         queries = torch.arange(q_length, device=device)[:, None] + q_offset

@@ -1,12 +1,12 @@
 """Latent families: what z is, how it is drawn, and what its KL costs.
 
-A family is a small value made from the configuration: it knows the widths of everything.
+A family is a small value made from the configuration. It knows the widths of everything.
 A distribution is a batch of parameters of one family: the posterior q(z|x) of a batch of
-sentences, or a prior p(z), which is a distribution of the same class with one row that
-serves every sentence. Nothing outside `dsvae.modeling` knows which family it has.
+sentences, or a prior p(z). A prior is a distribution of the same class, with one row for
+all sentences. Nothing outside `dsvae.modeling` knows which family it has.
 
-All noise is standard normal. A family transforms it into what it needs, so that the
-random numbers of a sentence stay its own whatever the family.
+All noise is standard normal, and a family transforms it into what it needs. So the random
+numbers of a sentence are the same for every family.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dsvae.modeling.t5_vae import T5VAEConfig
 
 ACTIVE = 0.01
-"""A unit is active if its `activity` exceeds this (Burda et al. 2016)."""
+"""A unit is active if its `activity` is larger (Burda et al. 2016)."""
 
 
 class Distribution(Protocol):
@@ -39,37 +39,37 @@ class Distribution(Protocol):
 
     @property
     def point(self) -> Tensor:
-        """The z to decode where nothing is drawn, (B, Z)."""
+        """The z that is decoded if nothing is drawn, (B, Z)."""
 
     @property
     def kl_of_z(self) -> bool:
-        """Whether `kl` is that of z alone, so that kl - mi is KL(q(z) || p(z))."""
+        """Whether `kl` is the KL of z alone, so that kl - mi is KL(q(z) || p(z))."""
 
     def sample(self, noise: Tensor) -> Tensor:
-        """z of standard normal `noise` (B, E), (B, Z), reparametrized."""
+        """z (B, Z), reparametrized, from standard normal `noise` (B, E)."""
 
     def kl(self, prior: Self) -> Tensor:
-        """KL(self || prior) of every unit in nats, (B, U); never negative."""
+        """KL(self || prior) of each unit in nats, (B, U); never negative."""
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log q(z_i|x_i) in nats, (B,), for z (B, Z)."""
 
     def along(self, unit: int, offsets: Tensor) -> Tensor:
         """The values of one dimension at `offsets` (J,) standard deviations from its
-        mean, (B, J); of continuous families alone."""
+        mean, (B, J). Only continuous families have them."""
 
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
-        """log q(z_j|x_i) in nats of every pair, (J, B) float64, for z (J, Z)."""
+        """log q(z_j|x_i) in nats of each pair, (J, B) float64, for z (J, Z)."""
 
     def activity(self) -> Tensor:
         """How much each unit varies over the batch, (U,) float64; compare with
         `ACTIVE`."""
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on a device."""
+        """A copy on a device."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters by their names, (B, ...) each, for files that others read."""
+        """The parameters by their names, (B, ...) each, for files."""
 
 
 class Family(Protocol):
@@ -77,29 +77,34 @@ class Family(Protocol):
 
     @property
     def continuous(self) -> bool:
-        """Whether sums and multiples of z are z: paths and directions make sense."""
+        """Whether sums and multiples of z are z, so that paths and directions make
+        sense."""
 
     @property
     def units(self) -> int:
-        """U: the parts of z whose KL is counted one by one."""
+        """U, the number of parts of z whose KL is counted separately."""
 
     @property
     def latent_width(self) -> int:
-        """Z: the numbers of z that the decoder reads."""
+        """Z, how many numbers of z the decoder reads."""
 
     @property
     def parameter_width(self) -> int:
-        """P: the numbers that the posterior's head puts out per sentence."""
+        """P, how many numbers the posterior's head returns per sentence."""
 
     @property
     def noise_width(self) -> int:
-        """E: the standard normal numbers of one draw."""
+        """E, how many standard normal numbers one draw takes."""
+
+    def codes(self, z: Tensor, unit: int) -> Tensor:
+        """z (Z,) with one unit at each of its K values, (K, Z). Only discrete families
+        have them."""
 
     def of(self, parameters: Tensor) -> Distribution:
         """The distributions of a head's output (B, P)."""
 
     def prior(self, device: torch.device | str = "cpu") -> Distribution:
-        """The fixed prior: one row, which broadcasts against any batch."""
+        """The fixed prior, one row that broadcasts against any batch."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +135,10 @@ class Gaussian:
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
 
     def kl(self, prior: Gaussian) -> Tensor:
-        """KL(self || prior) of every dimension in nats, (B, Z); closed form."""
+        """KL(self || prior) of each dimension in nats, (B, Z), in closed form."""
         squared = (self.mean - prior.mean).square() * torch.exp(-prior.logvar)
         ratio = self.logvar - prior.logvar
-        # Near the prior exp(ratio) - 1 would cancel, and round the KL below 0.
+        # Near the prior, exp(ratio) - 1 would cancel and round the KL to below 0.
         return 0.5 * (squared + torch.expm1(ratio) - ratio)
 
     def along(self, unit: int, offsets: Tensor) -> Tensor:
@@ -159,8 +164,8 @@ class Gaussian:
         return -0.5 * (squared + constant)
 
     def activity(self) -> Tensor:
-        """Var_x[E q(z|x)] of every dimension (sample variance), (Z,) float64; zeros for
-        a single sentence."""
+        """Var_x[E q(z|x)] of each dimension (sample variance), (Z,) float64. It is zero
+        for a single sentence."""
         mean = self.mean.double()
         if len(mean) < 2 or mean.shape[1] == 0:
             return torch.zeros(mean.shape[1], dtype=torch.float64)
@@ -176,7 +181,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class GaussianFamily:
-    """Diagonal Gaussians with the prior N(0, I): every dimension is a unit."""
+    """Diagonal Gaussians with the prior N(0, I). Each dimension is a unit."""
 
     units: int
 
@@ -196,6 +201,9 @@ class GaussianFamily:
     def noise_width(self) -> int:
         return self.units
 
+    def codes(self, z: Tensor, unit: int) -> Tensor:
+        raise TypeError("a dimension has no list of values")
+
     def of(self, parameters: Tensor) -> Gaussian:
         return Gaussian(*parameters.float().chunk(2, dim=-1))
 
@@ -213,19 +221,19 @@ class SpikeSlab:
     """A batch of hierarchical spike-and-slab distributions, in float32.
 
     For each dimension: a weight g ~ Beta(a, b), a selector s ~ Bernoulli(g), and
-    z ~ N(0, SPIKE^2) where s = 1 (the spike), N(mean, exp(logvar)) where s = 0 (the
-    slab). After Prokhorov et al. 2021, with the selector kept as a latent: the KL of
-    (g, s, z) is then closed and never negative, and bounds theirs from above. G = a/(a+b)
-    is the probability of the spike.
+    z ~ N(0, SPIKE^2) where s = 1 (the spike), or N(mean, exp(logvar)) where s = 0 (the
+    slab). This follows Prokhorov et al. 2021, with the selector kept as a latent. The KL
+    of (g, s, z) then has a closed form, is never negative, and is an upper bound on
+    theirs. G = a/(a+b) is the probability of the spike.
     """
 
     parameters: Tensor
-    """(B, 4Z): mean and logvar of the slab, then raw a and b: a = 0.5 + softplus(raw), at
-    most 100."""
+    """(B, 4Z): mean and logvar of the slab, then raw a and raw b. a = 0.5 + softplus(raw
+    a), at most 100; b likewise."""
 
     @property
     def slab(self) -> Gaussian:
-        """N(mean, exp(logvar)) of every dimension."""
+        """N(mean, exp(logvar)) of each dimension."""
         return Gaussian(*self.parameters.chunk(4, dim=-1)[:2])
 
     @property
@@ -246,12 +254,11 @@ class SpikeSlab:
 
     @property
     def point(self) -> Tensor:
-        """The slab's mean where the slab is likelier than the spike, 0 elsewhere,
-        (B, Z)."""
+        """The slab's mean if the slab is likelier than the spike, otherwise 0, (B, Z)."""
         return torch.where(self.spike < 0.5, self.slab.mean, 0.0)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """z of noise (B, 2Z), one number for the selector and one for the value.
+        """z (B, Z) from noise (B, 2Z): a number for the selector and one for the value.
 
         The selector is a hard binary concrete variable (Maddison et al. 2017) with a
         straight-through gradient.
@@ -264,9 +271,10 @@ class SpikeSlab:
         return spiked * SPIKE * value + (1 - spiked) * self.slab.sample(value)
 
     def kl(self, prior: SpikeSlab) -> Tensor:
-        """KL of the joint latents (g, s, z) of every dimension in nats, (B, Z)."""
+        """KL of the joint latents (g, s, z) of each dimension in nats, (B, Z)."""
         slab = (1 - self.spike) * self.slab.kl(prior.slab)
-        # In float64: the terms of the Beta's KL are large near the prior, and cancel.
+        # In float64, because the terms of the Beta's KL are large near the prior and
+        # cancel.
         (a, b), (a0, b0) = ((x.double(), y.double()) for x, y in (self.beta, prior.beta))
         weight = (
             _log_beta(a0, b0)
@@ -282,7 +290,8 @@ class SpikeSlab:
         return self.slab.along(unit, offsets)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log q(z_i|x_i) in nats, (B,): the selector is summed and g integrated out."""
+        """log q(z_i|x_i) in nats, (B,), for z (B, Z), with the selector summed out and g
+        integrated out."""
         return self._log_density(z).sum(-1)
 
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
@@ -295,7 +304,7 @@ class SpikeSlab:
         return total
 
     def activity(self) -> Tensor:
-        """Var_x[E q(z|x)] of every dimension (sample variance), (Z,) float64."""
+        """Var_x[E q(z|x)] of each dimension (sample variance), (Z,) float64."""
         mean = (1 - self.spike) * self.slab.mean
         return Gaussian(mean, torch.zeros_like(mean)).activity()
 
@@ -317,7 +326,7 @@ class SpikeSlab:
 
 
 SELECTOR_TEMPERATURE = 0.5
-"""Of the selector's gradient; it changes no value."""
+"""Affects only the gradient of the selector, not its value."""
 
 
 def _beta_parameter(raw: Tensor) -> Tensor:
@@ -330,8 +339,8 @@ def _log_beta(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SpikeSlabFamily:
-    """Spike-and-slab distributions; the prior's slab is N(0, 1), its weight
-    Beta(*spike_prior)."""
+    """Spike-and-slab distributions. The prior's slab is N(0, 1), and its weight g has
+    the distribution Beta(*spike_prior)."""
 
     units: int
     spike_prior: tuple[float, float]
@@ -352,6 +361,9 @@ class SpikeSlabFamily:
     def noise_width(self) -> int:
         return 2 * self.units
 
+    def codes(self, z: Tensor, unit: int) -> Tensor:
+        raise TypeError("a dimension has no list of values")
+
     def of(self, parameters: Tensor) -> SpikeSlab:
         return SpikeSlab(parameters.float())
 
@@ -363,8 +375,10 @@ class SpikeSlabFamily:
 
 @dataclass(frozen=True)
 class Categorical:
-    """A batch of independent categorical variables, D of K values each, as one-hot
-    vectors side by side."""
+    """A batch of D independent categorical variables of K values each.
+
+    z is their one-hot vectors side by side, Z = D * K.
+    """
 
     logits: Tensor
     """(B, D, K) float32."""
@@ -385,11 +399,11 @@ class Categorical:
 
     @property
     def point(self) -> Tensor:
-        """The likeliest value of every variable, (B, D * K)."""
+        """The likeliest value of each variable, (B, D * K)."""
         return _one_hot(self.logits).flatten(1)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """One-hot vectors (B, D * K) of noise (B, D * K), with the gradient of the
+        """One-hot vectors (B, D * K) from noise (B, D * K), with the gradient of the
         softmax: straight-through Gumbel-softmax (Jang et al. 2017)."""
         normal = noise.to(self.logits).view(len(noise), *self.logits.shape[1:])
         gumbel = -torch.log(-torch.special.log_ndtr(normal))
@@ -397,9 +411,9 @@ class Categorical:
         return (_one_hot(soft) + (soft - soft.detach())).flatten(1)
 
     def kl(self, prior: Categorical) -> Tensor:
-        """KL(self || prior) of every variable in nats, (B, D); closed form."""
+        """KL(self || prior) of each variable in nats, (B, D), in closed form."""
         q, p = self.logits.double().log_softmax(-1), prior.logits.double().log_softmax(-1)
-        # In float64: near the prior the terms of the sum cancel.
+        # In float64, because the terms of the sum cancel near the prior.
         return (q.exp() * (q - p)).sum(-1).clamp(min=0).to(self.logits)
 
     def along(self, unit: int, offsets: Tensor) -> Tensor:
@@ -414,8 +428,8 @@ class Categorical:
         return z.double() @ self.logits.double().log_softmax(-1).flatten(1).T
 
     def activity(self) -> Tensor:
-        """The information of every variable about the sentence, H(mean q) - mean H(q)
-        in nats, (D,) float64."""
+        """The information of each variable about the sentence, H(mean q) - mean H(q), in
+        nats, (D,) float64."""
         probabilities = self.logits.double().softmax(-1)
         return _entropy(probabilities.mean(0)) - _entropy(probabilities).mean(0)
 
@@ -428,7 +442,7 @@ class Categorical:
 
 
 SOFTMAX_TEMPERATURE = 1.0
-"""Of the categories' gradient; it changes no value."""
+"""Affects only the gradient of the categories, not their values."""
 
 
 def _one_hot(scores: Tensor) -> Tensor:
@@ -441,7 +455,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CategoricalFamily:
-    """`units` variables of `categories` values each; the prior is uniform."""
+    """`units` variables of `categories` values each. The prior is uniform."""
 
     units: int
     categories: int
@@ -461,6 +475,11 @@ class CategoricalFamily:
     @property
     def noise_width(self) -> int:
         return self.latent_width
+
+    def codes(self, z: Tensor, unit: int) -> Tensor:
+        codes = z.view(self.units, self.categories).repeat(self.categories, 1, 1)
+        codes[:, unit] = torch.eye(self.categories, dtype=z.dtype, device=z.device)
+        return codes.flatten(1)
 
     def of(self, parameters: Tensor) -> Categorical:
         return Categorical(parameters.float().view(-1, self.units, self.categories))

@@ -20,11 +20,11 @@ class Float32Linear(nn.Linear):
 
 
 class Pooling(nn.Module):
-    """Encoder states (B, S, d) to one vector a sentence (B, d), float32; padding never
-    takes part.
+    """Encoder states (B, S, d) to one vector per sentence (B, d), float32, without the
+    padding.
 
-    `mean` and `max` go over the sentence's own tokens, `first` takes the first token,
-    `attention` is a learned softmax over the tokens.
+    `mean` and `max` go over the tokens of the sentence, `first` takes the first token,
+    and `attention` is a learned softmax over the tokens.
     """
 
     def __init__(self, kind: str, d_model: int) -> None:
@@ -53,9 +53,8 @@ class PosteriorHead(nn.Module):
     """Pools the encoder's states and maps them to the parameters of q(z|x), (B, P)
     float32.
 
-    The output is a plain tensor, and not yet a distribution, because ZeRO-3 finds the
-    tensors whose backward needs these weights by walking through tuples, lists and dicts
-    only.
+    The output is a plain tensor and not yet a distribution. ZeRO-3 looks for the tensors
+    whose backward needs these weights only in tuples, lists and dicts.
     """
 
     def __init__(self, d_model: int, parameter_width: int, pooling: str) -> None:

@@ -1,4 +1,4 @@
-"""T5VAE: transformers' own T5 stacks around a latent bottleneck (Park & Lee 2021)."""
+"""T5VAE: the T5 stacks of transformers around a latent bottleneck (Park & Lee 2021)."""
 
 from __future__ import annotations
 
@@ -22,57 +22,44 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.mt5.modeling_mt5 import MT5Stack
-from transformers.models.t5.modeling_t5 import T5Stack
-from transformers.models.umt5.modeling_umt5 import UMT5Stack
 from transformers.utils import can_return_tuple
 
-from dsvae.modeling.attention import LATENT_ATTENTION
+from dsvae.modeling.backbone import BACKBONES, T5Backbone, backbone
 from dsvae.modeling.families import Distribution, Family, make_family
 from dsvae.modeling.injection import make_injection
 from dsvae.modeling.posterior import PosteriorHead
 from dsvae.modeling.weight_source import Origin, SafetensorsFiles, refuse_pickles
-
-STACKS: dict[str, type[PreTrainedModel]] = {"t5": T5Stack, "mt5": MT5Stack, "umt5": UMT5Stack}
-"""The encoder/decoder stack of every supported `model_type` (ByT5 is a t5 or mt5 with a
-byte vocabulary)."""
-
-T5_EMBEDDINGS = (
-    "shared.weight",
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "lm_head.weight",
-)
-"""Names under which a T5's file may hold its input embedding: of tied weights a file
-has only one."""
 
 CACHE = (
     "cache"
     if "cache" in {field.name for field in fields(CausalLMOutputWithPast)}
     else "past_key_values"
 )
-"""What the installed transformers calls the decoder's cache: `cache` since 5.24,
-`past_key_values` before. `generate` uses this name in both directions."""
+"""The name of the decoder's cache in the installed transformers: `cache` since 5.24,
+`past_key_values` before. `generate` passes and reads it under this name."""
 
 LATENT_PATH = ("posterior.", "injection.")
-"""How the parameters begin that no T5 has."""
+"""How the names of the parameters begin that no T5 has."""
 
 
 def read_config(name_or_path: str) -> PreTrainedConfig:
-    """The configuration of a T5 or T5VAE: a hub id or a directory.
+    """The configuration of a T5 or T5VAE.
 
-    A config.json without `model_type`, as google/umt5-small has it, is read by the
+    A config.json without `model_type`, such as that of google/umt5-small, is read by the
     architecture that it names.
+
+    Args:
+        name_or_path: a hub id, or a directory.
 
     Raises:
         OSError: no such model.
-        ValueError: neither is in its config.json.
+        ValueError: its config.json has neither.
     """
     fields, _ = PreTrainedConfig.get_config_dict(name_or_path)
     if "model_type" in fields:
         return AutoConfig.from_pretrained(name_or_path)
-    for kind in STACKS:
-        if f"{kind.upper()}ForConditionalGeneration" in (fields.get("architectures") or ()):
+    for kind, each in BACKBONES.items():
+        if each.architecture in (fields.get("architectures") or ()):
             return type(AutoConfig.for_model(kind)).from_dict(fields)
     raise ValueError(
         f'the config.json of {name_or_path} has no "model_type": copy the model to a directory '
@@ -81,25 +68,25 @@ def read_config(name_or_path: str) -> PreTrainedConfig:
 
 
 class T5VAEConfig(PreTrainedConfig):
-    """Configuration of a T5VAE: that of its T5, and that of the latent path.
+    """Configuration of a T5VAE: the one of its T5, and the latent path.
 
     Args:
-        t5: the configuration of the T5 (`model_type` t5, mt5 or umt5), as an object or
-            a dict.
+        t5: the configuration of the T5, of a `model_type` in `BACKBONES`, as an object
+            or a dict.
         family: gaussian, spike_slab or categorical (see `dsvae.modeling.families`).
         latent_dim: the units of the latent: dimensions of z, or categorical variables.
-        categories: values of each variable of the categorical family.
-        spike_prior: a and b of the prior's Beta(a, b) of the spike's weight, for
+        categories: values of each variable, for categorical.
+        spike_prior: a and b of the prior Beta(a, b) of the spike's weight, for
             spike_slab.
         pooling: mean, max, first or attention.
-        injection: memory, embedding or both; none: a language model without a latent (Z
-            = 0, and no encoder).
-        memory_slots: key/value slots a decoder layer, for injection by memory.
+        injection: memory, embedding or both; none for a language model without a latent
+            (Z = 0) and without an encoder.
+        memory_slots: key/value slots per decoder layer, for injection by memory.
         tie_word_embeddings: whether the output projection is the input embedding (T5
-            v1.0) or its own matrix (v1.1, flan, mT5, umT5). None: what the T5's
-            configuration implies. `T5VAE.from_t5` reads it off the weights.
-        max_tokens: longest sentence of its training, EOS included, and so the default
-            of its evaluation; the model computes with any. None: not known.
+            v1.0) or another matrix (v1.1, flan, mT5, umT5). None: what the T5's
+            configuration implies. `T5VAE.from_t5` sets it by the weights.
+        max_tokens: longest sentence of the training in tokens, EOS included, which is
+            the default of the evaluation. The model has no limit. None: not known.
     """
 
     model_type = "t5_vae"
@@ -115,7 +102,7 @@ class T5VAEConfig(PreTrainedConfig):
     memory_slots: int = 1
     tie_word_embeddings: bool | None = None
     max_tokens: int | None = None
-    # towards `generate`: a decoder conditioned on z, with no encoder states to carry
+    # For `generate`, this is a decoder conditioned on z, without encoder states.
     is_encoder_decoder: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -124,55 +111,56 @@ class T5VAEConfig(PreTrainedConfig):
         elif isinstance(self.t5, dict):
             fields = dict(self.t5)
             self.t5 = AutoConfig.for_model(fields.pop("model_type", "t5"), **fields)
-        if self.t5.model_type not in STACKS:
-            raise ValueError(f"model_type {self.t5.model_type!r} is not one of {', '.join(STACKS)}")
         if self.tie_word_embeddings is None:
-            # transformers sets `tie_word_embeddings` to True in every T5 configuration,
-            # whatever it was; for t5 what the file said survives in
-            # `scale_decoder_outputs`, and the released mT5 and umT5 are all untied.
-            self.tie_word_embeddings = self.t5.model_type == "t5" and self.t5.scale_decoder_outputs
+            self.tie_word_embeddings = self.backbone.tied_by_default
         if self.injection == "none":
             self.latent_dim, self.family = 0, "gaussian"
-        self.spike_prior = list(self.spike_prior)  # as a file holds it
+        self.spike_prior = list(self.spike_prior)  # as in config.json
         kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
         kwargs.setdefault("eos_token_id", self.t5.eos_token_id)
-        start = getattr(self.t5, "decoder_start_token_id", None)
-        kwargs.setdefault(
-            "decoder_start_token_id", self.t5.pad_token_id if start is None else start
-        )
+        kwargs.setdefault("decoder_start_token_id", self.backbone.start_token)
         super().__post_init__(**kwargs)
 
-    # What `generate` asks of a decoder's configuration to size its cache.
+    @property
+    def backbone(self) -> T5Backbone:
+        """What is known of the T5.
+
+        Raises:
+            ValueError: its `model_type` is not supported.
+        """
+        return backbone(self.t5)
+
+    # `generate` reads these to set the size of its cache.
     @property
     def vocab_size(self) -> int:
-        return self.t5.vocab_size
+        return self.backbone.vocabulary
 
     @vocab_size.setter
     def vocab_size(self, value: int) -> None:
-        # `resize_token_embeddings` sets it behind the new matrices.
+        # `resize_token_embeddings` sets it after it has made the new matrices.
         self.t5.vocab_size = value
 
     @property
     def hidden_size(self) -> int:
-        return self.t5.d_model
+        return self.backbone.decoder_width
 
     @property
     def num_hidden_layers(self) -> int:
-        return self.t5.num_decoder_layers
+        return self.backbone.decoder_layers
 
     @property
     def num_attention_heads(self) -> int:
-        return self.t5.num_heads
+        return self.backbone.key_value_heads
 
 
 @dataclass
 class T5VAEOutput(CausalLMOutputWithPast):
     """What `T5VAE.forward` returns.
 
-    logits (B, T, V); latent (B, Z), the z that was decoded; posterior_parameters (B, P)
-    of q(z|x), for `T5VAE.family.of`, None when `latent` was given; the decoder's cache
-    when `use_cache`, under the name that the installed transformers gives it (`CACHE`).
-    `loss`, `hidden_states` and `attentions` stay None.
+    logits: (B, T, V). latent: (B, Z), the z that was decoded. posterior_parameters:
+    (B, P) of q(z|x), for `T5VAE.family.of`; None if `latent` was given. The decoder's
+    cache has the name `CACHE`, and is there if `use_cache` was set. `loss`,
+    `hidden_states` and `attentions` stay None.
     """
 
     latent: Tensor | None = None
@@ -183,8 +171,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     """A T5 as a variational autoencoder of sentences.
 
     encoder -> masked pooling -> q(z|x) -> z -> injection -> decoder. The decoder has no
-    cross-attention: z is the only way from the sentence to it, and modules that nothing
-    would read are not kept.
+    cross-attention, so z is the only way from the sentence to it.
     """
 
     config_class = T5VAEConfig
@@ -193,7 +180,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the Trainer need not pass `num_items_in_batch`
     _supports_sdpa = True
-    _no_split_modules = ["T5Block", "MT5Block", "UMT5Block"]
+    _no_split_modules = [each.block for each in BACKBONES.values()]
     _keep_in_fp32_modules = ["wo"]
     _keep_in_fp32_modules_strict = ["posterior"]
     _tied_weights_keys = {"lm_head.weight": "shared.weight"}
@@ -201,25 +188,20 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: T5VAEConfig) -> None:
         super().__init__(config)
-        t5 = config.t5
+        base = config.backbone
         self.family: Family = make_family(config)
-        stack = STACKS[t5.model_type]
-        self.shared = nn.Embedding(t5.vocab_size, t5.d_model)
+        self.shared = nn.Embedding(base.vocabulary, base.decoder_width)
         if config.injection != "none":
-            self.encoder = stack(_stack_config(t5, is_decoder=False))
-            self.posterior = PosteriorHead(t5.d_model, self.family.parameter_width, config.pooling)
-            del self.encoder.embed_tokens  # both stacks are fed embeddings from `shared`
+            self.encoder = base.encoder()
+            self.posterior = PosteriorHead(
+                base.encoder_width, self.family.parameter_width, config.pooling
+            )
         self.injection = make_injection(
-            config.injection, t5, self.family.latent_width, config.memory_slots
+            config.injection, base, self.family.latent_width, config.memory_slots
         )
-        self.decoder = stack(_stack_config(t5, is_decoder=True))
-        for block in cast(nn.ModuleList, self.decoder.block):
-            # Cross-attention goes. The feed-forward stays `layer[-1]`, which is how the
-            # block calls it.
-            del cast(nn.ModuleList, block.layer)[1]
-        del self.decoder.embed_tokens
-        self.lm_head = nn.Linear(t5.d_model, t5.vocab_size, bias=False)
-        self.output_scale = _output_scale(config)
+        self.decoder = base.decoder()
+        self.lm_head = nn.Linear(base.decoder_width, base.vocabulary, bias=False)
+        self.output_scale = base.output_scale(bool(config.tie_word_embeddings))
         self.post_init()
 
     @classmethod
@@ -229,17 +211,16 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         """A pretrained T5 with a fresh latent path, weights in float32.
 
         Args:
-            name_or_path: a hub id or a directory in transformers' format.
-            dropout_rate: in place of the checkpoint's own.
-            latent: fields of `T5VAEConfig`: latent_dim, pooling, injection,
-                memory_slots.
+            name_or_path: a hub id, or a directory in the format of transformers.
+            dropout_rate: replaces that of the checkpoint.
+            latent: fields of `T5VAEConfig`: latent_dim, pooling, injection, and so on.
 
         Raises:
             OSError: no such model, or no safetensors in it.
-            ValueError: not a T5, mT5 or umT5; weights are missing or have another
+            ValueError: it is no T5, mT5 or umT5, or weights are missing or have another
                 shape.
         """
-        # of the latent path: from torch's own state, like every other fresh module
+        # The seed of the latent path comes from torch's generator, as for any new module.
         seed = int(torch.randint(1 << 62, ()))
         return cast(
             T5VAE,
@@ -250,18 +231,19 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def origin_in_t5(
         cls, name_or_path: str, *, seed: int, dropout_rate: float | None = None, **latent: Any
     ) -> Origin:
-        """What `from_t5` is built from, tensor by tensor; the latent path is drawn from
-        `seed`. Raises what it raises."""
+        """The weights of `from_t5`, tensor by tensor. The latent path is drawn from
+        `seed`. It raises what `from_t5` raises."""
         t5_config = read_config(name_or_path)
-        if t5_config.model_type not in STACKS:
+        if t5_config.model_type not in BACKBONES:
             raise ValueError(
-                f"{name_or_path} is a {t5_config.model_type} model, not one of {', '.join(STACKS)}"
+                f"{name_or_path} is a {t5_config.model_type} model, not one of "
+                f"{', '.join(BACKBONES)}"
             )
+        base = backbone(t5_config)
         files = SafetensorsFiles(name_or_path)
-        # The weights say whether lm_head is the checkpoint's own. The configuration
-        # does not: transformers reads "tied" for every T5, and building from it and
-        # loading a state dict ties v1.1 silently.
-        embedding = next((key for key in T5_EMBEDDINGS if key in files), T5_EMBEDDINGS[0])
+        # Only the weights say whether lm_head is tied. transformers reads "tied" for
+        # every T5, and would tie v1.1 silently when it loads a state dict.
+        embedding = base.embedding_key(files)
         tied = "lm_head.weight" not in files or files.equal(embedding, "lm_head.weight")
         if dropout_rate is not None:
             t5_config.dropout_rate = dropout_rate
@@ -270,7 +252,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         def key_of(name: str) -> str | None:
             if name == "shared.weight":
                 return embedding
-            return None if name.startswith(LATENT_PATH) else _with_cross_attention(name)
+            return None if name.startswith(LATENT_PATH) else base.pretrained_key(name)
 
         return Origin(lambda: cls(copy.deepcopy(config)), seed, files, key_of)
 
@@ -279,11 +261,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         """The weights of a saved T5VAE, tensor by tensor.
 
         Args:
-            config: in place of its own.
+            config: replaces that of the directory.
 
         Raises:
             OSError: no such model, or no weights in it.
-            ValueError: some are missing, or have another shape.
+            ValueError: weights are missing, or have another shape.
         """
         own: T5VAEConfig = (
             cls.config_class.from_pretrained(name_or_path) if config is None else config
@@ -291,7 +273,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
         def make() -> T5VAE:
             model = cls(copy.deepcopy(own))
-            with contextlib.suppress(OSError):  # it need not have one
+            with contextlib.suppress(OSError):  # the file is optional
                 model.generation_config = GenerationConfig.from_pretrained(name_or_path)
             return model
 
@@ -301,8 +283,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def from_pretrained(  # type: ignore[override]
         cls, name_or_path: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, from safetensors alone. Raises OSError where there are
-        none."""
+        """As in transformers, but only from safetensors.
+
+        Raises:
+            OSError: there are none.
+        """
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError("weights are read from safetensors only: pickles can run code")
         refuse_pickles(Path(str(name_or_path)))
@@ -316,14 +301,14 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Called by transformers for what a checkpoint does not hold; the stacks
-        initialize themselves."""
-        factor = self.config.t5.initializer_factor
+        """Draws the weights of one module. transformers calls it for what a checkpoint
+        does not contain; the stacks have their own."""
+        factor = self.config.backbone.initializer_factor
         if module is self.shared:
             module.weight.normal_(0.0, factor)
         elif module is self.lm_head:
             # Logits of unit scale. (transformers draws every untied head with deviation
-            # 1: v1.1 logits start at sqrt(d).)
+            # 1, so that the logits of v1.1 start at sqrt(d).)
             module.weight.normal_(0.0, factor * module.in_features**-0.5 / self.output_scale)
         elif isinstance(module, nn.Linear):
             # Unit scale for unit-scale input, as T5 draws its own keys and values.
@@ -338,13 +323,13 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             input_ids: (B, S).
             attention_mask: (B, S), 1 = token, 0 = padding; None = no padding.
 
-        Returns: a distribution of the model's family; of the Gaussian, mean and logvar,
+        Returns: a distribution of the model's family. The Gaussian has mean and logvar,
             (B, Z) each, float32.
         """
         return self.family.of(self._posterior_parameters(input_ids, attention_mask))
 
     def prior(self) -> Distribution:
-        """p(z), as one row that serves every sentence, on the model's device."""
+        """p(z) on the model's device, one row for all sentences."""
         return self.family.prior(self.device)
 
     def _posterior_parameters(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -378,20 +363,20 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask: (B, S), the sentence as the encoder sees it.
-            labels: (B, T), the sentence to reconstruct, -100 where there is none;
-                shifted right it is the decoder's input.
-            latent: (B, Z), decoded as it is; the encoder is skipped.
-            noise: (B, E), standard normal, of which the family makes its sample. None:
-                drawn here while training; in evaluation nothing is drawn, and the
+            labels: (B, T), the sentence to reconstruct, -100 for padding. Shifted right,
+                it is the decoder's input.
+            latent: (B, Z), decoded as it is. The encoder is skipped.
+            noise: (B, E), standard normal, from which the family makes its sample. None:
+                it is drawn here in training. In evaluation nothing is drawn, and the
                 posterior's point is decoded (the mean of a Gaussian).
-            sample_latent: False decodes the posterior's point while training, too.
+            sample_latent: False decodes the posterior's point in training, too.
             decoder_input_ids: (B, T), instead of labels.
-            cache, past_key_values: the decoder's cache, by its name in transformers
-                5.24 or by the older one.
+            cache, past_key_values: the decoder's cache, under its name in transformers
+                5.24 or under the older one.
             use_cache: return a cache that includes these tokens.
-            encode_only: stop at the posterior; `logits` and `latent` stay None.
-            others: must be None. An argument that were ignored could change the text
-                without an error.
+            encode_only: stop at the posterior. `logits` and `latent` stay None.
+            others: must be None. To ignore an argument could change the text without an
+                error.
 
         Returns: `T5VAEOutput`, or its tuple for `return_dict=False`. The loss is in
             `dsvae.objective`.
@@ -442,7 +427,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """The decoder's input for `labels` (B, T): the start token, then all labels but
-        the last; -100 becomes padding."""
+        the last. -100 becomes padding."""
         shifted = labels.new_full(labels.shape, self.config.decoder_start_token_id)
         shifted[:, 1:] = labels[:, :-1]
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
@@ -450,8 +435,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         inputs["decoder_input_ids"] = inputs.pop("input_ids")
-        # Every row has the same number of tokens so far: there is no padding to mask on
-        # the decoder's side.
+        # Every row has the same number of tokens so far, so there is no padding to mask
+        # in the decoder.
         inputs.pop("attention_mask", None)
         return inputs
 
@@ -464,17 +449,17 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         latent: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Decodes z, or the posterior means of sentences, with transformers' `generate`
-        (greedy, sampling, beams).
+        """Decodes z, or the posterior's points of sentences, with the `generate` of
+        transformers (greedy, sampling, beams).
 
         Args:
-            input_ids, attention_mask: (B, S), sentences to reconstruct from their
-                posterior mean; or
-            latent: (B, Z), to decode as it is.
+            input_ids, attention_mask: (B, S), sentences to reconstruct from the points
+                of their posteriors; or
+            latent: (B, Z), decoded as it is.
             kwargs: everything that `GenerationMixin.generate` takes.
 
-        Returns: token ids (B, <= 1 + max_new_tokens), the start token first; behind EOS
-            padding (EOS again from beams).
+        Returns: token ids (B, <= 1 + max_new_tokens), the start token first. After EOS
+            comes padding, or EOS again from beams.
         """
         if latent is None:
             if input_ids is None:
@@ -492,8 +477,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
 @contextlib.contextmanager
 def _no_padding_warning() -> Iterator[None]:
-    """T5 starts decoding from its pad token, which `generate` takes for right padding
-    in a decoder without encoder states."""
+    """Silences a warning: T5 starts decoding from its padding token, which `generate`
+    takes for right padding."""
     logger = logging.getLogger("transformers.generation.utils")
 
     def keep(record: logging.LogRecord) -> bool:
@@ -504,36 +489,6 @@ def _no_padding_warning() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
-
-
-def _output_scale(config: T5VAEConfig) -> float:
-    """What the decoder's output is multiplied by before the projection to logits."""
-    t5 = config.t5
-    scaled = {
-        "t5": getattr(t5, "scale_decoder_outputs", False),  # true for v1.0, false for v1.1
-        # As umT5 was trained: with the scale where the projection is the embedding. Its
-        # configuration does not say: transformers 5 sets `tie_word_embeddings` in all.
-        "umt5": config.tie_word_embeddings,
-        "mt5": False,
-    }[t5.model_type]
-    return t5.d_model**-0.5 if scaled else 1.0
-
-
-def _stack_config(t5: PreTrainedConfig, *, is_decoder: bool) -> PreTrainedConfig:
-    config = copy.deepcopy(t5)
-    config.is_decoder = is_decoder
-    config.is_encoder_decoder = False  # so that the decoder's cache is a plain one
-    config.use_cache = is_decoder
-    if is_decoder:
-        config.num_layers = t5.num_decoder_layers
-        config._attn_implementation = LATENT_ATTENTION
-    return config
-
-
-def _with_cross_attention(name: str) -> str:
-    """The name in a T5, whose decoder blocks have cross-attention in the middle, of a
-    weight of a T5VAE."""
-    return name.replace(".layer.1.", ".layer.2.") if name.startswith("decoder.block.") else name
 
 
 AutoConfig.register(T5VAEConfig.model_type, T5VAEConfig)

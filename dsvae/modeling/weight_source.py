@@ -1,9 +1,9 @@
-"""Where a model's weights come from at its start: safetensors files, or drawn afresh.
-One tensor at a time.
+"""Where the weights of a model come from at its start: read from safetensors files, or
+drawn.
 
-A model that fits no process whole is filled from here tensor by tensor; every other one
-in the same way, so that all ZeRO stages and any number of ranks start from the same
-values.
+A model may be too large for one process. So it is filled from here tensor by tensor, in
+the same way at all ZeRO stages and for any number of ranks, which thus start from the
+same values.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""Endings of weight files that run their author's code when they are loaded."""
+"""Endings of weight files that can run code when they are loaded."""
 
 COMPARED_ROWS = 4096
-"""Rows of two matrices that are compared at a time."""
+"""How many rows of two matrices are compared at a time."""
 
 
 class SafetensorsFiles:
-    """The weights of a model directory or a hub model, read tensor by tensor; no other
-    format is read.
+    """The weights of a model directory or a hub model in safetensors, read tensor by
+    tensor.
 
     Raises:
         OSError: no such model, or no safetensors in it.
@@ -41,14 +41,14 @@ class SafetensorsFiles:
 
     def __init__(self, name_or_path: str) -> None:
         self.name = name_or_path
-        self._files: dict[str, Path] = {}  # of every tensor
+        self._files: dict[str, Path] = {}  # the file of each tensor
         self._stamps: dict[Path, tuple[int, int]] = {}
         for file in map(Path, _weight_files(name_or_path)):
             with safe_open(file, framework="pt") as reader:
                 self._files |= dict.fromkeys(reader.keys(), file)
             self._stamps[file] = _stamp(file)
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._files
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -56,16 +56,16 @@ class SafetensorsFiles:
             return tuple(reader.get_slice(key).get_shape())
 
     def copy(self, key: str, out: Tensor) -> None:
-        """Copies a tensor into `out`, of whatever dtype, straight from the mapped file.
+        """Copies a tensor into `out`, of any dtype, from the mapped file.
 
-        The file is opened for each: what its mapping held of the pages read goes with
-        it, and counts for no process.
+        The file is opened for each tensor. When it is closed, the pages that were read
+        no longer count as memory of the process.
         """
         with safe_open(self._files[key], framework="pt") as reader:
             out.copy_(reader.get_tensor(key))
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors are the same; a few rows are in memory at a time."""
+        """Whether two tensors are equal; only a few rows are in memory at a time."""
         if self.shape(one) != self.shape(other):
             return False
         with (
@@ -79,28 +79,28 @@ class SafetensorsFiles:
             )
 
     def check_unchanged(self) -> None:
-        """Raises OSError where a file is gone or is no longer the one that was opened
+        """Raises OSError if a file is missing or has changed since it was opened
         first."""
         for file, stamp in self._stamps.items():
             if not file.is_file():
-                raise OSError(f"{file} is gone")
+                raise OSError(f"{file} no longer exists")
             if _stamp(file) != stamp:
                 raise OSError(f"{file} has changed since it was loaded")
 
 
 class Origin:
-    """The values that the parameters of a model start from.
+    """The initial values of the parameters of a model.
 
     Args:
-        make: makes the model; called on the meta device, where a model of any size
+        make: makes the model. It is called on the meta device, where a model of any size
             takes no memory.
-        seed: of the parameters that are drawn, by transformers' own rules: each module
-            from its own state, so that the values depend on nothing but seed and name.
-        files, key_of: those that are read: the name in `files` of a parameter, None for
-            one that is drawn.
+        seed: of the parameters that are drawn, by the rules of transformers. Each module
+            has its own generator, so that the values depend only on seed and name.
+        files: of the parameters that are read. None: all are drawn.
+        key_of: the name in `files` of a parameter, None for one that is drawn.
 
     Raises:
-        ValueError: a key that the files lack, or a tensor of another shape.
+        ValueError: the files lack a key, or a tensor has another shape.
     """
 
     def __init__(
@@ -125,9 +125,9 @@ class Origin:
                 f"in all)"
             )
         for name, key in self._keys.items():
-            if (found := files.shape(key)) != self._shapes[name]:
+            if (shape := files.shape(key)) != self._shapes[name]:
                 raise ValueError(
-                    f"{files.name}: {key} has the shape {found}, by its config.json "
+                    f"{files.name}: {key} has the shape {shape}, but by its config.json it is "
                     f"{self._shapes[name]}"
                 )
 
@@ -137,13 +137,14 @@ class Origin:
         return self._skeleton.config
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device: no values, no memory."""
+        """The model on the meta device, without values and memory."""
         with torch.device("meta"):
             return self._make()
 
     @torch.no_grad()
     def copy(self, name: str, out: Tensor) -> Tensor:
-        """Copies the value of a parameter into `out`, in its dtype; returns it."""
+        """Copies the value of a parameter into `out`, in the dtype of `out`, and returns
+        `out`."""
         if name in self._keys:
             cast(SafetensorsFiles, self._files).copy(self._keys[name], out)
             return out
@@ -156,8 +157,7 @@ class Origin:
         return self.copy(name, torch.empty(self._shapes[name], dtype=torch.float32))
 
     def check_unchanged(self) -> None:
-        """Raises OSError where the files are no longer those that the model was loaded
-        from."""
+        """Raises OSError if the files have changed since the model was loaded."""
         if self._files is not None:
             self._files.check_unchanged()
 
@@ -172,9 +172,8 @@ class Origin:
     def _draw(self, name: str) -> dict[str, Tensor]:
         """The values of all parameters of the module that initializes this one.
 
-        T5 initializes the matrices of an attention or a feed-forward from the module
-        around them, which therefore is drawn as a whole; stacks and models leave their
-        children to themselves.
+        In T5, an attention or a feed-forward initializes the matrices inside it, and is
+        therefore drawn as a whole. Stacks and models leave it to their children.
         """
         owner = name.rpartition(".")[0]
         around = owner.rpartition(".")[0]
@@ -190,7 +189,7 @@ class Origin:
             for prefix, m in modules.items():
                 for key, p in empty[prefix].items():
                     setattr(m, key, nn.Parameter(torch.empty(p.shape, dtype=torch.float32)))
-            for prefix, m in reversed(modules.items()):  # children first, as transformers goes
+            for prefix, m in reversed(modules.items()):  # children first, as in transformers
                 _model_of(self._skeleton, prefix)._init_weights(m)
         drawn = {}
         for prefix, m in modules.items():
@@ -201,8 +200,8 @@ class Origin:
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[nn.Parameter], None]]]:
-    """Every parameter of a model with its name and a function that puts another in its
-    place, wherever it is tied to."""
+    """Every parameter of a model with its name, and a function that replaces it in all
+    modules that it is tied to."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -220,7 +219,7 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[nn.Pa
 
 
 def no_safetensors(name: str) -> OSError:
-    """What is said where a model has no weights that are read."""
+    """The error for a model without safetensors."""
     return OSError(
         f"no file named {SAFE_WEIGHTS_NAME} in {name}, and pickles (pytorch_model.bin) are not "
         f"read, because they can run code: on a machine that you trust, load the model with its "
@@ -230,7 +229,7 @@ def no_safetensors(name: str) -> OSError:
 
 
 def refuse_pickles(directory: Path) -> None:
-    """Raises OSError for a directory whose only weights are pickles."""
+    """Raises OSError for a directory that has pickles and no safetensors."""
     files = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     if not any(name.endswith(".safetensors") for name in files) and any(
         name.endswith(PICKLES) for name in files
@@ -239,7 +238,7 @@ def refuse_pickles(directory: Path) -> None:
 
 
 def _weight_files(name_or_path: str) -> list[str]:
-    """The safetensors files of a model, downloaded where they must be."""
+    """The safetensors files of a model; those of a hub model are downloaded."""
     if single := cached_file(
         name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False
     ):
@@ -252,12 +251,12 @@ def _weight_files(name_or_path: str) -> list[str]:
     )
     online = not constants.HF_HUB_OFFLINE and not os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
     if index is None and online and not Path(name_or_path).is_dir():
-        # Many older hub models have their safetensors in a pull request of the hub's
-        # own converter, which transformers finds.
-        found, revision, sharded = _converted(name_or_path)
-        if found and not sharded:
-            return [found]
-        index = found
+        # Many older hub models have their safetensors in a pull request by the converter
+        # of the hub.
+        file, revision, sharded = _converted(name_or_path)
+        if file and not sharded:
+            return [file]
+        index = file
     if index is None:
         raise no_safetensors(name_or_path)
     files, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision)
@@ -274,14 +273,14 @@ def _converted(name: str) -> tuple[str | None, str, bool]:
 
 
 def _model_of(model: PreTrainedModel, path: str) -> PreTrainedModel:
-    """The innermost transformers model around a submodule: whose rules of
-    initialization hold there."""
-    found = model
+    """The innermost transformers model around a submodule, whose rules of initialization
+    apply there."""
+    innermost = model
     parts = path.split(".")
     for i in range(1, len(parts)):
         if isinstance(inner := model.get_submodule(".".join(parts[:i])), PreTrainedModel):
-            found = inner
-    return found
+            innermost = inner
+    return innermost
 
 
 def _derived(seed: int, name: str) -> int:

@@ -4,16 +4,16 @@
 
 over the N sentences of the global batch (all ranks, all micro-batches of an optimizer
 step). rec_i is -log p(x_i|z_i) in nats, summed over the tokens of sentence i, EOS
-included. s_i are statistics of sentence i (S numbers), the KL of each unit in nats first.
-T, the penalty, is any differentiable function of their means: beta times the KL with
-free bits (Kingma et al. 2016) here.
+included. s_i are statistics of sentence i (S numbers), of which the KL of each unit in
+nats comes first. T, the penalty, may be any differentiable function of their means. Here
+it is beta times the KL with free bits (Kingma et al. 2016), and total correlation.
 
 The gradient is exact however the batch is split, because
 
     d loss = (1/N) sum_i [d rec_i + <w, d s_i>],    w = dT/dm at m.
 
-Once m is known (one all-reduce of S numbers), w is constant, and every micro-batch can
-go backward alone. Where T is linear, w does not depend on m, and nothing is reduced.
+Once m is known (one all-reduce of S numbers), w is constant, and each micro-batch can go
+backward separately. If T is linear, w does not depend on m, and nothing is reduced.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ from torch.nn import functional as F
 from dsvae.modeling.families import Distribution
 
 IGNORE = -100
-"""Label of the positions that hold no token of the sentence."""
+"""Label of the positions without a token of the sentence."""
 
 FreeBitsMode = Literal["dimension", "total", "sentence"]
 
 
 def reconstruction_nats(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p(x|z) of every sentence in nats, (B,) float32: the sum over its tokens,
-    padding left out.
+    """-log p(x|z) of each sentence in nats, (B,) float32: the sum over its tokens.
 
     Args:
         logits: (B, T, V).
@@ -50,19 +49,19 @@ def reconstruction_nats(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Penalty:
-    """T, the part of the loss that acts on the means of the batch.
+    """T, the part of the loss that depends on the means of the batch.
 
     Args:
         beta: weight of the KL.
-        free_bits: lambda, the KL threshold in nats; 0: none.
-        mode: what the threshold holds for. `dimension`: sum_u max(lambda, mean_i
+        free_bits: lambda, the KL threshold in nats. 0: no threshold.
+        mode: what the threshold applies to. `dimension`: sum_u max(lambda, mean_i
             kl_iu). `total`: max(lambda, sum_u mean_i kl_iu). `sentence`: mean_i sum_u
             max(lambda, kl_iu), as in Optimus (Li et al. 2020) and in the code of Park &
             Lee 2021.
         total_correlation: weight of the pairwise total correlation of the categories,
-            sum over pairs of variables of their mutual information under the mean of
-            q(z|x) (beta-TCVAE, Chen et al. 2018; for two variables it is the total
-            correlation itself). Only the categorical family has one.
+            the sum over pairs of variables of their mutual information under the mean of
+            q(z|x) (beta-TCVAE, Chen et al. 2018). For two variables it is the total
+            correlation itself. Only the categorical family has one.
     """
 
     beta: float = 0.0
@@ -82,7 +81,7 @@ class Penalty:
         return not thresholded and self.total_correlation == 0
 
     def statistics(self, posterior: Distribution, prior: Distribution) -> Tensor:
-        """s of every sentence, (B, S): the KL of each of the U units in nats, then what
+        """s of each sentence, (B, S): the KL of each of the U units in nats, then what
         else the penalty needs."""
         kl = posterior.kl(prior)
         parts = [kl]
@@ -93,7 +92,7 @@ class Penalty:
         return torch.cat(parts, dim=-1)
 
     def __call__(self, mean: Tensor, units: int) -> Tensor:
-        """T in nats, a scalar, of the mean statistics (S,) of U units."""
+        """T in nats, a scalar, for the mean statistics (S,) of U units."""
         kl, rest = mean[:units], mean[units:]
         if self.mode == "sentence":
             penalized, rest = rest[0], rest[1:]
@@ -111,18 +110,17 @@ def slopes(penalty: Penalty, mean: Tensor, units: int) -> Tensor:
     """dT/dm at the mean statistics m (S,) of U units, (S,)."""
     with torch.enable_grad():
         point = mean.detach().requires_grad_()
-        (found,) = torch.autograd.grad(penalty(point, units), point)
-    return found
+        return torch.autograd.grad(penalty(point, units), point)[0]
 
 
 def pair_statistics(probabilities: Tensor) -> Tensor:
-    """What the pairwise total correlation needs of every sentence.
+    """The statistics of each sentence for the pairwise total correlation.
 
     Args:
         probabilities: (B, D, K), q(z_d = k|x).
 
-    Returns: (B, D * K + D * (D - 1) / 2 * K^2): the probabilities, and their products for
-        every pair of variables.
+    Returns: (B, D * K + D * (D - 1) / 2 * K^2), the probabilities, then their products
+        for each pair of variables.
     """
     variables = probabilities.shape[1]
     first, second = torch.triu_indices(variables, variables, offset=1)
@@ -131,13 +129,13 @@ def pair_statistics(probabilities: Tensor) -> Tensor:
 
 
 def pairwise_total_correlation(mean: Tensor, variables: int) -> Tensor:
-    """The sum of the mutual information of every pair of variables in nats, a scalar.
+    """The sum of the mutual information of all pairs of variables in nats, a scalar.
 
     Args:
         mean: the batch mean of `pair_statistics`, of `variables` D.
     """
     pairs = variables * (variables - 1) // 2
-    # D K + pairs K^2 numbers.
+    # `mean` has D K + pairs K^2 numbers, which gives K.
     root = math.isqrt(variables**2 + 4 * pairs * len(mean))
     categories = (root - variables) // (2 * pairs) if pairs else len(mean) // variables
     alone = mean[: variables * categories].view(variables, categories)
@@ -151,16 +149,16 @@ def pairwise_total_correlation(mean: Tensor, variables: int) -> Tensor:
 def loss_share(
     rec: Tensor, statistics: Tensor, weight: Tensor, slopes: Tensor | None, sentences: int
 ) -> Tensor:
-    """What a micro-batch adds to the loss, as a scalar to go backward from.
+    """The share of a micro-batch in the loss, a scalar to go backward from.
 
-    The gradients of the shares of a global batch sum to that of the loss; constant
-    terms of the penalty have none and are left out.
+    The gradients of all shares of a global batch sum to the gradient of the loss.
+    Constant terms of the penalty have no gradient and are left out.
 
     Args:
         rec: (B,) nats.
         statistics: (B, S) from `Penalty.statistics`.
         weight: (B,), 1 for a sentence, 0 for a filler that only keeps the ranks in step.
-        slopes: (S,) from `slopes`; None where nothing is penalized.
+        slopes: (S,) from `slopes`; None if nothing is penalized.
         sentences: N, the sentences of the global batch.
     """
     per_sentence = rec if slopes is None else rec + (statistics * slopes).sum(-1)

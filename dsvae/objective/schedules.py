@@ -1,5 +1,4 @@
-"""beta and the learning rate as functions of the optimizer step of a phase, counted
-from 0."""
+"""beta and the learning rate by the optimizer step of a phase, counted from 0."""
 
 from __future__ import annotations
 
@@ -9,18 +8,16 @@ from dsvae.config import BetaConfig, PhaseConfig
 
 
 def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
-    """The weight of the KL term at optimizer step `step` (0 <= step < steps) of a
-    phase.
+    """The weight of the KL term at optimizer step `step` of a phase of `steps` steps.
 
-    constant: `max`. linear: 0 for a share `zero` of the phase, then a straight rise
-        over a share `rise`, then `max`.
-    cyclic: the same in each of `cycles` equal parts (cyclical annealing, Fu et al.
-        2019).
+    constant: `max`. linear: 0 for a share `zero` of the phase, then a linear rise over a
+    share `rise`, then `max`. cyclic: the same in each of `cycles` equal parts (cyclical
+    annealing, Fu et al. 2019).
     """
     if beta.kind == "constant":
         return beta.max
     cycles = beta.cycles if beta.kind == "cyclic" else 1
-    # in whole numbers: a rounded quotient would start some cycles a step late
+    # In whole numbers, because a rounded quotient would start some cycles a step late.
     position = (step * cycles % steps) / steps
     if position < beta.zero:
         return 0.0
@@ -30,11 +27,11 @@ def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
 
 
 def next_beta(beta: float, kl: float, settings: BetaConfig) -> float:
-    """beta of the next optimizer step where the KL is held at a target.
+    """beta of the next optimizer step for kind target.
 
-    An integral controller in velocity form, whose state is beta itself, so that nothing
-    winds up at the bounds (after ControlVAE, Shao et al. 2020):
-    beta + gain * (kl - target), between 0 and `max`.
+    It is beta + gain * (kl - target), between 0 and `max`. This is an integral controller
+    in velocity form (after ControlVAE, Shao et al. 2020). Its state is beta itself, so
+    that no error accumulates while beta is at a bound.
 
     Args:
         kl: the mean KL of the last step's global batch in nats per sentence, before any
@@ -48,8 +45,8 @@ def next_beta(beta: float, kl: float, settings: BetaConfig) -> float:
 def lr_factor(step: int, phase: PhaseConfig) -> float:
     """The learning rate at optimizer step `step` as a share of `phase.lr`.
 
-    A linear warm-up whose first step is not zero, then constant, or a straight or
-    cosine fall that reaches zero one step behind the last.
+    First a linear warm-up, whose first step is not zero. Then the rate is constant, or it
+    falls along a line or a cosine, and would reach zero one step after the last.
     """
     if step < phase.warmup_steps:
         return (step + 1) / (phase.warmup_steps + 1)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from dsvae.config import RunConfig
-from dsvae.data.tokenization import Prepared
+from dsvae.data.prepared import Prepared
 from dsvae.engine.engine import PhaseEngine
 from dsvae.phases import Phase
 from dsvae.reports.table import result_table

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dsvae.data import grammar
-from dsvae.data.corpora import read_file, read_labels
+from dsvae.data.readers import read_file, read_labels
 from dsvae.data.tokenization import TokenizedSplit, tokenize
 from dsvae.errors import UserError
 from dsvae.metrics.probes import usable_labels

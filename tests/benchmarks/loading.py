@@ -47,7 +47,7 @@ def save_t5(directory: Path, size: str, max_shard_size: str) -> None:
     small tokenizer beside it."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    from dsvae.data.tokenization import train_tokenizer
+    from dsvae.data.tokenizer_training import train_tokenizer
 
     config = T5Config(
         decoder_start_token_id=0, dropout_rate=0.0, **{"vocab_size": 32128, **SIZES[size]}

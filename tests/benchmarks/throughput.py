@@ -50,7 +50,7 @@ VOCABULARY = {"small": None, "60m": 32128}  # None: that of the tokenizer
 
 def prepare_split(train_file: str | None):
     from dsvae.config import DataConfig
-    from dsvae.data.tokenization import load_prepared, prepare
+    from dsvae.data.prepared import load_prepared, prepare
 
     cache = tempfile.mkdtemp()
     data = DataConfig(train_file=train_file, max_tokens=32, cache_dir=cache)

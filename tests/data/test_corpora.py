@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import uuid
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -17,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dsvae.config import DataConfig
-from dsvae.data import corpora
-from dsvae.data.corpora import entropy, fingerprint, load_corpus
+from dsvae.data import corpora, readers
+from dsvae.data.corpora import entropy, fingerprint
 from dsvae.data.grammar import generate
 from dsvae.errors import UserError
 
@@ -33,6 +34,13 @@ def own_cache(tmp_path, monkeypatch):
 def write(path, content: str | bytes):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
+
+
+def load_corpus(data: DataConfig, seed: int) -> corpora.Corpus:
+    """The corpus in a folder that goes with the test, the cache's."""
+    folder = datasets.config.HF_DATASETS_CACHE / str(uuid.uuid4())
+    folder.mkdir(parents=True)
+    return corpora.load_corpus(data, seed, folder)
 
 
 def texts(data: DataConfig, split: str = "train", seed: int = 0) -> list[str]:
@@ -96,11 +104,11 @@ def test_the_place_of_a_sentence_of_jsonl_is_its_line(tmp_path):
     """Labels and the numbers that `dsvae reconstruct` prints go by it."""
     path = tmp_path / "a.jsonl"
     write(path, '{"text": "a"}\n\n  \n{"text": "b"}\n')
-    assert list(corpora.read_file(path, "--test_file", "text")) == ["a", "", "", "b"]
+    assert list(readers.read_file(path, "--test_file", "text")) == ["a", "", "", "b"]
 
 
-def test_json_array(tmp_path):
-    path = write(tmp_path / "a.json", json.dumps([{"s": "a"}, {"s": "b"}], indent=2))
+def test_json_with_one_object_per_line(tmp_path):
+    path = write(tmp_path / "a.json", '{"s": "a"}\n{"s": "b"}')
     assert texts(three(path, text_column="s")) == ["a", "b"]
 
 
@@ -133,9 +141,9 @@ def test_long_csv_fields(tmp_path):
 
 
 def test_a_csv_quote_that_is_never_closed_does_not_swallow_any_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "_LONGEST_FIELD", 1000)
+    monkeypatch.setattr(readers, "_LONGEST_FIELD", 1000)
     message = error_of(three(write(tmp_path / "a.csv", 'text\n"a\n' + "b\n" * 5000)))
-    assert "repair its quotes" in message
+    assert "correct its quotes" in message
     assert int(message.split(":")[1]) < 600
 
 
@@ -260,13 +268,11 @@ def test_too_few_to_hold_out(tmp_path):
     assert "built-in" in error_of(DataConfig(builtin_size=0))
 
 
-def test_the_corpus_keeps_its_files(tmp_path):
-    split = load_corpus(three(write(tmp_path / "a.txt", "x\ny")), seed=0).splits["train"]
-    assert split["text"][:] == ["x", "y"]
-    work = tmp_path / "work"
+def test_the_corpus_keeps_its_files_where_it_is_told(tmp_path):
+    path, work = write(tmp_path / "a.txt", "x\ny"), tmp_path / "work"
     work.mkdir()
-    corpus = load_corpus(three(str(tmp_path / "a.txt")), seed=0, work_dir=work)
-    assert corpus.workspace is None
+    corpus = corpora.load_corpus(three(path), 0, work)
+    assert corpus.splits["train"]["text"][:] == ["x", "y"]
     assert sorted(entry.name for entry in work.iterdir()) == [
         "test.arrow",
         "train.arrow",
@@ -297,8 +303,10 @@ def test_the_corpus_keeps_its_files(tmp_path):
             ["a.jsonl:1", "'texts', 'id'", "--text_column texts"],
         ),
         ("a.jsonl", b'{"text": "\\ud83d"}\n', ["a.jsonl:1", "surrogate"]),
-        ("a.json", b'[{"text": "a"}, {"text": []}]', ["a.json, record 2", "list"]),
-        ("a.json", b'[{"text": "a"},', ["a.json", "json"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": []}', ["a.jsonl:2", "list"]),
+        ("a.json", b'[{"text": "a"}, {"text": "b"}]', ["a.json:1", "array", "one object per line"]),
+        ("a.json", b'\n[\n{"text": "a"},', ["a.json:2", "array", "one object per line"]),
+        ("a.json", b'{\n"text": "a"}', ["a.json:1", "not valid json", "one object per line"]),
         ("a.csv", b"text,n\nhello, world,1\n", ["a.csv:2", "3 fields", "header has 2"]),
         ("a.csv", b"n,text\n1,a\n2\n", ["a.csv:3", "1 fields"]),
         ("a.csv", b'n,text\n1,"a\n2,b\n', ["a.csv", "csv"]),

@@ -19,9 +19,12 @@ import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Config, T5Tokenizer
 
 from dsvae.config import DataConfig
+from dsvae.data import prepared as cache
 from dsvae.data import tokenization
 from dsvae.data.grammar import generate
-from dsvae.data.tokenization import load_prepared, load_tokenizer, prepare, train_tokenizer
+from dsvae.data.prepared import load_prepared, prepare
+from dsvae.data.tokenization import load_tokenizer
+from dsvae.data.tokenizer_training import train_tokenizer
 from dsvae.errors import UserError
 
 YELP = Path(__file__).parents[3] / "shared" / "data" / "yelp"
@@ -150,7 +153,7 @@ def test_bytes_are_those_that_the_ids_can_spell(tmp_path, t5):
 def test_a_cut_through_a_character_counts_whole_ones(trained, most):
     text = "日本語"
     figures = tokenization.Counter()
-    columns = tokenization._encode([text], trained, most, figures)
+    columns = tokenization.encode([text], trained, most, figures)
     assert columns["truncated"] == [len(columns["input_ids"][0]) < 11]
     spelled = columns["bytes"][0]
     # the space before the first word and EOS take a token each
@@ -164,8 +167,8 @@ def test_trained_tokenizer_is_the_same_in_every_process(trained):
     expected = trained.backend_tokenizer.to_str()
     assert serialized() == expected
     script = (
-        "import hashlib; from dsvae.data.grammar import generate; from dsvae.data.tokenization "
-        "import train_tokenizer;"
+        "import hashlib; from dsvae.data.grammar import generate; "
+        "from dsvae.data.tokenizer_training import train_tokenizer;"
         "t = train_tokenizer([item.text for item in generate(1500, seed=1)], "
         "376).backend_tokenizer.to_str();"
         "print(hashlib.sha256(t.encode()).hexdigest())"
@@ -313,7 +316,7 @@ def test_longest_sentence_that_fits(tmp_path, byt5):
 
 
 def test_rows_across_chunks(tmp_path, byt5, monkeypatch):
-    monkeypatch.setattr(tokenization, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(cache, "BATCH_ROWS", 7)
     monkeypatch.setattr(datasets.config, "DEFAULT_MAX_BATCH_SIZE", 7)
     lines = [f"line {number}" for number in range(50)]
     split = load_prepared(
@@ -357,7 +360,7 @@ def test_text_of_which_nothing_is_left(tmp_path, trained):
     tokenizer = load_tokenizer(str(tmp_path / "tok"))
     figures = tokenization.Counter()
     assert tokenizer("", add_special_tokens=False)["input_ids"] == []
-    columns = tokenization._encode(["", "king"], tokenizer, 8, figures)
+    columns = tokenization.encode(["", "king"], tokenizer, 8, figures)
     assert len(columns["hash"]) == figures["sentences"] == figures["blank"] == 1
 
 
@@ -384,7 +387,7 @@ def test_cache_hits_by_content_and_options(tmp_path, byt5, t5, monkeypatch):
     first = prepare(data, tokenizer=byt5, vocab_size=None, seed=0)
     assert entries(tmp_path) == [first.name]
     with monkeypatch.context() as patched:
-        patched.setattr(tokenization, "_fill", lambda *_: pytest.fail("made again"))
+        patched.setattr(cache, "_fill", lambda *_: pytest.fail("made again"))
         assert prepare(data, tokenizer=byt5, vocab_size=None, seed=0) == first
         # Nothing is held out here, so the seed decides nothing.
         assert prepare(data, tokenizer=byt5, vocab_size=None, seed=1) == first
@@ -443,7 +446,7 @@ def test_default_place(tmp_path, byt5, monkeypatch):
 )
 def test_a_cut_write_leaves_nothing(tmp_path, byt5, monkeypatch, fault):
     data = config(tmp_path, SENTENCES[:5])
-    tokenize = tokenization._tokenize
+    tokenize = cache._tokenize
 
     def cut(corpus, name, *rest):
         if name == "test":
@@ -451,7 +454,7 @@ def test_a_cut_write_leaves_nothing(tmp_path, byt5, monkeypatch, fault):
         return tokenize(corpus, name, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(tokenization, "_tokenize", cut)
+        patched.setattr(cache, "_tokenize", cut)
         expected = UserError if isinstance(fault, OSError) else type(fault)
         with pytest.raises(expected) as caught:
             prepare(data, tokenizer=byt5, vocab_size=None, seed=0)
@@ -488,14 +491,14 @@ def test_two_runs_at_once(tmp_path, byt5, monkeypatch):
     """Another run finishes the same entry while this one writes: its entry stands, and
     nothing else is left."""
     data = config(tmp_path, SENTENCES[:5])
-    fill = tokenization._fill
+    fill = cache._fill
 
     def overtaken(*arguments):
-        monkeypatch.setattr(tokenization, "_fill", fill)
+        monkeypatch.setattr(cache, "_fill", fill)
         prepare(data, tokenizer=byt5, vocab_size=None, seed=0)
         fill(*arguments)
 
-    monkeypatch.setattr(tokenization, "_fill", overtaken)
+    monkeypatch.setattr(cache, "_fill", overtaken)
     path = prepare(data, tokenizer=byt5, vocab_size=None, seed=0)
     assert entries(tmp_path) == [path.name]
     assert len(load_prepared(path).splits["train"]) == 5

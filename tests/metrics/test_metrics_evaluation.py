@@ -775,6 +775,6 @@ def test_damaged_models(directory, tmp_path, tokenizer):
     config = tmp_path / "edited" / "config.json"
     config.write_text(config.read_text().replace('"injection": "memory"', '"injection": "none"'))
     with pytest.raises(
-        UserError, match=r"a model of its config.json has not: encoder\..*config.json as it was$"
+        UserError, match=r"its config.json does not describe: encoder\..*original config.json$"
     ):
         evaluate_model(str(tmp_path / "edited"), str(directory / "test.txt"))

@@ -143,7 +143,7 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     with pytest.raises(OSError, match="has changed"):
         origin.check_unchanged()
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="is gone"):
+    with pytest.raises(OSError, match="no longer exists"):
         origin.check_unchanged()
 
 

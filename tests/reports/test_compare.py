@@ -124,7 +124,7 @@ def fail(capsys):
     def call(*words):
         assert main(["compare", *map(str, words)]) == 2
         out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if "passed over" not in line]
+        lines = [line for line in err.splitlines() if "skipped, because" not in line]
         assert out == ""
         assert len(lines) == 1
         assert lines[0].startswith("dsvae: error: ")
@@ -490,7 +490,8 @@ def test_directories_of_runs_globs_and_names(compare, tmp_path, capsys):
     sweep = tmp_path / "sweep"
     assert main(["compare", *map(str, sorted(sweep.iterdir()))]) == 0
     assert (
-        "passed over, being no directories: " + str(sweep / "notes.txt") in capsys.readouterr().err
+        "skipped, because they are no directories: " + str(sweep / "notes.txt")
+        in capsys.readouterr().err
     )
     # The comparison that now lies among them is none of them, and is not replaced in
     # silence.

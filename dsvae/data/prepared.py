@@ -1,0 +1,229 @@
+"""Tokenized corpora, cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets.arrow_writer import ArrowWriter
+from transformers import PreTrainedTokenizerBase
+
+from dsvae.config import DataConfig
+from dsvae.data.corpora import SPLITS, Corpus, fingerprint, load_corpus
+from dsvae.data.tokenization import (
+    BATCH_ROWS,
+    FEATURES,
+    TokenizedSplit,
+    encode,
+    load_tokenizer,
+    no_progress_bars,
+    parallel_tokenizers,
+)
+from dsvae.data.tokenizer_training import train_tokenizer
+from dsvae.errors import UserError
+
+# To be raised whenever the same sentences and options would give other files.
+_FORMAT = 4
+_TOKENIZER_SENTENCES = 1_000_000
+_STALE_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` made: the tokenizer, the tokenized "train", "valid" and "test", and
+    the report on them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    splits: dict[str, TokenizedSplit]
+    report: dict[str, Any]
+
+
+def prepare(
+    data: DataConfig,
+    *,
+    tokenizer: str | None,
+    vocab_size: int | None,
+    seed: int,
+    corpus: dict[str, Any] | None = None,
+) -> Path:
+    """The directory with the tokenizer, the tokenized splits and the report.
+
+    It is made unless it exists; call this on one process. Its name is a hash of everything
+    that decides its content. It appears complete, by a rename, or not at all.
+
+    Args:
+        tokenizer: one to load. None: one is trained on the training sentences.
+        vocab_size: pieces of the tokenizer to train.
+        corpus: the `fingerprint` of the sentences, if it is already known.
+
+    Raises:
+        UserError: a fault of the source, the tokenizer or the cache directory.
+    """
+    if (tokenizer is None) == (vocab_size is None):
+        raise ValueError("give either a tokenizer or the vocab_size of one to train")
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    identity = {
+        "format": _FORMAT,
+        "corpus": fingerprint(data, seed) if corpus is None else corpus,
+        "tokenizer": {"trained": vocab_size} if loaded is None else _tokenizer_identity(loaded),
+        "max_tokens": data.max_tokens,
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    root = Path(
+        data.cache_dir or os.path.join(datasets.config.HF_DATASETS_CACHE, "dsvae")
+    ).expanduser()
+    final = root / key
+    if final.is_dir():
+        return final
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root, key)
+        temporary = root / f".{key}.{uuid.uuid4().hex}.tmp"
+        temporary.mkdir()
+        try:
+            with parallel_tokenizers():
+                _fill(temporary, data, loaded, vocab_size, seed)
+            _publish(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the tokenized corpus to {root}: {error.strerror or error}; "
+            "free some space, or choose another --data.cache_dir"
+        ) from error
+    return final
+
+
+def load_prepared(path: str | os.PathLike[str]) -> Prepared:
+    """Opens the directory that `prepare` returned, memory-mapped; any rank may.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = Path(path)
+    try:
+        splits = {
+            name: TokenizedSplit(datasets.load_from_disk(str(path / name))) for name in SPLITS
+        }
+        report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(
+            f"{path}: the cached corpus is damaged ({type(error).__name__}); delete this directory"
+        ) from error
+    return Prepared(load_tokenizer(str(path / "tokenizer")), splits, report)
+
+
+def _fill(
+    directory: Path,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int | None,
+    seed: int,
+) -> None:
+    """Writes everything of one cache entry into `directory`."""
+    work_dir = directory / "work"
+    work_dir.mkdir()
+    corpus = load_corpus(data, seed, work_dir)
+    if tokenizer is None:
+        assert vocab_size is not None  # `prepare` checked that one of the two is given
+        tokenizer = train_tokenizer(_sample(corpus.splits["train"]), vocab_size)
+    tokenizer.save_pretrained(directory / "tokenizer")
+    report: dict[str, Any] = {
+        "source": corpus.source,
+        "vocab_size": len(tokenizer),
+        "max_tokens": data.max_tokens,
+    }
+    report["splits"] = {
+        name: _tokenize(corpus, name, tokenizer, data.max_tokens, work_dir, directory / name)
+        for name in SPLITS
+    }
+    (directory / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(work_dir)
+
+
+def _tokenize(
+    corpus: Corpus,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    work_dir: Path,
+    target: Path,
+) -> dict[str, Any]:
+    """Writes one tokenized split to `target`, as `datasets` saves to disk.
+
+    Returns: what the report says about it.
+    """
+    figures: Counter[str] = Counter()
+    draft = work_dir / f"{name}.tokenized.arrow"
+    with ArrowWriter(path=str(draft), features=FEATURES) as writer:
+        for batch in corpus.splits[name].iter(BATCH_ROWS):
+            columns = encode(batch["text"], tokenizer, max_tokens, figures)
+            if columns["hash"]:
+                writer.write_table(pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema))
+        if not figures["sentences"]:
+            raise UserError(
+                f"{corpus.source}: the tokenizer leaves nothing of the {name} sentences; use "
+                f"another tokenizer"
+            )
+        writer.finalize()
+    with no_progress_bars():
+        datasets.Dataset.from_file(str(draft)).save_to_disk(str(target), num_shards=1)
+    draft.unlink()
+    return {
+        "sentences": figures["sentences"],
+        "tokens": figures["tokens"],
+        "words": figures["words"],
+        "bytes": figures["bytes"],
+        "unk": figures["unk"],
+        "truncated": figures["truncated"],
+        "skipped_blank": corpus.skipped_blank[name] + figures["blank"],
+        "repeated": corpus.repeated[name],
+        **({"in_train": corpus.in_train[name]} if name in corpus.in_train else {}),
+        "held_out": name in corpus.held_out,
+    }
+
+
+def _sample(split: datasets.Dataset) -> Iterator[str]:
+    """The sentences to train a tokenizer on: all, or evenly spaced ones if there are more
+    than `_TOKENIZER_SENTENCES`."""
+    step = -(-len(split) // _TOKENIZER_SENTENCES)
+    for batch in split.select(range(0, len(split), step)).iter(BATCH_ROWS):
+        yield from batch["text"]
+
+
+def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What decides the ids of a tokenizer, wherever it was loaded from."""
+    digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    if tokenizer.is_fast:
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    special = [tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
+    return {"class": type(tokenizer).__name__, "content": digest.hexdigest(), "special": special}
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    try:
+        temporary.rename(final)
+    except OSError:
+        if not final.is_dir():  # another run may have finished first; its entry is equal
+            raise
+
+
+def _sweep(root: Path, key: str) -> None:
+    """Removes temporary directories of this entry that are a day old: those of killed
+    runs, because no run writes for a day."""
+    for leftover in root.glob(f".{key}.*.tmp"):
+        with suppress(FileNotFoundError):  # its run may be ending at this moment
+            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)

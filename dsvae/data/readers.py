@@ -1,0 +1,244 @@
+"""Sentences and labels from files, one at a time, with the file and the line in every
+error.
+
+`datasets` has builders for these kinds of files, and none of them is used: docs/design.md
+says why.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dsvae.errors import UserError, first_line, nearest
+
+TEXT_SUFFIXES = ("", ".txt", ".text")
+"""Endings of the files that have no columns."""
+# Characters of a csv field. The csv module takes only 131,072, and documents are longer.
+# A quote that is never closed still ends here and does not fill the memory.
+_LONGEST_FIELD = 1 << 24
+_ROWS = 10_000
+
+
+def read_file(file: Path, option: str, column: str) -> Iterator[str]:
+    """The sentences of a file as they stand in it, blank ones included.
+
+    Args:
+        file: of any kind that training reads.
+        option: the flag that named the file, for errors.
+        column: of the sentence, where the file has columns.
+
+    Raises:
+        UserError: at once where the file cannot be used; while reading where a line
+            cannot.
+    """
+    check_file(file, option)
+    return _READERS.get(file.suffix.lower(), _read_text)(file, column)
+
+
+def read_labels(file: Path, option: str) -> list[str]:
+    """The lines of a text file with any ending, stripped. Raises what `read_file`
+    raises."""
+    _check_readable(file, option)
+    return [line.strip() for line in _lines(file)]
+
+
+def check_file(file: Path, option: str) -> None:
+    """Raises UserError for a file that is missing, empty or of an unknown kind."""
+    _check_readable(file, option)
+    if file.suffix.lower() not in (*TEXT_SUFFIXES, *_READERS):
+        supported = ", ".join((*TEXT_SUFFIXES[1:], *_READERS))
+        raise UserError(
+            f"{file} ({option}): unknown kind of file {file.suffix}; supported are {supported}"
+        )
+
+
+def _check_readable(file: Path, option: str) -> None:
+    try:
+        if not file.exists():
+            raise UserError(f"{file} ({option}): no such file; check the path{_similar_file(file)}")
+        if file.is_dir():
+            raise UserError(f"{file} ({option}) is a directory: name one file of sentences")
+        if not file.is_file():
+            raise UserError(
+                f"{file} ({option}) is not a regular file: save its content to one first"
+            )
+        if file.stat().st_size == 0:
+            raise UserError(f"{file} ({option}) is empty: give a file with at least one line")
+    except OSError as error:
+        raise UserError(
+            f"{file} ({option}) cannot be read: {error.strerror}; check its permissions"
+        ) from error
+
+
+def _similar_file(file: Path) -> str:
+    names = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
+    close = nearest(file.name, names)
+    return f" (is it {file.with_name(close)}?)" if close else ""
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, each with its end. Only "\\n" ends a line, and a byte
+    order mark is dropped."""
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{file}:{number}: not UTF-8 (byte 0x{line[error.start]:02x} at column "
+                        f"{error.start + 1}); convert the file, e.g. with iconv -t UTF-8"
+                    ) from error
+                yield text.removeprefix("\ufeff") if number == 1 else text
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read: {error.strerror}; check its permissions"
+        ) from error
+
+
+def _read_text(file: Path, column: str) -> Iterator[str]:
+    return _lines(file)
+
+
+def _read_json(file: Path, column: str) -> Iterator[str]:
+    """The column of a file with one object per line. A blank line is a blank sentence."""
+    for number, line in enumerate(_lines(file), 1):
+        yield _json_field(line, column, f"{file}:{number}") if line.strip() else ""
+
+
+def _json_field(line: str, column: str, where: str) -> str:
+    if line.lstrip().startswith("["):
+        raise UserError(f"{where}: a json array; write one object per line instead")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: not valid json ({reason_of(error)}); write one object per line"
+        ) from error
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{where}: expected a json object, not {_kind(record)}; write "
+            f"{{{json.dumps(column)}: ...}}"
+        )
+    if column not in record:
+        raise unknown_column(column, list(record), where)
+    text = string_of(record[column], column, where)
+    try:
+        text.encode()
+    # json can escape half a surrogate pair, which is no character
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: column {column} has half a surrogate pair (\\ud800 to \\udfff); correct it"
+        ) from error
+    return text
+
+
+def _read_csv(file: Path, column: str) -> Iterator[str]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    rows = csv.reader(_lines(file), strict=True)
+
+    def numbered() -> Iterator[tuple[int, list[str]]]:
+        before = 0
+        for row in rows:
+            # A stray quote would otherwise merge the rows up to the next one.
+            if rows.line_num > before + 1:
+                raise UserError(
+                    f"{file}:{before + 1}: a field goes on until line {rows.line_num}; correct "
+                    f"its quotes, or remove the line breaks from it"
+                )
+            before = rows.line_num
+            yield rows.line_num, row
+
+    try:
+        yield from _column(file, column, numbered(), "quote the fields that contain a comma")
+    except csv.Error as error:
+        raise UserError(
+            f"{file}:{rows.line_num}: not valid csv ({error}); correct its quotes"
+        ) from error
+
+
+def _read_tsv(file: Path, column: str) -> Iterator[str]:
+    # A quote is a character like any other: most .tsv files are written without
+    # quoting, and contain quotes that nobody closes.
+    rows = (line.rstrip("\r\n") for line in _lines(file))
+    split = ((number, row.split("\t") if row else []) for number, row in enumerate(rows, 1))
+    yield from _column(file, column, split, "remove the tabs from the fields")
+
+
+def _column(
+    file: Path, column: str, rows: Iterator[tuple[int, list[str]]], remedy: str
+) -> Iterator[str]:
+    """One column of a table of (line number, fields); the first row that is not empty
+    has the names."""
+    header = next((row for _, row in rows if row), [])
+    if column not in header:
+        raise unknown_column(column, header, str(file))
+    position = header.index(column)
+    for number, row in rows:
+        if row and len(row) != len(header):
+            raise UserError(
+                f"{file}:{number}: {len(row)} fields where the header has {len(header)}; {remedy}"
+            )
+        yield row[position] if row else ""
+
+
+def _read_parquet(file: Path, column: str) -> Iterator[str]:
+    try:
+        with pq.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if column not in names:
+                raise unknown_column(column, names, str(file))
+            row = 0
+            for batch in table.iter_batches(batch_size=_ROWS, columns=[column]):
+                for value in batch[column].to_pylist():
+                    row += 1
+                    yield string_of(value, column, f"{file}, row {row}")
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{file} cannot be read as parquet ({reason_of(error)}); write it again"
+        ) from error
+
+
+_READERS = {
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
+
+
+def string_of(value: Any, column: str, where: str) -> str:
+    """The value itself. Raises UserError unless it is a string."""
+    if isinstance(value, str):
+        return value
+    raise UserError(
+        f"{where}: column {column} contains {_kind(value)}, not a sentence; correct it or choose "
+        f"another --text_column"
+    )
+
+
+def unknown_column(column: str, present: list[str], where: str) -> UserError:
+    """The error for a column that a source does not have."""
+    close = nearest(column, present)
+    hint = f"did you mean --text_column {close}?" if close else "choose one with --text_column"
+    return UserError(
+        f"{where}: no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; {hint}"
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's first cause: libraries wrap errors and write
+    paragraphs."""
+    return first_line(error.__cause__ or error)
+
+
+def _kind(value: Any) -> str:
+    return "nothing (null)" if value is None else f"a value of type {type(value).__name__}"

@@ -1,0 +1,217 @@
+"""What a T5VAE asks of the pretrained encoder-decoder that it is built on.
+
+`backbone(config)` is the only way in. A new kind of model is one class with the members
+of `T5Backbone` and its entry in `BACKBONES`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.mt5.modeling_mt5 import MT5Stack
+from transformers.models.t5.modeling_t5 import T5Stack
+from transformers.models.umt5.modeling_umt5 import UMT5Stack
+
+from dsvae.modeling.attention import LATENT_ATTENTION
+
+
+class T5Backbone:
+    """A T5, v1.0 or v1.1; ByT5 is a T5 or mT5 with a byte vocabulary.
+
+    Args:
+        config: the configuration of the pretrained model, as transformers reads it.
+    """
+
+    architecture = "T5ForConditionalGeneration"
+    """The architecture that a config.json names."""
+    block = "T5Block"
+    """The class of a layer, which is never split over devices."""
+    stack: type[PreTrainedModel] = T5Stack
+
+    embedding_keys = (
+        "shared.weight",
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+        "lm_head.weight",
+    )
+    """Names that a pretrained file may have for the input embedding. A file holds tied
+    weights only once."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    # Sizes
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding and of the output projection."""
+        return self.config.vocab_size
+
+    @property
+    def encoder_width(self) -> int:
+        """Width of the encoder's states and input embeddings."""
+        return self.config.d_model
+
+    @property
+    def decoder_width(self) -> int:
+        """Width of the decoder's states and input embeddings."""
+        return self.config.d_model
+
+    @property
+    def encoder_layers(self) -> int:
+        return self.config.num_layers
+
+    @property
+    def decoder_layers(self) -> int:
+        return self.config.num_decoder_layers
+
+    @property
+    def query_heads(self) -> int:
+        """Heads of the queries in self-attention."""
+        return self.config.num_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of the keys and values in self-attention."""
+        return self.config.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head.
+
+        In t5-3b, t5-11b, flan-t5-small and v1.1-small it is not `d_model / num_heads`.
+        """
+        return self.config.d_kv
+
+    # Tokens and numbers
+
+    @property
+    def start_token(self) -> int:
+        """The token that decoding starts from: the padding token unless the
+        configuration names another."""
+        start = getattr(self.config, "decoder_start_token_id", None)
+        return self.config.pad_token_id if start is None else start
+
+    @property
+    def initializer_factor(self) -> float:
+        """Scale of freshly drawn weights."""
+        return self.config.initializer_factor
+
+    @property
+    def tied_by_default(self) -> bool:
+        """Whether the output projection is the input embedding, by the configuration
+        alone.
+
+        transformers sets `tie_word_embeddings` to True in every T5 configuration. What
+        the file said survives in `scale_decoder_outputs`.
+        """
+        return self.config.scale_decoder_outputs
+
+    def output_scale(self, tied: bool) -> float:
+        """The factor on the decoder's output before the projection to logits.
+
+        Args:
+            tied: whether the output projection is the input embedding.
+        """
+        return self._scale(getattr(self.config, "scale_decoder_outputs", False))
+
+    def _scale(self, scaled: bool) -> float:
+        return self.config.d_model**-0.5 if scaled else 1.0
+
+    # Modules
+
+    def encoder(self) -> nn.Module:
+        """A fresh encoder stack without an embedding; it is called with
+        `inputs_embeds`."""
+        return self._stack(is_decoder=False)
+
+    def decoder(self) -> nn.Module:
+        """A fresh decoder stack that attends to memory slots (`dsvae.modeling.attention`),
+        without an embedding and without cross-attention."""
+        decoder: Any = self._stack(is_decoder=True)
+        for block in decoder.block:
+            # The feed-forward stays `layer[-1]`, which is how the block calls it.
+            del block.layer[1]
+        return decoder
+
+    def _stack(self, *, is_decoder: bool) -> nn.Module:
+        config = copy.deepcopy(self.config)
+        config.is_decoder = is_decoder
+        config.is_encoder_decoder = False  # so that the decoder's cache is a plain one
+        config.use_cache = is_decoder
+        if is_decoder:
+            config.num_layers = self.decoder_layers
+            config._attn_implementation = LATENT_ATTENTION
+        stack = self.stack(config)
+        del stack.embed_tokens
+        return stack
+
+    # Names of weights
+
+    def embedding_key(self, keys: Container[str]) -> str:
+        """The name of the input embedding among the weights of a pretrained model."""
+        names = (key for key in self.embedding_keys if key in keys)
+        return next(names, self.embedding_keys[0])
+
+    def pretrained_key(self, name: str) -> str:
+        """The name that a weight of a stack or of `lm_head` has in a pretrained model.
+
+        There, cross-attention lies between self-attention and the feed-forward.
+        """
+        is_decoder = name.startswith("decoder.block.")
+        return name.replace(".layer.1.", ".layer.2.") if is_decoder else name
+
+
+class MT5Backbone(T5Backbone):
+    """An mT5, whose output projection always is a matrix apart from the embedding."""
+
+    architecture = "MT5ForConditionalGeneration"
+    block = "MT5Block"
+    stack = MT5Stack
+
+    @property
+    def tied_by_default(self) -> bool:
+        return False
+
+    def output_scale(self, tied: bool) -> float:
+        return self._scale(False)
+
+
+class UMT5Backbone(T5Backbone):
+    """A umT5. The released ones are untied."""
+
+    architecture = "UMT5ForConditionalGeneration"
+    block = "UMT5Block"
+    stack = UMT5Stack
+
+    @property
+    def tied_by_default(self) -> bool:
+        return False
+
+    def output_scale(self, tied: bool) -> float:
+        # As it was trained: with the scale where the projection is the embedding. Its
+        # configuration does not say so: transformers 5 calls all of them tied.
+        return self._scale(tied)
+
+
+BACKBONES: dict[str, type[T5Backbone]] = {
+    "t5": T5Backbone,
+    "mt5": MT5Backbone,
+    "umt5": UMT5Backbone,
+}
+"""The backbone of every supported `model_type`."""
+
+
+def backbone(config: Any) -> T5Backbone:
+    """The backbone of a pretrained model's configuration.
+
+    Raises:
+        ValueError: its `model_type` is not supported.
+    """
+    if config.model_type not in BACKBONES:
+        raise ValueError(f"model_type {config.model_type!r} is not one of {', '.join(BACKBONES)}")
+    return BACKBONES[config.model_type](config)
