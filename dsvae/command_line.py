@@ -8,7 +8,6 @@ about unknown words afterwards. So the parameters' annotations say how a word is
 and every word is checked here before fire gets it as `--name=value`.
 """
 
-import difflib
 import functools
 import inspect
 import json
@@ -16,14 +15,14 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import fire
 from fire import decorators, helptext, inspectutils
 from fire.trace import FireTrace
 
-from dsvae.errors import UserError
+from dsvae.errors import UserError, did_you_mean
 
 Commands = Mapping[str, Callable[..., None]]
 
@@ -69,7 +68,8 @@ def dispatch(commands: Commands, words: Sequence[str], program: str) -> None:
         )
     if name not in commands:
         raise UserError(
-            f"unknown command {before[0]!r}{nearest(name, commands)}; {program} --help lists all"
+            f"unknown command {before[0]!r}{did_you_mean(name, commands)}; {program} --help "
+            "lists all"
         )
     parsers = {
         each: functools.partial(convert, each, kind)
@@ -114,8 +114,8 @@ def canonical(function: Callable[..., None], words: Sequence[str], program: str)
             name = letters.get(name, name)
         if name not in kinds or (dashes == "-" and len(written) > 1):
             raise UserError(
-                f"unknown flag {dashes}{written}{nearest(name, kinds, '--')}; {program} --help "
-                f"lists all; "
+                f"unknown flag {dashes}{written}{did_you_mean(name, kinds, '--')}; "
+                f"{program} --help lists all; "
                 "a sentence that begins with a dash goes behind --"
             )
         if not equals:
@@ -159,7 +159,8 @@ def convert(name: str, kind: Any, text: str) -> Any:
         choices = typing.get_args(kind)
         if text not in choices:
             raise UserError(
-                f"--{name} is {text!r}, not one of {', '.join(choices)}{nearest(text, choices)}"
+                f"--{name} is {text!r}, not one of {', '.join(choices)}"
+                f"{did_you_mean(text, choices)}"
             )
         return text
     if kind is str:
@@ -218,12 +219,6 @@ def help_text(commands: Commands, name: str | None, program: str) -> str:
     options = getattr(commands[name], "_options", {})
     lines = "\n".join(f"    --{each} {kind.__name__}" for each, kind in options.items())
     return f"{text}\n\nOPTIONS OF GENERATE\n{lines}" if options else text
-
-
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean X?` for a name that is nearly one of `known`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _copy(function: Callable[..., None]) -> Callable[..., None]:

@@ -3,6 +3,9 @@ a run means."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake in the command, the configuration or the data.
@@ -65,3 +68,19 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     return EXIT_DEFECT
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; its type where the message is empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that an unknown one resembles most; None where none is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean X?` for an unknown name, or nothing."""
+    close = nearest(name, known)
+    return f"; did you mean {prefix}{close}?" if close else ""

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsvae import private_names
 from dsvae.data.tokenization import load_tokenizer
-from dsvae.errors import UserError
+from dsvae.errors import UserError, first_line
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 from dsvae.modeling.weight_source import PICKLES, refuse_pickles
 
@@ -48,7 +48,7 @@ def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
     try:
         loaded = T5VAE.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # transformers, safetensors and json each raise their own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(
             f"{directory}: its model cannot be loaded ({reason}); export it anew or copy it whole"
         ) from error
@@ -89,7 +89,7 @@ def _directory(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=[f"*{ending}" for ending in PICKLES]))
     except Exception as error:  # the hub's client and the network each raise their own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(
             f"{name}: neither a directory nor a hub model that can be reached ({reason}); {ADVICE}"
         ) from error

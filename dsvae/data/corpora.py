@@ -4,7 +4,6 @@ valid and test splits."""
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import json
 import tempfile
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from dsvae.config import DataConfig
 from dsvae.data import grammar
-from dsvae.errors import UserError
+from dsvae.errors import UserError, first_line, nearest
 
 SPLITS = ("train", "valid", "test")
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 5_000
@@ -229,8 +228,8 @@ def _check_readable(file: Path, option: str) -> None:
 
 def _similar_file(file: Path) -> str:
     names = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
-    close = difflib.get_close_matches(file.name, names, n=1)
-    return f" (is it {file.with_name(close[0])}?)" if close else ""
+    close = nearest(file.name, names)
+    return f" (is it {file.with_name(close)}?)" if close else ""
 
 
 def _where(data: DataConfig) -> str:
@@ -544,8 +543,7 @@ def _string(value: Any, column: str, where: str) -> str:
 def _reason(error: BaseException) -> str:
     """The first line of what went wrong first: libraries wrap it, and write
     paragraphs."""
-    error = error.__cause__ or error
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return first_line(error.__cause__ or error)
 
 
 def _kind(value: Any) -> str:
@@ -553,8 +551,8 @@ def _kind(value: Any) -> str:
 
 
 def _unknown_column(column: str, present: list[str], where: str) -> UserError:
-    close = difflib.get_close_matches(column, present, n=1)
-    hint = f"did you mean --text_column {close[0]}?" if close else "choose one with --text_column"
+    close = nearest(column, present)
+    hint = f"did you mean --text_column {close}?" if close else "choose one with --text_column"
     return UserError(
         f"{where}: no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; {hint}"
     )

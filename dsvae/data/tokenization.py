@@ -37,7 +37,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from dsvae.config import DataConfig
 from dsvae.data.corpora import SPLITS, Corpus, fingerprint, load_corpus
-from dsvae.errors import UserError
+from dsvae.errors import UserError, first_line
 
 # Raise it whenever the same sentences and options would give other files.
 _FORMAT = 4
@@ -202,7 +202,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(local) if local.is_dir() else name_or_path)
     except Exception as error:  # transformers, tokenizers and the network each raise their own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         if local.is_dir():
             raise UserError(
                 f"{name_or_path}: its tokenizer cannot be loaded ({reason}); save the tokenizer "

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from dsvae.config import ModelConfig, nearest
+from dsvae.config import ModelConfig
 from dsvae.engine import nvme
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
 from dsvae.engine.process_group import lend_to_deepspeed
-from dsvae.errors import UserError
+from dsvae.errors import UserError, did_you_mean, first_line
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig, read_config
 from dsvae.modeling.weight_source import Origin, slots
 from dsvae.parallel.world import World
@@ -100,8 +100,7 @@ def find_origin(
         ) from error
     except (OSError, ValueError, TypeError, KeyError, HFValidationError, SafetensorError) as error:
         what = weights or settings.name or "model.t5"
-        first_line = str(error).strip().split("\n")[0]
-        raise UserError(f"model {what}: {first_line}") from error
+        raise UserError(f"model {what}: {first_line(error)}") from error
     if len(tokenizer) > origin.config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} pieces, the model {settings.name} a vocabulary "
@@ -154,7 +153,7 @@ def _origin(
             "tie_word_embeddings",
         }
         if unknown := sorted(set(t5) - known):
-            raise ValueError(f"unknown field {unknown[0]}{nearest(unknown[0], known)}")
+            raise ValueError(f"unknown field {unknown[0]}{did_you_mean(unknown[0], known)}")
         t5 |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
         t5.setdefault("decoder_start_token_id", tokenizer.pad_token_id)
         if settings.dropout is not None:

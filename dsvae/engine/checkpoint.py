@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsvae.errors import UserError
+from dsvae.errors import UserError, first_line
 from dsvae.files import write_text
 
 if TYPE_CHECKING:  # it imports deepspeed, which who only looks at checkpoints need not wait for
@@ -220,7 +220,7 @@ class _Writer:
             room = ""
             with suppress(OSError):
                 room = f", {shutil.disk_usage(Path(path).parent).free / 2**20:.0f} MiB free"
-            self.failures.append(f"{str(error).strip().splitlines()[0]}: {path}{room}")
+            self.failures.append(f"{first_line(error)}: {path}{room}")
 
     def checksums(self, directory: Path) -> dict[str, dict[str, Any]]:
         """Size and checksum of every file that this rank has written, by its name in

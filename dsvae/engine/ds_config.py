@@ -8,7 +8,6 @@ file.
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import math
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from dsvae.config import PhaseConfig
-from dsvae.errors import UserError
+from dsvae.errors import UserError, did_you_mean
 
 KEYS = {
     "train_batch_size",
@@ -110,11 +109,7 @@ def load(path: str | Path) -> dict[str, Any]:
         if key in ELSEWHERE:
             raise UserError(f"--ds_config {path}: {key} is not taken from here: {ELSEWHERE[key]}")
         if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            raise UserError(
-                f"--ds_config {path}: unknown key {key}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+            raise UserError(f"--ds_config {path}: unknown key {key}{did_you_mean(key, KEYS)}")
     for section in (
         "optimizer",
         "zero_optimization",
@@ -131,8 +126,7 @@ def load(path: str | Path) -> dict[str, Any]:
     for section, model in NESTED.items():
         for key in raw.get(section, {}):
             if key not in (names := _names(model)):
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = did_you_mean(key, names)
                 raise UserError(f"--ds_config {path}: unknown key {section}.{key}{hint}")
     optimizer = raw.get("optimizer", {})
     if not isinstance(optimizer.get("params", {}), dict):

@@ -38,7 +38,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor, nn
 
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
-from dsvae.errors import EXIT_DISK, RunStopped, UserError
+from dsvae.errors import EXIT_DISK, RunStopped, UserError, first_line
 from dsvae.parallel.world import World, shared
 
 SECTIONS = ("offload_optimizer", "offload_param")
@@ -201,10 +201,7 @@ def _compile() -> str | None:
     try:
         builder.load(verbose=False)
     except (RuntimeError, OSError) as error:
-        return (
-            f"offload to a disk: DeepSpeed's I/O does not compile: "
-            f"{str(error).strip().splitlines()[0]}"
-        )
+        return f"offload to a disk: DeepSpeed's I/O does not compile: {first_line(error)}"
     return None
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dsvae.errors import UserError
+from dsvae.errors import UserError, first_line
 
 SAMPLING: dict[str, type] = {
     "temperature": float,
@@ -69,8 +69,7 @@ def check(options: Mapping[str, Any]) -> None:
 def refusal(options: Mapping[str, Any], error: Exception) -> UserError:
     """The error for options that transformers refused."""
     given = " ".join(f"--{name} {value}" for name, value in options.items())
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return UserError(
-        f"transformers' generate refuses {given or 'its options'}: {reason.rstrip('.')}; change "
-        f"the option"
+        f"transformers' generate refuses {given or 'its options'}: "
+        f"{first_line(error).rstrip('.')}; change the option"
     )

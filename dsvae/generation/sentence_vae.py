@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dsvae import pretrained
 from dsvae.data.noise import LATENT, ORDER, PRIOR, generator
 from dsvae.data.tokenization import token_ids
-from dsvae.errors import UserError
+from dsvae.errors import UserError, first_line
 from dsvae.generation import geometry
 from dsvae.generation.options import refusal
 from dsvae.generation.reading import Line, not_blank, windows
@@ -478,6 +478,6 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UserError(f"--device {name}: {reason}; give cpu, cuda or cuda:N") from error
     return device

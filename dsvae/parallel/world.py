@@ -17,7 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsvae.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, RunStopped, UserError, exit_code
+from dsvae.errors import (
+    EXIT_RANK_LOST,
+    EXIT_USER_ERROR,
+    RunStopped,
+    UserError,
+    exit_code,
+    first_line,
+)
 from dsvae.parallel.watchdog import Watchdog, advice
 
 T = TypeVar("T")
@@ -263,12 +270,11 @@ def _meet(hang_timeout: float) -> dist.Store:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=hang_timeout)))
     except RuntimeError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = str(error).strip().splitlines()[0]
         raise RunStopped(
             EXIT_RANK_LOST,
             f"error: rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} ranks did not "
             f"meet at {where} "
-            f"within {hang_timeout:g} s ({reason})",
+            f"within {hang_timeout:g} s ({first_line(error)})",
         ) from None
     return dist.PrefixStore("dsvae", store)
 

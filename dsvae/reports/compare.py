@@ -3,14 +3,13 @@ and in what order."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsvae.config import field_types
-from dsvae.errors import UserError
+from dsvae.errors import UserError, nearest
 from dsvae.metrics import catalog
 from dsvae.metrics.catalog import NATS
 from dsvae.reports.runs import USE, Run, read_runs
@@ -134,9 +133,9 @@ def _sorted(runs: list[Run], name: str, settings: list[str], metrics: list[str])
     if name in ("run", "state"):
         return sorted(runs, key=lambda run: run.name if name == "run" else run.state)
     known = ["run", "state", *settings, *metrics]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = nearest(name, known)
     hint = (
-        f"did you mean {close[0]}?"
+        f"did you mean {close}?"
         if close
         else f"give one of {', '.join(n for n in known if not n.startswith('se.'))}"
     )
