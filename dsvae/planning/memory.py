@@ -157,7 +157,7 @@ def estimate(
     peak, gradients = _training(engine, n, run, ranks.world, gathered, accumulates)
     moments = {
         "forward and backward": always + peak,
-        "optimizer step": always + gradients + run.logits + _step_scratch(engine, n),
+        "optimizer step": always + gradients + run.logits + _step_scratch(engine, n, ranks.world),
     }
     if run.evaluation:
         moments["evaluation"] = always + gathered + run.evaluation
@@ -300,14 +300,15 @@ def _gathered(e: Engine, n: _Counts) -> int:
     return e.compute * min(n.total - n.small, max(int(e.zero.max_live_parameters), n.largest))
 
 
-def _step_scratch(e: Engine, n: _Counts) -> int:
+def _step_scratch(e: Engine, n: _Counts, world: int) -> int:
     """What the optimizer step allocates for a moment; AdamW itself is fused and needs
     nothing."""
     if e.optimizer_on != "gpu" or e.kind in ("plain", "bf16"):
         return 0
     # The norm is taken of one gradient at a time, in float64. Then a group's gradients
     # are laid end to end in float32, unless they lie so already.
-    norm = 8 * min(n.part, n.largest_trained)
+    whole = n.largest_trained
+    norm = 8 * (math.ceil(whole / world) if e.kind == "zero3" else min(n.part, whole))
     if e.kind == "zero12" and _adds_up_in_float32(e):
         return norm
     return max(norm, 4 * min(n.part, int(e.zero.sub_group_size)))
