@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
+from dsvae import private_names
 from dsvae.command_line import command, dispatch
 from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
 from dsvae.generation.options import OPTIONS, check
@@ -661,6 +662,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             _say(f"error: {error}")
+        return EXIT_USER_ERROR
+    except ImportError as error:
+        if (refusal := private_names.explain(error)) is None:
+            raise
+        _say(f"error: {refusal}")
         return EXIT_USER_ERROR
     except RunStopped as stopped:  # several ranks that did not meet
         _say(stopped.message)

@@ -17,6 +17,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor
 
 from dsvae import config as configuration
+from dsvae import private_names
 from dsvae.config import RunConfig
 from dsvae.data.tokenization import load_tokenizer
 from dsvae.engine import checkpoint
@@ -55,6 +56,7 @@ def export_checkpoint(
         UserError: no run or no such checkpoint, damaged or gone meanwhile; the output
             exists, or cannot be written to.
     """
+    private_names.check()
     run = Path(run).expanduser()
     config = _read_config(run)
     found = _find(run, which, report)

@@ -38,6 +38,10 @@ if __name__ == "__main__":
     for _number, _code in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
         signal.signal(_number, lambda *_, code=_code: os._exit(code))
 
+from dsvae import private_names
+
+sys.excepthook = private_names.except_hook  # for the imports below
+
 import datasets
 import numpy as np
 import torch
@@ -46,7 +50,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from transformers.utils import logging as transformers_logging
 
 from dsvae import config as configuration
-from dsvae import private_names, run_directory
+from dsvae import run_directory
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.corpora import entropy
@@ -77,6 +81,8 @@ from dsvae.phases import Phase
 from dsvae.reports.card import write_card
 from dsvae.reports.training_log import Reporter, data_lines, result_table
 from dsvae.usage import help_text
+
+sys.excepthook = sys.__excepthook__
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

@@ -256,12 +256,17 @@ def resolve(
     for section in ("flops_profiler", "comms_logger"):
         if not isinstance(config.get(section, {}), dict):
             raise UserError(f"ds_config: {section} must be an object, not {config[section]!r}")
-    if config.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
-        # In float32 DeepSpeed finds gradients that are not finite by the norm alone.
-        raise UserError(
-            "ds_config: zero_optimization.compute_grad_norm must be true: a step whose gradients "
-            "are not finite is known by their norm"
-        )
+    # DeepSpeed skips steps whose gradients are not finite by these two: in float32 by the
+    # norm, in bf16 at stages 1 and 2 by the check.
+    for section, key in (
+        ("zero_optimization", "compute_grad_norm"),
+        ("bf16", "check_grad_overflow"),
+    ):
+        if config.get(section, {}).get(key, True) is not True:
+            raise UserError(
+                f"ds_config: {section}.{key} must be true: without it, steps whose gradients are "
+                f"not finite are not skipped"
+            )
     # No lines of DeepSpeed's own between the progress bar's.
     every = config.setdefault("steps_per_print", None)
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
