@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from dsvae.engine.checkpoint import COMPLETE, Checkpoint
 from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
 from dsvae.engine.weights import freeze_decoder
 from dsvae.errors import UserError
-from dsvae.files import make_writable
+from dsvae.files import make_writable, no_output
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.modeling.weight_source import Origin
 from dsvae.reports.card import write_checkpoint_card
@@ -180,11 +179,7 @@ def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
     if meta["zero_stage"] == 0:
         return dict(_load(found.directory / "mp_rank_00_model_states.pt")["module"])
     if meta["zero_stage"] == 3:
-        with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
-        ):
+        with no_output():
             return get_fp32_state_dict_from_zero_checkpoint(
                 str(found.directory.parent), tag=found.directory.name, lazy_mode=True
             )

@@ -68,7 +68,7 @@ from dsvae.errors import (
     RunStopped,
     UserError,
 )
-from dsvae.files import write_json, write_text
+from dsvae.files import replace_directory, write_json, write_text
 from dsvae.metrics.evaluate import against_entropy, evaluate
 from dsvae.metrics.kept import Kept
 from dsvae.metrics.text import samples
@@ -564,7 +564,7 @@ def _write_down(
     write_json(out / run_directory.DATA, sentences)
     if not (out / "tokenizer").is_dir():
         data.tokenizer.save_pretrained(out / ".tokenizer.tmp")
-        (out / ".tokenizer.tmp").rename(out / "tokenizer")
+        replace_directory(out / ".tokenizer.tmp", out / "tokenizer")
     # a copy: the configuration stays the same on all ranks
     written = dataclasses.replace(config, ds_config=str(out / "ds_config.json"))
     write_text(out / "config.yaml", configuration.to_yaml(written))

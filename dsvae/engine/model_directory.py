@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsvae.files import replace_directory
 from dsvae.modeling.t5_vae import T5VAE
 
 MAX_SHARD_BYTES = 10**9
@@ -111,12 +112,7 @@ class ModelDirectory:
         config.save_pretrained(self._temporary)
         model.generation_config.save_pretrained(self._temporary)
         extras(self._temporary)
-        old = self.directory.with_name(f".{self.directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.directory.exists():
-            self.directory.rename(old)
-        self._temporary.rename(self.directory)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_directory(self._temporary, self.directory)
 
     def abandon(self) -> None:
         """Takes away what was written."""

@@ -11,8 +11,6 @@ and takes no part in DeepSpeed's format: its one file is read and written here.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 
 from dsvae.engine.weights import parameter_names
 from dsvae.errors import EXIT_DISK, RunStopped, UserError
+from dsvae.files import no_output
 from dsvae.parallel.world import World
 
 SCRATCH = ".universal"
@@ -253,11 +252,7 @@ def _from_shards(source: Path, directory: Path) -> tuple[list[dict], float, dict
         strict=True,
         inject_missing_state=True,
     )
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
+    with no_output():
         ds_to_universal.main(arguments)
     saved = torch.load(
         directory / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False
