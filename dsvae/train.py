@@ -60,6 +60,7 @@ from dsvae.engine.build import build_model
 from dsvae.engine.checkpoint import Checkpoint
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.non_finite import SkippedSteps
+from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.errors import (
     EXIT_DEFECT,
     EXIT_DISK,
@@ -209,6 +210,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
         RunStopped: on every rank alike, or on this one alone where nothing is left to
             be saved.
     """
+    lend_to_deepspeed(world)
     out = Path(config.output_dir)
     reporter = Reporter(config, world.is_main)
     lock: list[Any] = []  # held by rank 0 until the run leaves this function

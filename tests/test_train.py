@@ -156,6 +156,7 @@ def test_a_start_reads_its_files_once_and_leaves_the_configuration_alone(tmp_pat
     )
     read, hash_file = [], corpora._hash_file
     monkeypatch.setattr(corpora, "_hash_file", lambda file: read.append(file) or hash_file(file))
+    monkeypatch.setattr(train, "lend_to_deepspeed", lambda _: None)
     monkeypatch.setattr(train, "_engine", lambda *_: (None, None))
 
     def stop(*_):

@@ -17,7 +17,6 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from dsvae.config import ModelConfig
 from dsvae.engine import nvme
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
-from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.errors import UserError, did_you_mean, first_line
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig, read_config
 from dsvae.modeling.weight_source import Origin, slots
@@ -60,7 +59,6 @@ def build_model(
             missing or damaged, or a tokenizer too large for its vocabulary.
         RunStopped: on every rank: no room on the disk that the weights go to.
     """
-    lend_to_deepspeed(world)
     origins: list[Origin] = []
 
     def find_first() -> tuple[Any, Any]:

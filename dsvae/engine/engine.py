@@ -18,7 +18,6 @@ from torch import Tensor
 from dsvae.data.batches import MicroBatch, Step
 from dsvae.engine import ds_config as ds_configs
 from dsvae.engine import nvme
-from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.engine.weights import freeze_decoder, frozen_digest, parameter_groups
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.modeling.weight_source import Origin
@@ -100,7 +99,6 @@ class PhaseEngine:
         )
         # DeepSpeed builds an optimizer of its own from this section; ours is given.
         without_optimizer = {key: value for key, value in ds_config.items() if key != "optimizer"}
-        lend_to_deepspeed(world)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
