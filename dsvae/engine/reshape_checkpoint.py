@@ -212,6 +212,7 @@ def _convert(
             scaler = scaler if same else {}
             _to_shards(common, directory, bare, groups, step, scaler, now["zero_stage"])
     except Exception as error:  # any: the other ranks wait for an answer
+        clean(root)
         what = " ".join(str(error).split()) or type(error).__name__
         line = (
             f"{source}: converting it from {_describe(meta)} to {_describe(now)} failed "
