@@ -270,7 +270,7 @@ def test_another_shape_on_a_disk_is_refused(first):
     offload = {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}
     engine = type("Engine", (), {"config": {"zero_optimization": {"stage": 3, **offload}}})
     meta = {"world_size": 2, "zero_stage": 2}
-    with pytest.raises(UserError, match=r"its way to a disk \(nvme\): resume with 2 rank"):
+    with pytest.raises(UserError, match=r"offloaded to a disk \(nvme\): resume with 2 rank"):
         reshape_checkpoint._refuse(engine, first, meta, {**meta, "zero_stage": 3}, [], None)
 
 
