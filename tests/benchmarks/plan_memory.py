@@ -153,6 +153,7 @@ def work(job: dict[str, Any]) -> None:
     from dsvae.data.batches import MicroBatch, Step
     from dsvae.engine.build import build_model
     from dsvae.engine.engine import PhaseEngine
+    from dsvae.engine.process_group import lend_to_deepspeed
     from dsvae.objective.elbo import Penalty
     from dsvae.parallel.world import join, leave
     from dsvae.phases import Phase
@@ -160,6 +161,7 @@ def work(job: dict[str, Any]) -> None:
 
     logger.setLevel("ERROR")
     world = join()
+    lend_to_deepspeed(world)
     rows, tokens = job["rows"], job["tokens"]
     before = _resident("VmRSS")
     live = LiveBytes()

@@ -253,6 +253,7 @@ def main() -> None:
 
     logger.setLevel("ERROR")
     world = join()
+    lend_to_deepspeed(world)
     data = prepare_split(args.train_file)
     (padding_ratio if args.padding else engine_ratio)(args, data, world)
     leave(world)
