@@ -18,6 +18,7 @@ import warnings
 from importlib.metadata import version
 from typing import Any, Literal
 
+from dsvae import private_names
 from dsvae.command_line import commands, dispatch
 from dsvae.console import (
     abandon_stdout,
@@ -632,6 +633,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             say(f"error: {error}")
+        return EXIT_USER_ERROR
+    except ImportError as error:
+        if (refusal := private_names.explain(error)) is None:
+            raise
+        say(f"error: {refusal}")
         return EXIT_USER_ERROR
     except RunStopped as stopped:  # several ranks that did not meet
         say(stopped.message)

@@ -8,7 +8,6 @@ the nearest known one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dsvae.errors import UserError
+from dsvae.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
@@ -348,7 +347,7 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
         name, equals, value = flag[2:].partition("=")
         name = name.replace("-", "_")
         if name not in known:
-            raise UserError(f"unknown flag --{name}{nearest(name, known)}")
+            raise UserError(f"unknown flag --{name}{did_you_mean_field(name, known)}")
         if not equals:
             if rest and not _is_flag(rest[0]):
                 value = rest.pop(0)
@@ -574,7 +573,8 @@ def _build(cls: type, tree: Any, prefix: str, where: str) -> Any:
         if name not in hints:
             known = field_types()
             raise UserError(
-                f"{where}: unknown field {prefix}{name}{nearest(f'{prefix}{name}', known)}"
+                f"{where}: unknown field {prefix}{name}"
+                f"{did_you_mean_field(f'{prefix}{name}', known)}"
             )
         if dataclasses.is_dataclass(hints[name]):
             values[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.", where)
@@ -654,15 +654,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean X?` for an unknown name, or nothing."""
+def did_you_mean_field(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean X?` for an unknown dotted name, or nothing; a name whose last part
+    fits comes first."""
     known = sorted(known)
     by_last_part = {each: each.rsplit(".", 1)[-1] for each in known}
     same_last = [each for each, last in by_last_part.items() if last == name.rsplit(".", 1)[-1]]
-    close = same_last or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not close:
-        last = difflib.get_close_matches(
-            name.rsplit(".", 1)[-1], by_last_part.values(), n=1, cutoff=0.5
-        )
-        close = [each for each, part in by_last_part.items() if last and part == last[0]]
-    return f"; did you mean {close[0]}?" if close else ""
+    close = same_last[0] if same_last else nearest(name, known)
+    if close is None:
+        last = nearest(name.rsplit(".", 1)[-1], by_last_part.values())
+        close = next((each for each, part in by_last_part.items() if part == last), None)
+    return f"; did you mean {close}?" if close else ""

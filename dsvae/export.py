@@ -1,11 +1,10 @@
-"""The model of a checkpoint as a plain transformers directory: of a run that goes on,
-was cut, or is finished. One process."""
+"""The model of a checkpoint as a plain transformers directory, in one process. The run
+may be training, cut or finished."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor
 
 from dsvae import config as configuration
+from dsvae import private_names
 from dsvae.config import RunConfig
 from dsvae.data.tokenization import load_tokenizer
 from dsvae.engine import checkpoint
@@ -25,7 +25,7 @@ from dsvae.engine.checkpoint import COMPLETE, Checkpoint
 from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
 from dsvae.engine.weights import freeze_decoder
 from dsvae.errors import UserError
-from dsvae.files import make_writable
+from dsvae.files import make_writable, no_output
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.modeling.weight_source import Origin
 from dsvae.reports.card import write_checkpoint_card
@@ -39,29 +39,31 @@ def export_checkpoint(
     report: Callable[[str], Any],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes the model of a checkpoint; where to. The run is only read, and may be
-    going on.
+    """Writes the model of a checkpoint, and returns its directory. The run is only read,
+    and may still train.
 
-    Weights are float32: trained ones the optimizer's own copies, frozen ones those that
+    Weights are float32: trained ones are the optimizer's copies, frozen ones those that
     the run began with.
 
     Args:
         output_dir: of the run.
-        which: latest (that is sound), best (of the running phase, on validation text),
-            or the name of a checkpoint.
-        output: the directory; None: `exports` of the run and the checkpoint's name.
-        report: gets a line for every damaged checkpoint that is passed over.
+        which: latest (the newest undamaged one), best (of the last phase, on validation
+            text), or the name of a checkpoint.
+        output: the directory; None: `exports/NAME_OF_THE_CHECKPOINT` in the run.
+        report: gets a line for every damaged checkpoint that is skipped.
 
     Raises:
-        UserError: no run or no such checkpoint, damaged or gone meanwhile; the output
-            exists, or cannot be written to.
+        UserError: no run or no such checkpoint; one that is damaged or was removed
+            meanwhile; an output that exists or cannot be written to; a DeepSpeed or
+            transformers that does not fit.
     """
+    private_names.check()
     run = RunDirectory(Path(output_dir).expanduser())
     config = _read_config(run)
     found = _find(run, which, report)
     directory = run.exports / found.directory.name if output is None else Path(output).expanduser()
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise UserError(f"{directory} is there already: give another --output, or remove it")
+        raise UserError(f"{directory} already exists; choose another --output, or remove it")
     make_writable(directory.absolute().parent, "--output")
 
     def extras(target: Path) -> None:
@@ -72,7 +74,7 @@ def export_checkpoint(
 
     with _still_there(found):
         meta = found.meta
-        saved = _saved(found, meta)  # from here on the open files stay, whatever the run removes
+        saved = _saved(found, meta)  # open files stay readable, whatever the run removes
     between = run.phase1_model
     began = between if found.phase == 2 and between.is_dir() else None
     origin = find_origin(config.model, load_tokenizer(str(run.tokenizer)), began, config.seed)
@@ -89,7 +91,7 @@ def export_checkpoint(
     except OSError as error:
         advice = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise UserError(
-            f"{directory} cannot be written ({error}): {advice}give another --output"
+            f"{directory} cannot be written ({error}): {advice}choose another --output"
         ) from error
     finally:
         writer.abandon()
@@ -101,8 +103,8 @@ def _read_config(run: RunDirectory) -> RunConfig:
     if not path.is_file():
         parents = run.path.absolute().parents[:2]
         above = next((p for p in parents if RunDirectory(p).config.is_file()), None)
-        hint = f"is it {above}?" if above else "name the output_dir of a run"
-        raise UserError(f"{run.path}: no run there (no config.yaml); {hint}")
+        hint = f"did you mean {above}?" if above else "give the output_dir of a run"
+        raise UserError(f"{run.path} is not the directory of a run (no config.yaml); {hint}")
     return configuration.build(configuration.load_tree(str(path)), where=str(path))
 
 
@@ -113,14 +115,14 @@ def _find(run: RunDirectory, which: str, report: Callable[[str], Any]) -> Checkp
     names = ", ".join(each.directory.name for each in complete)
     if not complete:
         raise UserError(
-            f"{run.path}: no complete checkpoint in it yet; --checkpoint_every of a run says how "
-            f"often one is saved"
+            f"{run.path} has no complete checkpoint yet; a run saves one every "
+            f"--checkpoint_every steps"
         )
     if which == "latest":
         with _still_there(*complete):
             newest = checkpoint.newest_sound(root, report)
         if newest is None:
-            raise UserError(f"{run.path}: every checkpoint in it is damaged: {names}")
+            raise UserError(f"{run.path}: every checkpoint is damaged: {names}")
         return newest
     if which == "best":
         with _still_there(*complete):
@@ -128,30 +130,30 @@ def _find(run: RunDirectory, which: str, report: Callable[[str], Any]) -> Checkp
         if found is None:
             raise UserError(
                 f"{run.path}: no checkpoint of phase {complete[-1].phase} was measured on "
-                f"validation text ({names}): name one, "
-                "or make --checkpoint_every a multiple of --eval_every"
+                f"validation text ({names}): name one, or make --checkpoint_every a multiple of "
+                f"--eval_every"
             )
     else:
         found = next((each for each in complete if each.directory.name == which), None)
         if found is None:
             raise UserError(
-                f"--checkpoint {which}: no such checkpoint in {run.path}: latest, best, or one of "
-                f"{names}"
+                f"--checkpoint {which}: no such checkpoint in {run.path}; choose latest, best, or "
+                f"one of {names}"
             )
     with _still_there(found):
         if problem := checkpoint.damage(found):
             if not (found.directory / COMPLETE).exists():
                 raise FileNotFoundError(found.directory)
             raise UserError(
-                f"checkpoint {found.directory} is damaged ({problem}): name another of {names}"
+                f"checkpoint {found.directory} is damaged ({problem}): choose another of {names}"
             )
     return found
 
 
 @contextlib.contextmanager
 def _still_there(*read: Checkpoint) -> Iterator[None]:
-    """Names the reason for what goes wrong when a living run removes a checkpoint that
-    is being read."""
+    """Explains the errors that follow when the run removes a checkpoint while it is
+    read."""
     try:
         yield
     except UserError:
@@ -163,31 +165,27 @@ def _still_there(*read: Checkpoint) -> Iterator[None]:
         if gone is None:
             raise
         raise UserError(
-            f"{gone} is gone meanwhile, its run keeps newer checkpoints (--keep_checkpoints): "
-            f"try again"
+            f"{gone} was removed meanwhile, because its run keeps newer checkpoints "
+            f"(--keep_checkpoints): try again"
         ) from error
 
 
 def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
-    """Every weight in a checkpoint, by name, as it lies there: trained ones float32,
-    frozen ones in the engine's dtype.
+    """Every weight of a checkpoint by name: trained ones in float32, frozen ones in the
+    engine's dtype.
 
-    Beside tensors, what has a `shape` and becomes one by `.contiguous()`: so one at a
-    time is in memory.
+    The values are tensors, or have a `shape` and become a tensor by `.contiguous()`, so
+    that only one at a time is in memory.
     """
     if meta["zero_stage"] == 0:
         return dict(_load(found.directory / "mp_rank_00_model_states.pt")["module"])
     if meta["zero_stage"] == 3:
-        with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
-        ):
+        with no_output():
             return get_fp32_state_dict_from_zero_checkpoint(
                 str(found.directory.parent), tag=found.directory.name, lazy_mode=True
             )
-    # Not by DeepSpeed's tool: it knows no checkpoint of ZeRO 1 in bf16, and holds all
-    # weights in memory at once.
+    # DeepSpeed's tool cannot read a checkpoint of ZeRO 1 in bf16, and holds all weights in
+    # memory at once.
     common = _load(found.directory / "mp_rank_00_model_states.pt")
     ranks = [
         _load(Path(path))["optimizer_state_dict"] for path in get_optim_files(str(found.directory))
@@ -204,7 +202,7 @@ def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A file of a checkpoint; its tensors are mapped, and take no memory until they are
+    """A file of a checkpoint. Its tensors are mapped: they take no memory until they are
     read."""
     loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     return loaded
@@ -212,7 +210,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Spread:
-    """A tensor from `offset` on in the vectors that ranks hold one behind the other."""
+    """A tensor that begins at `offset` of the concatenated vectors of all ranks."""
 
     parts: list[Tensor]
     offset: int
@@ -232,18 +230,16 @@ def _weights(
     """Every parameter whole, in float32 on CPU, one at a time.
 
     Args:
-        model: on the meta device; it says what is frozen.
-        origin: of the weights that the phase began with.
+        model: on the meta device, with what was frozen frozen.
+        origin: the source of the weights that the phase began with.
     """
     for name, parameter in model.named_parameters():
         if name not in saved or saved[name].shape != parameter.shape:
-            has = (
-                f"{name} has the shape {tuple(saved[name].shape)} in it"
-                if name in saved
-                else f"{name} is not in it"
-            )
+            has = "is missing"
+            if name in saved:
+                has = f"has the shape {tuple(saved[name].shape)}"
             raise UserError(
-                f"{found.directory} is not of the model of its run's config.yaml: {has}"
+                f"{found.directory} does not fit the model of its run's config.yaml: {name} {has}"
             )
         value = saved[name].contiguous()
         if not parameter.requires_grad:
@@ -251,9 +247,9 @@ def _weights(
             original = origin.tensor(name)
             if not torch.equal(original.to(value.dtype), value):
                 raise UserError(
-                    f"{found.directory}: {name} is frozen, and not what the model of its run's "
-                    f"config.yaml has now: that model "
-                    "has changed since the run began; put it back"
+                    f"{found.directory}: {name} is frozen, and differs from that of the model of "
+                    f"its run's config.yaml: the model has changed since the run began; put it "
+                    f"back"
                 )
             value = original
         yield name, value.to(torch.float32, copy=True)

@@ -1,38 +1,71 @@
-"""Files that are there whole or not at all."""
+"""Files and directories that appear whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dsvae.errors import UserError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file in place of what was there, at once."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """A text file to write, which takes the place of `path` when the block ends. Where
+    the block fails, `path` stays as it was."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file at once."""
+    with whole_file(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON, at once."""
+    """Replaces a file of indented JSON at once."""
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
 
 
+def replace_directory(temporary: Path, directory: Path) -> None:
+    """Moves a finished directory to its place, and removes what was there."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    temporary.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def no_output() -> Iterator[None]:
+    """Drops what the block prints."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
 def make_writable(directory: Path, flag: str) -> None:
-    """Makes a directory and makes sure that it can be written to, before hours of work;
-    `flag` is what chose it.
+    """Makes a directory and tries to write to it, before hours of work.
+
+    Args:
+        flag: the option that named the directory.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot be written to.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -45,7 +78,7 @@ def make_writable(directory: Path, flag: str) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The same value with infinities and NaN as None: JSON has neither."""
+    """The same value with None for infinities and NaN, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

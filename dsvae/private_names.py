@@ -1,38 +1,41 @@
-"""Names of transformers and DeepSpeed that are not public, and on which dsvae depends.
+"""The private names of transformers and DeepSpeed on which dsvae depends.
 
-A release may rename them without notice. A method that is replaced under a name that
-nothing calls any more, or an argument that an unknown keyword swallows, fails silently:
-the decoder no longer sees z, or a checkpoint holds the wrong states. Therefore every
-such name is looked up before a run begins.
+A release may rename them without notice. Some renames fail silently: a method that is
+replaced under a name that nothing calls any more, or an argument that `**kwargs`
+swallows. The decoder then no longer sees z, or a checkpoint holds the wrong states.
+Therefore every such name is looked up before a run begins.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
-from types import CodeType
+from importlib.metadata import PackageNotFoundError, version
+from types import CodeType, TracebackType
 from typing import Any
 
-from dsvae.errors import UserError
+from dsvae.errors import EXIT_USER_ERROR, UserError
 
 
 @dataclass(frozen=True)
 class Name:
-    """An attribute, and what must hold of it."""
+    """An attribute, and what must be true of it."""
 
     path: str
     """`package.module:Class.attribute`."""
     parameters: tuple[str, ...] | None = None
-    """Names of parameters that the function must have. It may have others, but they
-    must have defaults. None: not checked."""
+    """Parameters that the function must have; any others must have defaults. None: not
+    checked."""
     mentions: tuple[str, ...] = ()
     """Names that the body of the function must use."""
 
     def problem(self) -> str | None:
-        """What does not hold, None if everything does."""
+        """What is wrong with it, None if nothing is."""
         module, _, attributes = self.path.partition(":")
         try:
             value: Any = importlib.import_module(module)
@@ -149,7 +152,7 @@ TRANSFORMERS = (
         )
     ),
     Name("transformers:PreTrainedModel._init_weights", parameters=("self", "module")),
-    # modeling/origin.py: which files hold the weights
+    # modeling/weight_source.py: which files hold the weights
     Name(
         "transformers.utils.hub:cached_files",
         parameters=("path_or_repo_id", "filenames", "_raise_exceptions_for_missing_entries"),
@@ -166,7 +169,7 @@ DEEPSPEED = (
     Name(f"{_ENGINE}._save_checkpoint", mentions=("checkpoint_engine", "save")),
     Name(f"{_ENGINE}._save_zero_checkpoint", mentions=("checkpoint_engine", "save")),
     Name(f"{_WRITER}.save", parameters=("self", "state_dict", "path")),
-    # engine/universal.py: the section `load_universal` of a ds_config, for one load
+    # engine/reshape_checkpoint.py: the section `load_universal` of a ds_config, for one load
     Name(f"{_ENGINE}.load_universal_checkpoint", parameters=("self",), mentions=("_config",)),
     Name(f"{_ENGINE}.load_checkpoint", mentions=("load_universal_checkpoint",)),
     Name(
@@ -230,15 +233,47 @@ DEEPSPEED = (
 
 
 def check(names: tuple[Name, ...] = TRANSFORMERS + DEEPSPEED) -> None:
-    """Looks all names up; loads their modules.
+    """Looks all names up, and imports their modules for it.
 
     Raises:
-        UserError: one is missing, or has another signature.
+        UserError: one does not exist, or has another signature.
     """
     for name in names:
         if problem := name.problem():
-            package = name.path.partition(".")[0].partition(":")[0]
-            raise UserError(
-                f"{package} {version(package)} does not fit dsvae: {name.path.replace(':', '.')} "
-                f"{problem}; install a version that dsvae's pyproject.toml allows"
-            )
+            raise _misfit(name.path.replace(":", "."), problem)
+
+
+def explain(error: ImportError) -> UserError | None:
+    """The error to show in place of a failed import from transformers or DeepSpeed; None
+    where another package failed."""
+    if (error.name or "").partition(".")[0] not in ("deepspeed", "transformers"):
+        return None
+    if isinstance(error, ModuleNotFoundError):
+        return _misfit(str(error.name), "does not exist")
+    return _misfit(str(error.name), f"has changed ({error.msg})")
+
+
+def _misfit(name: str, problem: str) -> UserError:
+    package = name.partition(".")[0]
+    try:
+        release = f"{package} {version(package)}"
+    except PackageNotFoundError:
+        release = f"{package} (not installed)"
+    return UserError(
+        f"{release} does not fit dsvae: {name} {problem}; install a version that dsvae's "
+        f"pyproject.toml allows"
+    )
+
+
+def except_hook(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """In place of `sys.excepthook` while dsvae/train.py imports its modules: ends the
+    process with one line where transformers or DeepSpeed lacks a module."""
+    refusal = explain(error) if isinstance(error, ImportError) else None
+    if refusal is None:
+        traceback.print_exception(kind, error, trace)
+        return
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"dsvae: error: {refusal}", file=sys.stderr, flush=True)
+    os._exit(EXIT_USER_ERROR)  # a hook cannot choose the exit code otherwise

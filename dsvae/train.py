@@ -34,6 +34,10 @@ if __name__ == "__main__":
     for _number, _code in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
         signal.signal(_number, lambda *_, code=_code: os._exit(code))
 
+from dsvae import private_names
+
+sys.excepthook = private_names.except_hook  # for the imports below
+
 import datasets
 import numpy as np
 import torch
@@ -41,7 +45,6 @@ from deepspeed.utils import logger as deepspeed_logger
 from transformers.utils import logging as transformers_logging
 
 from dsvae import config as configuration
-from dsvae import private_names
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches
 from dsvae.data.corpora import entropy
@@ -69,6 +72,8 @@ from dsvae.reports.training_log import Reporter
 from dsvae.run_directory import RunDirectory
 from dsvae.start import data_of, find_start, write_down
 from dsvae.usage import help_text
+
+sys.excepthook = sys.__excepthook__
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

@@ -2,14 +2,18 @@
 
 import importlib
 import signal
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from launch import ROOT
 from transformers.integrations import sdpa_attention
 
 from dsvae import pretrained, private_names, train
 from dsvae.errors import EXIT_USER_ERROR, UserError
+from dsvae.export import export_checkpoint
 
 NAMES = private_names.TRANSFORMERS + private_names.DEEPSPEED
 
@@ -102,6 +106,59 @@ def test_a_run_does_not_start(monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("dsvae: error: transformers ")
     assert "sdpa_attention_forward has no parameter position_bias" in line
+
+
+HIDE = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, *_):
+        if name == "{hidden}":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+{start}
+"""
+CLI = "from dsvae.cli import main; sys.exit(main({words}))"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "start"),
+    [
+        ("deepspeed.checkpoint.ds_to_universal", "import dsvae.train"),
+        ("deepspeed.runtime.zero.config", "import dsvae.train"),
+        ("transformers.utils.hub", "import dsvae.train"),
+        ("deepspeed.utils.zero_to_fp32", CLI.format(words="['export', 'run']")),
+        ("deepspeed.runtime.zero.config", CLI.format(words="['plan', 't5-small']")),
+    ],
+)
+def test_a_module_that_has_moved_is_one_line(hidden, start):
+    code = HIDE.format(hidden=hidden, start=start)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert result.returncode == EXIT_USER_ERROR
+    lines = [line for line in result.stderr.splitlines() if line.startswith("dsvae: error: ")]
+    package = hidden.partition(".")[0]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"dsvae: error: {package} ")
+    assert f"{hidden} does not exist" in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_module_that_is_none_of_theirs_stays_a_traceback():
+    code = HIDE.format(hidden="datasets", start="import dsvae.train")
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert result.returncode == 1
+    assert "No module named 'datasets'" in result.stderr
+
+
+def test_a_checkpoint_is_not_exported(monkeypatch, tmp_path):
+    monkeypatch.delattr(sdpa_attention, "sdpa_attention_forward")
+    with pytest.raises(UserError, match="sdpa_attention_forward does not exist"):
+        export_checkpoint(tmp_path, "latest", None, print)
 
 
 def test_a_model_is_not_loaded(monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from dsvae.errors import UserError
+from dsvae.files import whole_file
 
 # Singular and plural differ in every noun. Otherwise the number of the subject would not
 # show in the past and the future.
@@ -228,13 +229,8 @@ def _value(name: str, choice: str | int) -> str:
 def _write_atomically(path: Path, write: Callable[[IO[str]], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8", newline="") as file:
-                write(file)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            write(file)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}; choose a place that can be written"

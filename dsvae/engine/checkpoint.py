@@ -1,11 +1,12 @@
 """Checkpoints that are either complete or never used.
 
-Every rank writes its files, puts them on the disk, and takes their checksums. Rank 0
-records sizes and checksums in a file called COMPLETE, which appears at once. Only then
-`latest` moves. (DeepSpeed alone moves `latest` before the other ranks have finished.)
+Every rank writes its files, flushes them to the disk and computes their checksums. Rank
+0 then records sizes and checksums in a file called COMPLETE, which appears at once.
+Only then does `latest` move. (DeepSpeed alone moves `latest` before the other ranks
+have finished.)
 
-The checksum is of what the kernel has taken, and it is read from memory: it says what
-must be on the disk, and not what is there. A resume compares the two.
+A checksum is computed from the kernel's copy in memory: it says what should be on the
+disk, not what is there. A resume compares the two.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsvae.errors import UserError
+from dsvae.errors import UserError, first_line
 from dsvae.files import write_text
 
-if TYPE_CHECKING:  # it imports deepspeed, which who only looks at checkpoints need not wait for
+if TYPE_CHECKING:
     from dsvae.parallel.world import World
 
 COMPLETE = "COMPLETE"
@@ -34,7 +35,7 @@ _TAG = re.compile(r"phase(\d)-step(\d{8})")
 
 @dataclass(frozen=True, order=True)
 class Checkpoint:
-    """A complete checkpoint; they order by age."""
+    """A complete checkpoint. Checkpoints are ordered by age."""
 
     phase: int
     step: int
@@ -42,8 +43,9 @@ class Checkpoint:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What was recorded beside the files: their shape (`reshape_checkpoint.shape_of`), a
-        digest of the weights that were frozen, and valid where it was measured then."""
+        """What was recorded beside the files: their shape
+        (`reshape_checkpoint.shape_of`), a digest of the frozen weights, and `valid`
+        where it was measured."""
         return json.loads((self.directory / COMPLETE).read_text())["meta"]
 
 
@@ -53,8 +55,8 @@ def tag(phase: int, step: int) -> str:
 
 
 def identity(directory: Path) -> str:
-    """What tells the state in a complete checkpoint from any other: a digest of its
-    list of checksums. A random one where there is no such checkpoint."""
+    """A digest that identifies the state in a complete checkpoint: of its list of
+    checksums. Random where there is no such checkpoint."""
     try:
         return hashlib.sha256((directory / COMPLETE).read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -62,8 +64,8 @@ def identity(directory: Path) -> str:
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written; what there was of it is removed, and those
-    before are as they were."""
+    """A checkpoint could not be written. Its files are removed, and earlier checkpoints
+    are unchanged."""
 
 
 def save(
@@ -81,21 +83,21 @@ def save(
     """Saves the state of a DeepSpeed engine after optimizer step `step`. Collective.
 
     Args:
-        meta: is recorded; `valid` in it is the value on validation text by which the
-            best is known, the smaller the better.
-        keep: the newest that stay.
+        meta: is recorded; `valid` in it is the value on validation text that ranks
+            checkpoints, the smaller the better.
+        keep: how many of the newest stay.
         keep_best: whether the best of this phase stays too.
         report: gets a warning where older checkpoints could not be removed.
 
     Raises:
-        SaveFailed: on every rank: the disk is full, or takes no more for another
+        SaveFailed: on every rank: the disk is full, or cannot be written to for another
             reason.
     """
     name = tag(phase, step)
     directory = root / name
 
     def begin() -> None:
-        shutil.rmtree(directory, ignore_errors=True)  # what an earlier, cut save may have left
+        shutil.rmtree(directory, ignore_errors=True)  # left by a save that was cut
         directory.mkdir(parents=True)
 
     def commit(files: dict[str, Any]) -> None:
@@ -110,15 +112,15 @@ def save(
             prune(root, keep, keep_best)
         except OSError as error:
             return (
-                f"warning: checkpoint {directory} is complete, but the older ones or `latest` "
-                f"could not be put in order: {error}"
+                f"warning: checkpoint {directory} is complete, but older ones could not be "
+                f"removed, or `latest` not be moved: {error}"
             )
         return None
 
     try:
         world.run_on_rank0(begin)
         problem = None
-    except OSError as error:  # of `run_on_rank0`, and so on every rank
+    except OSError as error:  # `run_on_rank0` raises it on every rank
         problem = str(error)
     if problem is None:
         with _failures_of(engine) as writer:
@@ -140,8 +142,8 @@ def save(
     if problem is not None:
         world.run_on_rank0(lambda: _remove(directory, ignore_errors=True))
         raise SaveFailed(
-            f"checkpoint {directory} cannot be written ({problem}); those before it are as they "
-            f"were"
+            f"checkpoint {directory} cannot be written ({problem}); earlier checkpoints are "
+            f"unchanged"
         )
     if warning := world.run_on_rank0(tidy):
         report(warning)
@@ -149,8 +151,8 @@ def save(
 
 
 def _remove(directory: Path, ignore_errors: bool = False) -> None:
-    """Removes a checkpoint, which is incomplete from the first moment on, whatever
-    happens to the rest."""
+    """Removes a checkpoint. Its COMPLETE goes first, so it is incomplete whatever happens
+    to the rest."""
     with suppress(OSError) if ignore_errors else nullcontext():
         (directory / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors)
@@ -161,7 +163,7 @@ def prune(root: Path, keep: int, keep_best: bool) -> None:
     best of the newest one's phase.
 
     Raises:
-        OSError: one of them stays; the others are removed all the same.
+        OSError: one could not be removed; the others were.
     """
     complete = find(root)
     spared = set(complete[-keep:])
@@ -179,8 +181,8 @@ def prune(root: Path, keep: int, keep_best: bool) -> None:
 
 
 def best_of(complete: list[Checkpoint]) -> Checkpoint | None:
-    """That with the smallest value on validation text among those of the last phase;
-    None if none was measured."""
+    """The checkpoint of the last phase with the smallest value on validation text; None
+    if none was measured."""
     measured = [
         (c.meta["valid"], c)
         for c in complete
@@ -190,11 +192,10 @@ def best_of(complete: list[Checkpoint]) -> Checkpoint | None:
 
 
 class _Writer:
-    """DeepSpeed's writer of files, which remembers what goes wrong instead of raising
-    it.
+    """DeepSpeed's writer of files, which collects errors instead of raising them.
 
-    Raised in the midst of `save_checkpoint`, it would leave the other ranks waiting in
-    its barriers.
+    An error raised inside `save_checkpoint` would leave the other ranks waiting in its
+    barriers.
     """
 
     def __init__(self, writer: Any) -> None:
@@ -213,42 +214,42 @@ class _Writer:
         self.attempt(path, lambda: self._writer.makedirs(path, exist_ok=exist_ok))
 
     def attempt(self, path: str | Path, write: Callable[[], None]) -> None:
-        """Does something with a file."""
+        """Runs `write`, and notes the error if it fails."""
         try:
             write()
-        except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
             room = ""
             with suppress(OSError):
                 room = f", {shutil.disk_usage(Path(path).parent).free / 2**20:.0f} MiB free"
-            self.failures.append(f"{str(error).strip().splitlines()[0]}: {path}{room}")
+            self.failures.append(f"{first_line(error)}: {path}{room}")
 
     def checksums(self, directory: Path) -> dict[str, dict[str, Any]]:
         """Size and checksum of every file that this rank has written, by its name in
-        `directory`. They are on the disk by then.
+        `directory`. The files are then on the disk.
 
-        The rank that has written a file does it: on file systems of several nodes,
-        another node would put nothing on the disk, and may not even see the file yet.
+        The rank that wrote a file computes them: on a file system shared by several
+        nodes, another node cannot flush the file, and may not see it yet.
         """
-        found: dict[str, dict[str, Any]] = {}
+        entries: dict[str, dict[str, Any]] = {}
 
         def add(path: Path) -> None:
             checksum = _sha256(path, sync=True)
             entry = {"bytes": path.stat().st_size, "sha256": checksum}
-            found[str(path.relative_to(directory))] = entry
+            entries[str(path.relative_to(directory))] = entry
 
         for path in self._paths:
             if not self.failures:
                 self.attempt(path, partial(add, path))
-        return found
+        return entries
 
 
 @contextmanager
 def _failures_of(engine: Any) -> Iterator[_Writer]:
-    """Collects what goes wrong while DeepSpeed writes on this rank."""
+    """Collects the errors of DeepSpeed's writes on this rank."""
     writer, copy_script = engine.checkpoint_engine, engine._copy_recovery_script
     guarded = _Writer(writer)
     engine.checkpoint_engine = guarded
-    # rank 0 copies it between two barriers
+    # Rank 0 copies this script between two barriers.
     engine._copy_recovery_script = lambda path: guarded.attempt(path, lambda: copy_script(path))
     try:
         yield guarded
@@ -257,17 +258,17 @@ def _failures_of(engine: Any) -> Iterator[_Writer]:
 
 
 def find(root: Path) -> list[Checkpoint]:
-    """The complete checkpoints under `root`, the oldest first."""
-    found = []
+    """The complete checkpoints in `root`, the oldest first."""
+    complete = []
     for directory in root.glob("phase*-step*"):
         if (match := _TAG.fullmatch(directory.name)) and (directory / COMPLETE).is_file():
-            found.append(Checkpoint(int(match[1]), int(match[2]), directory))
-    return sorted(found)
+            complete.append(Checkpoint(int(match[1]), int(match[2]), directory))
+    return sorted(complete)
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with the files of a checkpoint, None if nothing: every size and
-    checksum is compared."""
+    """What is wrong with the files of a checkpoint, None if nothing. Compares every size
+    and checksum."""
     try:
         files = json.loads((checkpoint.directory / COMPLETE).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -284,8 +285,8 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
 
 def newest_sound(root: Path, report: Any) -> Checkpoint | None:
-    """The newest complete and undamaged checkpoint; damaged ones are named through
-    `report(line)` and passed over."""
+    """The newest complete and undamaged checkpoint; `report` gets a line for every
+    damaged one."""
     for checkpoint in reversed(find(root)):
         problem = damage(checkpoint)
         if problem is None:
@@ -300,30 +301,30 @@ def load(
     """Puts an engine into the state of a checkpoint. Collective.
 
     Args:
-        frozen: the digest of the weights that the engine holds frozen: those of the
-            checkpoint must be the same.
+        frozen: the digest of the engine's frozen weights; the checkpoint's must be the
+            same.
         root: where a checkpoint of another shape (ranks, ZeRO stage, precision) may be
-            converted for the time being.
+            converted.
 
     Returns:
-        One line of what was converted; None where the checkpoint was loaded as it is,
-        bit by bit.
+        One line that says what was converted; None where the checkpoint was loaded
+        unconverted, bit by bit.
 
     Raises:
-        UserError: its frozen weights are others, its shape cannot be converted, or
-            nothing was loaded.
+        UserError: its frozen weights differ, its shape cannot be converted, or nothing
+            was loaded.
     """
-    # here, because looking at checkpoints must not take the time of loading DeepSpeed
+    # Imported here: whoever only looks at checkpoints need not wait for DeepSpeed.
     from dsvae.engine import reshape_checkpoint
 
     meta = world.run_on_rank0(lambda: checkpoint.meta)
-    # A checkpoint of the same shape holds them too, another one takes them from the
-    # model, and the export always does.
+    # A checkpoint of the same shape holds the frozen weights too. A conversion takes them
+    # from the model, and so does every export.
     if meta.get("frozen", frozen) != frozen:
         raise UserError(
-            f"{checkpoint.directory}: the frozen weights of its phase are not those that the "
-            f"model has now: that model has "
-            "changed since the run began; put it back, and the same command goes on"
+            f"{checkpoint.directory}: the frozen weights of its phase differ from those of the "
+            f"model now: the model has changed since the run began; put it back, and "
+            f"repeat the command"
         )
     line = None
     if reshape_checkpoint.fits(meta, reshape_checkpoint.shape_of(engine, world)):
@@ -340,8 +341,8 @@ def load(
 
 
 def _sha256(path: Path, sync: bool = False) -> str:
-    """The checksum; with `sync` the file is put on the disk first, which is where late
-    errors of the disk come up."""
+    """The checksum of a file; `sync` flushes the file to the disk first, which reveals
+    late errors of the disk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         if sync:
@@ -352,7 +353,7 @@ def _sha256(path: Path, sync: bool = False) -> str:
 
 
 def _sync(directory: Path) -> None:
-    """Puts a directory's entries on the disk."""
+    """Flushes a directory's entries to the disk."""
     number = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(number)

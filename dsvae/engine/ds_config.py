@@ -1,14 +1,12 @@
 """The DeepSpeed configuration of a phase: read, checked, `auto` resolved.
 
 DeepSpeed ignores unknown top-level keys, drops `"enabled": "auto"` silently and fails
-on other `auto`s with a TypeError, so all of that is settled here before it sees the
-file.
+on other `auto`s with a TypeError. So the file is checked here before DeepSpeed sees it.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import math
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from dsvae.config import PhaseConfig
-from dsvae.errors import UserError
+from dsvae.errors import UserError, did_you_mean
 
 KEYS = {
     "train_batch_size",
@@ -62,7 +60,7 @@ ELSEWHERE = {
     "bfloat16": "its name is bf16",
     "checkpoint": "checkpoints are dsvae's: --checkpoint_every, --keep_checkpoints",
 }
-"""Keys that DeepSpeed knows and this project does not take, and what to do instead."""
+"""Keys of DeepSpeed that dsvae refuses, and what to do instead."""
 
 NESTED = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -71,7 +69,7 @@ NESTED = {
     "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
     "data_types": ("grad_accum_dtype",),
 }
-"""Where the known keys of a section stand."""
+"""The known keys of each section: a tuple, or a pydantic model with a field per key."""
 
 AUTOCAST_DTYPES = {
     "bfloat16": "bf16",
@@ -96,57 +94,42 @@ def load(path: str | Path) -> dict[str, Any]:
             AdamW.
     """
     path = Path(path)
+    where = f"--ds_config {path}"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(
-            f"--ds_config {path}: {error.strerror}; the shipped ones are in ds_configs/"
-        ) from None
+        raise UserError(f"{where}: {error.strerror}; the shipped ones are in ds_configs/") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--ds_config {path}: not valid JSON: {error}") from None
+        raise UserError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"--ds_config {path}: must hold a JSON object")
+        raise UserError(f"{where}: must hold a JSON object")
     for key in raw:
         if key in ELSEWHERE:
-            raise UserError(f"--ds_config {path}: {key} is not taken from here: {ELSEWHERE[key]}")
+            raise UserError(f"{where}: {key} is not taken from here: {ELSEWHERE[key]}")
         if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            raise UserError(
-                f"--ds_config {path}: unknown key {key}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
-    for section in (
-        "optimizer",
-        "zero_optimization",
-        "bf16",
-        "fp16",
-        "torch_autocast",
-        "data_types",
-        "aio",
-    ):
+            raise UserError(f"{where}: unknown key {key}{did_you_mean(key, KEYS)}")
+    for section in (*NESTED, "optimizer", "aio"):
         if not isinstance(raw.get(section, {}), dict):
-            raise UserError(
-                f"--ds_config {path}: {section} must be an object, not {raw[section]!r}"
-            )
+            raise UserError(f"{where}: {section} must be an object, not {raw[section]!r}")
     for section, model in NESTED.items():
+        names = _names(model)
         for key in raw.get(section, {}):
-            if key not in (names := _names(model)):
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(f"--ds_config {path}: unknown key {section}.{key}{hint}")
+            if key not in names:
+                hint = did_you_mean(key, names)
+                raise UserError(f"{where}: unknown key {section}.{key}{hint}")
     optimizer = raw.get("optimizer", {})
     if not isinstance(optimizer.get("params", {}), dict):
-        raise UserError(f"--ds_config {path}: optimizer.params must be an object")
-    if optimizer.get("type", "AdamW") not in ("AdamW", "Adam") or set(optimizer) - {
-        "type",
-        "params",
-    }:
+        raise UserError(f"{where}: optimizer.params must be an object")
+    if (
+        optimizer.get("type", "AdamW") not in ("AdamW", "Adam")
+        or not {"type", "params"} >= optimizer.keys()
+    ):
         raise UserError(
-            f"--ds_config {path}: optimizer must be AdamW with params, not {json.dumps(optimizer)}"
+            f"{where}: optimizer must be AdamW with params, not {json.dumps(optimizer)}"
         )
     if unknown := set(optimizer.get("params", {})) - OPTIMIZER_PARAMS:
         raise UserError(
-            f"--ds_config {path}: unknown optimizer parameter {sorted(unknown)[0]}; known: "
+            f"{where}: unknown optimizer parameter {min(unknown)}; known: "
             f"{', '.join(sorted(OPTIMIZER_PARAMS))}"
         )
     return raw
@@ -188,92 +171,49 @@ def resolve(
         raw: from `load`.
         precision: auto, bf16, fp16 or fp32; fills `enabled: auto` of bf16, fp16 and
             torch_autocast.
-        batch_size: sentences of an optimizer step over all ranks.
-        micro_batches: most micro-batches of a step. Batches are cut by tokens, so the
+        batch_size: sentences per optimizer step over all ranks.
+        micro_batches: most micro-batches per step. Batches are cut by tokens, so the
             batch sizes are upper bounds to DeepSpeed; gradients are scaled by the true
             number of sentences.
 
     Raises:
         UserError: an `auto` that nothing resolves, precisions that exclude each other
-            or that the machine cannot do.
+            or that the machine does not have.
     """
     config = copy.deepcopy(raw)
     params = config.setdefault("optimizer", {}).setdefault("params", {})
     config["optimizer"].setdefault("type", "AdamW")
-    for name, value in {
-        "lr": phase.lr,
-        "betas": phase.adam_betas,
-        "eps": phase.adam_eps,
-        "weight_decay": phase.weight_decay,
-    }.items():
-        if params.setdefault(name, "auto") == "auto":
-            params[name] = value
+    _fill(params, "lr", phase.lr)
+    _fill(params, "betas", phase.adam_betas)
+    _fill(params, "eps", phase.adam_eps)
+    _fill(params, "weight_decay", phase.weight_decay)
     _check_optimizer(params)
-    if config.setdefault("gradient_clipping", "auto") == "auto":
-        config["gradient_clipping"] = phase.max_grad_norm
-    if not _is_number(config["gradient_clipping"]) or config["gradient_clipping"] < 0:
-        raise UserError(
-            f"ds_config: gradient_clipping must be a number, 0 for none, not "
-            f"{config['gradient_clipping']!r}"
-        )
-    # The batch is data.batch_size; what DeepSpeed is told follows from it and only has
-    # to be consistent.
-    if config.setdefault("gradient_accumulation_steps", "auto") == "auto":
-        config["gradient_accumulation_steps"] = micro_batches
-    accumulation = config["gradient_accumulation_steps"]
-    if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
-        raise UserError(
-            f"ds_config: gradient_accumulation_steps must be a positive whole number, not "
-            f"{accumulation!r}"
-        )
-    fitting = -(-batch_size // (accumulation * world_size))
-    if config.setdefault("train_micro_batch_size_per_gpu", "auto") == "auto":
-        config["train_micro_batch_size_per_gpu"] = fitting
-    micro = config["train_micro_batch_size_per_gpu"]
-    if not isinstance(micro, int) or isinstance(micro, bool) or micro < 1:
-        raise UserError(
-            f"ds_config: train_micro_batch_size_per_gpu must be a positive whole number, not "
-            f"{micro!r}"
-        )
-    if micro != fitting:
-        raise UserError(
-            f"ds_config: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
-            f"{accumulation} x {world_size} "
-            f"rank(s) is not data.batch_size {batch_size}: leave them auto, and set "
-            f"--data.batch_size"
-        )
-    total = config["train_micro_batch_size_per_gpu"] * accumulation * world_size
-    if config.setdefault("train_batch_size", "auto") == "auto":
-        config["train_batch_size"] = total
-    if config["train_batch_size"] != total:
-        raise UserError(
-            f"ds_config: train_batch_size {config['train_batch_size']} is not "
-            f"train_micro_batch_size_per_gpu x "
-            f"gradient_accumulation_steps x ranks = {total}; leave them auto and set "
-            f"--data.batch_size"
-        )
-
+    clipping = _fill(config, "gradient_clipping", phase.max_grad_norm)
+    if not _is_number(clipping) or clipping < 0:
+        raise _must_be("gradient_clipping", "a number, 0 for none", clipping)
+    _resolve_batch(config, batch_size, micro_batches, world_size)
     _resolve_precision(config, precision, bf16_supported, fp16_supported)
     dtype = config.get("data_types", {}).get("grad_accum_dtype", "fp32")
     if dtype not in ("fp32", "bf16", "fp16"):
-        raise UserError(
-            f"ds_config: data_types.grad_accum_dtype must be fp32, bf16 or fp16, not {dtype!r}"
-        )
+        raise _must_be("data_types.grad_accum_dtype", "fp32, bf16 or fp16", dtype)
     for section in ("flops_profiler", "comms_logger"):
         if not isinstance(config.get(section, {}), dict):
-            raise UserError(f"ds_config: {section} must be an object, not {config[section]!r}")
-    if config.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
-        # In float32 DeepSpeed finds gradients that are not finite by the norm alone.
-        raise UserError(
-            "ds_config: zero_optimization.compute_grad_norm must be true: a step whose gradients "
-            "are not finite is known by their norm"
-        )
-    # No lines of DeepSpeed's own between the progress bar's.
+            raise _must_be(section, "an object", config[section])
+    # DeepSpeed skips steps whose gradients are not finite by these two: in float32 by
+    # the norm, in bf16 at stages 1 and 2 by the check.
+    for section, key in (
+        ("zero_optimization", "compute_grad_norm"),
+        ("bf16", "check_grad_overflow"),
+    ):
+        if config.get(section, {}).get(key, True) is not True:
+            raise UserError(
+                f"ds_config: {section}.{key} must be true: without it, steps whose gradients are "
+                f"not finite are not skipped"
+            )
+    # By default DeepSpeed prints nothing of its own into the progress bar.
     every = config.setdefault("steps_per_print", None)
-    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-        raise UserError(
-            f"ds_config: steps_per_print must be a positive whole number or null, not {every!r}"
-        )
+    if every is not None and not _is_positive_integer(every):
+        raise _must_be("steps_per_print", "a positive whole number or null", every)
     # The optimizer is torch's own AdamW, which needs no compiler; DeepSpeed's check is
     # for its CPU Adam.
     if config.setdefault("zero_force_ds_cpu_optimizer", False) is not False:
@@ -288,28 +228,64 @@ def resolve(
     return config
 
 
+def _fill(section: dict[str, Any], name: str, value: Any) -> Any:
+    """Replaces a value that is missing or `auto`; the value that is there then."""
+    if section.setdefault(name, "auto") == "auto":
+        section[name] = value
+    return section[name]
+
+
+def _must_be(name: str, wanted: str, value: Any) -> UserError:
+    return UserError(f"ds_config: {name} must be {wanted}, not {value!r}")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _check_optimizer(params: dict[str, Any]) -> None:
-    """Raises UserError for what torch's AdamW would refuse, or take for something
-    else."""
+    """Raises UserError for what torch's AdamW would refuse or misread."""
     for name in ("lr", "eps", "weight_decay"):
         if not _is_number(params[name]) or params[name] < 0:
-            raise UserError(
-                f"ds_config: optimizer.params.{name} must be a number of at least 0, or auto, "
-                f"not {params[name]!r}"
-            )
+            wanted = "a number of at least 0, or auto"
+            raise _must_be(f"optimizer.params.{name}", wanted, params[name])
     betas = params["betas"]
     if (
         not isinstance(betas, (list, tuple))
         or len(betas) != 2
         or not all(_is_number(b) and 0 <= b < 1 for b in betas)
     ):
+        raise _must_be("optimizer.params.betas", "two numbers in [0, 1), or auto", betas)
+
+
+def _resolve_batch(
+    config: dict[str, Any], batch_size: int, micro_batches: int, world_size: int
+) -> None:
+    """Fills DeepSpeed's batch sizes; they follow from `data.batch_size` and only have to
+    be consistent."""
+    accumulation = _fill(config, "gradient_accumulation_steps", micro_batches)
+    if not _is_positive_integer(accumulation):
+        raise _must_be("gradient_accumulation_steps", "a positive whole number", accumulation)
+    fitting = -(-batch_size // (accumulation * world_size))
+    micro = _fill(config, "train_micro_batch_size_per_gpu", fitting)
+    if not _is_positive_integer(micro):
+        raise _must_be("train_micro_batch_size_per_gpu", "a positive whole number", micro)
+    advice = "leave them auto, and set --data.batch_size"
+    if micro != fitting:
         raise UserError(
-            f"ds_config: optimizer.params.betas must be two numbers in [0, 1), or auto, not "
-            f"{betas!r}"
+            f"ds_config: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
+            f"{accumulation} x {world_size} rank(s) is not data.batch_size {batch_size}: {advice}"
+        )
+    total = micro * accumulation * world_size
+    if _fill(config, "train_batch_size", total) != total:
+        raise UserError(
+            f"ds_config: train_batch_size {config['train_batch_size']} is not "
+            f"train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks = {total}: "
+            f"{advice}"
         )
 
 
@@ -335,8 +311,8 @@ def _resolve_precision(
             f'--precision {precision}, but the ds_config gives {got}: set its "enabled" to "auto"'
         )
     if got == "fp16" and zero_stage(config) == 0:
-        # The engine looks at the gradients before DeepSpeed's step. At stage 0 they
-        # still hold the loss scale, which would never come down.
+        # The engine looks at the gradients before DeepSpeed's step. At stage 0 they are
+        # still multiplied by the loss scale, which would never fall.
         raise UserError(
             f"ds_config: {on[0]} in float16 needs stage 1, 2 or 3: use ds_configs/fp16.json"
         )
@@ -347,13 +323,13 @@ def _resolve_precision(
     if got == "bf16" and not bf16_supported:
         raise UserError("this GPU has no bf16: use ds_configs/fp16.json or --precision fp32")
     if got == "fp32":
-        # Float32 gradients are what bf16 needs; beside float32 weights DeepSpeed takes
-        # no word on it.
+        # Float32 gradients are what bf16 needs; beside float32 weights DeepSpeed refuses
+        # the section.
         config.pop("data_types", None)
 
 
 def _kind(config: dict[str, Any], section: str) -> str:
-    """bf16 or fp16, what a section stands for when it is enabled."""
+    """bf16 or fp16: the precision of a section when it is enabled."""
     if section != "torch_autocast":
         return section
     name = str(config[section].get("dtype", "bfloat16"))
@@ -363,7 +339,7 @@ def _kind(config: dict[str, Any], section: str) -> str:
 
 
 def precision_of(resolved: dict[str, Any]) -> str:
-    """bf16, fp16 or fp32, as a resolved configuration computes."""
+    """bf16, fp16 or fp32: the precision of a resolved configuration."""
     for name in ("bf16", "fp16", "torch_autocast"):
         if resolved.get(name, {}).get("enabled", False):
             return _kind(resolved, name)
@@ -371,8 +347,8 @@ def precision_of(resolved: dict[str, Any]) -> str:
 
 
 def parameter_dtype(resolved: dict[str, Any]) -> torch.dtype:
-    """What the engine holds its parameters in: float32 where `torch_autocast` casts
-    what they are used for."""
+    """The dtype of the engine's parameters: float32 under `torch_autocast`, which casts
+    copies of them."""
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if resolved.get(name, {}).get("enabled", False):
             return dtype

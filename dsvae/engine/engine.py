@@ -1,8 +1,7 @@
 """One phase of training: a DeepSpeed engine around the model, and the optimizer step.
 
-An engine is made for each phase and never changed: DeepSpeed fixes at its start which
-weights train, and flipping `requires_grad` later leaves thawed weights still and frozen
-ones moving.
+Each phase gets its own engine, which never changes: DeepSpeed decides at its start which
+weights train. Changing `requires_grad` later would neither start nor stop their training.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from dsvae.phases import Phase
 
 @dataclass
 class StepSums:
-    """Sums over the sentences of an optimizer step, of this rank."""
+    """Sums over this rank's sentences of an optimizer step."""
 
     rec: Tensor
     """Scalar, nats."""
     statistics: Tensor
-    """(S,), of the penalty; the first U are the KL of the units in nats."""
+    """(S,), the statistics of the penalty; the first U are the KL of the units, nats."""
     sentences: int
     """N of the global batch."""
     skipped: bool
-    """Whether no weight moved, on any rank, because the loss or a gradient was not
+    """Whether the step was skipped on all ranks, because the loss or a gradient was not
     finite."""
 
     def means(self, world: World) -> tuple[float, Tensor]:
@@ -53,13 +52,12 @@ class PhaseEngine:
 
     Args:
         model: from `build_model`; the engine casts and shards it in place.
-        phase: what trains, how, and with which random numbers.
+        phase: the settings, frozen parts and random seed of the phase.
         ds_config: resolved.
-        origin: what the model started from, for the export of frozen weights; None on
-            the other ranks.
+        origin: the source of the model's weights on rank 0, for the export of frozen
+            ones; None on the other ranks.
 
-    Every (step, micro-batch, rank) starts dropout from its own state, so that a resumed
-    run repeats it.
+    Dropout is seeded by step, micro-batch and rank, so that a resumed run repeats it.
     """
 
     def __init__(
@@ -83,11 +81,11 @@ class PhaseEngine:
             freeze_decoder(model)
         self.frozen = frozen_digest(model, origin, world)
         if phase.config.model.gradient_checkpointing:
-            # reentrant: no gradient through keyword arguments
+            # Reentrant checkpointing passes no gradient through keyword arguments.
             model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer_params = ds_config["optimizer"]["params"]
-        # torch's fused AdamW: the same update everywhere, and no compiler needed, on
-        # CPU, GPU and for offloaded states.
+        # torch's fused AdamW gives the same update on CPU, on GPU and for offloaded states,
+        # and needs no compiler.
         optimizer = torch.optim.AdamW(
             parameter_groups(model, optimizer_params["weight_decay"]),
             lr=optimizer_params["lr"],
@@ -98,7 +96,7 @@ class PhaseEngine:
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(step, phase.settings)
         )
-        # DeepSpeed builds an optimizer of its own from this section; ours is given.
+        # From this section DeepSpeed would build another optimizer.
         without_optimizer = {key: value for key, value in ds_config.items() if key != "optimizer"}
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
@@ -121,26 +119,25 @@ class PhaseEngine:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps of this phase so far in which no weight moved; a checkpoint keeps the
-        count."""
+        """How many steps of this phase were skipped so far; checkpoints keep the count."""
         return self.deepspeed.skipped_steps
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping; not finite where that
-        step was skipped."""
+        """Global gradient norm of the last step, before clipping; not finite if that step
+        was skipped."""
         return self._norm if self.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())
 
     def train_step(self, index: int, step: Step, penalty: Penalty) -> StepSums:
-        """One optimizer step on the global batch that `step` is this rank's part of.
+        """One optimizer step on the global batch; `step` is this rank's part of it.
 
         Args:
             index: the optimizer step of the phase, from 0.
             penalty: T of the loss (1/N) sum_i rec_i + T(mean statistics).
 
-        The gradient is that of the loss over all ranks and micro-batches: DeepSpeed
-        averages over the W ranks, so each share is multiplied by W, and DeepSpeed's
-        scaling by accumulation steps is off.
+        The gradient is that of the loss over all ranks and micro-batches. DeepSpeed
+        averages over the W ranks, so each share is multiplied by W; DeepSpeed's scaling
+        by accumulation steps is off.
         """
         self.deepspeed.train()
         batches = [batch.to(self.world.device) for batch in step.micro_batches]
@@ -174,11 +171,11 @@ class PhaseEngine:
 
     @torch.no_grad()
     def inspect(self, index: int, step: Step) -> list[dict[str, Any]]:
-        """What a step computes for each of this rank's sentences, as rows that JSON
-        takes. Collective at ZeRO 3.
+        """What a step computes for each of this rank's sentences, as rows for JSON.
+        Collective at ZeRO 3.
 
-        `input_ids` are those of the encoder (deletion noise included), `labels` those
-        of the decoder, `noise` is what z was drawn with; rec and kl in nats.
+        `input_ids` are the encoder's (deletion noise included), `labels` the decoder's,
+        `noise` is what z was drawn with; rec and kl are in nats.
         """
         rows = []
         for i, given in enumerate(step.micro_batches):
@@ -207,14 +204,14 @@ class PhaseEngine:
         return rows
 
     def _update(self) -> bool:
-        """The optimizer's step on the gradients that are there; False if they are not
-        finite and it was skipped, on all ranks.
+        """The optimizer's step on the accumulated gradients; False if they are not finite
+        and the step was skipped on all ranks.
 
-        DeepSpeed skips by itself, except at stage 0. The schedule goes on, so that a
-        step's learning rate depends on its number alone.
+        DeepSpeed itself skips such steps, except at stage 0. The schedule continues, so
+        that a step's learning rate depends on its number alone.
         """
         if self.zero_stage == 0:
-            # Already summed over the ranks, so all of them find the same.
+            # Gradients are already summed over the ranks, so all ranks see the same norm.
             norm = torch.nn.utils.get_total_norm(
                 [p.grad for p in self.module.parameters() if p.grad is not None]
             )
@@ -236,11 +233,11 @@ class PhaseEngine:
 
     @torch.no_grad()
     def _choose_noise(self, batch: MicroBatch) -> Tensor:
-        """The noise of each sentence's z, (B, E): of K draws the one under which the
-        sentence is likeliest (speculative sampling, Sato et al. 2021).
+        """The noise of each sentence's z, (B, E): of K draws the one that makes the
+        sentence likeliest (speculative sampling, Sato et al. 2021).
 
-        The draws are scored without dropout. Every rank decodes K times, fillers
-        included: ZeRO 3 needs the same passes everywhere.
+        The draws are scored without dropout. Every rank decodes K times, also for
+        fillers: ZeRO 3 needs the same passes on every rank.
         """
         draws = batch.noise.shape[1]
         if draws == 1 or not self.phase.sample_latent:
@@ -261,7 +258,7 @@ class PhaseEngine:
         return batch.noise[torch.arange(len(best), device=best.device), best]
 
     def _forward(self, model: Any, batch: MicroBatch, noise: Tensor) -> Any:
-        """The pass of a micro-batch, through the engine or through the bare model."""
+        """One forward pass, through the engine or the bare model."""
         return model(
             batch.input_ids,
             batch.attention_mask,
@@ -272,11 +269,11 @@ class PhaseEngine:
 
     @torch.no_grad()
     def _statistics_ahead(self, index: int, batches: list[MicroBatch], penalty: Penalty) -> Tensor:
-        """This rank's sums of the statistics over all micro-batches, (S,), with the
-        dropout that the training passes will draw.
+        """This rank's sums of the statistics over all micro-batches, (S,), with the same
+        dropout as the training passes.
 
-        A penalty that is not linear needs the batch mean before the first backward; with
-        one micro-batch the training pass itself gives it.
+        A penalty that is not linear needs the batch mean before the first backward pass.
+        With one micro-batch the training pass itself gives it.
         """
         total = torch.zeros((), device=self.world.device)
         for i, batch in enumerate(batches):
@@ -288,15 +285,14 @@ class PhaseEngine:
         return total
 
     def _autocast(self) -> torch.autocast:
-        """What the engine's own forward pass runs under: the module's, called without
-        the engine, would run in float32."""
+        """The autocast of the engine's forward pass: without it, the bare module would run
+        in float32."""
         enabled = self.deepspeed.torch_autocast_enabled()
         dtype = self.deepspeed.torch_autocast_dtype() if enabled else None
         return torch.autocast(self.world.device.type, dtype=dtype, enabled=enabled)
 
     def _seed(self, index: int, micro_batch: int) -> None:
-        """Random state of the model's own draws (dropout), from where it is and nothing
-        else."""
+        """Seeds the model's dropout by step, micro-batch and rank alone."""
         mixed = self.phase.seed
         for part in (index, micro_batch, self.world.rank):
             mixed = (mixed * 1_000_003 + part + 1) % (1 << 63)

@@ -13,20 +13,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsvae.files import replace_directory
 from dsvae.modeling.t5_vae import T5VAE
 
 MAX_SHARD_BYTES = 10**9
-"""Largest safetensors file of an exported model, unless one tensor alone is larger: one
-is held in memory while it is written."""
+"""Largest safetensors file of an exported model, unless one tensor alone is larger. A
+file is held in memory while it is written."""
 
 
 class ModelDirectory:
-    """A directory under way: `begin`, `add` every weight once, `finish`. It appears
+    """Writes a model: `begin`, `add` every weight once, `finish`. The directory appears
     whole or not at all.
 
     Args:
-        max_shard_bytes: of one file, unless one tensor alone is larger; what is held in
-            memory.
+        max_shard_bytes: the largest file, unless one tensor alone is larger.
     """
 
     def __init__(self, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -39,14 +39,14 @@ class ModelDirectory:
         self._total = 0
 
     def begin(self) -> None:
-        """Makes room for it beside its place, in place of what a cut export left
-        there."""
+        """Makes a temporary directory beside the final one, and removes what a cut export
+        left."""
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a weight, on CPU; it is kept until its shard is full. What goes wrong
-        is raised in `finish`."""
+        """Takes a weight on CPU, and holds it until its shard is full. Errors are raised in
+        `finish`."""
         size = tensor.numel() * tensor.element_size()
         held = sum(t.numel() * t.element_size() for t in self._pending.values())
         if self._pending and held + size > self._max_shard_bytes:
@@ -55,7 +55,7 @@ class ModelDirectory:
         self._total += size
 
     def _flush(self) -> None:
-        # in `add` other ranks would wait for this one in the next gathering
+        # An error raised here would leave the other ranks waiting in the next gathering.
         if self._failure is None:
             try:
                 save_file(
@@ -73,11 +73,11 @@ class ModelDirectory:
         self._pending.clear()
 
     def finish(self, model: T5VAE, extras: Callable[[Path], None]) -> None:
-        """Adds the configurations of `model` and what `extras` puts there, and moves
-        the directory to its place.
+        """Adds the configurations of `model`, calls `extras` with the directory, and moves
+        it to its place.
 
         Raises:
-            OSError: the disk is full; nothing stays.
+            OSError: the disk is full; nothing is left.
         """
         self._flush()
         if self._failure is not None:
@@ -100,8 +100,7 @@ class ModelDirectory:
             (self._temporary / "model.safetensors.index.json").write_text(text + "\n")
         for i, name in enumerate(names):
             (self._temporary / f"{i}.safetensors").rename(self._temporary / name)
-        # Attributes of the running model that belong to the file: what it is, and in
-        # which dtype it lies there.
+        # The file's own class name and dtype, not those of the running model.
         config = type(model.config).from_dict(model.config.to_dict())
         config.architectures, config.dtype, config.t5.dtype = (
             [type(model).__name__],
@@ -111,13 +110,8 @@ class ModelDirectory:
         config.save_pretrained(self._temporary)
         model.generation_config.save_pretrained(self._temporary)
         extras(self._temporary)
-        old = self.directory.with_name(f".{self.directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.directory.exists():
-            self.directory.rename(old)
-        self._temporary.rename(self.directory)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_directory(self._temporary, self.directory)
 
     def abandon(self) -> None:
-        """Takes away what was written."""
+        """Removes what was written."""
         shutil.rmtree(self._temporary, ignore_errors=True)

@@ -1,5 +1,5 @@
-"""Steps that were skipped because the loss or a gradient was not finite: a few pass,
-many in a row end the run."""
+"""Steps that were skipped because the loss or a gradient was not finite. A few are
+tolerated; many in a row end the run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dsvae.run_directory import RunDirectory
 
 
 class SkippedSteps:
-    """Counts those of one phase that follow each other.
+    """Counts the skipped steps in a row of one phase.
 
     Args:
-        limit: that many in a row end the run.
-        directory: of the run, where the last of their batches is saved.
-        decode: a sentence's text from its token ids.
-        say: takes a line for the console.
+        limit: how many in a row end the run.
+        directory: where the last of their batches is saved.
+        decode: turns token ids into a sentence.
+        say: gets lines for the console.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class SkippedSteps:
     def count(
         self, engine: PhaseEngine, world: World, index: int, step: Step, sums: StepSums
     ) -> None:
-        """After optimizer step `index`. Collective.
+        """Counts optimizer step `index`. Collective.
 
         Raises:
-            RunStopped: on every rank: it was one too many.
+            RunStopped: on every rank: the limit is reached.
         """
         if not sums.skipped:
             self._in_a_row = 0
             return
         rec, kl = sums.means(world)
         if engine.precision == "fp16" and math.isfinite(rec) and bool(kl.isfinite().all()):
-            return  # the gradients overflowed under a loss scale that is still too high
+            return  # the loss scale is still too high, and gradients overflowed
         self._in_a_row += 1
         where = f"phase {self._phase}, step {index + 1}"
         self._say(
@@ -78,6 +78,6 @@ class SkippedSteps:
         raise RunStopped(
             EXIT_NON_FINITE,
             f"error: {where}: loss or gradients of {self._in_a_row} steps in a row were not "
-            f"finite; the last batch is in {path}; "
-            "lower the learning rate or clip gradients, in a new output_dir",
+            f"finite; the last batch is in {path}; lower the learning rate or clip gradients, in "
+            f"a new output_dir",
         )

@@ -1,19 +1,19 @@
-"""States on a disk (`"device": "nvme"`, ZeRO-Infinity): what DeepSpeed 0.19 does
-silently wrong, and what guards against it.
+"""States on a disk (`"device": "nvme"`, ZeRO-Infinity): guards against what DeepSpeed
+0.19 silently gets wrong.
 
-Its files are read and written past the page cache (O_DIRECT), which takes aligned
-addresses and lengths alone, and nothing looks at whether the kernel did as it was told.
-So
+DeepSpeed reads and writes its files past the page cache (O_DIRECT). That works only for
+aligned addresses and lengths, and DeepSpeed does not check the kernel's answer.
+Therefore
 
-- gradients, which it reads to wherever they lie in a flat buffer, are cut at aligned
-  addresses: else AdamW steps on what was in the buffer before;
-- weights are neither fetched ahead nor kept between their uses: DeepSpeed steps past
-  those that are in memory just then;
-- the disk is tried before anything depends on it, and its room is counted;
-- checkpoints have the states themselves, as though they were in memory. DeepSpeed
-  copies its files instead, and forgets AdamW's moments and steps when it loads them;
-- every run has a directory of its own: with the same `nvme_path`, two runs would write
-  into each other's files.
+- gradients are cut at aligned addresses of the flat buffer that DeepSpeed reads them
+  into; otherwise AdamW steps on what the buffer held before;
+- weights are neither fetched ahead nor kept between their uses: DeepSpeed does not
+  update those that are in memory when the optimizer steps;
+- the disk is tried, and its room counted, before anything depends on it;
+- checkpoints hold the states themselves. DeepSpeed would copy its files instead, and
+  forget AdamW's moments and steps when it loads them;
+- every run has its own directory: two runs with the same `nvme_path` would write into
+  each other's files.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor, nn
 
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
-from dsvae.errors import EXIT_DISK, RunStopped, UserError
+from dsvae.errors import EXIT_DISK, RunStopped, UserError, first_line
 from dsvae.parallel.world import World, shared
 
 SECTIONS = ("offload_optimizer", "offload_param")
 STATES = 16
-"""Bytes of a trained weight's float32 copy, gradient and two moments."""
+"""Bytes per trained weight: its float32 copy, its gradient and two moments."""
 
 
 @contextmanager
 def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[None]:
-    """A directory of the run's own under each `nvme_path`, empty, tried, written into
-    `resolved`, and removed at the end.
+    """Makes an empty directory for this run under each `nvme_path`, tries it, puts it
+    into `resolved`, and removes it at the end.
 
-    Nothing happens where no state goes to a disk. Collective, but for the end: whatever
-    it is, no rank waits for the others.
+    Does nothing where no state goes to a disk. Collective, except for the end, where no
+    rank waits for the others.
 
     Raises:
         UserError: on every rank: no such directory, one that cannot be written to, no
-            compiler or libaio, a disk that does not give back what direct I/O wrote, a
+            compiler or libaio, a disk that does not return what direct I/O wrote, a
             ZeRO stage below 3, or an option that DeepSpeed gets wrong.
     """
-    sections = _sections(resolved)
-    for name, section in sections.items():
+    on_disk = sections(resolved)
+    for name, section in on_disk.items():
         where = f"ds_config: zero_optimization.{name}"
         if zero_stage(resolved) != 3:
             raise UserError(
@@ -70,12 +70,11 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
             raise UserError(f"{where}.nvme_path must name a directory on a local disk")
         if section.get("fast_init"):
             raise UserError(
-                f"{where}.fast_init reads weights to addresses that direct I/O refuses: leave it "
-                f"out"
+                f"{where}.fast_init reads weights to addresses that direct I/O refuses: remove it"
             )
-    if "offload_param" in sections:
-        # A weight that is in memory when the optimizer steps keeps its old value on the
-        # disk, or its buffer for ever.
+    if "offload_param" in on_disk:
+        # Of a weight that is in memory when the optimizer steps, the disk keeps the old
+        # value, or its buffer is never freed.
         zero = DeepSpeedZeroConfig(**resolved["zero_optimization"])
         for name, value in (
             ("prefetch_bucket_size", zero.prefetch_bucket_size),
@@ -86,19 +85,19 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
                     f"ds_config: zero_optimization.stage3_{name} must be 0 with weights on a "
                     f"disk, not {value:g}"
                 )
-    # With its node's name: some nodes share the directory, and must not share these.
+    # With the node's name: nodes may share the directory, and must not share these.
     host = socket.gethostname()
     run = f"{Path(output_dir).resolve()} {host}"
     own = "dsvae-" + hashlib.sha256(run.encode()).hexdigest()[:12]
-    for section in sections.values():
+    for section in on_disk.values():
         section["nvme_path"] = str(Path(section["nvme_path"]) / own)
-    places = sorted({Path(section["nvme_path"]) for section in sections.values()})
+    places = sorted({Path(section["nvme_path"]) for section in on_disk.values()})
     # Not by LOCAL_RANK: it is 0 on all ranks of a node where each sees one GPU.
     first = bool(places) and world.gather(host).index(host) == world.rank
     try:
         if places:
-            # One rank a node makes the directories, and compiles what is not compiled
-            # yet; then each tries them.
+            # One rank per node makes the directories, and compiles DeepSpeed's I/O where
+            # needed; then every rank tries them.
             with world.suspend_hang_detection():
                 _agree((_compile() or _first(_make, places)) if first else None, world)
                 _agree(
@@ -112,8 +111,8 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
 
 
 def make_room(resolved: dict[str, Any], model: nn.Module, world: World) -> None:
-    """Sizes the buffers that weights pass through, unless the ds_config does, and makes
-    sure that the disk takes it all.
+    """Sizes the buffers that weights pass through, unless the ds_config does, and checks
+    that the disk has room for everything.
 
     Args:
         model: may be on the meta device.
@@ -123,7 +122,7 @@ def make_room(resolved: dict[str, Any], model: nn.Module, world: World) -> None:
     """
     parts = [-(-parameter.numel() // world.size) for parameter in model.parameters()]
     needed: dict[str, int] = {}
-    for name, section in _sections(resolved).items():
+    for name, section in sections(resolved).items():
         size = STATES if name == "offload_optimizer" else parameter_dtype(resolved).itemsize
         needed[section["nvme_path"]] = needed.get(section["nvme_path"], 0) + size * sum(parts)
         if name == "offload_param":
@@ -144,21 +143,19 @@ def make_room(resolved: dict[str, Any], model: nn.Module, world: World) -> None:
             raise RunStopped(
                 EXIT_DISK,
                 f"error: {Path(place).parent} on {host}: weights and optimizer states take up to "
-                f"{total / 1e9:.1f} GB there, and "
-                f"{free / 1e9:.1f} GB are free: make room, set another nvme_path, or take more "
-                f"ranks",
+                f"{total / 1e9:.1f} GB there, and {free / 1e9:.1f} GB are free: make room, set "
+                f"another nvme_path, or use more ranks",
             )
 
 
 def patch_engine(engine: Any) -> None:
-    """Makes a DeepSpeed engine cut gradients where direct I/O needs it, and save and
-    load its states as they are."""
-    if not _sections(engine.config):
+    """Makes a DeepSpeed engine cut gradients at aligned addresses, and save and load its
+    states themselves."""
+    if not sections(engine.config):
         return
     optimizer = engine.optimizer
     optimizer._rigid_load_state_dict = partial(_load, optimizer)
-    # States are loaded from a mapped file: the memory of a node may be too small for
-    # them.
+    # Loads states from a mapped file: they may be larger than the memory of a node.
     engine.checkpoint_engine.load = lambda path, map_location=None: torch.load(
         path, map_location=map_location, weights_only=False, mmap=True
     )
@@ -167,31 +164,31 @@ def patch_engine(engine: Any) -> None:
             _aligned_parts, optimizer.optimizer_swapper
         )
         optimizer.state_dict = partial(_states, optimizer)
-        # asked where it saves and loads, about copies of its files
+        # DeepSpeed asks this where it saves and loads, to copy its files.
         engine.zero_nvme_offload_optimizer = lambda: False
 
 
-def _sections(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sections that put something on a disk, by name."""
+def sections(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sections of a ds_config that put something on a disk, by name."""
     zero = config.get("zero_optimization", {})
-    found = {name: zero[name] for name in SECTIONS if isinstance(zero.get(name), dict)}
-    return {name: section for name, section in found.items() if section.get("device") == "nvme"}
+    offload = {name: zero[name] for name in SECTIONS if isinstance(zero.get(name), dict)}
+    return {name: section for name, section in offload.items() if section.get("device") == "nvme"}
 
 
 def _first(check: Callable[[Path], str | None], places: list[Path]) -> str | None:
-    """The first problem that a check has with one of them."""
+    """The first problem that a check finds with one of the directories."""
     return next(filter(None, map(check, places)), None)
 
 
 def _agree(problem: str | None, world: World) -> None:
-    """Raises UserError on every rank if one of them has a problem. Collective."""
-    if found := next(filter(None, world.gather(problem)), None):
-        raise shared(UserError(found))
+    """Raises UserError on every rank if any has a problem. Collective."""
+    if first := next(filter(None, world.gather(problem)), None):
+        raise shared(UserError(first))
 
 
 def _compile() -> str | None:
-    """Has DeepSpeed's disk I/O compiled, which takes minutes, once a machine; what is
-    wrong, if anything."""
+    """Compiles DeepSpeed's disk I/O, which takes minutes, once per machine; the problem,
+    if there is one."""
     builder = AsyncIOBuilder()
     if not builder.is_compatible(verbose=False):
         return (
@@ -201,20 +198,17 @@ def _compile() -> str | None:
     try:
         builder.load(verbose=False)
     except (RuntimeError, OSError) as error:
-        return (
-            f"offload to a disk: DeepSpeed's I/O does not compile: "
-            f"{str(error).strip().splitlines()[0]}"
-        )
+        return f"offload to a disk: DeepSpeed's I/O does not compile: {first_line(error)}"
     return None
 
 
 def _make(directory: Path) -> str | None:
     parent, host = directory.parent, socket.gethostname()
-    # Not made if it is missing: a misspelt path would fill the disk of the system.
+    # Not made if it is missing: a misspelt path would fill the system's disk.
     if not parent.is_dir():
         return (
             f"ds_config: nvme_path {parent} is no directory on {host}: make it on a local disk, "
-            f"or set another"
+            f"or set another path"
         )
     try:
         shutil.rmtree(directory, ignore_errors=True)  # what a killed run left
@@ -225,8 +219,8 @@ def _make(directory: Path) -> str | None:
 
 
 def _try(directory: Path, resolved: dict[str, Any], rank: int) -> str | None:
-    """Writes and reads back as DeepSpeed will, with an address and a length that are
-    just aligned."""
+    """Writes and reads back as DeepSpeed will, with the smallest alignment of address and
+    length; the problem, if there is one."""
     aio = get_aio_config(resolved)
     io = AsyncIOBuilder().load(verbose=False)
     handle = io.aio_handle(
@@ -258,9 +252,9 @@ def _try(directory: Path, resolved: dict[str, Any], rank: int) -> str | None:
         for buffer in buffers:
             handle.free_cpu_locked_tensor(buffer)
     return (
-        f"ds_config: nvme_path {directory.parent} on {socket.gethostname()} does not give back "
-        f"what direct I/O wrote in pieces "
-        f"of {unit} bytes: take a directory on a local disk (ext4 or xfs, sectors of 512 bytes)"
+        f"ds_config: nvme_path {directory.parent} on {socket.gethostname()} does not return "
+        f"what direct I/O wrote in pieces of {unit} bytes: choose a directory on a local disk "
+        f"(ext4 or xfs, sectors of 512 bytes)"
     )
 
 
@@ -293,11 +287,11 @@ def _aligned_parts(
 
 
 def _states(optimizer: Any) -> dict[str, Any]:
-    """A rank's states as DeepSpeed saves those in memory; what is on the disk is
-    mapped, and takes no memory until it is read."""
-    found: dict[str, Any] = optimizer._rigid_state_dict()
-    flat = list(found[FP32_FLAT_GROUPS])
-    states = dict(found[OPTIMIZER_STATE_DICT]["state"])
+    """A rank's states in the form in which DeepSpeed saves those in memory. What is on
+    the disk is mapped, and takes no memory until it is read."""
+    saved: dict[str, Any] = optimizer._rigid_state_dict()
+    flat = list(saved[FP32_FLAT_GROUPS])
+    states = dict(saved[OPTIMIZER_STATE_DICT]["state"])
     for index, (number, weights) in enumerate(_in_order(optimizer)):
         if not optimizer._swappable_optimizer_subgroup(number):
             continue
@@ -314,15 +308,15 @@ def _states(optimizer: Any) -> dict[str, Any]:
                 name: on_disk.get(id(value), value) for name, value in states[index].items()
             }
     return {
-        **found,
+        **saved,
         FP32_FLAT_GROUPS: flat,
-        OPTIMIZER_STATE_DICT: {**found[OPTIMIZER_STATE_DICT], "state": states},
+        OPTIMIZER_STATE_DICT: {**saved[OPTIMIZER_STATE_DICT], "state": states},
     }
 
 
 def _in_order(optimizer: Any) -> list[tuple[int, Any]]:
-    """(sub-group, float32 weights), in the order in which torch's optimizer numbers
-    them in its state."""
+    """(sub-group, float32 weights), in the order of the numbers in the state of torch's
+    optimizer."""
     optimizer._set_fp32_optimizer_param_groups()
     order = [weights for group in optimizer.optimizer.param_groups for weights in group["params"]]
     optimizer._clear_fp32_optimizer_param_groups()
@@ -333,8 +327,8 @@ def _in_order(optimizer: Any) -> list[tuple[int, Any]]:
 
 
 def _load(optimizer: Any, saved: dict[str, Any], load_optimizer_states: bool = True) -> None:
-    """In place of DeepSpeed's ZeRO-3 loader: a rank's states from a checkpoint,
-    wherever they were and are to be."""
+    """Loads a rank's states from a checkpoint, in place of DeepSpeed's ZeRO-3 loader:
+    each may have been, and may go, in memory or on a disk."""
     assert load_optimizer_states  # nothing here asks for less
     optimizer.loss_scaler = saved[LOSS_SCALER]
     optimizer.dynamic_loss_scale, optimizer.overflow = (
@@ -364,8 +358,8 @@ def _load(optimizer: Any, saved: dict[str, Any], load_optimizer_states: bool = T
 
 
 def _put(swapper: Any, state: dict[str, Any], weights: Any, value: Tensor) -> None:
-    """Writes the float32 weights and the moments of a sub-group to the swapper's files,
-    which hold them from then on."""
+    """Moves the float32 weights and the moments of a sub-group into the swapper's
+    files."""
     info = swapper.swap_params_info[weights.ds_id]
     moments = {
         name: each

@@ -1,4 +1,4 @@
-"""The processes of a run, as DeepSpeed sees them."""
+"""DeepSpeed's view of the process group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def lend_to_deepspeed(world: World) -> None:
     nothing.
     """
     if world.device.type == "cpu":
-        # A kernel for tensor-parallel inference that training never calls; loading it
-        # would need a compiler and a minute.
+        # A kernel for tensor-parallel inference. Training never calls it, and loading it
+        # would take a compiler and a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)

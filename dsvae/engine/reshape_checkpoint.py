@@ -2,17 +2,15 @@
 with.
 
 DeepSpeed's own converter (`ds_to_universal`) turns the shards of the ranks into whole
-parameters, each with its float32 weight and its two AdamW moments; DeepSpeed's
-universal loader gives every rank its part of them. Between them the files are levelled,
-because each stage's loader wants them as the same stage wrote them, and some of what
-the loaders do to the optimizer is repaired. ZeRO 0 keeps everything whole on every rank
-and takes no part in DeepSpeed's format: its one file is read and written here.
+parameters, each with its float32 weight and its two AdamW moments. DeepSpeed's
+universal loader then gives every rank its part of them. Two gaps are filled here: each
+stage's loader reads only files that the same stage wrote, and the loaders leave some
+values of the optimizer wrong. ZeRO 0 keeps everything whole on every rank and has no
+place in DeepSpeed's format: its one file is read and written here.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -29,22 +27,23 @@ from deepspeed.checkpoint.constants import (
 )
 from torch import Tensor, nn
 
+from dsvae.engine import nvme
 from dsvae.engine.weights import parameter_names
 from dsvae.errors import EXIT_DISK, RunStopped, UserError
+from dsvae.files import no_output
 from dsvae.parallel.world import World
 
 SCRATCH = ".universal"
-"""The directory of a conversion, inside `checkpoints`: there only while one is under
-way."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
+"""The directory of a conversion, inside `checkpoints`; it exists only during one."""
+WEIGHT, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
 CONVERTED = "converted"
-"""What is loaded, inside `SCRATCH`. DeepSpeed's converter writes a file beside its
-output too."""
+"""The directory that is loaded, inside `SCRATCH`: DeepSpeed's converter also writes a
+file beside its output."""
 
 
 def shape_of(engine: Any, world: World) -> dict[str, Any]:
-    """What decides how a checkpoint of a DeepSpeed engine is cut: recorded with it, and
-    compared when it is loaded."""
+    """Everything that decides how a checkpoint of a DeepSpeed engine is cut. It is
+    recorded with the checkpoint, and compared when that is loaded."""
     stage = int(engine.zero_optimization_stage())
     return {
         "world_size": world.size,
@@ -61,9 +60,9 @@ def shape_of(engine: Any, world: World) -> dict[str, Any]:
 
 
 def fits(meta: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether an engine of shape `now` loads a checkpoint of shape `meta` as it lies,
+    """Whether an engine of shape `now` loads a checkpoint of shape `meta` unconverted,
     bit by bit."""
-    # At ZeRO 0 every rank holds everything, and one file has it.
+    # At ZeRO 0 every rank holds everything, and one file holds it too.
     whole = meta["zero_stage"] == now["zero_stage"] == 0
     return all(
         meta.get(name, value) == value
@@ -73,7 +72,7 @@ def fits(meta: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def clean(root: Path) -> None:
-    """Removes what a killed conversion left under `root`, the directory of the
+    """Removes what a killed conversion left in `root`, the directory of the
     checkpoints."""
     shutil.rmtree(root / SCRATCH, ignore_errors=True)
 
@@ -86,8 +85,8 @@ def load(
     Args:
         source: the checkpoint's directory; it is only read.
         meta: its shape.
-        root: where the conversion may write (the run's own `checkpoints`), twice the
-            size of the checkpoint for a while, from ZeRO 3 with one shard more.
+        root: where the conversion may write (the run's own `checkpoints`): for a while
+            twice the size of the checkpoint, and one shard more from ZeRO 3.
 
     Returns:
         One line that says what was converted, carried and reset; and the checkpoint's
@@ -95,8 +94,9 @@ def load(
 
     Raises:
         UserError: a shape that cannot be converted, or DeepSpeed's converter failed.
-            The checkpoint stays as it is.
-        RunStopped: no room for the conversion. The same.
+        RunStopped: no room for the conversion.
+
+    Whatever is raised, the checkpoint stays as it is.
     """
     now = shape_of(engine, world)
     names = [group for group in parameter_names(engine.module) if group]
@@ -104,7 +104,7 @@ def load(
     directory = root / SCRATCH / CONVERTED
     try:
         world.run_on_rank0(lambda: _convert(source, meta, now, directory, names, engine.module))
-        path, state = _place(engine, directory, now)
+        path, state = _load_converted(engine, directory, now)
         world.barrier()
     finally:
         if world.is_main:
@@ -122,27 +122,24 @@ def _refuse(
     names: list[list[str]],
     world: World,
 ) -> None:
-    """Raises UserError, on every rank alike, for what DeepSpeed's converter or its
-    loader cannot do. Collective."""
-    advice = f"resume with {_words(meta)}, or start anew from exported weights with --model"
-    zero = engine.config.get("zero_optimization", {})
-    if any(
-        (zero.get(name) or {}).get("device") == "nvme"
-        for name in ("offload_optimizer", "offload_param")
-    ):
+    """Raises UserError on every rank for what DeepSpeed's converter or its loader cannot
+    do. Collective."""
+    advice = f"resume with {_describe(meta)}, or start anew from exported weights with --model"
+    if nvme.sections(engine.config):
         raise UserError(
-            f"{source}: a checkpoint cannot change its shape on its way to a disk (nvme): {advice}"
+            f"{source}: a checkpoint cannot be converted while states are offloaded to a disk "
+            f"(nvme): {advice}"
         )
     for shape, optimizer in ((meta, meta.get("optimizer", "AdamW")), (now, now["optimizer"])):
         if shape["zero_stage"] == 0 and optimizer != "AdamW":
             raise UserError(
-                f"{source}: {_words(meta)} -> {_words(now)}: ZeRO 0 converts with float32 "
+                f"{source}: {_describe(meta)} -> {_describe(now)}: ZeRO 0 converts with float32 "
                 f"weights only "
                 f"(torch_autocast, as in ds_configs/zero0.json, or --precision fp32): {advice}"
             )
     if now["zero_stage"] in (1, 2):
-        # The loader fails on a rank that has no part of one of AdamW's groups: more
-        # ranks than a small group can be cut into.
+        # The loader fails on a rank that has no part of one of AdamW's groups: a small
+        # group cannot be cut into that many parts.
         parameters = dict(engine.module.named_parameters())
         without = any(
             all(parameters[name]._hp_mapping is None for name in group) for group in names
@@ -162,26 +159,23 @@ def _convert(
     names: list[list[str]],
     module: nn.Module,
 ) -> None:
-    """Fills `directory` with the checkpoint as an engine of shape `now` reads it. On
-    rank 0."""
+    """Writes the checkpoint into `directory` as an engine of shape `now` reads it. Rank 0
+    alone."""
     root = directory.parent.parent
     clean(root)
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    # Fragments and whole parameters lie side by side until the end of the conversion,
-    # at ZeRO 3 with a copy of rank 0's states.
-    copied = (
-        max((path.stat().st_size for path in source.glob("*_optim_states.pt")), default=0)
-        if meta["zero_stage"] == 3
-        else 0
-    )
-    needed, free = 2 * size + copied, shutil.disk_usage(root.parent).free
+    # Fragments and whole parameters lie side by side until the end of the conversion.
+    needed = 2 * size
+    if meta["zero_stage"] == 3:  # and a copy of rank 0's states
+        shards = source.glob("*_optim_states.pt")
+        needed += max((path.stat().st_size for path in shards), default=0)
+    free = shutil.disk_usage(root.parent).free
     if free < needed:
         raise RunStopped(
             EXIT_DISK,
-            f"error: {source}: converting it from {_words(meta)} to {_words(now)} takes about "
-            f"{needed / 1e9:.1f} GB in "
-            f"{root} for a while, and {free / 1e9:.1f} GB are free: make room, or resume with "
-            f"{_words(meta)}",
+            f"error: {source}: converting it from {_describe(meta)} to {_describe(now)} takes "
+            f"about {needed / 1e9:.1f} GB in {root} for a while, and {free / 1e9:.1f} GB are "
+            f"free: make room, or resume with {_describe(meta)}",
         )
     try:
         directory.mkdir(parents=True)
@@ -195,17 +189,11 @@ def _convert(
             groups, step, scaler = _from_whole(common, directory, names)
         else:
             groups, step, scaler = _from_shards(source, directory)
-        missing = [
-            n
-            for group in names
-            for n in group
-            if not (directory / "zero" / n / "exp_avg_sq.pt").is_file()
-        ]
+        trained = [name for group in names for name in group]
+        missing = [name for name in trained if not _file(directory, name, MOMENTS[1]).is_file()]
         if missing or len(groups) != len(names):
-            raise ValueError(
-                f"the optimizer's states of {missing[0] if missing else 'a parameter group'} are "
-                f"not in it"
-            )
+            what = missing[0] if missing else "a parameter group"
+            raise ValueError(f"it lacks the optimizer's states of {what}")
         drop = (
             "module",
             "optimizer",
@@ -220,18 +208,15 @@ def _convert(
         else:
             # A loss scale belongs to its precision.
             same = meta.get("dtype", now["dtype"]) == now["dtype"]
-            bare = names if meta["zero_stage"] == 3 else []
-            _level(common, directory, bare, groups, step, scaler if same else {}, now["zero_stage"])
-    except RunStopped:  # on a signal
-        clean(root)
-        raise
-    except Exception as error:  # whatever the converter meets: the other ranks wait for an answer
+            bare = trained if meta["zero_stage"] == 3 else []
+            scaler = scaler if same else {}
+            _to_shards(common, directory, bare, groups, step, scaler, now["zero_stage"])
+    except Exception as error:  # any: the other ranks wait for an answer
         clean(root)
         what = " ".join(str(error).split()) or type(error).__name__
         line = (
-            f"{source}: converting it from {_words(meta)} to {_words(now)} failed ({what}); it "
-            f"is unharmed: "
-            f"resume with {_words(meta)}"
+            f"{source}: converting it from {_describe(meta)} to {_describe(now)} failed "
+            f"({what}); the checkpoint itself is unchanged: resume with {_describe(meta)}"
         )
         # torch's writer raises RuntimeError on a full disk
         if isinstance(error, OSError) or "PytorchStreamWriter" in what:
@@ -242,8 +227,8 @@ def _convert(
 def _from_shards(source: Path, directory: Path) -> tuple[list[dict], float, dict[str, Any]]:
     """DeepSpeed's conversion of a checkpoint of ZeRO 1 to 3: (hyperparameters by group,
     AdamW's step, the loss scaler)."""
-    # No worker processes: a fork of a process that has threads of gloo, NCCL and OpenMP
-    # may hang.
+    # No worker processes: a process that has threads of gloo, NCCL and OpenMP may hang
+    # when it forks.
     arguments = Namespace(
         input_folder=str(source),
         output_folder=str(directory),
@@ -253,31 +238,21 @@ def _from_shards(source: Path, directory: Path) -> tuple[list[dict], float, dict
         strict=True,
         inject_missing_state=True,
     )
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
+    with no_output():
         ds_to_universal.main(arguments)
     saved = torch.load(
         directory / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False
     )
-    # ZeRO 3 has the optimizer's state here, 1 and 2 leave the step beside the
-    # parameters.
+    # ZeRO 3 has the optimizer's state here; 1 and 2 leave the step beside the parameters.
     state = saved.get(OPTIMIZER_STATE_DICT, saved.get(BASE_OPTIMIZER_STATE, {})).get("state")
-    step = (
-        next(iter(state.values()))["step"]
-        if state
-        else torch.load(next((directory / "zero").glob("*/step.pt")))
-    )
-    groups = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in saved[PARAM_GROUPS]
-    ]
+    if state:
+        step = next(iter(state.values()))["step"]
+    else:
+        step = torch.load(next((directory / "zero").glob("*/step.pt")))
     scaler = {
         key: saved[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow") if key in saved
     }
-    return groups, float(step), scaler
+    return _without_params(saved[PARAM_GROUPS]), float(step), scaler
 
 
 def _from_whole(
@@ -288,42 +263,44 @@ def _from_whole(
     step = 0.0
     for group, group_names in zip(saved[PARAM_GROUPS], names, strict=True):
         for index, name in zip(group["params"], group_names, strict=True):
-            state, folder = saved["state"][index], directory / "zero" / name
-            folder.mkdir(parents=True)
-            for key, value in (
-                ("fp32", common["module"][name]),
-                *((key, state[key]) for key in MOMENTS),
-            ):
-                torch.save({PARAM: value.to("cpu", torch.float32, copy=True)}, folder / f"{key}.pt")
+            state = saved["state"][index]
+            (directory / "zero" / name).mkdir(parents=True)
+            values = {WEIGHT: common["module"][name], **{key: state[key] for key in MOMENTS}}
+            for key, value in values.items():
+                value = value.to("cpu", torch.float32, copy=True)
+                torch.save({PARAM: value}, _file(directory, name, key))
             step = float(state["step"])
-    return (
-        [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in saved[PARAM_GROUPS]
-        ],
-        step,
-        {},
-    )
+    return _without_params(saved[PARAM_GROUPS]), step, {}
 
 
-def _level(
+def _without_params(groups: list[dict]) -> list[dict]:
+    """The hyperparameters alone of AdamW's groups."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+
+def _file(directory: Path, name: str, key: str) -> Path:
+    """Where a conversion has the weight or a moment of a parameter."""
+    return directory / "zero" / name / f"{key}.pt"
+
+
+def _to_shards(
     common: dict[str, Any],
     directory: Path,
-    bare: list[list[str]],
+    bare: list[str],
     groups: list[dict],
     step: float,
     scaler: dict[str, Any],
     stage: int,
 ) -> None:
-    """Brings a converted checkpoint into a form that the universal loaders of ZeRO 1, 2
-    and 3 all read.
+    """Completes a converted checkpoint so that the universal loaders of ZeRO 1, 2 and 3
+    all read it.
 
     Args:
         bare: the parameters whose files hold bare tensors, as ZeRO 3's are converted.
     """
-    for name in (name for group in bare for name in group):
-        for key in ("fp32", *MOMENTS):
-            path = directory / "zero" / name / f"{key}.pt"
+    for name in bare:
+        for key in (WEIGHT, *MOMENTS):
+            path = _file(directory, name, key)
             torch.save({PARAM: torch.load(path, map_location="cpu")}, path)
     state = {
         **scaler,
@@ -347,17 +324,16 @@ def _to_whole(
     """Writes a converted checkpoint as the one file of ZeRO 0."""
 
     def read(name: str, key: str) -> Tensor:
-        saved = torch.load(
-            directory / "zero" / name / f"{key}.pt", map_location="cpu", weights_only=False
-        )
+        path = _file(directory, name, key)
+        saved = torch.load(path, map_location="cpu", weights_only=False)
         return (saved[PARAM] if isinstance(saved, dict) else saved).float().view(shapes[name])
 
     parameters = dict(module.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     trained = {id(parameters[name]): name for group in names for name in group}
-    weights = {name: read(name, "fp32") for group in names for name in group}
-    # Tied weights stand under several names; frozen ones are those of the model that
-    # the run begins with.
+    weights = {name: read(name, WEIGHT) for group in names for name in group}
+    # Tied weights have several names; frozen ones are those of the model that the run
+    # begins with.
     states = {
         name: weights[trained[id(value)]] if id(value) in trained else value.detach().cpu()
         for name, value in module.state_dict(keep_vars=True).items()
@@ -376,18 +352,19 @@ def _to_whole(
 
 
 def _common_file(stage: int) -> str:
-    """The name of the file beside the optimizer's: of rank 0's at ZeRO 3."""
+    """The name of the file beside the optimizer's; of rank 0's at ZeRO 3."""
     return f"{'zero_pp_rank_0_' if stage == 3 else ''}mp_rank_00_model_states.pt"
 
 
-def _place(engine: Any, directory: Path, now: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """Loads what `_convert` wrote through DeepSpeed's own loaders; the client state.
-    Collective."""
+def _load_converted(
+    engine: Any, directory: Path, now: dict[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """Loads what `_convert` wrote through DeepSpeed's own loaders: (path or None, client
+    state). Collective."""
     if now["zero_stage"] == 0:
         return engine.load_checkpoint(str(directory.parent), tag=directory.name)
-    # What the section `checkpoint: {load_universal: true}` of a ds_config sets. It must
-    # hold for this load alone: the next engine of the run, or the next start, loads a
-    # plain checkpoint again.
+    # The same as `checkpoint: {load_universal: true}` in a ds_config, but for this load
+    # alone: the next engine of the run, or the next start, loads a plain checkpoint.
     engine._config.load_universal_checkpoint = True
     try:
         path, state = engine.load_checkpoint(str(directory.parent), tag=directory.name)
@@ -397,19 +374,19 @@ def _place(engine: Any, directory: Path, now: dict[str, Any]) -> tuple[str | Non
         directory / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False
     )
     optimizer = engine.basic_optimizer
-    # ZeRO 3's loader gives every group the values of the first: the second would get
+    # ZeRO 3's loader gives every group the values of the first, so the second would have
     # weight decay.
     for group, values in zip(optimizer.param_groups, saved[PARAM_GROUPS], strict=True):
         group.update(values)
-    # And one tensor for the step of all its partitions, which each of them then counts
-    # up; 1 and 2 leave it on the CPU.
+    # It also gives all partitions one tensor for the step, which each of them then
+    # increments. The loaders of ZeRO 1 and 2 leave it on the CPU.
     step = float(saved[OPTIMIZER_STATE_DICT]["state"][0]["step"])
     for partition, values in optimizer.state.items():
         values["step"] = torch.tensor(step, dtype=torch.float32, device=partition.device)
     return path, state
 
 
-def _words(shape: dict[str, Any]) -> str:
+def _describe(shape: dict[str, Any]) -> str:
     dtype = f", {shape['dtype']} weights" if "dtype" in shape else ""
     return f"{shape['world_size']} rank(s) at ZeRO {shape['zero_stage']}{dtype}"
 
@@ -418,7 +395,7 @@ def _line(source: Path, meta: dict[str, Any], now: dict[str, Any]) -> str:
     scaled = "float16" in (meta.get("dtype"), now["dtype"]) and meta.get("dtype") != now["dtype"]
     reset = "the loss scale of fp16" if scaled else "nothing"
     return (
-        f"{source} converted from {_words(meta)} to {_words(now)}: carried over: weights in "
-        f"float32, AdamW's moments and step, "
-        f"learning-rate schedule, place in the data; reset: {reset}"
+        f"{source} converted from {_describe(meta)} to {_describe(now)}: carried over: weights in "
+        f"float32, AdamW's moments and step, learning-rate schedule, place in the data; "
+        f"reset: {reset}"
     )

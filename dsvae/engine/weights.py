@@ -1,5 +1,5 @@
-"""Weights on their way in and out of an engine: what trains, and plain safetensors of
-the whole model."""
+"""The weights of an engine: which of them train, and the whole model as plain
+safetensors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from dsvae.modeling.weight_source import Origin
 if TYPE_CHECKING:
     from dsvae.parallel.world import World
 
+PUT_BACK = "put it back, and repeat the command, which continues from the last checkpoint"
+
 
 def freeze_decoder(model: T5VAE) -> None:
-    """Leaves the encoder and the latent path to train: the posterior, and the injection
-    with its random projection.
+    """Freezes everything but the encoder and the latent path: the posterior, and the
+    injection with its random projection.
 
-    The embedding is shared by encoder and decoder and stays as it is: it is the
-    decoder's input, and in T5 v1.0 its output too.
+    The embedding that encoder and decoder share is frozen too: it is the decoder's
+    input, and in T5 v1.0 its output.
     """
     for part in (model.shared, model.decoder, model.lm_head):
         part.requires_grad_(False)
@@ -70,10 +72,10 @@ def full_weights(
     """Every parameter whole and in float32, one at a time: on rank 0 a CPU tensor,
     elsewhere None.
 
-    Collective: every rank must go through to the end. Trained weights come from the
-        optimizer's float32 copies, frozen ones
-    from where they came from, each compared with what the engine has: the engine may
-    have cast them, and a copy would cost as much memory as the model.
+    Collective: every rank must iterate to the end. Trained weights come from the
+    optimizer's float32 copies. Frozen ones are read again from their source and compared
+    with the engine's: the engine may have cast them, and a copy would cost as much memory
+    as the model.
 
     Raises:
         UserError: on every rank: the files of the frozen weights are gone or have
@@ -81,36 +83,35 @@ def full_weights(
     """
     world.run_on_rank0(lambda: _check_frozen(model, origin))
     for name, parameter in model.named_parameters():
-        world.heartbeat(f"export, {name}")  # a large model has many, of which none takes long
+        world.heartbeat(f"export, {name}")  # many weights, each fast
         if not parameter.requires_grad:
             yield name, _frozen(name, parameter, origin, world)
             continue
-        # None where there is no float32 copy beside the parameter: ZeRO 0, whose
-        # parameters are float32 themselves.
+        # None at ZeRO 0, whose parameters are float32 themselves.
         value = safe_get_full_fp32_param(parameter)
         value = parameter.detach() if value is None else value
         yield name, value.to("cpu", torch.float32, copy=True) if world.is_main else None
 
 
 def frozen_digest(model: nn.Module, origin: Origin | None, world: World) -> str | None:
-    """What identifies the frozen weights as the phase begins with them, whatever the
-    engine casts them to; None if all train.
+    """A digest of the frozen weights at the start of the phase, before the engine casts
+    them; None if all train.
 
     Collective. Rank 0 reads them once, one tensor at a time.
 
     Raises:
-        UserError: on every rank: their files have gone meanwhile.
+        UserError: on every rank: their files no longer exist.
     """
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if not frozen:
         return None
 
     def digest() -> str:
-        found = hashlib.sha256()
+        total = hashlib.sha256()
         for name in frozen:
-            found.update(name.encode() + b"\0")
-            found.update(_read(cast(Origin, origin), name).numpy().data)
-        return found.hexdigest()
+            total.update(name.encode() + b"\0")
+            total.update(_read(cast(Origin, origin), name).numpy().data)
+        return total.hexdigest()
 
     return world.run_on_rank0(digest)
 
@@ -118,26 +119,25 @@ def frozen_digest(model: nn.Module, origin: Origin | None, world: World) -> str 
 def _frozen(
     name: str, parameter: nn.Parameter, origin: Origin | None, world: World
 ) -> Tensor | None:
-    """A frozen weight from where it came from, on rank 0. Collective.
+    """A frozen weight from its source, on rank 0; None elsewhere. Collective.
 
-    Files are stamped from the start of this process on; the engine's weights may be
-    older, from a checkpoint.
+    It is compared with the engine's, which may come from a checkpoint older than this
+    process: `check_unchanged` only notices changes since the process began.
     """
-    found: list[Tensor] = []
+    values: list[Tensor] = []
 
     def compare() -> None:
         value = _read(cast(Origin, origin), name)
         if not torch.equal(value.to(parameter.dtype), parameter.detach().cpu()):
             raise UserError(
-                f"{name} is frozen, and not what the model that it came from has now: that model "
-                f"has changed since the run "
-                "began; put it back, and the same command goes on from its checkpoint"
+                f"{name} is frozen, and differs from that of the model it came from: the model "
+                f"has changed since the run began; {PUT_BACK}"
             )
-        found.append(value)
+        values.append(value)
 
     with deepspeed.zero.GatheredParameters([parameter]):  # below ZeRO 3 it does nothing
         world.run_on_rank0(compare)
-    return found[0] if found else None
+    return values[0] if values else None
 
 
 def _read(origin: Origin, name: str) -> Tensor:
@@ -146,9 +146,8 @@ def _read(origin: Origin, name: str) -> Tensor:
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{name} is frozen, and the model that it came from can no longer be read "
-            f"({reason}): put it back, and the same "
-            "command goes on from its checkpoint"
+            f"{name} is frozen, and the model it came from can no longer be read ({reason}): "
+            f"{PUT_BACK}"
         ) from error
 
 
@@ -158,10 +157,7 @@ def _check_frozen(model: nn.Module, origin: Origin | None) -> None:
     try:
         cast(Origin, origin).check_unchanged()
     except OSError as error:
-        raise UserError(
-            f"{error}: the frozen weights are exported from it; put it back, and the same "
-            f"command goes on from its checkpoint"
-        ) from error
+        raise UserError(f"{error}: the frozen weights are exported from it; {PUT_BACK}") from error
 
 
 def export(
@@ -172,11 +168,12 @@ def export(
     extras: Callable[[Path], None],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the model as a transformers directory, shard by shard, so that rank 0
-    never holds more than one shard.
+    """Writes the model as a transformers directory. Rank 0 never holds more than one
+    shard.
 
     Args:
-        origin: what the model started from; on rank 0, where weights are frozen.
+        origin: the source of the weights that the run began with; on rank 0, where
+            weights are frozen.
         extras: called on rank 0 with the directory, to add the tokenizer and the model
             card.
 
@@ -184,7 +181,7 @@ def export(
 
     Raises:
         OSError: on every rank: the disk is full.
-        UserError: on every rank: frozen weights are no longer where they came from.
+        UserError: on every rank: the source of frozen weights has changed or is gone.
     """
     writer = ModelDirectory(directory, max_shard_bytes)
     world.run_on_rank0(writer.begin)

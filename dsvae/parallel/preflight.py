@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dsvae.errors import EXIT_PREFLIGHT
+from dsvae.errors import EXIT_PREFLIGHT, first_line
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets")
 LOCAL_SECONDS = 30.0
@@ -138,8 +138,7 @@ def within(seconds: float, what: str, function: Callable[[], str]) -> str:
     if failure:
         if isinstance(failure[0], (Bad, Left)):
             raise failure[0]
-        first = (str(failure[0]).strip() or type(failure[0]).__name__).split("\n")[0]
-        raise Bad(f"{what}: {first}")
+        raise Bad(f"{what}: {first_line(failure[0])}")
     if not result:
         raise Bad(f"{what}: no answer within {seconds:.0f} s")
     return result[0]
@@ -240,7 +239,7 @@ class Meeting:
         except (dist.DistError, OSError) as error:
             raise Bad(
                 f"cannot reach {self.nodes[0]} ({address}:{port}) within {seconds:.0f} s: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from None
         self.store.set(f"here/{self.rank}", json.dumps(versions()))
         if self.rank > 0:
@@ -360,10 +359,6 @@ class Meeting:
                 ):
                     time.sleep(0.05)
                 self.file.unlink(missing_ok=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsvae.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, RunStopped, UserError, exit_code
+from dsvae.errors import (
+    EXIT_RANK_LOST,
+    EXIT_USER_ERROR,
+    RunStopped,
+    UserError,
+    exit_code,
+)
 from dsvae.parallel.watchdog import Watchdog, advice
 
 T = TypeVar("T")
@@ -271,7 +277,7 @@ def _meet(hang_timeout: float) -> dist.Store:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=hang_timeout)))
     except RuntimeError as error:
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if "EADDRINUSE" in reason:
             raise UserError(
                 f"port {port} of {address}, where the ranks would meet, is already in use: choose "

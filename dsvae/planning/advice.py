@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from dsvae.planning.plan import Machine, Option, Plan
 
@@ -15,7 +16,7 @@ MOST_GPUS = 64
 
 @dataclass
 class Advice:
-    """The least that would be needed, and single changes that would do."""
+    """What is needed at least, and single changes that suffice."""
 
     gpu_memory: int
     """Bytes of a GPU, margin included, with which something would fit its GPUs."""
@@ -28,22 +29,22 @@ class Advice:
     def text(self) -> str:
         """The same in words."""
         needs = (
-            f"The least of any option is {self.gpu_memory / GB:.1f} GB a GPU and "
-            f"{self.host_memory / GB:.1f} GB a node, "
-            "margin included."
+            f"The smallest need of any option is {self.gpu_memory / GB:.1f} GB per GPU and "
+            f"{self.host_memory / GB:.1f} GB per node, margin included."
         )
         if not self.changes:
-            return f"{needs} Neither smaller micro-batches nor up to {MOST_GPUS} GPUs would do."
+            return (
+                f"{needs} Neither smaller micro-batches nor up to {MOST_GPUS} GPUs would suffice."
+            )
         return f"{needs} It would fit with {', or with '.join(self.changes)}."
 
 
-def advise(plan: Plan, again: Callable[[Machine, int | None, Option], Plan]) -> Advice:
-    """Tries fewer tokens, then more GPUs, by halves and doubles, with the option that
-    needs the least of a GPU.
+def advise(plan: Plan, change: Callable[[Machine, dict[str, Any], Option], Plan]) -> Advice:
+    """Halves the tokens, then doubles the GPUs, with the option that needs the least of
+    a GPU.
 
     Args:
-        again: the plan of one option for another machine, and for other tokens of a
-            forward pass where they are given.
+        change: plans one option for another machine and with other flags of the run.
     """
     machine = plan.machine
     keep = 1 - machine.margin
@@ -52,15 +53,14 @@ def advise(plan: Plan, again: Callable[[Machine, int | None, Option], Plan]) -> 
     least = min(on_host or plan.options, key=lambda option: option.gpu)
     tokens = plan.config.data.micro_batch_tokens
     while (tokens := tokens // 2) >= plan.config.data.max_tokens:
-        if again(machine, tokens, least).chosen is not None:
-            changes.append(
-                f"--batch_tokens {tokens} --eval_batch_tokens "
-                f"{min(tokens, plan.config.eval.batch_tokens)}"
-            )
+        evaluation = min(tokens, plan.config.eval.batch_tokens)
+        fewer = {"data.micro_batch_tokens": tokens, "eval.batch_tokens": evaluation}
+        if change(machine, fewer, least).chosen is not None:
+            changes.append(f"--batch_tokens {tokens} --eval_batch_tokens {evaluation}")
             break
     gpus = machine.gpus
     while (gpus := gpus * 2) <= min(MOST_GPUS, plan.config.data.batch_size):
-        if again(dataclasses.replace(machine, gpus=gpus), None, least).chosen is not None:
+        if change(dataclasses.replace(machine, gpus=gpus), {}, least).chosen is not None:
             changes.append(f"--gpus {gpus}")
             break
     # With more of one memory alone, rounded up as it is printed.

@@ -1,14 +1,35 @@
-"""The job behind `dsvae plan`."""
+"""The job behind `dsvae plan`: its arguments, and what it prints."""
 
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
-from dsvae.errors import UserError
+from dsvae import config as configuration
+from dsvae.errors import UserError, nearest
 from dsvae.planning.advice import advise
-from dsvae.planning.plan import SHIPPED, Machine, Option, Plan, bytes_of, make_plan, run_arguments
+from dsvae.planning.plan import SHIPPED, Machine, Option, Plan, make_plan
 from dsvae.planning.show import as_json, as_text
+from dsvae.planning.sizes import KNOWN, known_name
+
+DEFAULT_RECIPE = "park2021"
+"""Recipe of the run for a model given by name: it does not set a model itself."""
+MOST_BYTES = 10**18
+"""More is a typing error, and the largest would be infinite."""
+UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 
 
 def plan_command(
@@ -38,7 +59,7 @@ def plan_command(
     if gpus < 1 or gpus_per_node < 1:
         raise UserError("--gpus and --gpus_per_node must be at least 1")
     if not 0 <= margin < 100:
-        raise UserError(f"--margin is {margin}: per cent, at least 0 and less than 100")
+        raise UserError(f"--margin is {margin}: give per cent, at least 0 and less than 100")
     if gpus > gpus_per_node and gpus % gpus_per_node:
         raise UserError(
             f"--gpus {gpus} is no multiple of --gpus_per_node {gpus_per_node}: every node runs "
@@ -52,28 +73,67 @@ def plan_command(
         margin / 100,
     )
 
-    def again(machine: Machine, tokens: int | None, option: Option) -> Plan:
-        fewer = (
-            {}
-            if tokens is None
-            else {"data.micro_batch_tokens": tokens, "eval.batch_tokens": tokens}
-        )
-        if tokens is not None and plan.config.eval.batch_tokens < tokens:
-            del fewer["eval.batch_tokens"]
+    def change(machine: Machine, other_flags: dict[str, Any], option: Option) -> Plan:
         return make_plan(
-            run_arguments(model, config, {**flags, **fewer}),
+            _run_arguments(model, config, flags | other_flags),
             machine,
-            ds_config_file=option.ds_config
-            if ds_config
-            else str(SHIPPED.parent / option.ds_config),
+            ds_config_file=ds_config or str(SHIPPED.parent / option.ds_config),
             checkpointing=option.gradient_checkpointing,
         )
 
     plan = make_plan(
-        run_arguments(model, config, flags),
+        _run_arguments(model, config, flags),
         machine,
         ds_config_file=ds_config,
         checkpointing=gradient_checkpointing,
     )
-    advice = None if plan.chosen is not None else advise(plan, again)
+    advice = None if plan.chosen is not None else advise(plan, change)
     return as_text(plan, advice), json.dumps(as_json(plan, advice))
+
+
+def bytes_of(text: str, flag: str) -> int:
+    """`40GB` (10^9), `80GiB` (2^30), `512MB`, or plain bytes."""
+    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?i?b?)", text.strip().lower())
+    try:
+        if match is None or match[2] not in UNITS:
+            raise ValueError
+        size = float(match[1]) * UNITS[match[2]]
+    except ValueError:
+        raise UserError(
+            f"{flag} is {text!r}: give bytes with a unit, for example 40GB or 80GiB"
+        ) from None
+    if size < 1:
+        raise UserError(f"{flag} must be more than nothing")
+    if size > MOST_BYTES:  # without the text, which can be long
+        raise UserError(
+            f"{flag} is more than {MOST_BYTES // 10**12:,} TB: give bytes with a unit, for "
+            f"example 40GB or 80GiB"
+        )
+    return int(size)
+
+
+def _run_arguments(model: str, config: str | None, flags: dict[str, Any]) -> list[str]:
+    """The arguments of dsvae/train.py for a model's name or directory, or for a recipe
+    or a YAML file that says which model."""
+    known = model if (Path(model) / "config.json").is_file() else known_name(model)
+    if known is not None:
+        words = ["--config", config or DEFAULT_RECIPE, "--model", known]
+    elif (
+        Path(model).suffix in (".yaml", ".yml")
+        or (configuration.RECIPES / f"{model}.yaml").is_file()
+    ):
+        if config is not None:
+            raise UserError(f"{model} and --config {config} are two configurations: give one")
+        words = ["--config", model]
+    else:
+        full_names = {name.split("/")[-1]: name for name in KNOWN}
+        close = nearest(model.split("/")[-1], full_names)
+        raise UserError(
+            f"{model!r} is no public T5 that is known offline, no directory with a config.json, "
+            f"no recipe and no YAML file"
+            + (f"; did you mean {full_names[close]}?" if close else "")
+        )
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return words

@@ -1,11 +1,10 @@
-"""A dry run: the real model's forward and backward on tensors that have a shape and no
+"""A dry run: the model's own forward and backward on tensors that have a shape and no
 data.
 
-What a micro-batch needs beside weights and engine is not estimated from formulas. The
-T5VAE itself runs under `FakeTensorMode`, and its live bytes are counted operator by
-operator: saved activations, attention matrices, the copies of the logits, recomputation
-under gradient checkpointing. Gradients are taken away the moment they are ready, as
-ZeRO does; who keeps them is said elsewhere (`dsvae.planning.memory`).
+No formula estimates what a micro-batch needs beside weights and engine. The T5VAE runs
+under `FakeTensorMode`, and its live bytes are counted operator by operator: saved
+activations, attention matrices, the copies of the logits, recomputation under gradient
+checkpointing.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from dsvae.engine.weights import freeze_decoder as freeze_decoder_of
 from dsvae.modeling.families import make_family
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 from dsvae.objective.elbo import loss_share, reconstruction_nats
@@ -32,62 +32,43 @@ torch pads them."""
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of the model: its size, whether it trains, and AdamW's group of
-    it."""
+    """A parameter of the model: its size, and whether it trains."""
 
     name: str
     numel: int
     trains: bool
-    decays: bool
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something an engine acts upon, in the order of a training step."""
-
-    kind: str
-    """enter or leave (a module with parameters of its own), gradient (of one
-    parameter), loss (forward is over), end."""
-    weights: tuple[int, ...]
-    """Which parameters, by their place in `DryRun.weights`."""
-    before: int
-    """The most live bytes since the event before, weights and finished gradients left
-    out."""
-    now: int
-    """Live bytes at the event, the same left out."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """A training step and an evaluation pass of one micro-batch."""
+    """Peak bytes of one micro-batch, weights left out."""
 
-    events: tuple[Event, ...]
-    evaluation: int
-    """Peak bytes of a forward pass without gradients, weights left out."""
-    kept: int
+    forward: int
+    """Until the first gradient is ready: forward pass, loss and the first operators of
+    the backward pass."""
+    backward: int
+    """From then on, if every gradient is taken away as soon as it is ready."""
+    with_gradients: int
+    """Of both, if every gradient stays, in the dtype of its weight."""
+    logits: int
     """Bytes of the logits, which the training loop still holds while the optimizer
     steps."""
+    evaluation: int
+    """Of a forward pass without gradients; 0 where none was asked for."""
 
 
-def build(config: T5VAEConfig) -> T5VAE:
+def build(config: T5VAEConfig, freeze_decoder: bool) -> T5VAE:
     """The model without data: exact shapes, no memory."""
     with torch.device("meta"):
-        return T5VAE(config)
+        model = T5VAE(config)
+    if freeze_decoder:
+        freeze_decoder_of(model)
+    return model
 
 
-def weights_of(model: T5VAE, freeze_decoder: bool) -> list[Weight]:
-    """All parameters in the order of `named_parameters`, each once however often it is
-    tied."""
-    frozen = (
-        {id(p) for part in (model.shared, model.decoder, model.lm_head) for p in part.parameters()}
-        if freeze_decoder
-        else set()
-    )
-    found = []
-    for name, p in model.named_parameters():
-        decays = p.ndim >= 2 and "shared" not in name and "relative_attention_bias" not in name
-        found.append(Weight(name, p.numel(), id(p) not in frozen, decays))
-    return found
+def weights_of(model: T5VAE) -> list[Weight]:
+    """All parameters, each once however often it is tied."""
+    return [Weight(name, p.numel(), p.requires_grad) for name, p in model.named_parameters()]
 
 
 def dry_run(
@@ -102,14 +83,13 @@ def dry_run(
     freeze_decoder: bool,
     fused_attention: bool,
 ) -> DryRun:
-    """Runs a padded micro-batch through the model.
+    """Runs a micro-batch through the model.
 
     Args:
-        rows, tokens: B and T; one row is shorter, so that the masks are written out as
-            in most batches.
+        rows, tokens: B and T.
         evaluation_rows: B of an evaluation pass; 0: none.
         dtype: of the weights as the engine holds them. autocast: of torch.autocast
-            around the forward, if any.
+            around the forward pass, if any.
         fused_attention: attend with the memory-efficient kernel, as GPUs do; otherwise
             with torch's composite, as CPUs do when the position bias trains: it writes
             out the (B, H, T, T) matrices.
@@ -122,32 +102,26 @@ def dry_run(
     finally:
         torch.set_default_dtype(default)
     model.train()
-    for part in (model.shared, model.decoder, model.lm_head) if freeze_decoder else ():
-        part.requires_grad_(False)
+    if freeze_decoder:
+        freeze_decoder_of(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    parameters = dict(model.named_parameters())
-    place = {id(p): i for i, p in enumerate(parameters.values())}
     live = LiveBytes()
-    for p in parameters.values():
+    for p in model.parameters():
         live.add(p)
-    base = live.now
-    live.restart()
-    events: list[Event] = []
-
-    def record(kind: str, weights: tuple[int, ...] = ()) -> None:
-        events.append(Event(kind, weights, live.restart() - base, live.now - base))
+    base = live.restart()
+    peaks: list[tuple[int, int]] = []  # (since the entry before, bytes of gradients by then)
+    gradients = 0
 
     def finished(p: Tensor) -> None:
-        record("gradient", (place[id(p)],))
+        nonlocal gradients
+        peaks.append((live.restart() - base, gradients))
+        gradients += p.numel() * p.element_size()
         p.grad = None
 
-    for p in parameters.values():
+    for p in model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(finished)
-    for module in model.modules():
-        if own := tuple(sorted({place[id(p)] for p in module.parameters(recurse=False)})):
-            _watch(module, own, record)
 
     attention = _efficient_attention() if fused_attention else contextlib.nullcontext()
     evaluation = 0
@@ -158,14 +132,11 @@ def dry_run(
             out = model(batch["ids"], batch["mask"], labels=batch["labels"], noise=batch["noise"])
         rec = reconstruction_nats(out.logits, batch["labels"])
         kl = model.family.of(out.posterior_parameters).kl(model.prior())
-        share = loss_share(rec, kl, batch["weight"], torch.ones(kl.shape[1]), rows)
-        record("loss")
-        share.backward()
-        record("end")
-        kept = out.logits.untyped_storage().nbytes()
-        del out, rec, kl, share, batch
+        loss_share(rec, kl, torch.ones(rows), torch.ones(kl.shape[1]), rows).backward()
+        peaks.append((live.restart() - base, gradients))
+        logits = out.logits.untyped_storage().nbytes()
+        del out, rec, kl, batch
         if evaluation_rows:
-            watched, events = events, []  # the hooks go on recording, into a list that nobody reads
             model.eval()
             batch = _batch(evaluation_rows, tokens, config)
             live.restart()
@@ -174,66 +145,29 @@ def dry_run(
                     batch["ids"], batch["mask"], labels=batch["labels"], noise=batch["noise"]
                 )
                 reconstruction_nats(out.logits, batch["labels"])
-            evaluation = max([live.restart() - base, *(event.before for event in events)])
-            events = watched
-    return DryRun(tuple(events), evaluation, kept)
-
-
-def _watch(module: nn.Module, own: tuple[int, ...], record: Any) -> None:
-    """Records when a module begins and ends its forward and its backward, as ZeRO-3
-    fetches and releases weights."""
-
-    class Enter(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> Any:
-            record("leave", own)
-            return gradients[0]
-
-    class Leave(Enter):
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> Any:
-            record("enter", own)
-            return gradients[0]
-
-    def before(_: nn.Module, inputs: tuple) -> Any:
-        record("enter", own)
-        return tuple(
-            Enter.apply(x)
-            if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad
-            else x
-            for x in inputs
-        )
-
-    def after(_: nn.Module, __: tuple, output: Any) -> Any:
-        record("leave", own)
-        return (
-            Leave.apply(output) if isinstance(output, Tensor) and output.requires_grad else output
-        )
-
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+            evaluation = live.restart() - base
+    return DryRun(
+        forward=peaks[0][0],
+        backward=max(peak for peak, _ in peaks[1:]),
+        with_gradients=max(peak + kept for peak, kept in peaks),
+        logits=logits,
+        evaluation=evaluation,
+    )
 
 
 def _batch(rows: int, tokens: int, config: T5VAEConfig) -> dict[str, Tensor]:
-    mask = torch.ones(rows, tokens, dtype=torch.int64)
-    labels = torch.zeros(rows, tokens, dtype=torch.int64)
     return {
         "ids": torch.zeros(rows, tokens, dtype=torch.int64),
-        "mask": mask,
-        "labels": labels,
+        "mask": torch.ones(rows, tokens, dtype=torch.int64),
+        "labels": torch.zeros(rows, tokens, dtype=torch.int64),
         "noise": torch.zeros(rows, make_family(config).noise_width),
-        "weight": torch.ones(rows),
     }
 
 
 @contextlib.contextmanager
 def _efficient_attention() -> Iterator[None]:
     """Scaled dot-product attention by the memory-efficient kernel, which keeps the
-    output and one number a query.
+    output and one number per query.
 
     torch chooses the kernel by the device, and here there is none. (A TorchFunctionMode
     would be off during backward, where gradient checkpointing runs the forward again.)

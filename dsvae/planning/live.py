@@ -7,7 +7,6 @@ The same counter reads a dry run on fake tensors (the plan) and a real run (its 
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from typing import Any
 
 from torch import Tensor
@@ -29,12 +28,9 @@ class LiveBytes(TorchDispatchMode):
         """Live bytes."""
         self.peak = 0
         """The most since the last `restart`, in bytes."""
-        self.kinds: Counter[str] | None = None
-        """Where set: live bytes by operator; `at_peak` keeps those of the peak."""
-        self.at_peak: dict[str, int] = {}
         self._seen: dict[int, weakref.ref] = {}
 
-    def add(self, tensor: Tensor, kind: str = "given") -> None:
+    def add(self, tensor: Tensor) -> None:
         """Counts a tensor's storage, if it is not counted yet."""
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
@@ -45,21 +41,13 @@ class LiveBytes(TorchDispatchMode):
         def gone(_: Any, key: int = key, size: int = size) -> None:
             self.now -= size
             self._seen.pop(key, None)
-            if self.kinds is not None:
-                self.kinds[kind] -= size
 
         self._seen[key] = weakref.ref(storage, gone)
         self.now += size
-        if self.kinds is not None:
-            self.kinds[kind] += size
-        if self.now > self.peak:
-            self.peak = self.now
-            if self.kinds is not None:
-                self.at_peak = {k: v for k, v in self.kinds.items() if v}
+        self.peak = max(self.peak, self.now)
 
     def restart(self) -> int:
-        """The peak since the last restart, in bytes; from here on it is counted
-        anew."""
+        """The peak since the last restart, in bytes; starts a new count."""
         peak, self.peak = self.peak, self.now
         return peak
 
@@ -67,8 +55,5 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
-                self.add(
-                    leaf,
-                    str(func) if self.kinds is None else f"{func} {leaf.dtype} {tuple(leaf.shape)}",
-                )
+                self.add(leaf)
         return result

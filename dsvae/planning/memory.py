@@ -1,22 +1,20 @@
 """What an engine holds beside the dry run: weights, gradients, optimizer states and
-buffers, by ZeRO stage and moment.
+buffers, in closed form per ZeRO stage.
 
-Read off DeepSpeed 0.19's sources and checked against live tensors of real runs
-(docs/plan.md). P: trained weights, F: frozen ones, N = P + F, W: ranks, S: a rank's
-part of P, c: bytes of a weight as the engine computes with it.
+Read off DeepSpeed 0.19's sources; docs/plan.md compares the sums with live tensors of
+real runs. Every size is in bytes, every count in elements.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from dsvae.engine import ds_config
-from dsvae.engine.weights import MAX_SHARD_BYTES
+from dsvae.engine.model_directory import MAX_SHARD_BYTES
 from dsvae.errors import UserError
 from dsvae.planning.dry_run import DryRun, Weight
 
@@ -34,15 +32,13 @@ class Engine:
     zero: DeepSpeedZeroConfig
     precision: str
     compute: int
-    """c, bytes of a weight."""
+    """Bytes of a weight as the engine computes with it."""
     accumulate: int
     """Bytes of a gradient where it is kept until the step."""
     autocast: bool
     optimizer_on: str
     """gpu, cpu or nvme."""
     parameters_on: str
-    immediate: bool
-    """Whether bf16 gradients go at once (bf16.immediate_grad_update)."""
 
     @classmethod
     def of(cls, resolved: dict[str, Any]) -> Engine:
@@ -61,33 +57,21 @@ class Engine:
                 "dsvae plan: torch_autocast is planned for at stage 0 only: use bf16, as the "
                 "other shipped files do"
             )
-        accumulate = (
-            4
-            if resolved.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32")
-            else compute
-        )
-        places = {}
-        for name in ("optimizer", "param"):
-            offload = getattr(zero, f"offload_{name}")
-            device = (
-                "none" if offload is None else str(getattr(offload.device, "value", offload.device))
-            )
-            places[name] = {"none": "gpu"}.get(device, device)
+        in_float32 = resolved.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+        accumulate = 4 if in_float32 else compute
+        optimizer_on, parameters_on = _place(zero.offload_optimizer), _place(zero.offload_param)
         kind = {0: "plain", 3: "zero3"}.get(stage, "zero12")
-        if stage == 1 and precision == "bf16" and accumulate == 4 and places["optimizer"] == "gpu":
+        if stage == 1 and precision == "bf16" and accumulate == 4 and optimizer_on == "gpu":
             kind = "bf16"
-        immediate = bool(resolved.get("bf16", {}).get("immediate_grad_update", False))
         return cls(
-            kind,
-            zero,
-            precision,
-            compute,
-            accumulate,
-            autocast,
-            places["optimizer"],
-            places["param"],
-            immediate,
+            kind, zero, precision, compute, accumulate, autocast, optimizer_on, parameters_on
         )
+
+
+def _place(offload: Any) -> str:
+    """Where an offload section of a ds_config puts its states."""
+    device = "none" if offload is None else str(getattr(offload.device, "value", offload.device))
+    return "gpu" if device == "none" else device
 
 
 @dataclass(frozen=True)
@@ -104,15 +88,15 @@ class Estimate:
     its disk."""
 
     gpu: dict[str, int]
-    """What is always there, by name."""
+    """What stays from step to step, by name."""
     moments: dict[str, int]
-    """Peak of each moment, what is always there included."""
+    """Peak of each moment, what stays included."""
     host: dict[str, int]
-    """What is always there on a node, all ranks together."""
+    """What stays from step to step on a node, all ranks together."""
     host_moments: dict[str, int]
     """Peaks of a node."""
     disk: int
-    """Bytes a node."""
+    """Bytes per node."""
 
     @property
     def gpu_peak(self) -> int:
@@ -125,12 +109,34 @@ class Estimate:
         return max(self.host_moments.values())
 
 
-def groups_of(weights: Iterable[Weight]) -> list[list[int]]:
-    """Elements of the trained weights in AdamW's groups, in their order; an empty group
-    is none."""
-    trained = [w for w in weights if w.trains]
-    groups = [[w.numel for w in trained if w.decays], [w.numel for w in trained if not w.decays]]
-    return [group for group in groups if group]
+@dataclass(frozen=True)
+class _Counts:
+    """Elements of a model's weights, and of one rank's part of them."""
+
+    total: int
+    trained: int
+    part: int
+    """Of the trained weights."""
+    frozen_part: int
+    largest: int
+    largest_trained: int
+    small: int
+    """Of weights that ZeRO-3 never shards."""
+
+    @classmethod
+    def of(cls, weights: list[Weight], engine: Engine, world: int) -> _Counts:
+        total = sum(w.numel for w in weights)
+        trained = sum(w.numel for w in weights if w.trains)
+        threshold = engine.zero.param_persistence_threshold
+        return cls(
+            total,
+            trained,
+            math.ceil(trained / world),
+            math.ceil((total - trained) / world),
+            max(w.numel for w in weights),
+            max((w.numel for w in weights if w.trains), default=0),
+            sum(w.numel for w in weights if w.numel <= threshold),
+        )
 
 
 def estimate(
@@ -140,379 +146,174 @@ def estimate(
 
     Args:
         accumulates: whether a step has several micro-batches: then gradients lie beside
-            the activations of the next.
+            the activations of the next one.
     """
-    states = _States(engine, weights, ranks)
-    static, backward = states.static(), _Backward(engine, weights, states, accumulates)
-    moments = {}
-    always = sum(static.values())
-    peak, held = backward.walk(run)
-    moments["forward and backward"] = always + peak
-    moments["optimizer step"] = always + held + run.kept + states.step_scratch()
+    n = _Counts.of(weights, engine, ranks.world)
+    # A single rank's part is the whole weight, and lies where it is computed with.
+    alone = ranks.world == 1 and engine.parameters_on == "gpu"
+    gathered = 0 if engine.kind != "zero3" or alone else _gathered(engine, n)
+    gpu = _on_gpu(engine, n, alone)
+    always = sum(gpu.values())
+    peak, gradients = _training(engine, n, run, ranks.world, gathered, accumulates)
+    moments = {
+        "forward and backward": always + peak,
+        "optimizer step": always + gradients + run.logits + _step_scratch(engine, n, ranks.world),
+    }
     if run.evaluation:
-        moments["evaluation"] = always + run.evaluation + backward.gathered
-    host, disk = states.host(accumulates)
-    everywhere = {name: size * ranks.per_node for name, size in host.items()}
-    resident = sum(everywhere.values())
-    largest = max(w.numel for w in weights)
+        moments["evaluation"] = always + gathered + run.evaluation
+    per_rank, disk = _on_host(engine, n, ranks.world, accumulates)
+    host = {name: size * ranks.per_node for name, size in per_rank.items()}
+    resident = sum(host.values())
     if engine.kind == "zero3":
-        # Tensor by tensor through one buffer a rank; rank 0 also has in float32 what it
-        # draws. The parts stay where they belong.
-        building = (
-            engine.compute * largest + host.get("weights", 0)
-        ) * ranks.per_node + 4 * largest
+        # Tensor by tensor through one buffer per rank; rank 0 also has in float32 what
+        # it draws. The parts stay where they belong.
+        each = engine.compute * n.largest + per_rank.get("weights", 0)
+        building = each * ranks.per_node + 4 * n.largest
     else:
         # Every rank has the whole model in float32, until the engine casts it and moves
         # it to its GPU.
-        building = 4 * states.total * ranks.per_node
+        building = 4 * n.total * ranks.per_node
     host_moments = {
         "building the model": building,
         "training": resident,
         # Rank 0 fills one file after the other; a tensor larger than a file has its
         # own.
-        "export": resident + min(4 * states.total, MAX_SHARD_BYTES + 4 * largest),
+        "export": resident + min(4 * n.total, MAX_SHARD_BYTES + 4 * n.largest),
     }
-    return Estimate(static, moments, everywhere, host_moments, disk * ranks.per_node)
+    return Estimate(gpu, moments, host, host_moments, disk * ranks.per_node)
 
 
-class _States:
-    """Sizes of what lives from step to step."""
-
-    def __init__(self, engine: Engine, weights: list[Weight], ranks: Ranks) -> None:
-        self.engine, self.world = engine, ranks.world
-        self.groups = groups_of(weights)
-        self.trained = sum(map(sum, self.groups))
-        self.total = sum(w.numel for w in weights)
-        self.frozen = self.total - self.trained
-        self.widest = max(w.numel for w in weights)
-        self.largest = max((n for group in self.groups for n in group), default=0)
-        if engine.kind == "zero3":
-            self.parts = [sum(math.ceil(n / self.world) for n in group) for group in self.groups]
-            self.frozen_part = sum(math.ceil(w.numel / self.world) for w in weights if not w.trains)
-        else:
-            align = 2 * self.world  # DeepSpeed's alignment of a group, in elements
-            self.parts = [
-                math.ceil(sum(group) / align) * align // self.world for group in self.groups
-            ]
-        self.part = sum(self.parts)
-        self.persistent = [w.numel <= engine.zero.param_persistence_threshold for w in weights]
-        self.persistent_numel = sum(
-            w.numel for w, keep in zip(weights, self.persistent, strict=True) if keep
-        )
-
-    @property
-    def alone(self) -> bool:
-        """Whether ZeRO-3 gathers nothing: a single rank's part is the whole weight, and
-        lies where it is computed with."""
-        return self.world == 1 and self.engine.parameters_on == "gpu"
-
-    @property
-    def compact(self) -> bool:
-        """Whether ZeRO-2 adds gradients up in one float32 buffer of the rank's part."""
-        return self.engine.accumulate == 4 and self.engine.compute == 2
-
-    def in_partition(self) -> int:
-        """Elements of the parameters of which some rank's part has a piece, for the
-        rank that has most: whole parameters."""
-        most = 0
-        for rank in range(self.world):
-            held = 0
-            for group, part in zip(self.groups, self.parts, strict=True):
-                start = 0
-                for n in group:
-                    if start < (rank + 1) * part and start + n > rank * part:
-                        held += n
-                    start += n
-            most = max(most, held)
-        return most
-
-    def static(self) -> dict[str, int]:
-        e, c = self.engine, self.engine.compute
-        if e.kind == "plain":
-            return {"weights": 4 * self.total, "Adam moments": 8 * self.trained}
-        if e.kind == "bf16":
-            return {
-                "weights": c * self.total,
-                "float32 weights": 4 * self.part,
-                "float32 gradients": 4 * self.trained,
-                "Adam moments": 8 * self.part,
-            }
-        found = {}
-        if e.kind == "zero12":
-            found["weights"] = c * self.total
-            if e.optimizer_on == "gpu":
-                found |= {"float32 weights": 4 * self.part, "Adam moments": 8 * self.part}
-            else:
-                found["copy buffer"] = c * self.largest
-            return found
-        if e.parameters_on == "gpu":
-            found["weights"] = c * (self.part + self.frozen_part)
-        if e.optimizer_on == "gpu":
-            found |= {
-                "float32 weights": 4 * self.part,
-                "gradients": e.accumulate * self.part,
-                "Adam moments": 8 * self.part,
-            }
-        if not self.alone:
-            found["small weights, whole"] = c * self.persistent_numel
-        if e.zero.contiguous_gradients:
-            found["reduce bucket"] = c * e.zero.reduce_bucket_size
-        return found
-
-    def host(self, accumulates: bool) -> tuple[dict[str, int], int]:
-        """(in memory, on disk) of one rank."""
-        e, c = self.engine, self.engine.compute
-        found: dict[str, int] = {}
-        disk = 0
-        if e.optimizer_on != "gpu":
-            states = {
-                "float32 weights": 4 * self.part,
-                "float32 gradients": 4 * self.part,
-                "Adam moments": 8 * self.part,
-            }
-            if e.optimizer_on == "nvme":
-                disk += sum(states.values())
-                offload = e.zero.offload_optimizer
-                subgroup = min(max(self.parts), int(e.zero.sub_group_size))
-                found["optimizer swap buffers"] = (
-                    4 * subgroup * int(offload.buffer_count if offload else 4)
-                )
-            else:
-                found |= states
-            if e.kind == "zero12":
-                found |= {
-                    "copies of the weights": c * self.part,
-                    "gradient copy buffer": c * self.largest,
-                }
-                if accumulates and not self.compact:
-                    found["gradients of earlier micro-batches"] = c * self.in_partition()
-            else:
-                found["gradients"] = e.accumulate * self.part
-        if e.parameters_on == "cpu":
-            found["weights"] = c * (self.part + self.frozen_part)
-        elif e.parameters_on == "nvme":
-            disk += c * (self.part + self.frozen_part)
-            offload_param = e.zero.offload_param
-            if offload_param is not None:
-                # As `engine.nvme` sizes them where the ds_config does not.
-                given = "buffer_size" in offload_param.model_fields_set
-                size = (
-                    int(offload_param.buffer_size) if given else math.ceil(self.widest / self.world)
-                )
-                found["parameter swap buffers"] = c * int(offload_param.buffer_count) * size
-        return found, disk
-
-    def step_scratch(self) -> int:
-        """What the optimizer step allocates for a moment; AdamW itself is fused and
-        needs nothing."""
-        e = self.engine
-        if e.optimizer_on != "gpu" or e.kind in ("plain", "bf16"):
-            return 0
-        # A group's gradients are laid end to end in float32 (ZeRO-2 with float32
-        # accumulation has them so already); before that the norm is taken of one
-        # gradient at a time, in float64.
-        pieces = [
-            min(n, part) for group, part in zip(self.groups, self.parts, strict=True) for n in group
-        ]
-        if e.kind == "zero3":
-            pieces = [math.ceil(n / self.world) for group in self.groups for n in group]
-        norm = 8 * max(pieces)
-        if e.kind == "zero12" and self.compact:
-            return norm
-        return max(norm, 4 * min(max(self.parts), int(e.zero.sub_group_size)))
-
-
-class _Backward:
-    """Follows a dry run event by event, with what the engine adds to each."""
-
-    def __init__(
-        self, engine: Engine, weights: list[Weight], states: _States, accumulates: bool
-    ) -> None:
-        self.engine, self.weights, self.states, self.accumulates = (
-            engine,
-            weights,
-            states,
-            accumulates,
-        )
-        self.gathered = 0
-        """Bytes of the most weights that ZeRO-3 has gathered at once."""
-
-    def walk(self, run: DryRun) -> tuple[int, int]:
-        """(peak, what lies there when the optimizer steps), bytes beside what is always
-        there."""
-        walk = {
-            "plain": self._plain,
-            "bf16": self._bf16,
-            "zero12": self._zero12,
-            "zero3": self._zero3,
+def _on_gpu(e: Engine, n: _Counts, alone: bool) -> dict[str, int]:
+    """What stays on a GPU from step to step."""
+    c = e.compute
+    if e.kind == "plain":
+        return {"weights": 4 * n.total, "Adam moments": 8 * n.trained}
+    if e.kind == "bf16":
+        return {
+            "weights": c * n.total,
+            "float32 weights": 4 * n.part,
+            "float32 gradients": 4 * n.trained,
+            "Adam moments": 8 * n.part,
         }
-        return walk[self.engine.kind](run)
-
-    def _plain(self, run: DryRun) -> tuple[int, int]:
-        all_gradients = 4 * self.states.trained
-        extra = all_gradients if self.accumulates else 0
-        peak = 0
-        for event in run.events:
-            peak = max(peak, event.before + extra)
-            if event.kind == "gradient" and not self.accumulates:
-                extra += 4 * self._numel(event.weights)
-        flat = 4 * min(self.states.trained, ALLREDUCE_ELEMENTS + self.states.largest)
-        return max(peak, run.kept + all_gradients + flat), all_gradients
-
-    def _bf16(self, run: DryRun) -> tuple[int, int]:
-        c, trained = self.engine.compute, self.states.trained
-        kept = 0 if self.engine.immediate else c * trained
-        extra = kept if self.accumulates else 0
-        peak = 0
-        for event in run.events:
-            peak = max(peak, event.before + extra)
-            if event.kind == "gradient":
-                n = self._numel(event.weights)
-                if self.engine.immediate:
-                    peak = max(peak, event.now + extra + 4 * n)
-                elif not self.accumulates:
-                    extra += c * n
-        # The float32 gradients are there for good. The engine lays them end to end,
-        # unless a group fills its buffer by itself, and all-reduces a copy in the
-        # compute dtype.
-        groups = [sum(group) for group in self.states.groups]
-        together = len(groups) > 1 and groups[0] <= ALLREDUCE_ELEMENTS
-        flat = (4 + c) * trained if together else c * max(groups)
-        return max(peak, run.kept + kept + max(flat, 4 * self.states.largest)), kept
-
-    def _zero12(self, run: DryRun) -> tuple[int, int]:
-        e, states, c = self.engine, self.states, self.engine.compute
-        bucket = int(e.zero.reduce_bucket_size)
-        buffers = (
-            c * bucket * (2 if e.zero.overlap_comm else 1)
-            if e.zero.contiguous_gradients or e.optimizer_on != "gpu"
-            else 0
-        )
-        # What a reduction leaves behind until the step: the rank's part in float32, or
-        # its parameters' gradients whole.
-        left = (
-            4 * states.part
-            if states.compact
-            else 0
-            if e.optimizer_on != "gpu"
-            else c * states.in_partition()
-        )
-        peak = filled = oversized = 0
-        extra = left if self.accumulates else 0
-        started = reduced = False
-        for event in run.events:
-            peak = max(peak, event.before + extra)
-            if event.kind not in ("gradient", "end"):
-                continue
-            n = self._numel(event.weights)
-            if event.kind == "gradient" and not started:
-                started, extra = True, extra + buffers
-            if filled and (event.kind == "end" or filled + n > bucket):
-                if not reduced:
-                    # In whole parameters, gradients of the next micro-batch come beside
-                    # those that are summed already.
-                    reduced, extra = (
-                        True,
-                        extra + (left if not self.accumulates or not states.compact else 0),
-                    )
-                # the reduction works on a flat copy
-                peak = max(peak, event.now + extra + c * filled)
-                extra, filled, oversized = extra - oversized, 0, 0
-            if event.kind == "gradient":
-                filled += n
-                if n > bucket:
-                    oversized = c * n
-                    extra += oversized
-        return peak, left
-
-    def _zero3(self, run: DryRun) -> tuple[int, int]:
-        e, states, c, world = self.engine, self.states, self.engine.compute, self.states.world
-        bucket = int(e.zero.reduce_bucket_size)
-        gathered = _Gathered(
-            e,
-            self.weights,
-            states.persistent,
-            [event.weights for event in run.events if event.kind == "enter"],
-        )
-        whole = 0 if states.alone else c  # bytes of a gathered weight
-        peak = filled = oversized = 0
-        for event in run.events:
-            peak = max(peak, event.before + whole * gathered.numel + oversized)
-            if event.kind == "enter":
-                gathered.enter(event.weights)
-            elif event.kind == "leave":
-                gathered.leave(event.weights)
-            self.gathered = max(self.gathered, whole * gathered.numel)
-            if event.kind not in ("gradient", "end"):
-                continue
-            n = self._numel(event.weights)
-            if filled and (event.kind == "end" or filled + n > bucket):
-                share = math.ceil(filled / world)
-                scratch = (
-                    c * filled + c * share + (e.accumulate * share if e.accumulate != c else 0)
-                )
-                peak = max(peak, event.now + whole * gathered.numel + oversized + scratch)
-                filled = oversized = 0
-            if event.kind == "gradient":
-                filled += n
-                if n > bucket:
-                    oversized = c * n
-        return peak, 0
-
-    def _numel(self, places: tuple[int, ...]) -> int:
-        return sum(self.weights[i].numel for i in places)
+    states = {"float32 weights": 4 * n.part, "Adam moments": 8 * n.part}
+    if e.kind == "zero12":
+        if e.optimizer_on != "gpu":
+            states = {"copy buffer": c * n.largest_trained}
+        return {"weights": c * n.total, **states}
+    sizes = {}
+    if e.parameters_on == "gpu":
+        sizes["weights"] = c * (n.part + n.frozen_part)
+    if e.optimizer_on == "gpu":
+        sizes |= {**states, "gradients": e.accumulate * n.part}
+    if not alone:
+        sizes["small weights, whole"] = c * n.small
+    if e.zero.contiguous_gradients:
+        sizes["reduce bucket"] = c * int(e.zero.reduce_bucket_size)
+    return sizes
 
 
-class _Gathered:
-    """Which weights ZeRO-3 has gathered: fetched when a module begins, fetched ahead,
-    kept where they are soon used again."""
+def _on_host(e: Engine, n: _Counts, world: int, accumulates: bool) -> tuple[dict[str, int], int]:
+    """(in memory by name, on disk), of one rank."""
+    c = e.compute
+    sizes: dict[str, int] = {}
+    disk = 0
+    if e.optimizer_on != "gpu":
+        states = {
+            "float32 weights": 4 * n.part,
+            "float32 gradients": 4 * n.part,
+            "Adam moments": 8 * n.part,
+        }
+        if e.optimizer_on == "nvme":
+            disk += sum(states.values())
+            offload = e.zero.offload_optimizer
+            group = min(n.part, int(e.zero.sub_group_size))
+            buffers = int(offload.buffer_count if offload else 4)
+            sizes["optimizer swap buffers"] = 4 * group * buffers
+        else:
+            sizes |= states
+        if e.kind == "zero3":
+            sizes["gradients"] = e.accumulate * n.part
+        else:
+            sizes["copies of the weights"] = c * n.part
+            sizes["gradient copy buffer"] = c * n.largest_trained
+            if accumulates and not _adds_up_in_float32(e):
+                sizes["gradients of earlier micro-batches"] = c * n.part
+    if e.parameters_on == "cpu":
+        sizes["weights"] = c * (n.part + n.frozen_part)
+    elif e.parameters_on == "nvme":
+        disk += c * (n.part + n.frozen_part)
+        offload_param = e.zero.offload_param
+        if offload_param is not None:
+            # As `engine.nvme` sizes them where the ds_config does not.
+            given = "buffer_size" in offload_param.model_fields_set
+            size = int(offload_param.buffer_size) if given else math.ceil(n.largest / world)
+            sizes["parameter swap buffers"] = c * int(offload_param.buffer_count) * size
+    return sizes, disk
 
-    def __init__(
-        self,
-        engine: Engine,
-        weights: list[Weight],
-        persistent: list[bool],
-        order: list[tuple[int, ...]],
-    ) -> None:
-        self.zero, self.sizes, self.persistent, self.order = (
-            engine.zero,
-            [w.numel for w in weights],
-            persistent,
-            order,
-        )
-        self.here: set[int] = set()
-        self.numel = 0
-        self.position = 0
 
-    def enter(self, own: tuple[int, ...]) -> None:
-        self._fetch(own)
-        self.position += 1
-        room = min(
-            int(self.zero.max_live_parameters) - self.numel, int(self.zero.prefetch_bucket_size)
-        )
-        fetched = 0
-        for upcoming in self.order[self.position :]:
-            if fetched >= room:
-                break
-            before = self.numel
-            self._fetch(upcoming)
-            fetched += self.numel - before
+def _training(
+    e: Engine, n: _Counts, run: DryRun, world: int, gathered: int, accumulates: bool
+) -> tuple[int, int]:
+    """(peak of forward and backward, gradients that lie there when the optimizer
+    steps), beside what always stays.
 
-    def leave(self, own: tuple[int, ...]) -> None:
-        keep: set[int] = set()
-        distance = 0
-        for upcoming in self.order[self.position :]:
-            if distance >= int(self.zero.max_reuse_distance):
-                break
-            keep.update(upcoming)
-            distance += sum(self.sizes[i] for i in upcoming)
-        for i in own:
-            if i in self.here and i not in keep:
-                self.here.discard(i)
-                self.numel -= self.sizes[i]
+    The peak is the largest of three: before the first gradient, during the backward
+    pass, and in the last reduction, when of the activations only the logits are left.
+    """
+    c = e.compute
+    if e.kind in ("plain", "bf16"):
+        # Every rank keeps all gradients, and all-reduces a flat copy of them.
+        gradients = c * n.trained
+        flat = c * min(n.trained, ALLREDUCE_ELEMENTS + n.largest_trained)
+        if e.kind == "bf16":
+            # The float32 gradients are laid end to end first, unless one group of AdamW
+            # fills the buffer by itself.
+            together = n.trained <= ALLREDUCE_ELEMENTS
+            flat = (c + (4 if together else 0)) * n.trained
+        backward = max(run.forward, run.backward) + gradients if accumulates else run.with_gradients
+        return max(backward, run.logits + gradients + flat), gradients
+    reduced = min(n.trained, max(int(e.zero.reduce_bucket_size), n.largest_trained))
+    if e.kind == "zero3":
+        share = math.ceil(reduced / world)
+        # a flat copy of the bucket, and this rank's share of it in both dtypes
+        scratch = c * (reduced + share) + (e.accumulate * share if e.accumulate != c else 0)
+        return gathered + max(run.forward, run.backward, run.logits + scratch), 0
+    buckets = 0
+    if e.zero.contiguous_gradients or e.optimizer_on != "gpu":
+        buckets = c * int(e.zero.reduce_bucket_size) * (2 if e.zero.overlap_comm else 1)
+    # The rank's part of the gradients, which a reduction leaves behind.
+    gradients = 0
+    if _adds_up_in_float32(e):
+        gradients = 4 * n.part
+    elif e.optimizer_on == "gpu":
+        gradients = c * n.part
+    before = gradients if accumulates else 0
+    after = gradients + buckets
+    return max(
+        run.forward + before, run.backward + after, run.logits + after + c * reduced
+    ), gradients
 
-    def _fetch(self, own: tuple[int, ...]) -> None:
-        for i in own:
-            if not self.persistent[i] and i not in self.here:
-                self.here.add(i)
-                self.numel += self.sizes[i]
+
+def _gathered(e: Engine, n: _Counts) -> int:
+    """Bytes of the weights that ZeRO-3 gathers at most: it fetches ahead and keeps what
+    it soon uses again, up to a limit."""
+    return e.compute * min(n.total - n.small, max(int(e.zero.max_live_parameters), n.largest))
+
+
+def _step_scratch(e: Engine, n: _Counts, world: int) -> int:
+    """What the optimizer step allocates for a moment; AdamW itself is fused and needs
+    nothing."""
+    if e.optimizer_on != "gpu" or e.kind in ("plain", "bf16"):
+        return 0
+    # The norm is taken of one gradient at a time, in float64. Then a group's gradients
+    # are laid end to end in float32, unless they lie so already.
+    whole = n.largest_trained
+    norm = 8 * (math.ceil(whole / world) if e.kind == "zero3" else min(n.part, whole))
+    if e.kind == "zero12" and _adds_up_in_float32(e):
+        return norm
+    return max(norm, 4 * min(n.part, int(e.zero.sub_group_size)))
+
+
+def _adds_up_in_float32(e: Engine) -> bool:
+    """Whether ZeRO-2 adds gradients up in one float32 buffer of the rank's part."""
+    return e.accumulate == 4 and e.compute == 2

@@ -3,11 +3,12 @@ what it needs, and the first that fits."""
 
 from __future__ import annotations
 
+import json
 import math
-import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from dsvae import config as configuration
 from dsvae.config import RunConfig
 from dsvae.engine import ds_config
 from dsvae.engine.build import LATENT_FIELDS
-from dsvae.errors import UserError
+from dsvae.errors import UserError, first_line
 from dsvae.modeling.t5_vae import T5VAEConfig, read_config
 from dsvae.planning import memory
-from dsvae.planning.dry_run import DryRun, Weight, build, dry_run, weights_of
-from dsvae.planning.sizes import KNOWN, configuration_of
+from dsvae.planning.dry_run import DryRun, build, dry_run, weights_of
+from dsvae.planning.sizes import configuration_of
 
 SHIPPED = Path(__file__).parents[2] / "ds_configs"
 RESIDENT = ("zero0", "zero1", "zero2", "zero3")
@@ -32,23 +33,6 @@ figure, not a measured one."""
 HOST_BASE = 3_000_000_000
 """Bytes of host memory of a process for Python, torch with CUDA and DeepSpeed: a usual
 figure, not a measured one."""
-DEFAULT_RECIPE = "park2021"
-"""Recipe of the run for a model given by name: it has no model of its own that would
-stand against it."""
-MOST_BYTES = 10**18
-"""More is a slip of the pen, and the largest would be infinite."""
-UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
 
 
 @dataclass(frozen=True)
@@ -113,7 +97,7 @@ class Plan:
         if option.gradient_checkpointing:
             words += ["--model.gradient_checkpointing", "true"]
         if self.machine.nodes > 1:
-            each = self.machine.gpus_per_node  # one process a GPU
+            each = self.machine.gpus_per_node  # one process per GPU
             start = [
                 f"--nodes={self.machine.nodes}",
                 f"--ntasks-per-node={each}",
@@ -123,57 +107,6 @@ class Plan:
         return shlex.join(
             ["deepspeed", "--num_gpus", str(self.machine.gpus), "dsvae/train.py", *words]
         )
-
-
-def bytes_of(text: str, flag: str) -> int:
-    """`40GB` (10^9), `80GiB` (2^30), `512MB`, or plain bytes."""
-    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?i?b?)", text.strip().lower())
-    try:
-        if match is None or match[2] not in UNITS:
-            raise ValueError
-        size = float(match[1]) * UNITS[match[2]]
-    except ValueError:
-        raise UserError(
-            f"{flag} is {text!r}: give bytes with a unit, for example 40GB or 80GiB"
-        ) from None
-    if size < 1:
-        raise UserError(f"{flag} must be more than nothing")
-    if size > MOST_BYTES:  # without the text, which can be long
-        raise UserError(
-            f"{flag} is more than {MOST_BYTES // 10**12:,} TB: give bytes with a unit, for "
-            f"example 40GB or 80GiB"
-        )
-    return int(size)
-
-
-def run_arguments(model: str, config: str | None, flags: dict[str, Any]) -> list[str]:
-    """The arguments of dsvae/train.py for a model's name or directory, or for a recipe
-    or a YAML file that says which model."""
-    words: list[str] = []
-    if configuration_of(model) is not None or (Path(model) / "config.json").is_file():
-        name = (
-            model
-            if (Path(model) / "config.json").is_file()
-            else next(n for n in _names(model) if n in KNOWN)
-        )
-        words += ["--config", config or DEFAULT_RECIPE, "--model", name]
-    elif (
-        Path(model).suffix in (".yaml", ".yml")
-        or (configuration.RECIPES / f"{model}.yaml").is_file()
-    ):
-        if config is not None:
-            raise UserError(f"{model} and --config {config} are two configurations: give one")
-        words += ["--config", model]
-    else:
-        near = _nearest_model(model)
-        raise UserError(
-            f"{model!r} is no public T5 that is known offline, no directory with a config.json, "
-            f"no recipe and no YAML file{near}"
-        )
-    for name, value in flags.items():
-        if value is not None:
-            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
-    return words
 
 
 def make_plan(
@@ -186,35 +119,57 @@ def make_plan(
     """Plans a run.
 
     Args:
-        arguments: of dsvae/train.py, from `run_arguments`.
-        ds_config_file: this DeepSpeed configuration alone, not the shipped ones.
+        arguments: of dsvae/train.py.
+        ds_config_file: plan for this DeepSpeed configuration alone, not the shipped
+            ones.
         checkpointing: with gradient checkpointing, without it, or None: without it
             first.
     """
     files = [Path(ds_config_file)] if ds_config_file else _shipped()
     config = configuration.read(["--ds_config", str(files[0]), *arguments])
-    if config.data.batch_size < machine.gpus:  # the run refuses it, too
+    data = config.data
+    if data.batch_size < machine.gpus:  # the run refuses it, too
         raise UserError(
-            f"data.batch_size {config.data.batch_size} is less than --gpus {machine.gpus}: every "
-            f"GPU needs a sentence a step; "
+            f"data.batch_size {data.batch_size} is less than --gpus {machine.gpus}: every "
+            f"GPU needs a sentence per step; "
             f"plan for fewer GPUs, or with --batch_size {machine.gpus} or more"
         )
-    subject = _Subject(config, machine)
+    vae = _model_of(config)
+    freeze = config.phase == "1" and config.phase1.freeze_decoder
+    weights = weights_of(build(vae, freeze))
+    per_gpu = math.ceil(data.batch_size / machine.gpus)
+    # The longest sentences need the most: as many tokens as others, and attention grows
+    # with their length.
+    rows = min(per_gpu, max(1, data.micro_batch_tokens // data.max_tokens))
+    micro_batches = math.ceil(per_gpu / rows)
     options = []
     for path, checkpoint in _order(files, checkpointing, config.model.gradient_checkpointing):
-        options.append(subject.option(path, checkpoint))
-    chosen = next((option for option in options if option.fits(machine)), None)
+        engine = _engine(path, config, micro_batches, machine.gpus)
+        run = _dry_run(
+            vae.to_json_string(),
+            rows=rows,
+            tokens=data.max_tokens,
+            evaluation_rows=max(1, config.eval.batch_tokens // data.max_tokens),
+            precision=engine.precision,
+            autocast=engine.autocast,
+            gradient_checkpointing=checkpoint,
+            freeze_decoder=freeze,
+        )
+        needs = memory.estimate(engine, weights, run, machine.ranks, accumulates=micro_batches > 1)
+        shown = path.relative_to(SHIPPED.parent) if path.is_relative_to(SHIPPED) else path
+        host = needs.host_peak + HOST_BASE * machine.ranks.per_node
+        options.append(Option(str(shown), checkpoint, needs, needs.gpu_peak + GPU_BASE, host))
     return Plan(
         config,
         machine,
         arguments,
-        subject.parameters,
-        subject.trained,
-        subject.rows,
-        config.data.max_tokens,
-        subject.micro_batches,
+        sum(w.numel for w in weights),
+        sum(w.numel for w in weights if w.trains),
+        rows,
+        data.max_tokens,
+        micro_batches,
         options,
-        chosen,
+        next((option for option in options if option.fits(machine)), None),
     )
 
 
@@ -230,79 +185,31 @@ def _order(files: list[Path], wanted: bool | None, configured: bool) -> Iterator
             yield from ((path, checkpoint) for path in some)
 
 
-class _Subject:
-    """The model and the data of a run, dry-run once for each way to compute."""
-
-    def __init__(self, config: RunConfig, machine: Machine) -> None:
-        self.config, self.machine = config, machine
-        self.freeze = config.phase == "1" and config.phase1.freeze_decoder
-        self.vae = _model_of(config)
-        self.weights: list[Weight] = weights_of(build(self.vae), self.freeze)
-        self.parameters = sum(w.numel for w in self.weights)
-        self.trained = sum(w.numel for w in self.weights if w.trains)
-        data = config.data
-        mine = math.ceil(data.batch_size / machine.gpus)
-        # The longest sentences need the most: as many tokens as others, and attention
-        # grows with their length.
-        self.rows = min(mine, max(1, data.micro_batch_tokens // data.max_tokens))
-        self.micro_batches = math.ceil(mine / self.rows)
-        self.evaluation_rows = max(1, config.eval.batch_tokens // data.max_tokens)
-
-    def option(self, path: Path, checkpoint: bool) -> Option:
-        phase = self.config.phase1 if self.config.phase == "1" else self.config.phase2
-        resolved = ds_config.resolve(
-            ds_config.load(path),
-            phase=phase,
-            precision=self.config.precision,
-            batch_size=self.config.data.batch_size,
-            micro_batches=self.micro_batches,
-            world_size=self.machine.gpus,
-            bf16_supported=True,
-            fp16_supported=True,
-        )
-        engine = memory.Engine.of(resolved)
-        found = memory.estimate(
-            engine,
-            self.weights,
-            self._run(engine, checkpoint),
-            self.machine.ranks,
-            accumulates=self.micro_batches > 1,
-        )
-        shown = str(path.relative_to(SHIPPED.parent)) if path.is_relative_to(SHIPPED) else str(path)
-        host = found.host_peak + HOST_BASE * self.machine.ranks.per_node
-        return Option(shown, checkpoint, found, found.gpu_peak + GPU_BASE, host)
-
-    def _run(self, engine: memory.Engine, checkpoint: bool) -> DryRun:
-        low = torch.float16 if engine.precision == "fp16" else torch.bfloat16
-        key = (
-            self.vae.to_json_string(),
-            self.rows,
-            self.evaluation_rows,
-            self.config.data.max_tokens,
-            engine.compute,
-            engine.autocast,
-            low,
-            checkpoint,
-            self.freeze,
-        )
-        if key not in _RUNS:
-            _RUNS[key] = dry_run(
-                self.vae,
-                rows=self.rows,
-                tokens=self.config.data.max_tokens,
-                evaluation_rows=self.evaluation_rows,
-                dtype=torch.float32 if engine.compute == 4 else low,
-                autocast=low if engine.autocast else None,
-                gradient_checkpointing=checkpoint,
-                freeze_decoder=self.freeze,
-                fused_attention=True,
-            )
-        return _RUNS[key]
+def _engine(path: Path, config: RunConfig, micro_batches: int, gpus: int) -> memory.Engine:
+    """The engine of a ds_config file, as the run itself would resolve it."""
+    resolved = ds_config.resolve(
+        ds_config.load(path),
+        phase=config.phase1 if config.phase == "1" else config.phase2,
+        precision=config.precision,
+        batch_size=config.data.batch_size,
+        micro_batches=micro_batches,
+        world_size=gpus,
+        bf16_supported=True,
+        fp16_supported=True,
+    )
+    return memory.Engine.of(resolved)
 
 
-_RUNS: dict[tuple, DryRun] = {}
-"""Dry runs of this process: the advice asks for many plans that differ in the machine
-alone."""
+@cache  # options share dry runs, and the advice asks for plans that differ in the machine alone
+def _dry_run(vae: str, *, precision: str, autocast: bool, **settings: Any) -> DryRun:
+    low = torch.float16 if precision == "fp16" else torch.bfloat16
+    return dry_run(
+        T5VAEConfig.from_dict(json.loads(vae)),
+        dtype=torch.float32 if autocast or precision == "fp32" else low,
+        autocast=low if autocast else None,
+        fused_attention=True,
+        **settings,
+    )
 
 
 def _model_of(config: RunConfig) -> T5VAEConfig:
@@ -321,9 +228,7 @@ def _model_of(config: RunConfig) -> T5VAEConfig:
             t5 = read_config(settings.name)
         vae = t5 if isinstance(t5, T5VAEConfig) else T5VAEConfig(t5=t5, **latent)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"model {settings.name or 'model.t5'}: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"model {settings.name or 'model.t5'}: {first_line(error)}") from None
     if settings.dropout is not None:
         vae.t5.dropout_rate = settings.dropout
     return vae
@@ -333,19 +238,7 @@ def _shipped() -> list[Path]:
     files = [SHIPPED / f"{name}.json" for name in (*RESIDENT, *OFFLOADED)]
     if missing := [path for path in files if not path.is_file()]:
         raise UserError(
-            f"{missing[0]} is not there (an installation without the repository): give "
+            f"{missing[0]} does not exist (an installation without the repository): give "
             f"--ds_config FILE"
         )
     return files
-
-
-def _names(model: str) -> tuple[str, ...]:
-    return (model, f"google-t5/{model}", f"google/{model}")
-
-
-def _nearest_model(model: str) -> str:
-    import difflib
-
-    short = {name.split("/")[-1]: name for name in KNOWN}
-    close = difflib.get_close_matches(model.split("/")[-1], short, n=1, cutoff=0.5)
-    return f"; did you mean {short[close[0]]}?" if close else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from dsvae.planning.advice import Advice
@@ -27,40 +28,28 @@ def as_json(plan: Plan, advice: Advice | None) -> dict[str, Any]:
         "options": [_option(plan, option) for option in plan.options],
         "fits": None if plan.chosen is None else plan.options.index(plan.chosen),
         "command": None if plan.chosen is None else plan.command(plan.chosen),
-        "instead": None
-        if advice is None
-        else {
-            "gpu_memory": advice.gpu_memory,
-            "host_memory": advice.host_memory,
-            "changes": advice.changes,
-        },
+        "instead": None if advice is None else dataclasses.asdict(advice),
         "estimate": True,
     }
 
 
 def as_text(plan: Plan, advice: Advice | None) -> str:
-    """What is needed, a line an option; which one to take, and its command."""
+    """What is needed, one line per option; which one to take, and its command."""
     machine = plan.machine
     lines = [
         f"{plan.parameters:,} parameters, {plan.trained:,} trained; micro-batches of {plan.rows} "
-        f"sentences "
-        f"of {plan.tokens} tokens, {plan.micro_batches} a step on each of {machine.gpus} GPUs",
+        f"sentences of {plan.tokens} tokens, {plan.micro_batches} per step on each of "
+        f"{machine.gpus} GPUs",
         "",
-        f"{'ds_config':<34} {'checkpointing':<13} {'GB a GPU':>9} {'GB a node':>9} {'GB disk':>8}",
+        f"{'ds_config':<34} {'checkpointing':<13} {'GB/GPU':>9} {'GB/node':>9} {'GB disk':>8}",
     ]
     for option in plan.options:
-        mark = (
-            "<- the first that fits"
-            if option is plan.chosen
-            else "fits"
-            if option.fits(machine)
-            else "too large"
-        )
+        fits = "fits" if option.fits(machine) else "too large"
+        mark = "<- the first that fits" if option is plan.chosen else fits
         checkpointing = "yes" if option.gradient_checkpointing else "no"
         lines.append(
             f"{option.ds_config:<34} {checkpointing:<13} {option.gpu / GB:>9.1f} "
-            f"{option.host / GB:>9.1f} "
-            f"{option.estimate.disk / GB:>8.1f}  {mark}"
+            f"{option.host / GB:>9.1f} {option.estimate.disk / GB:>8.1f}  {mark}"
         )
     lines.append("")
     if plan.chosen is not None:
@@ -69,10 +58,9 @@ def as_text(plan: Plan, advice: Advice | None) -> str:
         lines.append("Nothing fits. " + advice.text)
     lines += [
         "",
-        "An estimate: peaks of tensors, checked on CPU (docs/plan.md), not on GPUs. "
-        f"{GPU_BASE / GB:.1f} GB a GPU and {HOST_BASE / GB:.0f} GB of host memory a process are "
-        f"assumed for CUDA and the "
-        f"libraries, and {machine.margin:.0%} are to stay free.",
+        "This is an estimate of the peaks of tensors, checked on CPU (docs/plan.md), not on "
+        f"GPUs. It adds {GPU_BASE / GB:.1f} GB per GPU and {HOST_BASE / GB:.0f} GB of host memory "
+        f"per process for CUDA and the libraries, and leaves {machine.margin:.0%} free.",
     ]
     return "\n".join(lines)
 

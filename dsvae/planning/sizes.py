@@ -50,30 +50,36 @@ def _config(kind: str, shape: tuple[int, ...], vocab: int, feed_forward: str) ->
 
 
 def _known() -> dict[str, dict[str, Any]]:
-    found = {f"google-t5/t5-{size}": _config("t5", shape, 32128, V1) for size, shape in _T5.items()}
+    configs = {
+        f"google-t5/t5-{size}": _config("t5", shape, 32128, V1) for size, shape in _T5.items()
+    }
     for size, shape in _V11.items():
-        found[f"google/t5-v1_1-{size}"] = _config("t5", shape, 32128, GATED)
-        found[f"google/flan-t5-{size}"] = _config("t5", shape, 32128, GATED)
-        found[f"google/mt5-{size}"] = _config("mt5", shape, 250112, GATED)
+        configs[f"google/t5-v1_1-{size}"] = _config("t5", shape, 32128, GATED)
+        configs[f"google/flan-t5-{size}"] = _config("t5", shape, 32128, GATED)
+        configs[f"google/mt5-{size}"] = _config("mt5", shape, 250112, GATED)
         if size != "large":  # there is no umt5-large
-            found[f"google/umt5-{size}"] = _config("umt5", shape, 256384, GATED)
+            configs[f"google/umt5-{size}"] = _config("umt5", shape, 256384, GATED)
     for size, shape in _BYT5.items():
-        found[f"google/byt5-{size}"] = _config("t5", shape, 384, GATED) | {
+        configs[f"google/byt5-{size}"] = _config("t5", shape, 384, GATED) | {
             "tie_word_embeddings": False
         }
     for name in ("google/ul2", "google/flan-ul2"):
-        found[name] = _config("t5", _UL2, 32128, GATED_SILU)
-    return found
+        configs[name] = _config("t5", _UL2, 32128, GATED_SILU)
+    return configs
 
 
 KNOWN = _known()
 """Configuration of every known model by its hub id."""
 
 
-def configuration_of(name: str) -> dict[str, Any] | None:
-    """The T5 configuration of a public model, None for an unknown name; `t5-base` is
+def known_name(name: str) -> str | None:
+    """The hub id of a public model, None for an unknown name; `t5-base` is
     `google-t5/t5-base`, and so on."""
-    for candidate in (name, f"google-t5/{name}", f"google/{name}"):
-        if candidate in KNOWN:
-            return dict(KNOWN[candidate])
-    return None
+    candidates = (name, f"google-t5/{name}", f"google/{name}")
+    return next((candidate for candidate in candidates if candidate in KNOWN), None)
+
+
+def configuration_of(name: str) -> dict[str, Any] | None:
+    """The T5 configuration of a public model, None for an unknown name."""
+    known = known_name(name)
+    return None if known is None else dict(KNOWN[known])

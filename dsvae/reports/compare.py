@@ -3,14 +3,13 @@ numbers are comparable."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dsvae.config import field_types
-from dsvae.errors import UserError
+from dsvae.errors import UserError, nearest
 from dsvae.metrics import catalog
 from dsvae.reports.runs import Run, read_runs
 
@@ -100,9 +99,12 @@ def _sorted(runs: list[Run], name: str, settings: list[str], metrics: list[str])
     if name in ("run", "state"):
         return sorted(runs, key=lambda run: run.name if name == "run" else run.state)
     known = ["run", "state", *settings, *metrics]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    choices = ", ".join(each for each in known if not each.startswith("se."))
-    hint = f"did you mean {close[0]}?" if close else f"give one of {choices}"
+    close = nearest(name, known)
+    hint = (
+        f"did you mean {close}?"
+        if close
+        else f"give one of {', '.join(n for n in known if not n.startswith('se.'))}"
+    )
     raise UserError(
         f"--sort_by {name}: neither a metric of these runs nor a setting in which they differ; "
         f"{hint}"

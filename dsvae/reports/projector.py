@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from dsvae.files import replace_directory
 from dsvae.modeling.families import Distribution
 from dsvae.reports.sentences import Sentences
 
@@ -38,9 +39,10 @@ def write_projector(directory: Path, posterior: Distribution, text: Sentences) -
                 metadata_header=list(columns),
                 tag="posterior_mean",
             )
-    shutil.rmtree(directory, ignore_errors=True)
     if temporary.is_dir():
-        temporary.rename(directory)
+        replace_directory(temporary, directory)
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _cell(value: object) -> str:

@@ -147,11 +147,13 @@ def worker(
     from dsvae.engine import weights
     from dsvae.engine.build import build_model
     from dsvae.engine.engine import PhaseEngine
+    from dsvae.engine.process_group import lend_to_deepspeed
     from dsvae.objective.elbo import Penalty
     from dsvae.parallel.world import join, leave
     from dsvae.phases import Phase
 
     world = join()
+    lend_to_deepspeed(world)
     config = RunConfig(
         phase1=Phase1Config(lr=1e-4, freeze_decoder=bool(int(freeze))),
         model=ModelConfig(name=model, gradient_checkpointing=True),

@@ -126,9 +126,9 @@ def planned(job: dict[str, Any]) -> int:
         fused_attention=False,
     )
     ranks = memory.Ranks(job["ranks"], job["ranks"])
-    weights, several = weights_of(build(config), freeze), job.get("micro_batches", 1) > 1
-    found = memory.estimate(engine, weights, run, ranks, accumulates=several)
-    return found.gpu_peak + sum(found.host.values()) // job["ranks"]
+    weights, several = weights_of(build(config, freeze)), job.get("micro_batches", 1) > 1
+    needs = memory.estimate(engine, weights, run, ranks, accumulates=several)
+    return needs.gpu_peak + sum(needs.host.values()) // job["ranks"]
 
 
 class Pieces:
@@ -153,6 +153,7 @@ def work(job: dict[str, Any]) -> None:
     from dsvae.data.batches import MicroBatch, Step
     from dsvae.engine.build import build_model
     from dsvae.engine.engine import PhaseEngine
+    from dsvae.engine.process_group import lend_to_deepspeed
     from dsvae.objective.elbo import Penalty
     from dsvae.parallel.world import join, leave
     from dsvae.phases import Phase
@@ -160,6 +161,7 @@ def work(job: dict[str, Any]) -> None:
 
     logger.setLevel("ERROR")
     world = join()
+    lend_to_deepspeed(world)
     rows, tokens = job["rows"], job["tokens"]
     before = _resident("VmRSS")
     live = LiveBytes()
@@ -206,9 +208,9 @@ def work(job: dict[str, Any]) -> None:
 
 
 def _resident(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def measure(job: dict[str, Any], timeout: float = 150) -> dict[str, int]:
@@ -278,8 +280,8 @@ def main() -> None:
             **shape,
             "t5": {"model_type": "t5", "decoder_start_token_id": 0, **shape["t5"]},
         }
-        plan, found = planned(job), measure(job)
-        live, resident = found["live"], found["resident"]
+        plan, measured = planned(job), measure(job)
+        live, resident = measured["live"], measured["resident"]
         cells = (name, f"{plan / 1e6:.0f}", f"{live / 1e6:.0f}", f"{plan / live:.3f}")
         print(
             "|",

@@ -252,7 +252,10 @@ def main() -> None:
     from dsvae.parallel.world import join, leave
 
     logger.setLevel("ERROR")
+    from dsvae.engine.process_group import lend_to_deepspeed
+
     world = join()
+    lend_to_deepspeed(world)
     data = prepare_split(args.train_file)
     (padding_ratio if args.padding else engine_ratio)(args, data, world)
     leave(world)

@@ -206,20 +206,28 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(run, tmp_path, monkeypatch)
         return result
 
     monkeypatch.setattr(checkpoint, "damage", then_gone)
-    refused(run, MIDDLE, tmp_path / "x", MIDDLE, "is gone meanwhile")
+    refused(run, MIDDLE, tmp_path / "x", MIDDLE, "was removed meanwhile")
     assert not (tmp_path / "x").exists()
 
 
 def test_what_is_not_there(run, tmp_path):
-    refused(tmp_path / "none", "latest", tmp_path / "x", "no run there", "output_dir")
-    refused(run / "checkpoints" / LAST, "latest", tmp_path / "x", "no run there", f"is it {run}?")
+    refused(
+        tmp_path / "none", "latest", tmp_path / "x", "is not the directory of a run", "output_dir"
+    )
+    refused(
+        run / "checkpoints" / LAST,
+        "latest",
+        tmp_path / "x",
+        "is not the directory of a run",
+        f"did you mean {run}?",
+    )
     refused(
         run,
         "phase2-step00000009",
         tmp_path / "x",
         f"latest, best, or one of {FROZEN}, {MIDDLE}, {LAST}",
     )
-    refused(run, "latest", run / "model", "is there already")
+    refused(run, "latest", run / "model", "already exists")
     for each in find(run / "checkpoints"):
         (each.directory / COMPLETE).unlink()
     refused(run, "latest", tmp_path / "x", "no complete checkpoint")

@@ -94,7 +94,7 @@ def test_a_model_that_changes_while_the_run_is_cut_is_refused(stage, other, cach
         cut = train(*arguments, "--output_dir", run, ranks=2, code=2)
         assert cut.codes == [2, 2]
         (line,) = [line for line in cut.stderr.splitlines() if line.startswith("dsvae: error:")]
-        assert "that model has changed since the run began; put it back" in line
+        assert "the model has changed since the run began; put it back" in line
         assert not list((run / "phase1").glob("*"))  # not what an export begins, either
         assert not list((run / "phase1").glob(".*"))
         return line

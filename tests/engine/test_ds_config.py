@@ -307,11 +307,20 @@ def test_float16_at_stage_0_is_refused(section):
     resolve({**raw, "zero_optimization": {"stage": 1}})
 
 
-def test_the_gradient_norm_cannot_be_switched_off():
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")],
+)
+@pytest.mark.parametrize("value", [False, "auto", 1])
+def test_what_skips_steps_that_are_not_finite_cannot_be_switched_off(section, key, value):
     """DeepSpeed would then step on gradients that are not finite."""
-    zero = {"stage": 2, "compute_grad_norm": False}
-    with pytest.raises(UserError, match="compute_grad_norm must be true"):
-        resolve({"zero_optimization": zero, "gradient_clipping": 0})
+    raw = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "gradient_clipping": 0}
+    raw[section][key] = value
+    with pytest.raises(UserError, match=rf"{section}\.{key} must be true") as caught:
+        resolve(raw)
+    assert "\n" not in str(caught.value)
+    raw[section][key] = True
+    resolve(raw)
 
 
 AUTO_BF16, ON_BF16 = {"bf16": {"enabled": "auto"}}, {"bf16": {"enabled": True}}

@@ -14,7 +14,7 @@ from dsvae.cli import main
 from dsvae.data.batches import TrainingBatches
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
-from dsvae.planning.plan import bytes_of
+from dsvae.planning.command import bytes_of
 
 SMALL = [
     "--ds_config",
@@ -135,9 +135,9 @@ def test_a_gpu_for_every_sentence_of_a_step_is_planned_and_run(capsys, tiny_yaml
 
 def test_where_nothing_fits_it_says_what_would_and_that_is_true(capsys):
     words = ["t5-small", *SMALL, "--gpu_memory", "3GB", "--gradient_checkpointing", "false"]
-    told = plan(capsys, *words)
-    assert "Nothing fits" in told.out
-    assert "deepspeed" not in told.out
+    printed = plan(capsys, *words)
+    assert "Nothing fits" in printed.out
+    assert "deepspeed" not in printed.out
     plans = found(capsys, *words)
     assert (plans["fits"], plans["command"]) == (None, None)
     memory = next(
@@ -193,11 +193,11 @@ def test_phase_1_with_a_frozen_decoder_needs_less(capsys):
     ],
 )
 def test_mistakes_are_one_line(capsys, words, message):
-    told = plan(capsys, *words, code=2)
-    assert told.out == ""
-    assert message in told.err
-    assert len(told.err.splitlines()) == 1
-    assert len(told.err) < 300
+    printed = plan(capsys, *words, code=2)
+    assert printed.out == ""
+    assert message in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert len(printed.err) < 300
 
 
 def test_sizes():

@@ -12,7 +12,7 @@ from dsvae.engine import ds_config
 from dsvae.errors import UserError
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 from dsvae.objective.elbo import loss_share, reconstruction_nats
-from dsvae.planning.dry_run import DryRun, Event, Weight, dry_run
+from dsvae.planning.dry_run import DryRun, Weight, dry_run
 from dsvae.planning.live import LiveBytes
 from dsvae.planning.memory import Engine, Ranks, estimate
 
@@ -26,8 +26,8 @@ T5 = {
     "vocab_size": 500,
 }
 T5 |= {"decoder_start_token_id": 0, "dropout_rate": 0.1}
-MATRIX, EMBEDDING = Weight("matrix", 600, True, True), Weight("embedding", 400, True, False)
-NOTHING = DryRun((Event("loss", (), 0, 0), Event("end", (), 0, 0)), 0, 0)
+MATRIX, EMBEDDING = Weight("matrix", 600, True), Weight("embedding", 400, True)
+NOTHING = DryRun(0, 0, 0, 0, 0)
 
 
 def engine(name, precision="bf16", world=4, **zero):
@@ -60,7 +60,7 @@ def find(
     return estimate(made, list(weights), run, Ranks(world, per_node), accumulates=accumulates)
 
 
-# 1,000 weights on 4 ranks, by hand: 150 and 100 a rank in the two groups of AdamW.
+# 1,000 weights on 4 ranks, by hand: 250 per rank.
 @pytest.mark.parametrize(
     ("name", "precision", "gpu"),
     [
@@ -100,32 +100,52 @@ def test_a_node_builds_whole_models_below_zero3_and_one_tensor_at_a_time_there()
     )
 
 
-def test_the_peak_of_backward_takes_each_moment_as_it_is():
-    # Activations fall from 9,000 as gradients come; at stage 0 the gradients stay, so
-    # the peak is behind the first of them.
-    events = (
-        Event("loss", (), 9000, 9000),
-        Event("gradient", (0,), 8900, 6000),
-        Event("gradient", (1,), 8800, 2000),
-        Event("end", (), 1500, 100),
-    )
-    run = DryRun(events, 0, 100)
+def test_the_peak_at_stage_0_has_the_gradients_that_are_there():
+    run = DryRun(forward=9000, backward=8900, with_gradients=11_200, logits=100, evaluation=0)
     moments = find("zero0", "fp32", run=run).moments
-    assert moments["forward and backward"] == 12_000 + 8800 + 4 * 600
+    assert moments["forward and backward"] == 12_000 + 11_200
     assert moments["optimizer step"] == 12_000 + 100 + 4000
     # Gradients of an earlier micro-batch lie beside the activations of the next.
     assert (
         find("zero0", "fp32", run=run, accumulates=True).moments["forward and backward"]
         == 12_000 + 4000 + 9000
     )
+    # With few activations the peak is at the end: all gradients and their flat copy.
+    few = DryRun(forward=900, backward=890, with_gradients=4200, logits=100, evaluation=0)
+    assert find("zero0", "fp32", run=few).moments["forward and backward"] == 12_000 + 100 + 2 * 4000
+
+
+def test_the_peak_of_zero2_is_before_the_gradients_or_beside_its_buckets():
+    # Two buckets of 100 bf16 elements, and float32 gradients of 250 elements.
+    beside = 2 * 2 * 100 + 4 * 250
+    always = 2 * 1000 + 12 * 250
+    for forward, backward, peak in (
+        (9000, 8000, 8000 + beside),
+        (9000, 7000, 9000),
+        # a flat copy of the largest gradient, which fills a bucket alone
+        (2000, 1000, 900 + beside + 2 * 600),
+    ):
+        run = DryRun(forward, backward, 0, logits=900, evaluation=0)
+        moments = find("zero2", run=run, reduce_bucket_size=100).moments
+        assert moments["forward and backward"] == always + peak
+    accumulating = DryRun(9000, 7000, 0, logits=900, evaluation=0)
+    moments = find("zero2", run=accumulating, reduce_bucket_size=100, accumulates=True).moments
+    assert moments["forward and backward"] == always + 9000 + 4 * 250
+
+
+def test_zero3_gathers_weights_up_to_its_limit():
+    run = DryRun(forward=90_000, backward=0, with_gradients=0, logits=0, evaluation=50_000)
+    zero = {"stage3_param_persistence_threshold": 10, "reduce_bucket_size": 50}
+    for limit, elements in ((10**9, 1000), (700, 700), (10, 600)):  # at least the largest
+        needs = find("zero3", run=run, stage3_max_live_parameters=limit, **zero)
+        always = sum(needs.gpu.values())
+        assert needs.moments["forward and backward"] == always + 90_000 + 2 * elements
+        assert needs.moments["evaluation"] == always + 50_000 + 2 * elements
 
 
 def test_buckets_of_zero2_are_counted_whole_and_twice_where_communication_overlaps():
-    run = DryRun(
-        (Event("gradient", (0,), 0, 0), Event("gradient", (1,), 0, 0), Event("end", (), 0, 0)), 0, 0
-    )
     small, large = (
-        find("zero2", run=run, reduce_bucket_size=size).moments["forward and backward"]
+        find("zero2", reduce_bucket_size=size).moments["forward and backward"]
         for size in (10_000, 1_000_000)
     )
     assert large - small == 2 * 2 * 990_000
@@ -147,7 +167,7 @@ def test_more_gpus_never_need_more_each(name):
 
 
 def test_more_is_sharded_from_stage_to_stage():
-    large = [Weight(f"m{i}", 1_000_000, True, True) for i in range(40)]
+    large = [Weight(f"m{i}", 1_000_000, True) for i in range(40)]
     fixed = {"reduce_bucket_size": 1000}
     always = [
         sum(find(f"zero{stage}", world=8, weights=large, **fixed).gpu.values())
@@ -222,7 +242,7 @@ def test_a_dry_run_counts_what_a_real_step_holds(checkpointing, injection):
         fused_attention=False,
     )
     training, evaluation = real_step(config, 6, 32, checkpointing=checkpointing)
-    assert max(event.before for event in run.events) == pytest.approx(training, rel=0.02)
+    assert max(run.forward, run.backward) == pytest.approx(training, rel=0.02)
     assert run.evaluation == pytest.approx(evaluation, rel=0.02)
 
 
@@ -239,7 +259,7 @@ def test_checkpointing_and_the_fused_kernel_need_less_and_longer_sentences_more(
             freeze_decoder=False,
             **options,
         )
-        return max(event.before for event in run.events)
+        return max(run.forward, run.backward)
 
     plain = peak()
     assert peak(gradient_checkpointing=True) < 0.6 * plain

@@ -49,8 +49,7 @@ def test_the_t5_of_a_known_configuration_has_the_published_number_of_parameters(
 def test_a_t5vae_has_its_t5_without_cross_attention_and_the_latent_path(name):
     c = configuration_of(name)
     weights = weights_of(
-        build(T5VAEConfig(t5=c, latent_dim=32, injection="memory", memory_slots=1)),
-        freeze_decoder=False,
+        build(T5VAEConfig(t5=c, latent_dim=32, injection="memory", memory_slots=1), False)
     )
     inner, layers = c["num_heads"] * c["d_kv"], c["num_decoder_layers"]
     # q, k, v, o and the norm before them
@@ -61,7 +60,7 @@ def test_a_t5vae_has_its_t5_without_cross_attention_and_the_latent_path(name):
 
 
 def test_a_frozen_decoder_trains_encoder_and_latent_path_only():
-    weights = weights_of(build(T5VAEConfig(t5=configuration_of("t5-small"))), freeze_decoder=True)
+    weights = weights_of(build(T5VAEConfig(t5=configuration_of("t5-small")), freeze_decoder=True))
     assert {w.name.split(".")[0] for w in weights if w.trains} == {
         "encoder",
         "posterior",
