@@ -23,6 +23,7 @@ from dsvae.errors import (
     RunStopped,
     UserError,
     exit_code,
+    first_line,
 )
 from dsvae.parallel.watchdog import Watchdog, advice
 
