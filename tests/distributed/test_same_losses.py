@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dsvae import T5VAE, T5VAEConfig
 from dsvae.config import DataConfig
 from dsvae.data.batches import TrainingBatches
-from dsvae.data.tokenization import load_prepared, prepare
+from dsvae.data.prepared import load_prepared, prepare
 from dsvae.metrics.evaluate import evaluate
 from dsvae.parallel.world import World
 
