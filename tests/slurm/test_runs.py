@@ -78,7 +78,8 @@ def test_phase_2_goes_on_from_phase_1_with_resources_of_its_own(submitted, clust
         (i, 1 + (i > 4)) for i in range(1, 9)
     ]
     # What a run says of its data ends in its number of ranks.
-    for phase, (job, ranks) in enumerate(zip(submitted.chain, ("1 rank", "2 ranks")), start=1):
+    first, second = submitted.chain
+    for phase, job, ranks in ((1, first, "1 rank"), (2, second, "2 ranks")):
         log = (checkout / f"dsvae-phase{phase}-{job}.out").read_text()
         assert re.search(rf"^data: .*; {ranks}$", log, re.MULTILINE)
     assert (checkout / "runs/chain/metrics.json").exists()
