@@ -697,7 +697,10 @@ def write(path, text):
 BAD = {
     "no such directory": (lambda d, t: {"model_dir": str(t / "nothing")}, "no such directory"),
     "no model": (lambda d, t: {"model_dir": str(d)}, "no config.json.*is it .*model"),
-    "another model": (lambda d, t: {"model_dir": str(make_t5("t5 v1.0", t))}, "contains a t5 model"),
+    "another model": (
+        lambda d, t: {"model_dir": str(make_t5("t5 v1.0", t))},
+        "contains a t5 model",
+    ),
     "missing file": (lambda d, t: {"test_file": str(t / "nothing.txt")}, "no such file"),
     "empty file": (lambda d, t: {"test_file": write(t / "empty.txt", "")}, "is empty"),
     "blank file": (
