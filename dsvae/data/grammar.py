@@ -93,8 +93,10 @@ _OBJECTS = {
     "watch": "watches",
 }
 
+_MARKS = {"statement": ".", "question": "?", "exclamation": "!"}
+
 FACTORS: dict[str, tuple[str, ...]] = {
-    "sentence_type": ("statement", "question", "exclamation"),
+    "sentence_type": tuple(_MARKS),
     "tense": ("past", "present", "future"),
     "polarity": ("affirmative", "negative"),
     "subject_number": ("singular", "plural"),
@@ -157,9 +159,35 @@ def sentence(factors: Mapping[str, str | int]) -> str:
         words = [*subject, auxiliary, *negation, base, *noun_phrase]
     else:
         words = [*subject, finite, *noun_phrase]
-    mark = {"statement": ".", "question": "?", "exclamation": "!"}[value["sentence_type"]]
-    text = " ".join(words) + mark
+    text = " ".join(words) + _MARKS[value["sentence_type"]]
     return text[0].upper() + text[1:]
+
+
+def parse(text: str) -> dict[str, str] | None:
+    """The factors of a sentence, the inverse of `sentence`; None for any other text."""
+    words = text[:-1].split()
+
+    def the_one(forms: Mapping[str, str]) -> str:
+        """The value whose form is among the words; empty if there is none."""
+        return next((value for form, value in forms.items() if form in words), "")
+
+    verbs = {form: base for base, forms in _VERBS.items() for form in (base, *forms)}
+    factors = {
+        "sentence_type": next((kind for kind, mark in _MARKS.items() if text[-1:] == mark), ""),
+        "polarity": "negative" if "not" in words else "affirmative",
+        "verb": the_one(verbs),
+        "adjective": the_one({adjective: adjective for adjective in _ADJECTIVES}),
+    }
+    for name, nouns in (("subject", _SUBJECTS), ("object", _OBJECTS)):
+        singular = the_one({noun: noun for noun in nouns})
+        factors[name] = singular or the_one({plural: noun for noun, plural in nouns.items()})
+        factors[f"{name}_number"] = "singular" if singular else "plural"
+    if not all(factors.values()):
+        return None
+    for tense in FACTORS["tense"]:
+        if sentence(factors | {"tense": tense}) == text:
+            return {name: factors.get(name, tense) for name in FACTORS}
+    return None
 
 
 def draw(size: int, seed: int) -> Iterator[Sentence]:

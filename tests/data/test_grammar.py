@@ -210,3 +210,25 @@ def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         write_corpus(tmp_path / "file" / "corpus.txt", 3, seed=0)
+
+
+def test_parse_is_the_inverse_of_sentence():
+    for drawn in generate(2000, seed=5):
+        factors = {name: FACTORS[name][i] for name, i in zip(NAMES, drawn.factors, strict=True)}
+        assert grammar.parse(drawn.text) == factors
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "The child bought an old",
+        "The child bought a old knife.",
+        "The child bought an old knife",
+        "the child bought an old knife.",
+        "The child bought an old knife. The child bought an old knife.",
+        "The child did bought an old knife.",
+    ],
+)
+def test_parse_refuses_what_the_grammar_cannot_say(text):
+    assert grammar.parse(text) is None
