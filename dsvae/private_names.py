@@ -106,10 +106,6 @@ TRANSFORMERS = (
         for module, kind in _MODELS
     ),
     *(
-        Name(f"{module}:{kind}Attention.__init__", mentions=("is_causal",))
-        for module, kind in _MODELS
-    ),
-    *(
         Name(
             f"{module}:{kind}Stack.forward",
             parameters=(

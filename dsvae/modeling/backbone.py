@@ -139,9 +139,10 @@ class T5Backbone:
         """
         decoder: Any = self._stack(is_decoder=True)
         for block in decoder.block:
-            # Only self-attention has slots. Some releases of transformers do not set this
+            # Says which of them has slots. Some releases of transformers do not set the
             # flag for umT5.
             block.layer[0].SelfAttention.is_causal = True
+            block.layer[1].EncDecAttention.is_causal = False
             if not cross_attention:
                 # The feed-forward stays `layer[-1]`, which is how the block calls it.
                 del block.layer[1]
