@@ -43,6 +43,8 @@ class DataConfig:
     text_column: str = "text"
     """The column that contains the sentence, in .jsonl, .csv, .tsv, .parquet and hub
     data sets."""
+    condition_column: str | None = None
+    """The column that contains the condition of each sentence."""
     builtin_size: int = 20_000
     """Number of sentences of the built-in corpus: training, validation and test
     together."""
@@ -87,11 +89,16 @@ class ModelConfig:
     spike_prior: list[float] = field(default_factory=lambda: [4.0, 1.0])
     """The numbers a and b of the prior Beta(a, b) of the spike's weight, for the
     spike_slab family. With (4, 1), a unit is off in four of five sentences."""
+    prior: Literal["learned", "fixed"] | None = None
+    """What z is compared with. fixed: one p(z) for all sentences. learned: p(z|c) of the
+    sentence's condition (Fang et al. 2021). Without it, learned where
+    `data.condition_column` is given, and fixed otherwise."""
     pooling: Literal["mean", "max", "first", "attention"] = "mean"
     """How the encoder's states become one vector."""
     injection: Literal["memory", "embedding", "both", "none"] = "memory"
-    """How z enters the decoder. With none, the model is a language model of the same
-    decoder, without encoder and latent."""
+    """How z enters the decoder. With none, the model has no latent: it is a language
+    model of the same decoder without encoder, or a plain T5 where sentences have
+    conditions."""
     memory_slots: int = 1
     """Key/value slots per decoder layer, for injection by memory."""
     gradient_checkpointing: bool = False
@@ -264,6 +271,17 @@ class RunConfig:
     """The VAE phase."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """What is measured."""
+
+    @property
+    def conditional(self) -> bool:
+        """Whether sentences have conditions."""
+        return self.data.condition_column is not None
+
+    @property
+    def learned_prior(self) -> bool:
+        """Whether the model has a learned prior."""
+        has_latent = self.model.injection != "none"
+        return self.conditional and has_latent and self.model.prior != "fixed"
 
 
 ALIASES = {
@@ -465,6 +483,11 @@ def check(config: RunConfig) -> None:
         "phase1.draws needs phase1.sample_latent: without it nothing is drawn",
     )
     need(
+        config.model.prior != "learned" or config.learned_prior,
+        "model.prior learned needs conditions, and a latent: set data.condition_column, and a "
+        "model.injection other than none",
+    )
+    need(
         config.model.injection != "none"
         or config.phase1.draws == config.phase2.draws == 1
         and config.phase2.beta.kind != "target",
@@ -515,7 +538,10 @@ def check(config: RunConfig) -> None:
         )
         need(phase.adam_eps >= 0, f"{name}.adam_eps must not be negative")
     need(
-        config.model.injection != "none" or not config.phase1.freeze_decoder or config.phase == "2",
+        config.model.injection != "none"
+        or config.conditional
+        or not config.phase1.freeze_decoder
+        or config.phase == "2",
         "phase1.freeze_decoder leaves nothing to train where model.injection is none: set it to "
         "false, or take --phase 2",
     )

@@ -77,7 +77,9 @@ def export_checkpoint(
         saved = _saved(found, meta)  # open files stay readable, whatever the run removes
     between = run.phase1_model
     began = between if found.phase == 2 and between.is_dir() else None
-    origin = find_origin(config.model, load_tokenizer(str(run.tokenizer)), began, config.seed)
+    origin = find_origin(
+        config.model, load_tokenizer(str(run.tokenizer)), began, config.seed, config.conditional
+    )
     model = cast(T5VAE, origin.skeleton())
     model.config.max_tokens = config.data.max_tokens  # as the run itself exports it
     if found.phase == 1 and config.phase1.freeze_decoder:

@@ -56,12 +56,18 @@ class Phase:
         Args:
             controlled_beta: beta where it is `controlled`.
         """
+        learned = self.config.learned_prior
         if self.number == 1:
-            return Penalty()
+            return Penalty(prior_alone=learned)
         settings = self.config.phase2
         beta = controlled_beta if self.controlled else beta_at(step, settings.steps, settings.beta)
         return Penalty(
-            beta, settings.free_bits, settings.free_bits_mode, settings.total_correlation
+            beta,
+            settings.free_bits,
+            settings.free_bits_mode,
+            settings.total_correlation,
+            # Before beta rises, the KL does not train the prior.
+            prior_alone=learned and beta == 0,
         )
 
     def validation_loss(self, metrics: Mapping[str, float]) -> float:

@@ -108,8 +108,15 @@ TRANSFORMERS = (
     *(
         Name(
             f"{module}:{kind}Stack.forward",
-            parameters=("self", "inputs_embeds", "attention_mask", "use_cache"),
-            mentions=("create_causal_mask",),
+            parameters=(
+                "self",
+                "inputs_embeds",
+                "attention_mask",
+                "use_cache",
+                "encoder_hidden_states",
+                "encoder_attention_mask",
+            ),
+            mentions=("create_causal_mask", "create_bidirectional_mask"),
         )
         for module, kind in _MODELS
     ),
@@ -134,8 +141,10 @@ TRANSFORMERS = (
             "kv_length",
             "q_offset",
             "kv_offset",
+            "mask_function",
             "attention_mask",
             "allow_is_causal_skip",
+            "allow_is_bidirectional_skip",
             "device",
         ),
     ),

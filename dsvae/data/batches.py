@@ -46,12 +46,25 @@ class MicroBatch:
     still take part."""
     indices: NDArray[np.int64]
     """(B,), which sentences of the split."""
+    condition_ids: Tensor | None = None
+    """(B, C) int64, the conditions, padded; None if sentences have none."""
+    condition_mask: Tensor | None = None
+    """(B, C) int64, 1 = token."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "attention_mask", "labels", "noise", "weight")
+            for name in (
+                "input_ids",
+                "attention_mask",
+                "labels",
+                "noise",
+                "weight",
+                "condition_ids",
+                "condition_mask",
+            )
+            if getattr(self, name) is not None
         }
         return MicroBatch(**moved, indices=self.indices)
 

@@ -41,7 +41,13 @@ def phase_engine(
             resolved = _resolve(phase, raw, data, world)
             cleanup.enter_context(nvme.place(resolved, config.output_dir, world))
             model, origin = build_model(
-                config.model, data.tokenizer, weights, config.seed, world, resolved
+                config.model,
+                data.tokenizer,
+                weights,
+                config.seed,
+                world,
+                resolved,
+                config.conditional,
             )
             model.config.max_tokens = config.data.max_tokens  # for the exported config.json
             batches = TrainingBatches(

@@ -30,7 +30,24 @@ LATENT_FIELDS = (
     "pooling",
     "injection",
     "memory_slots",
+    "conditional",
+    "prior",
 )
+"""The fields of `T5VAEConfig` that a run decides, and that a T5VAE to start from must
+share."""
+
+
+def latent_fields(settings: ModelConfig, conditional: bool) -> dict[str, Any]:
+    """The values of `LATENT_FIELDS` that a run asks for.
+
+    Args:
+        conditional: whether sentences have conditions.
+    """
+    given = vars(settings) | {"conditional": conditional}
+    given["prior"] = settings.prior or ("learned" if conditional else "fixed")
+    if settings.injection == "none":
+        given |= {"latent_dim": 0, "prior": "fixed"}
+    return {name: given[name] for name in LATENT_FIELDS}
 
 
 def build_model(
@@ -40,6 +57,7 @@ def build_model(
     seed: int,
     world: World,
     ds_config: dict[str, Any],
+    conditional: bool = False,
 ) -> tuple[T5VAE, Origin | None]:
     """A T5VAE, and on rank 0 the source of its weights. Collective.
 
@@ -53,6 +71,7 @@ def build_model(
         seed: of fresh weights, which are the same on every rank and at every stage,
             whatever was drawn before.
         ds_config: resolved; the size of buffers that depend on the model is added.
+        conditional: whether sentences have conditions.
 
     Raises:
         UserError: on every rank: no such model, no safetensors in it, not a T5, weights
@@ -60,9 +79,10 @@ def build_model(
         RunStopped: on every rank: no room on the disk that the weights go to.
     """
     origins: list[Origin] = []
+    arguments = (settings, tokenizer, weights, seed, conditional)
 
     def find_first() -> tuple[Any, Any]:
-        origins.append(find_origin(settings, tokenizer, weights, seed))
+        origins.append(find_origin(*arguments))
         model = origins[0].skeleton()
         return model.config, model.generation_config
 
@@ -71,9 +91,7 @@ def build_model(
     origin = origins[0] if origins else None
     if zero_stage(ds_config) < 3:
         # Every rank reads: the path may not exist on another node.
-        model = world.run_on_all(
-            lambda: (origin or find_origin(settings, tokenizer, weights, seed)).build()
-        )
+        model = world.run_on_all(lambda: (origin or find_origin(*arguments)).build())
         return cast(T5VAE, model), origin
     # The other ranks need only the configuration: rank 0 alone reads files.
     with torch.device("meta"):
@@ -85,12 +103,16 @@ def build_model(
 
 
 def find_origin(
-    settings: ModelConfig, tokenizer: PreTrainedTokenizerBase, weights: Path | None, seed: int
+    settings: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Path | None,
+    seed: int,
+    conditional: bool = False,
 ) -> Origin:
     """The source of the weights of `build_model`, with the same arguments and errors. On
     this process alone."""
     try:
-        origin = _origin(settings, tokenizer, weights, seed)
+        origin = _origin(settings, tokenizer, weights, seed, conditional)
     # Its first line is a field's name alone; the next says what is wrong with the value.
     except StrictDataclassError as error:
         raise UserError(
@@ -137,9 +159,13 @@ def _partition(model: T5VAE, origin: Origin | None, ds_config: dict[str, Any]) -
 
 
 def _origin(
-    settings: ModelConfig, tokenizer: PreTrainedTokenizerBase, weights: Path | None, seed: int
+    settings: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Path | None,
+    seed: int,
+    conditional: bool,
 ) -> Origin:
-    latent = {name: getattr(settings, name) for name in LATENT_FIELDS}
+    latent = latent_fields(settings, conditional)
     if weights is not None:
         return T5VAE.origin_in(str(weights))
     if settings.name is None:
@@ -163,8 +189,12 @@ def _origin(
         return T5VAE.origin_in_t5(settings.name, seed=seed, dropout_rate=settings.dropout, **latent)
     if settings.dropout is not None:
         config.t5.dropout_rate = settings.dropout
-    if settings.injection == "none":
-        latent["latent_dim"] = 0
+    if config.conditional != conditional:
+        raise ValueError(
+            "it reads conditions: set --data.condition_column"
+            if config.conditional
+            else "it reads no conditions, and --data.condition_column is set"
+        )
     if different := [name for name in LATENT_FIELDS if getattr(config, name) != latent[name]]:
         name = different[0]
         raise ValueError(

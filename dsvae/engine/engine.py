@@ -141,7 +141,6 @@ class PhaseEngine:
         """
         self.deepspeed.train()
         batches = [batch.to(self.world.device) for batch in step.micro_batches]
-        prior = self.module.prior()
         slope = None
         if not penalty.linear and len(batches) > 1:
             ahead = self._statistics_ahead(index, batches, penalty)
@@ -153,9 +152,9 @@ class PhaseEngine:
             self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
             noise = self._choose_noise(batch)
             self._seed(index, i)
-            out = self._forward(self.deepspeed, batch, noise)
+            out = self._forward(self.deepspeed, batch, noise, detach_prior=penalty.prior_alone)
             rec = reconstruction_nats(out.logits, batch.labels)
-            statistics = penalty.statistics(self.module.family.of(out.posterior_parameters), prior)
+            statistics = penalty.statistics(*self.module.distributions(out))
             statistics_now = (batch.weight @ statistics).detach()
             if slope is None and penalty.active:
                 mean = statistics_now.clone()
@@ -175,7 +174,8 @@ class PhaseEngine:
         Collective at ZeRO 3.
 
         `input_ids` are the encoder's (deletion noise included), `labels` the decoder's,
-        `noise` is what z was drawn with; rec and kl are in nats.
+        `noise` is what z was drawn with; rec and kl are in nats. `condition_ids` is there
+        where sentences have conditions.
         """
         rows = []
         for i, given in enumerate(step.micro_batches):
@@ -185,9 +185,14 @@ class PhaseEngine:
             with self._autocast():
                 out = self._forward(self.module, batch, noise)
             rec = reconstruction_nats(out.logits, batch.labels)
-            kl = self.module.family.of(out.posterior_parameters).kl(self.module.prior())
+            posterior, prior = self.module.distributions(out)
+            kl = posterior.kl(prior)
             for row in range(len(rec)):
                 if batch.weight[row]:
+                    condition = {}
+                    if batch.condition_ids is not None and batch.condition_mask is not None:
+                        ids = batch.condition_ids[row][batch.condition_mask[row].bool()]
+                        condition = {"condition_ids": ids.tolist()}
                     rows.append(
                         {
                             "rank": self.world.rank,
@@ -199,6 +204,7 @@ class PhaseEngine:
                             ].tolist(),
                             "labels": batch.labels[row][batch.labels[row] >= 0].tolist(),
                             "noise": noise[row].tolist(),
+                            **condition,
                         }
                     )
         return rows
@@ -236,19 +242,24 @@ class PhaseEngine:
         """The noise of each sentence's z, (B, E): of K draws the one that makes the
         sentence likeliest (speculative sampling, Sato et al. 2021).
 
-        The draws are scored without dropout. Every rank decodes K times, also for
-        fillers: ZeRO 3 needs the same passes on every rank.
+        The draws are scored without dropout. Every rank encodes once and decodes K times,
+        also for fillers: ZeRO 3 needs the same passes on every rank.
         """
         draws = batch.noise.shape[1]
         if draws == 1 or not self.phase.sample_latent:
             return batch.noise[:, 0]
         self.module.eval()
         with self._autocast():
-            out = self.module(batch.input_ids, batch.attention_mask, encode_only=True)
+            out = self._encode(batch)
             posterior = self.module.family.of(out.posterior_parameters)
             rec = [
                 reconstruction_nats(
-                    self.module(labels=batch.labels, latent=posterior.sample(noise)).logits,
+                    self.module(
+                        labels=batch.labels,
+                        latent=posterior.sample(noise),
+                        condition_states=out.condition_states,
+                        condition_mask=batch.condition_mask,
+                    ).logits,
                     batch.labels,
                 )
                 for noise in batch.noise.unbind(1)
@@ -257,7 +268,9 @@ class PhaseEngine:
         best = torch.stack(rec).argmin(0)  # (B,)
         return batch.noise[torch.arange(len(best), device=best.device), best]
 
-    def _forward(self, model: Any, batch: MicroBatch, noise: Tensor) -> Any:
+    def _forward(
+        self, model: Any, batch: MicroBatch, noise: Tensor, *, detach_prior: bool = False
+    ) -> Any:
         """One forward pass, through the engine or the bare model."""
         return model(
             batch.input_ids,
@@ -265,6 +278,19 @@ class PhaseEngine:
             labels=batch.labels,
             noise=noise,
             sample_latent=self.phase.sample_latent,
+            condition_ids=batch.condition_ids,
+            condition_mask=batch.condition_mask,
+            detach_prior=detach_prior,
+        )
+
+    def _encode(self, batch: MicroBatch) -> Any:
+        """The encoder's passes of `_forward` alone, through the bare model."""
+        return self.module(
+            batch.input_ids,
+            batch.attention_mask,
+            condition_ids=batch.condition_ids,
+            condition_mask=batch.condition_mask,
+            encode_only=True,
         )
 
     @torch.no_grad()
@@ -279,9 +305,9 @@ class PhaseEngine:
         for i, batch in enumerate(batches):
             self._seed(index, i)
             with self._autocast():
-                out = self.module(batch.input_ids, batch.attention_mask, encode_only=True)
-            posterior = self.module.family.of(out.posterior_parameters)
-            total = total + batch.weight @ penalty.statistics(posterior, self.module.prior())
+                out = self._encode(batch)
+            statistics = penalty.statistics(*self.module.distributions(out))
+            total = total + batch.weight @ statistics
         return total
 
     def _autocast(self) -> torch.autocast:

@@ -26,8 +26,10 @@ PUT_BACK = "put it back, and repeat the command, which continues from the last c
 
 
 def freeze_decoder(model: T5VAE) -> None:
-    """Freezes everything but the encoder and the latent path: the posterior, and the
-    injection with its random projection.
+    """Freezes everything but the encoder and the latent path: the posterior, the head of
+    a learned prior, and the injection with its random projection.
+
+    Cross-attention to a condition is part of the decoder, and stays as pretrained.
 
     The embedding that encoder and decoder share is frozen too: it is the decoder's
     input, and in T5 v1.0 its output.

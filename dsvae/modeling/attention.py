@@ -1,9 +1,9 @@
-"""Decoder self-attention that can also look at latent memory slots.
+"""Attention of the decoder, whose self-attention can also look at latent memory slots.
 
 transformers dispatches the attention of T5, mT5 and umT5 through
 `ALL_ATTENTION_FUNCTIONS`, so memory slots need no copy of the model code. The function
 registered here prepends the slots of its layer to the keys and values, and calls the
-stock SDPA.
+stock SDPA. Cross-attention to a condition calls the same function, without slots.
 
 The slots are a keyword argument of the decoder stack and not a part of its key/value
 cache. Gradient checkpointing sets the cache to None, which would drop the latent. The
@@ -14,6 +14,7 @@ tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 LATENT_ATTENTION = "dsvae_latent_sdpa"
 """Name under which transformers finds `latent_attention_forward`: the decoder's
@@ -43,16 +44,18 @@ def latent_attention_forward(
 
     Args:
         module: the attention module; `module.layer_idx` says which slots belong to it.
+            Only self-attention, where `module.is_causal` is set, has slots.
         query: (B, H, Q, D).
-        key, value: (B, H, K, D), the tokens seen so far.
+        key, value: (B, H, K, D), the tokens seen so far, or those of the condition.
         attention_mask: (B or 1, 1, Q, K) boolean, True where a query may see a key.
-        position_bias: (1, H, Q, K), T5's relative position bias.
+        position_bias: (1, H, Q, K), T5's relative position bias, zeros in
+            cross-attention.
         latent_memory: (B, L, 2, M, H, D), for each decoder layer the keys and values of
             M slots. None: plain attention.
 
     Every query sees every slot. Slots have no position, so their bias is zero.
     """
-    if latent_memory is not None:
+    if latent_memory is not None and module.is_causal:
         # (B, 2, H, M, D)
         slots = latent_memory[:, cast(int, module.layer_idx)].to(key.dtype).transpose(2, 3)
         count = slots.shape[3]
@@ -73,34 +76,37 @@ def latent_attention_forward(
     )
 
 
-def explicit_causal_mask(
+def explicit_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor:
-    """The decoder's mask, (1 or B, 1, Q, K) boolean, always written out.
+    """The decoder's mask, (1 or B, 1, Q, K) boolean, always written out: causal over its
+    own tokens, bidirectional over those of a condition.
 
     The stock mask function may return None and leave causality to a flag. Memory slots
     would shift that causality, and umT5 sets the flag wrongly in some releases of
-    transformers. Without padding the batch shares one mask, so that the sum of bias and
-    mask stays (1, H, Q, K).
+    transformers. Without padding the batch shares one causal mask, so that the sum of
+    bias and mask stays (1, H, Q, K).
     """
-    if attention_mask is None:
+    if attention_mask is None and mask_function is causal_mask_function:
         queries = torch.arange(q_length, device=device)[:, None] + q_offset
         keys = torch.arange(kv_length, device=device)[None, :] + kv_offset
         return (keys <= queries)[None, None]
-    kwargs["allow_is_causal_skip"] = False
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask = sdpa_mask(
         batch_size,
         q_length,
         kv_length,
         q_offset,
         kv_offset,
+        mask_function=mask_function,
         attention_mask=attention_mask,
         device=device,
         **kwargs,
@@ -110,4 +116,4 @@ def explicit_causal_mask(
 
 
 AttentionInterface.register(LATENT_ATTENTION, latent_attention_forward)
-AttentionMaskInterface.register(LATENT_ATTENTION, explicit_causal_mask)
+AttentionMaskInterface.register(LATENT_ATTENTION, explicit_mask)

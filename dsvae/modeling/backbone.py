@@ -129,13 +129,23 @@ class T5Backbone:
         `inputs_embeds`."""
         return self._stack(is_decoder=False)
 
-    def decoder(self) -> nn.Module:
+    def decoder(self, *, cross_attention: bool = False) -> nn.Module:
         """A fresh decoder stack that attends to memory slots (`dsvae.modeling.attention`),
-        without an embedding and without cross-attention."""
+        without an embedding.
+
+        Args:
+            cross_attention: keep the pretrained model's cross-attention to encoder
+                states.
+        """
         decoder: Any = self._stack(is_decoder=True)
         for block in decoder.block:
-            # The feed-forward stays `layer[-1]`, which is how the block calls it.
-            del block.layer[1]
+            # Says which of them has slots. Some releases of transformers do not set the
+            # flag for umT5.
+            block.layer[0].SelfAttention.is_causal = True
+            block.layer[1].EncDecAttention.is_causal = False
+            if not cross_attention:
+                # The feed-forward stays `layer[-1]`, which is how the block calls it.
+                del block.layer[1]
         return decoder
 
     def _stack(self, *, is_decoder: bool) -> nn.Module:
@@ -157,13 +167,16 @@ class T5Backbone:
         names = (key for key in self.embedding_keys if key in keys)
         return next(names, self.embedding_keys[0])
 
-    def pretrained_key(self, name: str) -> str:
+    def pretrained_key(self, name: str, *, cross_attention: bool = False) -> str:
         """The name that a weight of a stack or of `lm_head` has in a pretrained model.
 
         There, cross-attention lies between self-attention and the feed-forward.
+
+        Args:
+            cross_attention: whether the decoder here has it, too.
         """
-        is_decoder = name.startswith("decoder.block.")
-        return name.replace(".layer.1.", ".layer.2.") if is_decoder else name
+        moved = name.startswith("decoder.block.") and not cross_attention
+        return name.replace(".layer.1.", ".layer.2.") if moved else name
 
 
 class MT5Backbone(T5Backbone):

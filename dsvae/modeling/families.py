@@ -2,8 +2,9 @@
 
 A family is a small value made from the configuration. It knows the widths of everything.
 A distribution is a batch of parameters of one family: the posterior q(z|x) of a batch of
-sentences, or a prior p(z). A prior is a distribution of the same class, with one row for
-all sentences. Nothing outside `dsvae.modeling` knows which family it has.
+sentences, or a prior. A prior is a distribution of the same class: the fixed p(z), with
+one row for all sentences, or a learned p(z|c), with one row per sentence. Nothing outside
+`dsvae.modeling` knows which family it has.
 
 All noise is standard normal, and a family transforms it into what it needs. So the random
 numbers of a sentence are the same for every family.
@@ -68,6 +69,9 @@ class Distribution(Protocol):
     def to(self, device: torch.device | str) -> Self:
         """A copy on a device."""
 
+    def detach(self) -> Self:
+        """The same without a gradient."""
+
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by their names, (B, ...) each, for files."""
 
@@ -102,6 +106,13 @@ class Family(Protocol):
 
     def of(self, parameters: Tensor) -> Distribution:
         """The distributions of a head's output (B, P)."""
+
+    def bounded(self, parameters: Tensor) -> Tensor:
+        """A head's output (B, P) with its log-variances bounded by `LOGVAR_BOUNDS`.
+
+        For a learned prior: nothing else keeps prior and posterior from becoming
+        arbitrarily narrow together, until their KL overflows.
+        """
 
     def prior(self, device: torch.device | str = "cpu") -> Distribution:
         """The fixed prior, one row that broadcasts against any batch."""
@@ -174,9 +185,26 @@ class Gaussian:
     def to(self, device: torch.device | str) -> Gaussian:
         return Gaussian(self.mean.to(device), self.logvar.to(device))
 
+    def detach(self) -> Gaussian:
+        return Gaussian(self.mean.detach(), self.logvar.detach())
+
     def tensors(self) -> dict[str, Tensor]:
         """`mean` and `logvar`, (B, Z) each."""
         return {"mean": self.mean, "logvar": self.logvar}
+
+
+LOGVAR_BOUNDS = (-12.0, 6.0)
+"""The log-variances that a model with a learned prior can have."""
+
+
+def _with_bounded_logvar(parameters: Tensor, units: int) -> Tensor:
+    """Parameters (B, P), whose log-variances come second, with these bounded smoothly:
+    they hardly change in the middle."""
+    low, high = LOGVAR_BOUNDS
+    mean, logvar, rest = parameters.tensor_split([units, 2 * units], dim=-1)
+    logvar = low + torch.nn.functional.softplus(logvar - low)
+    logvar = high - torch.nn.functional.softplus(high - logvar)
+    return torch.cat([mean, logvar, rest], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -206,6 +234,9 @@ class GaussianFamily:
 
     def of(self, parameters: Tensor) -> Gaussian:
         return Gaussian(*parameters.float().chunk(2, dim=-1))
+
+    def bounded(self, parameters: Tensor) -> Tensor:
+        return _with_bounded_logvar(parameters.float(), self.units)
 
     def prior(self, device: torch.device | str = "cpu") -> Gaussian:
         zeros = torch.zeros(1, self.units, device=device)
@@ -322,6 +353,9 @@ class SpikeSlab:
     def to(self, device: torch.device | str) -> SpikeSlab:
         return SpikeSlab(self.parameters.to(device))
 
+    def detach(self) -> SpikeSlab:
+        return SpikeSlab(self.parameters.detach())
+
     def tensors(self) -> dict[str, Tensor]:
         """`mean` and `logvar` of the slab and `spike`, (B, Z) each."""
         return {**self.slab.tensors(), "spike": self.spike}
@@ -380,6 +414,9 @@ class SpikeSlabFamily:
 
     def of(self, parameters: Tensor) -> SpikeSlab:
         return SpikeSlab(parameters.float())
+
+    def bounded(self, parameters: Tensor) -> Tensor:
+        return _with_bounded_logvar(parameters.float(), self.units)
 
     def prior(self, device: torch.device | str = "cpu") -> SpikeSlab:
         raw = [math.log(math.expm1(each - 0.5)) for each in self.spike_prior]
@@ -450,6 +487,9 @@ class Categorical:
     def to(self, device: torch.device | str) -> Categorical:
         return Categorical(self.logits.to(device))
 
+    def detach(self) -> Categorical:
+        return Categorical(self.logits.detach())
+
     def tensors(self) -> dict[str, Tensor]:
         """`probabilities`, (B, D, K)."""
         return {"probabilities": self.probabilities}
@@ -497,6 +537,9 @@ class CategoricalFamily:
 
     def of(self, parameters: Tensor) -> Categorical:
         return Categorical(parameters.float().view(-1, self.units, self.categories))
+
+    def bounded(self, parameters: Tensor) -> Tensor:
+        return parameters.float()  # no variances
 
     def prior(self, device: torch.device | str = "cpu") -> Categorical:
         return Categorical(torch.zeros(1, self.units, self.categories, device=device))

@@ -20,14 +20,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from dsvae.modeling.backbone import BACKBONES, T5Backbone, backbone
 from dsvae.modeling.families import Distribution, Family, make_family
 from dsvae.modeling.injection import make_injection
-from dsvae.modeling.posterior import PosteriorHead
+from dsvae.modeling.posterior import Float32Linear, PosteriorHead
 from dsvae.modeling.weight_source import Origin, SafetensorsFiles, refuse_pickles
 
 CACHE = (
@@ -38,8 +38,11 @@ CACHE = (
 """The name of the decoder's cache in the installed transformers: `cache` since 5.24,
 `past_key_values` before. `generate` passes and reads it under this name."""
 
-LATENT_PATH = ("posterior.", "injection.")
+LATENT_PATH = ("posterior.", "prior_head.", "injection.")
 """How the names of the parameters begin that no T5 has."""
+
+
+PRIORS = ("fixed", "learned")
 
 
 def read_config(name_or_path: str) -> PreTrainedConfig:
@@ -79,9 +82,13 @@ class T5VAEConfig(PreTrainedConfig):
         spike_prior: a and b of the prior Beta(a, b) of the spike's weight, for
             spike_slab.
         pooling: mean, max, first or attention.
-        injection: memory, embedding or both; none for a language model without a latent
-            (Z = 0) and without an encoder.
+        injection: memory, embedding or both; none for a model without a latent (Z = 0):
+            a language model without an encoder, or a plain T5 where there is a condition.
         memory_slots: key/value slots per decoder layer, for injection by memory.
+        conditional: whether the decoder also reads a condition c: a text that goes
+            through the encoder, to the decoder's cross-attention.
+        prior: fixed, or learned: p(z|c) from the states of the condition (Fang et al.
+            2021). It is fixed where there is no latent.
         tie_word_embeddings: whether the output projection is the input embedding (T5
             v1.0) or another matrix (v1.1, flan, mT5, umT5). None: what the T5's
             configuration implies. `T5VAE.from_t5` sets it by the weights.
@@ -100,9 +107,12 @@ class T5VAEConfig(PreTrainedConfig):
     pooling: str = "mean"
     injection: str = "memory"
     memory_slots: int = 1
+    conditional: bool = False
+    prior: str = "fixed"
     tie_word_embeddings: bool | None = None
     max_tokens: int | None = None
-    # For `generate`, this is a decoder conditioned on z, without encoder states.
+    # For `generate`, this is a decoder conditioned on z, and on encoder states that are
+    # made before.
     is_encoder_decoder: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -114,7 +124,11 @@ class T5VAEConfig(PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = self.backbone.tied_by_default
         if self.injection == "none":
-            self.latent_dim, self.family = 0, "gaussian"
+            self.latent_dim, self.family, self.prior = 0, "gaussian", "fixed"
+        if self.prior not in PRIORS:
+            raise ValueError(f"prior {self.prior!r} is not one of {', '.join(PRIORS)}")
+        if self.prior == "learned" and not self.conditional:
+            raise ValueError("a learned prior needs a condition")
         self.spike_prior = list(self.spike_prior)  # as in config.json
         kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
         kwargs.setdefault("eos_token_id", self.t5.eos_token_id)
@@ -158,13 +172,17 @@ class T5VAEOutput(CausalLMOutputWithPast):
     """What `T5VAE.forward` returns.
 
     logits: (B, T, V). latent: (B, Z), the z that was decoded. posterior_parameters:
-    (B, P) of q(z|x), for `T5VAE.family.of`; None if `latent` was given. The decoder's
-    cache has the name `CACHE`, and is there if `use_cache` was set. `loss`,
+    (B, P) of q(z|x), for `T5VAE.family.of`; None if `latent` was given.
+    prior_parameters: (B, P) of p(z|c), where the prior is learned and the condition was
+    encoded, `latent` not given. condition_states: (B, C, d), for `encode_only` alone. The
+    decoder's cache has the name `CACHE`, and is there if `use_cache` was set. `loss`,
     `hidden_states` and `attentions` stay None.
     """
 
     latent: Tensor | None = None
     posterior_parameters: Tensor | None = None
+    prior_parameters: Tensor | None = None
+    condition_states: Tensor | None = None
 
 
 class T5VAE(PreTrainedModel, GenerationMixin):
@@ -172,6 +190,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
     encoder -> masked pooling -> q(z|x) -> z -> injection -> decoder. The decoder has no
     cross-attention, so z is the only way from the sentence to it.
+
+    With a condition c, the same encoder also reads c alone. The decoder attends to these
+    states with T5's own cross-attention, and their pooling gives the learned prior
+    p(z|c). The posterior reads the packed text `c EOS x EOS`. So z stays the only way
+    from x.
     """
 
     config_class = T5VAEConfig
@@ -182,7 +205,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _no_split_modules = [each.block for each in BACKBONES.values()]
     _keep_in_fp32_modules = ["wo"]
-    _keep_in_fp32_modules_strict = ["posterior"]
+    _keep_in_fp32_modules_strict = ["posterior", "prior_head"]
     _tied_weights_keys = {"lm_head.weight": "shared.weight"}
     _input_embed_layer = "shared"
 
@@ -191,15 +214,18 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         base = config.backbone
         self.family: Family = make_family(config)
         self.shared = nn.Embedding(base.vocabulary, base.decoder_width)
-        if config.injection != "none":
+        if config.injection != "none" or config.conditional:
             self.encoder = base.encoder()
+        if config.injection != "none":
             self.posterior = PosteriorHead(
                 base.encoder_width, self.family.parameter_width, config.pooling
             )
+        if config.prior == "learned":
+            self.prior_head = Float32Linear(base.encoder_width, self.family.parameter_width)
         self.injection = make_injection(
             config.injection, base, self.family.latent_width, config.memory_slots
         )
-        self.decoder = base.decoder()
+        self.decoder = base.decoder(cross_attention=config.conditional)
         self.lm_head = nn.Linear(base.decoder_width, base.vocabulary, bias=False)
         self.output_scale = base.output_scale(bool(config.tie_word_embeddings))
         self.post_init()
@@ -252,7 +278,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         def key_of(name: str) -> str | None:
             if name == "shared.weight":
                 return embedding
-            return None if name.startswith(LATENT_PATH) else base.pretrained_key(name)
+            if name.startswith(LATENT_PATH):
+                return None
+            return base.pretrained_key(name, cross_attention=config.conditional)
 
         return Origin(lambda: cls(copy.deepcopy(config)), seed, files, key_of)
 
@@ -320,7 +348,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         """q(z|x) of a batch of sentences.
 
         Args:
-            input_ids: (B, S).
+            input_ids: (B, S). With a condition: `c EOS x EOS`.
             attention_mask: (B, S), 1 = token, 0 = padding; None = no padding.
 
         Returns: a distribution of the model's family. The Gaussian has mean and logvar,
@@ -328,19 +356,48 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         """
         return self.family.of(self._posterior_parameters(input_ids, attention_mask))
 
-    def prior(self) -> Distribution:
-        """p(z) on the model's device, one row for all sentences."""
-        return self.family.prior(self.device)
+    def prior(
+        self, condition_ids: Tensor | None = None, condition_mask: Tensor | None = None
+    ) -> Distribution:
+        """The prior on the model's device: p(z), one row for all sentences, or a learned
+        p(z|c), one row per condition.
+
+        Args:
+            condition_ids: (B, C), `c EOS`; only a learned prior reads it.
+            condition_mask: (B, C), 1 = token, 0 = padding; None = no padding.
+        """
+        if self.config.prior == "fixed":
+            return self.family.prior(self.device)
+        if condition_ids is None:
+            raise ValueError("the prior of this T5VAE is learned, and needs condition_ids")
+        mask = _mask_of(condition_ids, condition_mask)
+        states = self._encode(condition_ids, mask)
+        return self.family.of(self._prior_parameters(states, mask, alone=False))
+
+    def distributions(self, out: T5VAEOutput) -> tuple[Distribution, Distribution]:
+        """q(z|x) of each sentence and its prior, from the output of `forward`."""
+        prior = out.prior_parameters
+        return (
+            self.family.of(cast(Tensor, out.posterior_parameters)),
+            self.family.prior(self.device) if prior is None else self.family.of(prior),
+        )
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The encoder's states, (B, S, d)."""
+        return self.encoder(
+            inputs_embeds=self.shared(input_ids), attention_mask=attention_mask
+        ).last_hidden_state
 
     def _posterior_parameters(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         if self.config.injection == "none":
             return torch.zeros(len(input_ids), 0, device=input_ids.device)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        states = self.encoder(
-            inputs_embeds=self.shared(input_ids), attention_mask=attention_mask
-        ).last_hidden_state
-        return self.posterior(states, attention_mask)
+        mask = _mask_of(input_ids, attention_mask)
+        parameters = self.posterior(self._encode(input_ids, mask), mask)
+        return self.family.bounded(parameters) if self.config.prior == "learned" else parameters
+
+    def _prior_parameters(self, states: Tensor, mask: Tensor, *, alone: bool) -> Tensor:
+        pooled = self.posterior.pooling(states, mask)
+        return self.family.bounded(self.prior_head(pooled.detach() if alone else pooled))
 
     @can_return_tuple
     def forward(
@@ -357,12 +414,17 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         encode_only: bool = False,
+        condition_ids: Tensor | None = None,
+        condition_mask: Tensor | None = None,
+        condition_states: Tensor | None = None,
+        detach_prior: bool = False,
         **others: Any,
     ) -> T5VAEOutput:
         """Encodes, draws z, and decodes with teacher forcing.
 
         Args:
-            input_ids, attention_mask: (B, S), the sentence as the encoder sees it.
+            input_ids, attention_mask: (B, S), the sentence as the encoder sees it; with
+                a condition, the packed text `c EOS x EOS`.
             labels: (B, T), the sentence to reconstruct, -100 for padding. Shifted right,
                 it is the decoder's input.
             latent: (B, Z), decoded as it is. The encoder is skipped.
@@ -374,7 +436,13 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             cache, past_key_values: the decoder's cache, under its name in transformers
                 5.24 or under the older one.
             use_cache: return a cache that includes these tokens.
-            encode_only: stop at the posterior. `logits` and `latent` stay None.
+            encode_only: stop before z. `logits` and `latent` stay None. Without
+                input_ids, only the condition is encoded.
+            condition_ids, condition_mask: (B, C), `c EOS`, for a conditional model.
+            condition_states: (B, C, d), the encoder's states of the condition from an
+                earlier call, instead of condition_ids.
+            detach_prior: no gradient goes from the prior's parameters beyond the
+                weights of the prior's head.
             others: must be None. To ignore an argument could change the text without an
                 error.
 
@@ -384,19 +452,34 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         Raises:
             TypeError: an unknown keyword argument that is not None, or both names of
                 the cache.
+            ValueError: nothing to encode or decode, no condition for a conditional
+                model, or one for another model.
         """
         unknown = sorted(name for name, value in others.items() if value is not None)
         if unknown:
             raise TypeError(f"T5VAE.forward has no argument {', '.join(unknown)}")
         if cache is not None and past_key_values is not None:
             raise TypeError("T5VAE.forward was given both cache and past_key_values")
-        parameters = None
-        if latent is None:
-            if input_ids is None:
-                raise ValueError("T5VAE needs input_ids to encode, or the latent to decode")
+        self._check_condition(condition_ids, condition_mask, condition_states)
+        parameters = prior_parameters = None
+        if latent is None and input_ids is not None:
             parameters = self._posterior_parameters(input_ids, attention_mask)
-            if encode_only:
-                return T5VAEOutput(posterior_parameters=parameters)
+        if condition_ids is not None:
+            condition_mask = _mask_of(condition_ids, condition_mask)
+            condition_states = self._encode(condition_ids, condition_mask)
+            if latent is None and self.config.prior == "learned":
+                prior_parameters = self._prior_parameters(
+                    condition_states, condition_mask, alone=detach_prior
+                )
+        if encode_only and (parameters is not None or condition_states is not None):
+            return T5VAEOutput(
+                posterior_parameters=parameters,
+                prior_parameters=prior_parameters,
+                condition_states=condition_states,
+            )
+        if latent is None:
+            if parameters is None:
+                raise ValueError("T5VAE needs input_ids to encode, or the latent to decode")
             posterior = self.family.of(parameters)
             if noise is None and self.training:
                 noise = torch.randn(
@@ -411,19 +494,36 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             decoder_input_ids = self.shift_right(labels)
 
         embeddings, attention_kwargs = self.injection(latent, self.shared(decoder_input_ids))
+        cache = past_key_values if cache is None else cache
+        if condition_states is not None:
+            if len(condition_states) != len(latent):
+                raise ValueError(f"{len(condition_states)} conditions for {len(latent)} latents")
+            attention_kwargs |= {
+                "encoder_hidden_states": condition_states,
+                "encoder_attention_mask": _mask_of(condition_states[..., 0], condition_mask),
+            }
+            cache = _with_cross_attention(cache, use_cache)
         decoded = self.decoder(
-            inputs_embeds=embeddings,
-            use_cache=use_cache,
-            **{CACHE: past_key_values if cache is None else cache},
-            **attention_kwargs,
+            inputs_embeds=embeddings, use_cache=use_cache, **{CACHE: cache}, **attention_kwargs
         )
         logits = self.lm_head(decoded.last_hidden_state * self.output_scale)
         return T5VAEOutput(
             logits=logits,
             latent=latent,
             posterior_parameters=parameters,
+            prior_parameters=prior_parameters,
             **{CACHE: decoded.get(CACHE)},
         )
+
+    def _check_condition(
+        self, ids: Tensor | None, mask: Tensor | None, states: Tensor | None
+    ) -> None:
+        """Raises ValueError unless there is a condition exactly where the model reads
+        one."""
+        if not self.config.conditional and any(each is not None for each in (ids, mask, states)):
+            raise ValueError("this T5VAE is not conditional, and reads no condition")
+        if self.config.conditional and (ids is None) == (states is None):
+            raise ValueError("this T5VAE is conditional: it needs condition_ids")
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """The decoder's input for `labels` (B, T): the start token, then all labels but
@@ -447,6 +547,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         *,
         latent: Tensor | None = None,
+        condition_ids: Tensor | None = None,
+        condition_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Decodes z, or the posterior's points of sentences, with the `generate` of
@@ -456,12 +558,21 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             input_ids, attention_mask: (B, S), sentences to reconstruct from the points
                 of their posteriors; or
             latent: (B, Z), decoded as it is.
+            condition_ids, condition_mask: (B, C), `c EOS`, for a conditional model. It
+                is encoded once.
             kwargs: everything that `GenerationMixin.generate` takes.
 
         Returns: token ids (B, <= 1 + max_new_tokens), the start token first. After EOS
             comes padding, or EOS again from beams.
         """
+        self._check_condition(condition_ids, condition_mask, None)
+        if condition_ids is not None:
+            condition_mask = _mask_of(condition_ids, condition_mask)
+            kwargs["condition_states"] = self._encode(condition_ids, condition_mask)
+            kwargs["condition_mask"] = condition_mask
         if latent is None:
+            if input_ids is None and self.config.injection == "none":
+                input_ids = condition_ids  # only their number matters
             if input_ids is None:
                 raise ValueError("generate needs a latent, or input_ids to encode")
             latent = self.encode(input_ids, attention_mask).point
@@ -473,6 +584,19 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         )
         with _no_padding_warning():
             return super().generate(start, latent=latent, **kwargs)
+
+
+def _mask_of(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask of a batch of texts, (B, S); None means that there is no padding."""
+    return torch.ones_like(ids, dtype=torch.long) if mask is None else mask
+
+
+def _with_cross_attention(cache: Cache | None, use_cache: bool) -> Cache | None:
+    """A cache with a part of its own for cross-attention, which would write its keys
+    among those of the decoder's tokens."""
+    if cache is None and not use_cache or isinstance(cache, EncoderDecoderCache):
+        return cache
+    return EncoderDecoderCache(DynamicCache() if cache is None else cache, DynamicCache())
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ over the N sentences of the global batch (all ranks, all micro-batches of an opt
 step). rec_i is -log p(x_i|z_i) in nats, summed over the tokens of sentence i, EOS
 included. s_i are statistics of sentence i (S numbers), of which the KL of each unit in
 nats comes first. T, the penalty, may be any differentiable function of their means. Here
-it is beta times the KL with free bits (Kingma et al. 2016), and total correlation.
+it is beta times the KL with free bits (Kingma et al. 2016), and total correlation. Where
+the KL has no weight, a learned prior has a term of its own.
 
 The gradient is exact however the batch is split, because
 
@@ -62,17 +63,23 @@ class Penalty:
             the sum over pairs of variables of their mutual information under the mean of
             q(z|x) (beta-TCVAE, Chen et al. 2018). For two variables it is the total
             correlation itself. Only the categorical family has one.
+        prior_alone: add KL(sg(q) || p), the KL to a learned prior with the posterior
+            held constant, for steps with beta 0. With `detach_prior` of
+            `T5VAE.forward`, its gradient trains the prior's head and nothing else. So a
+            later KL starts from a prior that fits. (The norm by which gradients are
+            clipped includes it.)
     """
 
     beta: float = 0.0
     free_bits: float = 0.0
     mode: FreeBitsMode = "dimension"
     total_correlation: float = 0.0
+    prior_alone: bool = False
 
     @property
     def active(self) -> bool:
         """Whether it adds anything to the loss."""
-        return self.beta != 0 or self.total_correlation != 0
+        return self.beta != 0 or self.total_correlation != 0 or self.prior_alone
 
     @property
     def linear(self) -> bool:
@@ -87,6 +94,8 @@ class Penalty:
         parts = [kl]
         if self.mode == "sentence":
             parts.append(kl.clamp(min=self.free_bits).sum(-1, keepdim=True))
+        if self.prior_alone:
+            parts.append(posterior.detach().kl(prior).sum(-1, keepdim=True))
         if self.total_correlation:
             parts.append(pair_statistics(posterior.tensors()["probabilities"]))
         return torch.cat(parts, dim=-1)
@@ -101,6 +110,8 @@ class Penalty:
         else:
             penalized = kl.clamp(min=self.free_bits).sum()
         penalty = self.beta * penalized
+        if self.prior_alone:
+            penalty, rest = penalty + rest[0], rest[1:]
         if self.total_correlation:
             penalty = penalty + self.total_correlation * pairwise_total_correlation(rest, units)
         return penalty

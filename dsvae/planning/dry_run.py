@@ -86,7 +86,7 @@ def dry_run(
     """Runs a micro-batch through the model.
 
     Args:
-        rows, tokens: B and T.
+        rows, tokens: B, and T of the sentences and of the conditions, if any.
         evaluation_rows: B of an evaluation pass; 0: none.
         dtype: of the weights as the engine holds them. autocast: of torch.autocast
             around the forward pass, if any.
@@ -129,21 +129,20 @@ def dry_run(
         batch = _batch(rows, tokens, config)
         live.restart()
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-            out = model(batch["ids"], batch["mask"], labels=batch["labels"], noise=batch["noise"])
+            out = model(**batch)
         rec = reconstruction_nats(out.logits, batch["labels"])
-        kl = model.family.of(out.posterior_parameters).kl(model.prior())
+        posterior, prior = model.distributions(out)
+        kl = posterior.kl(prior)
         loss_share(rec, kl, torch.ones(rows), torch.ones(kl.shape[1]), rows).backward()
         peaks.append((live.restart() - base, gradients))
         logits = out.logits.untyped_storage().nbytes()
-        del out, rec, kl, batch
+        del out, rec, kl, batch, posterior, prior
         if evaluation_rows:
             model.eval()
             batch = _batch(evaluation_rows, tokens, config)
             live.restart()
             with torch.no_grad():
-                out = model(
-                    batch["ids"], batch["mask"], labels=batch["labels"], noise=batch["noise"]
-                )
+                out = model(**batch)
                 reconstruction_nats(out.logits, batch["labels"])
             evaluation = live.restart() - base
     return DryRun(
@@ -156,11 +155,21 @@ def dry_run(
 
 
 def _batch(rows: int, tokens: int, config: T5VAEConfig) -> dict[str, Tensor]:
+    """The arguments of `T5VAE.forward`. A condition is as long as a sentence, and the
+    posterior reads both."""
+    condition = {}
+    if config.conditional:
+        condition = {
+            "condition_ids": torch.zeros(rows, tokens, dtype=torch.int64),
+            "condition_mask": torch.ones(rows, tokens, dtype=torch.int64),
+        }
+    read = tokens * (2 if config.conditional else 1)
     return {
-        "ids": torch.zeros(rows, tokens, dtype=torch.int64),
-        "mask": torch.ones(rows, tokens, dtype=torch.int64),
+        "input_ids": torch.zeros(rows, read, dtype=torch.int64),
+        "attention_mask": torch.ones(rows, read, dtype=torch.int64),
         "labels": torch.zeros(rows, tokens, dtype=torch.int64),
         "noise": torch.zeros(rows, make_family(config).noise_width),
+        **condition,
     }
 
 

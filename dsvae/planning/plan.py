@@ -17,7 +17,7 @@ import torch
 from dsvae import config as configuration
 from dsvae.config import RunConfig
 from dsvae.engine import ds_config
-from dsvae.engine.build import LATENT_FIELDS
+from dsvae.engine.build import latent_fields
 from dsvae.errors import UserError, first_line
 from dsvae.modeling.t5_vae import T5VAEConfig, read_config
 from dsvae.planning import memory
@@ -139,8 +139,9 @@ def make_plan(
     weights = weights_of(build(vae, freeze))
     per_gpu = math.ceil(data.batch_size / machine.gpus)
     # The longest sentences need the most: as many tokens as others, and attention grows
-    # with their length.
-    rows = min(per_gpu, max(1, data.micro_batch_tokens // data.max_tokens))
+    # with their length. The encoder reads a condition and its sentence at once.
+    longest = data.max_tokens * (2 if config.conditional else 1)
+    rows = min(per_gpu, max(1, data.micro_batch_tokens // longest))
     micro_batches = math.ceil(per_gpu / rows)
     options = []
     for path, checkpoint in _order(files, checkpointing, config.model.gradient_checkpointing):
@@ -149,7 +150,7 @@ def make_plan(
             vae.to_json_string(),
             rows=rows,
             tokens=data.max_tokens,
-            evaluation_rows=max(1, config.eval.batch_tokens // data.max_tokens),
+            evaluation_rows=max(1, config.eval.batch_tokens // longest),
             precision=engine.precision,
             autocast=engine.autocast,
             gradient_checkpointing=checkpoint,
@@ -215,7 +216,7 @@ def _dry_run(vae: str, *, precision: str, autocast: bool, **settings: Any) -> Dr
 def _model_of(config: RunConfig) -> T5VAEConfig:
     """The T5VAE of a run."""
     settings = config.model
-    latent = {name: getattr(settings, name) for name in LATENT_FIELDS}
+    latent = latent_fields(settings, config.conditional)
     try:
         if settings.name is None:
             t5: Any = {

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_models import make_vae
+from small_models import make_t5, make_vae
 
 from dsvae import T5VAE
 from dsvae.config import ModelConfig
@@ -67,3 +67,46 @@ def test_a_model_saved_before_there_were_families_is_gaussian(tmp_path):
     settings = ModelConfig(name=str(tmp_path), **latent)
     loaded = find_origin(settings, range(60), None, 0).build()
     torch.testing.assert_close(loaded.state_dict(), model.state_dict())
+
+
+def test_sentences_with_conditions_make_a_conditional_model(tmp_path):
+    make_t5("t5 v1.1", tmp_path)
+    for settings, conditional, prior in (
+        (ModelConfig(name=str(tmp_path)), False, "fixed"),
+        (ModelConfig(name=str(tmp_path)), True, "learned"),
+        (ModelConfig(name=str(tmp_path), prior="fixed"), True, "fixed"),
+        (ModelConfig(name=str(tmp_path), injection="none"), True, "fixed"),
+        (ModelConfig(t5=SMALL), True, "learned"),
+    ):
+        config = find_origin(settings, TOKENIZER, None, 0, conditional).config
+        assert (config.conditional, config.prior) == (conditional, prior)
+
+
+@pytest.mark.parametrize(
+    ("saved", "conditional", "settings", "message"),
+    [
+        ({}, True, {}, "it reads no conditions, and --data.condition_column is set"),
+        ({"conditional": True}, False, {}, "it reads conditions: set --data.condition_column"),
+        (
+            {"conditional": True, "prior": "learned"},
+            True,
+            {"prior": "fixed"},
+            "its prior is learned, not fixed: set --model.prior",
+        ),
+        ({"conditional": True, "prior": "learned"}, True, {}, None),
+        ({"conditional": True, "injection": "none"}, True, {"injection": "none"}, None),
+    ],
+)
+def test_a_t5vae_with_other_conditions_or_another_prior_is_refused(
+    saved, conditional, settings, message, tmp_path
+):
+    model = make_vae(**saved)
+    model.save_pretrained(tmp_path)
+    fields = {"latent_dim": 6, "memory_slots": 2, **settings}
+    asked = ModelConfig(name=str(tmp_path), **fields)
+    if message is None:
+        loaded = find_origin(asked, TOKENIZER, None, 0, conditional).build()
+        torch.testing.assert_close(loaded.state_dict(), model.state_dict())
+    else:
+        with pytest.raises(UserError, match=message):
+            find_origin(asked, TOKENIZER, None, 0, conditional)

@@ -33,6 +33,12 @@ def test_every_weight_of_the_stacks_has_its_own_name_and_shape_in_a_pretrained_m
             key = base.pretrained_key(f"{side}.{name}")
             assert state[key].shape == weight.shape
             read.add(key)
+    whole = base.decoder(cross_attention=True)
+    kept = {f"decoder.{name}": weight for name, weight in whole.named_parameters()}
+    for name, weight in kept.items():
+        assert base.pretrained_key(name, cross_attention=True) == name
+        assert state[name].shape == weight.shape
+    assert set(kept) | read == set(state) - set(base.embedding_keys)
     unread = {name for name in state if name not in read and ".layer.1.EncDec" not in name}
     norms = {f"decoder.block.{i}.layer.1.layer_norm.weight" for i in range(base.decoder_layers)}
     assert unread == {*base.embedding_keys, *norms}

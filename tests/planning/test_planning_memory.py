@@ -211,25 +211,37 @@ def real_step(config, rows, tokens, *, checkpointing):
         ids = torch.randint(3, 500, (rows, tokens))
         ids[-1, tokens // 2 :] = 0
         mask, labels = (ids != 0).long(), ids.masked_fill(ids == 0, -100)
+        given = {"labels": labels, "noise": torch.randn(rows, config.latent_dim)}
+        if config.conditional:
+            given |= {"condition_ids": ids.clone(), "condition_mask": mask.clone()}
+            ids, mask = torch.cat([ids, ids], 1), torch.cat([mask, mask], 1)
         live.restart()
-        out = model(ids, mask, labels=labels, noise=torch.randn(rows, config.latent_dim))
+        out = model(ids, mask, **given)
         rec = reconstruction_nats(out.logits, labels)
-        kl = model.family.of(out.posterior_parameters).kl(model.prior())
+        q, p = model.distributions(out)
+        kl = q.kl(p)
         loss_share(rec, kl, torch.ones(rows), torch.ones(config.latent_dim), rows).backward()
         training = live.restart() - base
-        del out, rec, kl
+        del out, rec, kl, q, p
         live.restart()
         model.eval()
         with torch.no_grad():
-            out = model(ids, mask, labels=labels, noise=torch.randn(rows, config.latent_dim))
+            out = model(ids, mask, **given)
             reconstruction_nats(out.logits, labels)
         return training, live.restart() - base
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("injection", ["memory", "embedding"])
-def test_a_dry_run_counts_what_a_real_step_holds(checkpointing, injection):
-    config = T5VAEConfig(t5=T5, latent_dim=8, injection=injection)
+@pytest.mark.parametrize(
+    "path",
+    [
+        {"injection": "memory"},
+        {"injection": "embedding"},
+        {"injection": "memory", "conditional": True, "prior": "learned"},
+    ],
+)
+def test_a_dry_run_counts_what_a_real_step_holds(checkpointing, path):
+    config = T5VAEConfig(t5=T5, latent_dim=8, **path)
     run = dry_run(
         config,
         rows=6,
