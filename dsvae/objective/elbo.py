@@ -6,7 +6,8 @@ over the N sentences of the global batch (all ranks, all micro-batches of an opt
 step). rec_i is -log p(x_i|z_i) in nats, summed over the tokens of sentence i, EOS
 included. s_i are statistics of sentence i (S numbers), of which the KL of each unit in
 nats comes first. T, the penalty, may be any differentiable function of their means. Here
-it is beta times the KL with free bits (Kingma et al. 2016), and total correlation.
+it is beta times the KL with free bits (Kingma et al. 2016), total correlation, and how
+decided and how even the clusters of a cluster head are.
 
 The gradient is exact however the batch is split, because
 
@@ -62,31 +63,58 @@ class Penalty:
             the sum over pairs of variables of their mutual information under the mean of
             q(z|x) (beta-TCVAE, Chen et al. 2018). For two variables it is the total
             correlation itself. Only the categorical family has one.
+        skewness: weight of mean_i H(r_i) in nats, r_i the probabilities of the clusters
+            of sentence i: it wants each sentence decided.
+        dispersion: weight of sum_k m_k ln m_k in nats, m = mean_i r_i: it wants all
+            clusters used alike, where it is -ln R. (Both are after Simon et al. 2019.)
+        cluster_count: R, which `dispersion` needs.
     """
 
     beta: float = 0.0
     free_bits: float = 0.0
     mode: FreeBitsMode = "dimension"
     total_correlation: float = 0.0
+    skewness: float = 0.0
+    dispersion: float = 0.0
+    cluster_count: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dispersion and not self.cluster_count:
+            raise ValueError("dispersion needs the number of clusters")
 
     @property
     def active(self) -> bool:
         """Whether it adds anything to the loss."""
-        return self.beta != 0 or self.total_correlation != 0
+        terms = self.beta, self.total_correlation, self.skewness, self.dispersion
+        return any(weight != 0 for weight in terms)
 
     @property
     def linear(self) -> bool:
         """Whether the slopes are the same for every mean."""
         thresholded = self.beta != 0 and self.free_bits != 0 and self.mode != "sentence"
-        return not thresholded and self.total_correlation == 0
+        return not thresholded and self.total_correlation == 0 and self.dispersion == 0
 
-    def statistics(self, posterior: Distribution, prior: Distribution) -> Tensor:
+    def statistics(
+        self, posterior: Distribution, prior: Distribution, clusters: Tensor | None = None
+    ) -> Tensor:
         """s of each sentence, (B, S): the KL of each of the U units in nats, then what
-        else the penalty needs."""
+        else the penalty needs.
+
+        Args:
+            clusters: (B, R), the probabilities of each sentence's clusters; needed by
+                `skewness` and `dispersion`.
+        """
         kl = posterior.kl(prior)
         parts = [kl]
         if self.mode == "sentence":
             parts.append(kl.clamp(min=self.free_bits).sum(-1, keepdim=True))
+        if self.skewness or self.dispersion:
+            if clusters is None:
+                raise ValueError("skewness and dispersion need a cluster head")
+            if self.skewness:
+                parts.append(-negative_entropy(clusters)[:, None])
+            if self.dispersion:
+                parts.append(clusters)
         if self.total_correlation:
             parts.append(pair_statistics(posterior.tensors()["probabilities"]))
         return torch.cat(parts, dim=-1)
@@ -101,6 +129,11 @@ class Penalty:
         else:
             penalized = kl.clamp(min=self.free_bits).sum()
         penalty = self.beta * penalized
+        if self.skewness:
+            penalty, rest = penalty + self.skewness * rest[0], rest[1:]
+        if self.dispersion:
+            shares, rest = rest[: self.cluster_count], rest[self.cluster_count :]
+            penalty = penalty + self.dispersion * negative_entropy(shares)
         if self.total_correlation:
             penalty = penalty + self.total_correlation * pairwise_total_correlation(rest, units)
         return penalty
@@ -111,6 +144,12 @@ def slopes(penalty: Penalty, mean: Tensor, units: int) -> Tensor:
     with torch.enable_grad():
         point = mean.detach().requires_grad_()
         return torch.autograd.grad(penalty(point, units), point)[0]
+
+
+def negative_entropy(probabilities: Tensor) -> Tensor:
+    """sum_k p_k ln p_k over the last dimension, in nats. Its gradient is finite at 0 too."""
+    tiny = torch.finfo(probabilities.dtype).tiny
+    return (probabilities * probabilities.clamp(min=tiny).log()).sum(-1)
 
 
 def pair_statistics(probabilities: Tensor) -> Tensor:
