@@ -74,6 +74,17 @@ def _count(name: str, meaning: str, places: Place = NOWHERE) -> Metric:
     return Metric(name, "", meaning, None, places, exact=meaning)
 
 
+def _output(
+    name: str,
+    unit: str,
+    meaning: str,
+    better: Literal["lower", "higher"] | None = None,
+    places: Place = NOWHERE,
+) -> Metric:
+    """A metric of what a model puts out, with or without a latent."""
+    return Metric(name, unit, meaning, better, places, exact=meaning)
+
+
 def _score(name: str, meaning: str) -> Metric:
     return Metric(f"disentanglement.{name}", "0-1", meaning, "higher", latent=True)
 
@@ -269,6 +280,48 @@ METRICS: tuple[Metric, ...] = (
             "SAP, categorical: held-out balanced accuracy of a tree on the best unit minus the "
             "second best (after Kumar et al. 2018)",
         ),
+    ),
+    *_section(
+        "Generated sentences",
+        _output("adherence", "share", "outputs that say what their condition says", "higher"),
+        _output("distinct_1", "share", "different words of all words, outputs pooled", "higher"),
+        _output("distinct_2", "share", "different word pairs of all pairs, pooled", "higher"),
+        _output("self_bleu", "0-100", "BLEU of an output against all others", "lower"),
+        _output("self_bleu_max", "0-100", "of the output most like others"),
+        _output("self_bleu_min", "0-100", "of the output least like others"),
+        _output("self_bleu_outputs", "", "outputs that self_bleu compares", None, NO_CHART),
+        _output("distinct_1_within", "share", "distinct_1 of one condition, mean", "higher"),
+        _output("distinct_2_within", "share", "distinct_2 of one condition, mean", "higher"),
+        _output("self_bleu_within", "0-100", "BLEU against others of the condition", "lower"),
+        _output("self_bleu_within_max", "0-100", "of the output most like others, mean"),
+        _output("self_bleu_within_min", "0-100", "of the output least like others, mean"),
+        _output("bleu_max", "0-100", "BLEU of the best output of a condition, mean", "higher"),
+        _output("bleu_mean", "0-100", "BLEU of an output against the data, mean", "higher"),
+        _output("bleu_min", "0-100", "BLEU of the worst output of a condition, mean", "higher"),
+        _output("bleu_precision", "0-100", "output and its closest reference", "higher"),
+        _output("bleu_recall", "0-100", "reference and its closest output", "higher"),
+    ),
+    *_section(
+        "Clusters against the labels",
+        _output("b3_precision", "0-1", "share of a sentence's cluster with its label", "higher"),
+        _output("b3_recall", "0-1", "share of a sentence's label in its cluster", "higher"),
+        _output("b3_f1", "0-1", "harmonic mean of the two", "higher", COLUMN),
+        _output("homogeneity", "0-1", "1 - H(label given cluster) / H(label)", "higher"),
+        _output("completeness", "0-1", "1 - H(cluster given label) / H(cluster)", "higher"),
+        _output("v_measure", "0-1", "harmonic mean of the two", "higher", COLUMN),
+        _output("ari", "", "adjusted Rand index: 0 for random clusters, 1 at most", "higher"),
+    ),
+    *_section(
+        "Classes and tags",
+        _output("class_accuracy", "share", "sentences with the right class", "higher", COLUMN),
+        _output("class_majority", "share", "the same for the commonest class", None),
+        _output("class_macro_f1", "0-1", "F1 of each class, mean over the classes", "higher"),
+        _output("class_f1", "0-1", "F1 of the class that is asked for", "higher"),
+        _output("entity_precision", "share", "predicted entities that are right", "higher"),
+        _output("entity_recall", "share", "true entities that are found", "higher"),
+        _output("entity_f1", "0-1", "harmonic mean of the two (strict IOB2)", "higher", COLUMN),
+        _output("entities", "", "true entities", None, NO_CHART),
+        _output("entities_predicted", "", "predicted entities"),
     ),
     *_section(
         "Text",

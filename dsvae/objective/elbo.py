@@ -6,8 +6,9 @@ over the N sentences of the global batch (all ranks, all micro-batches of an opt
 step). rec_i is -log p(x_i|z_i) in nats, summed over the tokens of sentence i, EOS
 included. s_i are statistics of sentence i (S numbers), of which the KL of each unit in
 nats comes first. T, the penalty, may be any differentiable function of their means. Here
-it is beta times the KL with free bits (Kingma et al. 2016), and total correlation. Where
-the KL has no weight, a learned prior has a term of its own.
+it is beta times the KL with free bits (Kingma et al. 2016), total correlation, and how
+decided and how even the clusters of a cluster head are. Where the KL has no weight, a
+learned prior has a term of its own.
 
 The gradient is exact however the batch is split, because
 
@@ -68,6 +69,11 @@ class Penalty:
             `T5VAE.forward`, its gradient trains the prior's head and nothing else. So a
             later KL starts from a prior that fits. (The norm by which gradients are
             clipped includes it.)
+        skewness: weight of mean_i H(r_i) in nats, r_i the probabilities of the clusters
+            of sentence i: it wants each sentence decided.
+        dispersion: weight of sum_k m_k ln m_k in nats, m = mean_i r_i: it wants all
+            clusters used alike, where it is -ln R. (Both are after Simon et al. 2019.)
+        cluster_count: R, which `dispersion` needs.
     """
 
     beta: float = 0.0
@@ -75,27 +81,49 @@ class Penalty:
     mode: FreeBitsMode = "dimension"
     total_correlation: float = 0.0
     prior_alone: bool = False
+    skewness: float = 0.0
+    dispersion: float = 0.0
+    cluster_count: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dispersion and not self.cluster_count:
+            raise ValueError("dispersion needs the number of clusters")
 
     @property
     def active(self) -> bool:
         """Whether it adds anything to the loss."""
-        return self.beta != 0 or self.total_correlation != 0 or self.prior_alone
+        terms = self.beta, self.total_correlation, self.skewness, self.dispersion
+        return self.prior_alone or any(weight != 0 for weight in terms)
 
     @property
     def linear(self) -> bool:
         """Whether the slopes are the same for every mean."""
         thresholded = self.beta != 0 and self.free_bits != 0 and self.mode != "sentence"
-        return not thresholded and self.total_correlation == 0
+        return not thresholded and self.total_correlation == 0 and self.dispersion == 0
 
-    def statistics(self, posterior: Distribution, prior: Distribution) -> Tensor:
+    def statistics(
+        self, posterior: Distribution, prior: Distribution, clusters: Tensor | None = None
+    ) -> Tensor:
         """s of each sentence, (B, S): the KL of each of the U units in nats, then what
-        else the penalty needs."""
+        else the penalty needs.
+
+        Args:
+            clusters: (B, R), the probabilities of each sentence's clusters; needed by
+                `skewness` and `dispersion`.
+        """
         kl = posterior.kl(prior)
         parts = [kl]
         if self.mode == "sentence":
             parts.append(kl.clamp(min=self.free_bits).sum(-1, keepdim=True))
         if self.prior_alone:
             parts.append(posterior.detach().kl(prior).sum(-1, keepdim=True))
+        if self.skewness or self.dispersion:
+            if clusters is None:
+                raise ValueError("skewness and dispersion need a cluster head")
+            if self.skewness:
+                parts.append(-negative_entropy(clusters)[:, None])
+            if self.dispersion:
+                parts.append(clusters)
         if self.total_correlation:
             parts.append(pair_statistics(posterior.tensors()["probabilities"]))
         return torch.cat(parts, dim=-1)
@@ -112,6 +140,11 @@ class Penalty:
         penalty = self.beta * penalized
         if self.prior_alone:
             penalty, rest = penalty + rest[0], rest[1:]
+        if self.skewness:
+            penalty, rest = penalty + self.skewness * rest[0], rest[1:]
+        if self.dispersion:
+            shares, rest = rest[: self.cluster_count], rest[self.cluster_count :]
+            penalty = penalty + self.dispersion * negative_entropy(shares)
         if self.total_correlation:
             penalty = penalty + self.total_correlation * pairwise_total_correlation(rest, units)
         return penalty
@@ -122,6 +155,12 @@ def slopes(penalty: Penalty, mean: Tensor, units: int) -> Tensor:
     with torch.enable_grad():
         point = mean.detach().requires_grad_()
         return torch.autograd.grad(penalty(point, units), point)[0]
+
+
+def negative_entropy(probabilities: Tensor) -> Tensor:
+    """sum_k p_k ln p_k over the last dimension, in nats. Its gradient is finite at 0 too."""
+    tiny = torch.finfo(probabilities.dtype).tiny
+    return (probabilities * probabilities.clamp(min=tiny).log()).sum(-1)
 
 
 def pair_statistics(probabilities: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dsvae.cli import main
 from dsvae.config import RunConfig
 from dsvae.data.grammar import generate
 from dsvae.data.tokenization import tokenize
-from dsvae.metrics import catalog
+from dsvae.metrics import catalog, clustering, diversity, tagging
 from dsvae.metrics.catalog import COLUMN, MAIN, METRICS, SUMMARY, Metric
 from dsvae.metrics.evaluate import evaluate
 from dsvae.parallel.world import World
@@ -66,6 +66,19 @@ def test_every_number_of_an_evaluation_has_an_entry(evaluation):
     scores = {name for name, value in inner.items() if isinstance(value, float)}
     assert {f"disentanglement.{name}" for name in scores} <= NAMES
     assert {"kl_per_dim", "au_curve", "probes"} <= NAMES
+
+
+def test_every_number_of_outputs_clusters_and_tags_has_an_entry():
+    found = [
+        diversity.of_outputs(TEXTS[:3], seed=0),
+        diversity.of_conditions([TEXTS[:3]], [TEXTS[3:5]]),
+        clustering.agreement([0, 1, 1], [0, 0, 1]),
+        tagging.of_entities([["B-X", "O"]], [["B-X", "O"]]),
+        tagging.of_classes(["a", "b"], ["a", "a"], positive="a"),
+    ]
+    for metrics in found:
+        assert set(metrics) - {"se", "entity_types"} <= NAMES
+        assert set(metrics["se"]) <= set(metrics)
 
 
 def test_a_new_entry_is_shown_everywhere(evaluation, monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ from dsvae.objective.elbo import (
     IGNORE,
     Penalty,
     loss_share,
+    negative_entropy,
     pair_statistics,
     pairwise_total_correlation,
     reconstruction_nats,
@@ -290,3 +291,105 @@ def test_shares_with_total_correlation_sum_to_the_gradient_of_the_undivided_batc
             share = loss_share(zeros, own, ones, slope.to(own), 13)
             got += torch.autograd.grad(share, logits)[0]
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+# Clusters
+
+
+def test_the_cluster_terms_of_one_sentence_cancel():
+    """Skewness H(r), dispersion -H(r)."""
+    r = torch.tensor([[0.7, 0.2, 0.1]])
+    q, prior = Gaussian(torch.ones(1, 2), torch.zeros(1, 2)), GaussianFamily(2).prior()
+    entropy = -(r * r.log()).sum().item()
+    for skewness, dispersion, expected in ((2.0, 2.0, 0), (3.0, 0, 3), (0, 0.5, -0.5)):
+        penalty = Penalty(0.0, 0.0, "dimension", 0.0, skewness, dispersion, cluster_count=3)
+        assert penalty.active
+        assert penalty.linear == (dispersion == 0)
+        value = penalty(penalty.statistics(q, prior, r).mean(0), 2).item()
+        assert value == pytest.approx(expected * entropy, abs=1e-6)
+
+
+def test_dispersion_is_least_where_the_clusters_are_even():
+    r = 5
+    even = torch.full((r,), 1 / r)
+    assert negative_entropy(even).item() == pytest.approx(-math.log(r))
+    assert negative_entropy(torch.eye(r)[0]) == 0
+    penalty = Penalty(dispersion=1.0, cluster_count=r)
+    slope = slopes(penalty, torch.cat([torch.zeros(2), even]), 2)
+    assert slope[:2].tolist() == [0, 0]
+    torch.testing.assert_close(slope[2:], torch.full((r,), 1 - math.log(r)))  # ln m + 1
+    for _ in range(20):
+        assert penalty(torch.cat([torch.zeros(2), torch.rand(r).softmax(0)]), 2) >= -math.log(r)
+
+
+def test_a_probability_that_underflows_leaves_every_gradient_finite():
+    logits = torch.tensor([[0.0, -300.0], [0.0, -300.0]], requires_grad=True)
+    q, prior = Gaussian(torch.zeros(2, 1), torch.zeros(2, 1)), GaussianFamily(1).prior()
+    penalty = Penalty(skewness=1.0, dispersion=1.0, cluster_count=2)
+    statistics = penalty.statistics(q, prior, logits.softmax(-1))
+    slope = slopes(penalty, statistics.mean(0), 1)
+    loss_share(torch.zeros(2), statistics, torch.ones(2), slope, 2).backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["dimension", "sentence"])
+@pytest.mark.parametrize("total_correlation", [0.0, 3.0])
+@pytest.mark.parametrize(("skewness", "dispersion"), [(0.3, 0.0), (0.0, 0.7), (0.3, 0.7)])
+@pytest.mark.parametrize("beta", [0.0, 0.7])
+def test_shares_with_clusters_sum_to_the_gradient_of_the_undivided_batch(
+    mode, total_correlation, skewness, dispersion, beta
+):
+    """All terms together, whatever their order among the statistics."""
+    rng = torch.Generator().manual_seed(6)
+    logits = (2 * torch.randn(13, 3, 4, generator=rng, dtype=torch.float64)).requires_grad_()
+    hidden = (2 * torch.randn(13, 5, generator=rng, dtype=torch.float64)).requires_grad_()
+    p, r = logits.softmax(-1), hidden.softmax(-1)
+    kl = (p * (p.log() + math.log(4))).sum(-1)
+    floor = torch.tensor(0.4)
+    penalized = (
+        torch.maximum(kl.mean(0), floor).sum()
+        if mode == "dimension"
+        else torch.maximum(kl, floor).sum(-1).mean()
+    )
+    joint = torch.einsum("ndj,nek->dejk", p, p) / 13
+    alone = p.mean(0)
+    information = (joint * (joint / torch.einsum("dj,ek->dejk", alone, alone)).log()).sum((2, 3))
+    m = r.mean(0)
+    loss = (
+        beta * penalized
+        + total_correlation * information.triu(1).sum()
+        - skewness * (r * r.log()).sum(-1).mean()
+        + dispersion * (m * m.log()).sum()
+    )
+    expected = torch.autograd.grad(loss, (logits, hidden), materialize_grads=True)
+    penalty = Penalty(beta, 0.4, mode, total_correlation, skewness, dispersion, cluster_count=5)
+    prior = CategoricalFamily(3, 4).prior()
+    statistics = penalty.statistics(Categorical(logits), prior, r)
+    slope = slopes(penalty, statistics.detach().mean(0), 3)
+    torch.testing.assert_close(penalty(statistics.mean(0), 3).double(), loss, rtol=1e-5, atol=1e-6)
+    for parts in ([slice(0, 13)], [slice(0, 4), slice(4, 5), slice(5, 13)]):
+        got = [torch.zeros_like(logits), torch.zeros_like(hidden)]
+        for part in parts:
+            own = penalty.statistics(Categorical(logits[part]), prior, hidden[part].softmax(-1))
+            share = loss_share(
+                own.new_zeros(len(own)), own, own.new_ones(len(own)), slope.to(own), 13
+            )
+            gradients = torch.autograd.grad(share, (logits, hidden), materialize_grads=True)
+            got = [total + each for total, each in zip(got, gradients, strict=True)]
+        for mine, reference in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-7)
+
+
+def test_clusters_that_nothing_penalizes_change_nothing():
+    q, prior = Gaussian(torch.randn(4, 3), torch.randn(4, 3)), GaussianFamily(3).prior()
+    penalty = Penalty(0.5, 0.2)
+    statistics = penalty.statistics(q, prior, torch.rand(4, 6).softmax(-1))
+    assert torch.equal(statistics, q.kl(prior))
+
+
+def test_cluster_terms_without_clusters_are_refused():
+    q, prior = Gaussian(torch.randn(4, 3), torch.randn(4, 3)), GaussianFamily(3).prior()
+    with pytest.raises(ValueError, match="cluster head"):
+        Penalty(skewness=0.1).statistics(q, prior)
+    with pytest.raises(ValueError, match="number of clusters"):
+        Penalty(dispersion=0.1)
