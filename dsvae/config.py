@@ -108,6 +108,9 @@ class ModelConfig:
     """What q(z|x, c) reads where sentences have conditions. both: the condition and the
     sentence. condition: the condition alone. Without conditions it reads the
     sentence."""
+    clusters: int = 0
+    """Number of clusters of sentences, through which the posterior reads a sentence
+    (after Yuan & Eldardiry 2021). 0: none."""
     injection: Literal["memory", "embedding", "both", "none"] = "memory"
     """How z enters the decoder. With none, the model has no latent: it is a language
     model of the same decoder without encoder, or a plain T5 where sentences have
@@ -172,6 +175,12 @@ class PhaseConfig:
     """Draw z this many times per sentence and train on the draw with the best
     reconstruction (speculative sampling, Sato et al. 2021). The logged training rec is
     then too good by up to ln(draws). Evaluation always draws once."""
+    skewness: float = 0.01
+    """Weight of the mean entropy of a sentence's cluster in nats, where
+    `model.clusters` is set: it wants each sentence decided."""
+    dispersion: float = 0.02
+    """Weight of the negative entropy of the mean cluster of the global batch in nats,
+    where `model.clusters` is set: it wants all clusters used."""
     deletion: float = 0.0
     """Share of tokens that are deleted from the encoder's input during training. EOS is
     never deleted, and the decoder's side stays clean."""
@@ -202,6 +211,17 @@ class Phase2Config(PhaseConfig):
     """What `free_bits` applies to. dimension: the mean KL of each unit over the global
     batch. total: the mean of their sum. sentence: the KL of each unit of each sentence,
     as in the code of Optimus and of Park & Lee."""
+
+
+@dataclass
+class HeadsConfig:
+    """Weights of the heads that label sentences, in both phases. Their losses are in nats
+    per sentence, and sentences without labels count with 0."""
+
+    class_weight: float = 1.0
+    """Weight of -log p of the label of a sentence, where `data.label_column` is given."""
+    tag_weight: float = 1.0
+    """Weight of -log p of the tags of a sentence, where `data.tags_column` is given."""
 
 
 @dataclass
@@ -282,6 +302,8 @@ class RunConfig:
     """The autoencoder phase."""
     phase2: Phase2Config = field(default_factory=Phase2Config)
     """The VAE phase."""
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    """The heads that label sentences and words."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """What is measured."""
 
@@ -497,6 +519,21 @@ def check(config: RunConfig) -> None:
         "data.tags_column needs an encoder that reads the sentence: set model.posterior_reads to "
         "both",
     )
+    labelled = config.data.label_column is not None or config.data.tags_column is not None
+    need(
+        config.model.injection != "none" or not (labelled or config.model.clusters),
+        "labels, tags and clusters need an encoder that reads the sentence: choose a "
+        "model.injection other than none",
+    )
+    need(
+        config.heads.class_weight > 0 and config.heads.tag_weight > 0,
+        "heads.class_weight and heads.tag_weight must be positive; to train without a head, leave "
+        "its column out",
+    )
+    need(
+        config.model.clusters == 0 or config.model.clusters >= 2,
+        "model.clusters must be 0 (none) or at least 2",
+    )
     need(config.model.categories >= 2, "model.categories must be at least 2")
     need(
         len(config.model.spike_prior) == 2
@@ -549,6 +586,10 @@ def check(config: RunConfig) -> None:
         )
         need(phase.lr > 0, f"{name}.lr must be positive")
         need(phase.draws >= 1, f"{name}.draws must be at least 1")
+        need(
+            phase.skewness >= 0 and phase.dispersion >= 0,
+            f"{name}.skewness and {name}.dispersion must not be negative",
+        )
         need(
             0 <= phase.warmup_steps <= phase.steps,
             f"{name}.warmup_steps ({phase.warmup_steps}) must lie between 0 and {name}.steps "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dsvae.config import PhaseConfig, RunConfig
 from dsvae.objective.elbo import Penalty
@@ -56,18 +57,27 @@ class Phase:
         Args:
             controlled_beta: beta where it is `controlled`.
         """
-        learned = self.config.learned_prior
+        config, settings = self.config, self.settings
+        heads: dict[str, Any] = {}
+        if config.model.clusters:
+            heads["skewness"], heads["dispersion"] = settings.skewness, settings.dispersion
+            heads["cluster_count"] = config.model.clusters
+        if config.data.label_column is not None:
+            heads["class_weight"] = config.heads.class_weight
+        if config.data.tags_column is not None:
+            heads["tag_weight"] = config.heads.tag_weight
         if self.number == 1:
-            return Penalty(prior_alone=learned)
-        settings = self.config.phase2
-        beta = controlled_beta if self.controlled else beta_at(step, settings.steps, settings.beta)
+            return Penalty(prior_alone=config.learned_prior, **heads)
+        vae = config.phase2
+        beta = controlled_beta if self.controlled else beta_at(step, vae.steps, vae.beta)
         return Penalty(
             beta,
-            settings.free_bits,
-            settings.free_bits_mode,
-            settings.total_correlation,
+            vae.free_bits,
+            vae.free_bits_mode,
+            vae.total_correlation,
             # Before beta rises, the KL does not train the prior.
-            prior_alone=learned and beta == 0,
+            prior_alone=config.learned_prior and beta == 0,
+            **heads,
         )
 
     def validation_loss(self, metrics: Mapping[str, float]) -> float:

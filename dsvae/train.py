@@ -269,6 +269,7 @@ def train_phase(
                 # does not depend on the length of this step's sentences
                 "rec_per_token": rec * step.sentences / step.tokens,
                 "kl": float(kl.sum()),
+                **penalty.head_losses(statistics, engine.units),
                 "beta": penalty.beta,
                 "lr": lr,
                 "grad_norm": engine.grad_norm,
@@ -348,6 +349,8 @@ def _save(
     meta |= {
         **reshape_checkpoint.shape_of(engine.deepspeed, run.world),
         "frozen": engine.frozen,
+        "classes": run.data.labels,
+        "tags": run.data.tags,
     }
     try:
         checkpoint.save(

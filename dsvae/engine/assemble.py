@@ -10,12 +10,14 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
+from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches, row_lengths
 from dsvae.data.prepared import Prepared
 from dsvae.engine import ds_config, nvme
-from dsvae.engine.build import build_model
+from dsvae.engine.build import Columns, build_model
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.process_group import lend_to_deepspeed
+from dsvae.errors import UserError
 from dsvae.parallel.world import World
 from dsvae.phases import Phase
 
@@ -47,7 +49,7 @@ def phase_engine(
                 config.seed,
                 world,
                 resolved,
-                config.conditional,
+                _columns(config, data),
             )
             model.config.max_tokens = config.data.max_tokens  # for the exported config.json
             batches = TrainingBatches(
@@ -67,6 +69,19 @@ def phase_engine(
             engine = PhaseEngine(model, world, phase, resolved, origin=origin)
         yield engine, batches
         engine.close()
+
+
+def _columns(config: RunConfig, data: Prepared) -> Columns:
+    for column, names in (
+        (config.data.label_column, data.labels),
+        (config.data.tags_column, data.tags),
+    ):
+        if column is not None and not names:
+            raise UserError(
+                f"no training record has anything in column {column}: leave the column out, or "
+                f"label some records"
+            )
+    return Columns(config.conditional, data.labels, data.tags)
 
 
 def _resolve(phase: Phase, raw: dict[str, Any], data: Prepared, world: World) -> dict[str, Any]:

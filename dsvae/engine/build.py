@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,32 +24,41 @@ from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig, read_config
 from dsvae.modeling.weight_source import Origin, slots
 from dsvae.parallel.world import World
 
+
+@dataclass(frozen=True)
+class Columns:
+    """What the records of a run have besides their text."""
+
+    conditional: bool = False
+    classes: Sequence[str] = ()
+    """The labels of the training records."""
+    tags: Sequence[str] = ()
+    """The tags of their words."""
+
+
 LATENT_FIELDS = (
     "family",
     "latent_dim",
     "categories",
     "spike_prior",
     "pooling",
+    "posterior_reads",
     "injection",
     "memory_slots",
-    "conditional",
-    "prior",
+    "clusters",
 )
-"""The fields of `T5VAEConfig` that a run decides, and that a T5VAE to start from must
-share."""
+"""The fields of `T5VAEConfig` that have the names and values of `ModelConfig`."""
 
 
-def latent_fields(settings: ModelConfig, conditional: bool) -> dict[str, Any]:
-    """The values of `LATENT_FIELDS` that a run asks for.
-
-    Args:
-        conditional: whether sentences have conditions.
-    """
-    given = vars(settings) | {"conditional": conditional}
-    given["prior"] = settings.prior or ("learned" if conditional else "fixed")
+def latent_fields(settings: ModelConfig, columns: Columns) -> dict[str, Any]:
+    """The fields of `T5VAEConfig` that a run decides, with the values that it asks for. A
+    T5VAE to start from must share them."""
+    given: dict[str, Any] = {name: getattr(settings, name) for name in LATENT_FIELDS}
+    given["conditional"] = columns.conditional
+    given["prior"] = settings.prior or ("learned" if columns.conditional else "fixed")
     if settings.injection == "none":
         given |= {"latent_dim": 0, "prior": "fixed"}
-    return {name: given[name] for name in LATENT_FIELDS}
+    return given | {"classes": list(columns.classes), "tags": list(columns.tags)}
 
 
 def build_model(
@@ -57,7 +68,7 @@ def build_model(
     seed: int,
     world: World,
     ds_config: dict[str, Any],
-    conditional: bool = False,
+    columns: Columns = Columns(),
 ) -> tuple[T5VAE, Origin | None]:
     """A T5VAE, and on rank 0 the source of its weights. Collective.
 
@@ -71,7 +82,7 @@ def build_model(
         seed: of fresh weights, which are the same on every rank and at every stage,
             whatever was drawn before.
         ds_config: resolved; the size of buffers that depend on the model is added.
-        conditional: whether sentences have conditions.
+        columns: of the records.
 
     Raises:
         UserError: on every rank: no such model, no safetensors in it, not a T5, weights
@@ -79,7 +90,7 @@ def build_model(
         RunStopped: on every rank: no room on the disk that the weights go to.
     """
     origins: list[Origin] = []
-    arguments = (settings, tokenizer, weights, seed, conditional)
+    arguments = (settings, tokenizer, weights, seed, columns)
 
     def find_first() -> tuple[Any, Any]:
         origins.append(find_origin(*arguments))
@@ -107,12 +118,12 @@ def find_origin(
     tokenizer: PreTrainedTokenizerBase,
     weights: Path | None,
     seed: int,
-    conditional: bool = False,
+    columns: Columns = Columns(),
 ) -> Origin:
     """The source of the weights of `build_model`, with the same arguments and errors. On
     this process alone."""
     try:
-        origin = _origin(settings, tokenizer, weights, seed, conditional)
+        origin = _origin(settings, tokenizer, weights, seed, columns)
     # Its first line is a field's name alone; the next says what is wrong with the value.
     except StrictDataclassError as error:
         raise UserError(
@@ -163,9 +174,9 @@ def _origin(
     tokenizer: PreTrainedTokenizerBase,
     weights: Path | None,
     seed: int,
-    conditional: bool,
+    columns: Columns,
 ) -> Origin:
-    latent = latent_fields(settings, conditional)
+    latent = latent_fields(settings, columns)
     if weights is not None:
         return T5VAE.origin_in(str(weights))
     if settings.name is None:
@@ -189,15 +200,19 @@ def _origin(
         return T5VAE.origin_in_t5(settings.name, seed=seed, dropout_rate=settings.dropout, **latent)
     if settings.dropout is not None:
         config.t5.dropout_rate = settings.dropout
-    if config.conditional != conditional:
+    if config.conditional != columns.conditional:
         raise ValueError(
             "it reads conditions: set --data.condition_column"
             if config.conditional
             else "it reads no conditions, and --data.condition_column is set"
         )
-    if different := [name for name in LATENT_FIELDS if getattr(config, name) != latent[name]]:
-        name = different[0]
-        raise ValueError(
-            f"its {name} is {getattr(config, name)}, not {latent[name]}: set --model.{name}"
-        )
+    for name, wanted in latent.items():
+        has = getattr(config, name)
+        if has != wanted and name in ("classes", "tags"):
+            raise ValueError(
+                f"its {name} are {', '.join(has) or 'none'}, and those of the training records "
+                f"are {', '.join(wanted) or 'none'}: give records that have the same ones"
+            )
+        if has != wanted:
+            raise ValueError(f"its {name} is {has}, not {wanted}: set --model.{name}")
     return T5VAE.origin_in(settings.name, config)

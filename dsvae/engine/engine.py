@@ -18,7 +18,7 @@ from dsvae.data.batches import MicroBatch, Step
 from dsvae.engine import ds_config as ds_configs
 from dsvae.engine import nvme
 from dsvae.engine.weights import freeze_decoder, frozen_digest, parameter_groups
-from dsvae.modeling.t5_vae import T5VAE
+from dsvae.modeling.t5_vae import T5VAE, T5VAEOutput
 from dsvae.modeling.weight_source import Origin
 from dsvae.objective.elbo import Penalty, loss_share, reconstruction_nats, slopes
 from dsvae.objective.schedules import lr_factor
@@ -154,7 +154,7 @@ class PhaseEngine:
             self._seed(index, i)
             out = self._forward(self.deepspeed, batch, noise, detach_prior=penalty.prior_alone)
             rec = reconstruction_nats(out.logits, batch.labels)
-            statistics = penalty.statistics(*self.module.distributions(out))
+            statistics = self._statistics(penalty, out)
             statistics_now = (batch.weight @ statistics).detach()
             if slope is None and penalty.active:
                 mean = statistics_now.clone()
@@ -268,6 +268,15 @@ class PhaseEngine:
         best = torch.stack(rec).argmin(0)  # (B,)
         return batch.noise[torch.arange(len(best), device=best.device), best]
 
+    def _statistics(self, penalty: Penalty, out: T5VAEOutput) -> Tensor:
+        """The statistics of each sentence of a forward pass, (B, S)."""
+        return penalty.statistics(
+            *self.module.distributions(out),
+            clusters=out.clusters,
+            class_nats=out.class_nats,
+            tag_nats=out.tag_nats,
+        )
+
     def _forward(
         self, model: Any, batch: MicroBatch, noise: Tensor, *, detach_prior: bool = False
     ) -> Any:
@@ -278,8 +287,7 @@ class PhaseEngine:
             labels=batch.labels,
             noise=noise,
             sample_latent=self.phase.sample_latent,
-            condition_ids=batch.condition_ids,
-            condition_mask=batch.condition_mask,
+            **_records(batch),
             detach_prior=detach_prior,
         )
 
@@ -288,8 +296,7 @@ class PhaseEngine:
         return self.module(
             batch.input_ids,
             batch.attention_mask,
-            condition_ids=batch.condition_ids,
-            condition_mask=batch.condition_mask,
+            **_records(batch),
             encode_only=True,
         )
 
@@ -306,8 +313,7 @@ class PhaseEngine:
             self._seed(index, i)
             with self._autocast():
                 out = self._encode(batch)
-            statistics = penalty.statistics(*self.module.distributions(out))
-            total = total + batch.weight @ statistics
+            total = total + batch.weight @ self._statistics(penalty, out)
         return total
 
     def _autocast(self) -> torch.autocast:
@@ -323,3 +329,9 @@ class PhaseEngine:
         for part in (index, micro_batch, self.world.rank):
             mixed = (mixed * 1_000_003 + part + 1) % (1 << 63)
         torch.manual_seed(mixed)
+
+
+def _records(batch: MicroBatch) -> dict[str, Tensor | None]:
+    """What belongs to the sentences of a batch, as `T5VAE.forward` takes it."""
+    names = ("condition_ids", "condition_mask", "class_labels", "tag_labels")
+    return {name: getattr(batch, name) for name in names}

@@ -151,4 +151,4 @@ def _batch(
 
 
 def _posterior_reads(model: T5VAE) -> PosteriorReads:
-    return getattr(model.config, "posterior_reads", "both")
+    return cast(PosteriorReads, model.config.posterior_reads)

@@ -1,4 +1,4 @@
-"""A linear-chain conditional random field over the tags of the words of a sentence."""
+"""The tags of the words of a sentence: a linear head and a conditional random field."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dsvae.modeling.posterior import Float32Linear
+
 IGNORE = -100
-"""Tag of the positions that are not the first piece of a word."""
+"""Label of the positions without one: padding, or no first piece of a word."""
 
 
 class CRF(nn.Module):
@@ -116,6 +118,24 @@ class CRF(nn.Module):
             path.append(tag)
         found = torch.cat(path[::-1], dim=1).masked_fill(~words, IGNORE)  # (B, W)
         return torch.full_like(mask, IGNORE, dtype=torch.long).scatter(1, places, found)
+
+
+class TagHead(nn.Module):
+    """The emissions of K tags, (B, S, K) float32, from the encoder's states (B, S, d).
+
+    `crf` makes nats or tags of them.
+
+    Args:
+        tags: the K names, in IOB2.
+    """
+
+    def __init__(self, d_model: int, tags: Sequence[str]) -> None:
+        super().__init__()
+        self.head = Float32Linear(d_model, len(tags))
+        self.crf = CRF(tags)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.head(states)
 
 
 def _words_first(emissions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from dsvae.modeling.backbone import BACKBONES, T5Backbone, backbone
+from dsvae.modeling.crf import CRF, IGNORE, TagHead
 from dsvae.modeling.families import Distribution, Family, make_family
 from dsvae.modeling.injection import make_injection
 from dsvae.modeling.posterior import Float32Linear, PosteriorHead
@@ -38,7 +40,7 @@ CACHE = (
 """The name of the decoder's cache in the installed transformers: `cache` since 5.24,
 `past_key_values` before. `generate` passes and reads it under this name."""
 
-LATENT_PATH = ("posterior.", "prior_head.", "injection.")
+LATENT_PATH = ("posterior.", "prior_head.", "class_head.", "tag_head.", "injection.")
 """How the names of the parameters begin that no T5 has."""
 
 
@@ -89,6 +91,13 @@ class T5VAEConfig(PreTrainedConfig):
             through the encoder, to the decoder's cross-attention.
         prior: fixed, or learned: p(z|c) from the states of the condition (Fang et al.
             2021). It is fixed where there is no latent.
+        posterior_reads: what the packed text is that the posterior reads, where there is
+            a condition: both (`c EOS x EOS`), or condition (`c EOS`). The model itself
+            reads what it is given.
+        clusters: R of a cluster of each sentence, through which the posterior reads it
+            (see `ClusterHead`); 0: none.
+        classes: the names of the classes of a class head; empty: no such head.
+        tags: the names of the tags of a tag head, in IOB2; empty: no such head.
         tie_word_embeddings: whether the output projection is the input embedding (T5
             v1.0) or another matrix (v1.1, flan, mT5, umT5). None: what the T5's
             configuration implies. `T5VAE.from_t5` sets it by the weights.
@@ -109,6 +118,10 @@ class T5VAEConfig(PreTrainedConfig):
     memory_slots: int = 1
     conditional: bool = False
     prior: str = "fixed"
+    posterior_reads: str = "both"
+    clusters: int = 0
+    classes: Any = ()
+    tags: Any = ()
     tie_word_embeddings: bool | None = None
     max_tokens: int | None = None
     # For `generate`, this is a decoder conditioned on z, and on encoder states that are
@@ -129,7 +142,12 @@ class T5VAEConfig(PreTrainedConfig):
             raise ValueError(f"prior {self.prior!r} is not one of {', '.join(PRIORS)}")
         if self.prior == "learned" and not self.conditional:
             raise ValueError("a learned prior needs a condition")
-        self.spike_prior = list(self.spike_prior)  # as in config.json
+        if self.injection == "none" and (self.clusters or self.classes or self.tags):
+            raise ValueError("clusters, classes and tags need an injection other than none")
+        # as in config.json
+        self.spike_prior, self.classes, self.tags = (
+            list(each) for each in (self.spike_prior, self.classes, self.tags)
+        )
         kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
         kwargs.setdefault("eos_token_id", self.t5.eos_token_id)
         kwargs.setdefault("decoder_start_token_id", self.backbone.start_token)
@@ -174,15 +192,23 @@ class T5VAEOutput(CausalLMOutputWithPast):
     logits: (B, T, V). latent: (B, Z), the z that was decoded. posterior_parameters:
     (B, P) of q(z|x), for `T5VAE.family.of`; None if `latent` was given.
     prior_parameters: (B, P) of p(z|c), where the prior is learned and the condition was
-    encoded, `latent` not given. condition_states: (B, C, d), for `encode_only` alone. The
-    decoder's cache has the name `CACHE`, and is there if `use_cache` was set. `loss`,
-    `hidden_states` and `attentions` stay None.
+    encoded, `latent` not given. condition_states: (B, C, d), for `encode_only` alone.
+    clusters: (B, R) probabilities, and class_logits: (B, K), where there are such heads.
+    class_nats and tag_nats: (B,), -log p of the class and of the tags that were given, 0
+    where there are none. tags: (B, S), the most probable tags where `tag_labels` has some,
+    -100 elsewhere; only in evaluation. The decoder's cache has the name `CACHE`, and is
+    there if `use_cache` was set. `loss`, `hidden_states` and `attentions` stay None.
     """
 
     latent: Tensor | None = None
     posterior_parameters: Tensor | None = None
     prior_parameters: Tensor | None = None
     condition_states: Tensor | None = None
+    clusters: Tensor | None = None
+    class_logits: Tensor | None = None
+    class_nats: Tensor | None = None
+    tag_nats: Tensor | None = None
+    tags: Tensor | None = None
 
 
 class T5VAE(PreTrainedModel, GenerationMixin):
@@ -205,7 +231,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _no_split_modules = [each.block for each in BACKBONES.values()]
     _keep_in_fp32_modules = ["wo"]
-    _keep_in_fp32_modules_strict = ["posterior", "prior_head"]
+    _keep_in_fp32_modules_strict = ["posterior", "prior_head", "class_head", "tag_head"]
     _tied_weights_keys = {"lm_head.weight": "shared.weight"}
     _input_embed_layer = "shared"
 
@@ -218,8 +244,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             self.encoder = base.encoder()
         if config.injection != "none":
             self.posterior = PosteriorHead(
-                base.encoder_width, self.family.parameter_width, config.pooling
+                base.encoder_width, self.family.parameter_width, config.pooling, config.clusters
             )
+        if config.classes:
+            self.class_head = Float32Linear(base.encoder_width, len(config.classes))
+        if config.tags:
+            self.tag_head = TagHead(base.encoder_width, config.tags)
         if config.prior == "learned":
             self.prior_head = Float32Linear(base.encoder_width, self.family.parameter_width)
         self.injection = make_injection(
@@ -343,6 +373,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             module.weight.normal_(0.0, factor * module.in_features**-0.5)
             if module.bias is not None:
                 module.bias.zero_()
+        elif isinstance(module, CRF):
+            module.reset_parameters()
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Distribution:
         """q(z|x) of a batch of sentences.
@@ -354,7 +386,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         Returns: a distribution of the model's family. The Gaussian has mean and logvar,
             (B, Z) each, float32.
         """
-        return self.family.of(self._posterior_parameters(input_ids, attention_mask))
+        return self.family.of(self._read(input_ids, attention_mask)["posterior_parameters"])
 
     def prior(
         self, condition_ids: Tensor | None = None, condition_mask: Tensor | None = None
@@ -388,12 +420,37 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             inputs_embeds=self.shared(input_ids), attention_mask=attention_mask
         ).last_hidden_state
 
-    def _posterior_parameters(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        class_labels: Tensor | None = None,
+        tag_labels: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """What the encoder's heads make of sentences, by the names of `T5VAEOutput`."""
         if self.config.injection == "none":
-            return torch.zeros(len(input_ids), 0, device=input_ids.device)
+            return {"posterior_parameters": torch.zeros(len(input_ids), 0, device=input_ids.device)}
         mask = _mask_of(input_ids, attention_mask)
-        parameters = self.posterior(self._encode(input_ids, mask), mask)
-        return self.family.bounded(parameters) if self.config.prior == "learned" else parameters
+        states = self._encode(input_ids, mask)
+        pooled = self.posterior.pooling(states, mask)
+        out = {}
+        if self.config.clusters:
+            parameters, out["clusters"] = self.posterior.head(pooled)
+        else:
+            parameters = self.posterior.head(pooled)
+        bounded = self.config.prior == "learned"
+        out["posterior_parameters"] = self.family.bounded(parameters) if bounded else parameters
+        if self.config.classes:
+            out["class_logits"] = logits = self.class_head(pooled)
+            if class_labels is not None:
+                out["class_nats"] = F.cross_entropy(logits, class_labels, reduction="none")
+        if self.config.tags:
+            emissions = self.tag_head(states)
+            if tag_labels is not None:
+                out["tag_nats"] = self.tag_head.crf.nll(emissions, tag_labels)
+                if not self.training:
+                    out["tags"] = self.tag_head.crf.decode(emissions, tag_labels != IGNORE)
+        return out
 
     def _prior_parameters(self, states: Tensor, mask: Tensor, *, alone: bool) -> Tensor:
         pooled = self.posterior.pooling(states, mask)
@@ -418,6 +475,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         condition_mask: Tensor | None = None,
         condition_states: Tensor | None = None,
         detach_prior: bool = False,
+        class_labels: Tensor | None = None,
+        tag_labels: Tensor | None = None,
         **others: Any,
     ) -> T5VAEOutput:
         """Encodes, draws z, and decodes with teacher forcing.
@@ -443,6 +502,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 earlier call, instead of condition_ids.
             detach_prior: no gradient goes from the prior's parameters beyond the
                 weights of the prior's head.
+            class_labels: (B,), the class of each sentence; -100: none is known.
+            tag_labels: (B, S), the tag of each word at its first piece, -100 elsewhere.
             others: must be None. To ignore an argument could change the text without an
                 error.
 
@@ -461,9 +522,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if cache is not None and past_key_values is not None:
             raise TypeError("T5VAE.forward was given both cache and past_key_values")
         self._check_condition(condition_ids, condition_mask, condition_states)
-        parameters = prior_parameters = None
+        read: dict[str, Any] = {}
+        prior_parameters = None
         if latent is None and input_ids is not None:
-            parameters = self._posterior_parameters(input_ids, attention_mask)
+            read = self._read(input_ids, attention_mask, class_labels, tag_labels)
         if condition_ids is not None:
             condition_mask = _mask_of(condition_ids, condition_mask)
             condition_states = self._encode(condition_ids, condition_mask)
@@ -471,15 +533,14 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 prior_parameters = self._prior_parameters(
                     condition_states, condition_mask, alone=detach_prior
                 )
-        if encode_only and (parameters is not None or condition_states is not None):
+        if encode_only and (read or condition_states is not None):
             return T5VAEOutput(
-                posterior_parameters=parameters,
-                prior_parameters=prior_parameters,
-                condition_states=condition_states,
+                prior_parameters=prior_parameters, condition_states=condition_states, **read
             )
         if latent is None:
-            if parameters is None:
+            if not read:
                 raise ValueError("T5VAE needs input_ids to encode, or the latent to decode")
+            parameters = read["posterior_parameters"]
             posterior = self.family.of(parameters)
             if noise is None and self.training:
                 noise = torch.randn(
@@ -510,8 +571,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         return T5VAEOutput(
             logits=logits,
             latent=latent,
-            posterior_parameters=parameters,
             prior_parameters=prior_parameters,
+            **read,
             **{CACHE: decoded.get(CACHE)},
         )
 

@@ -28,10 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.families import Distribution
-
-IGNORE = -100
-"""Label of the positions without a token of the sentence."""
 
 FreeBitsMode = Literal["dimension", "total", "sentence"]
 
@@ -74,6 +72,8 @@ class Penalty:
         dispersion: weight of sum_k m_k ln m_k in nats, m = mean_i r_i: it wants all
             clusters used alike, where it is -ln R. (Both are after Simon et al. 2019.)
         cluster_count: R, which `dispersion` needs.
+        class_weight, tag_weight: weights of -log p of the labels and of the tags, of the
+            sentences that have them. The sum is divided by the number of all sentences.
     """
 
     beta: float = 0.0
@@ -84,6 +84,8 @@ class Penalty:
     skewness: float = 0.0
     dispersion: float = 0.0
     cluster_count: int = 0
+    class_weight: float = 0.0
+    tag_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.dispersion and not self.cluster_count:
@@ -92,8 +94,15 @@ class Penalty:
     @property
     def active(self) -> bool:
         """Whether it adds anything to the loss."""
-        terms = self.beta, self.total_correlation, self.skewness, self.dispersion
-        return self.prior_alone or any(weight != 0 for weight in terms)
+        weights = (
+            self.beta,
+            self.total_correlation,
+            self.skewness,
+            self.dispersion,
+            self.class_weight,
+            self.tag_weight,
+        )
+        return self.prior_alone or any(weight != 0 for weight in weights)
 
     @property
     def linear(self) -> bool:
@@ -102,52 +111,94 @@ class Penalty:
         return not thresholded and self.total_correlation == 0 and self.dispersion == 0
 
     def statistics(
-        self, posterior: Distribution, prior: Distribution, clusters: Tensor | None = None
+        self,
+        posterior: Distribution,
+        prior: Distribution,
+        *,
+        clusters: Tensor | None = None,
+        class_nats: Tensor | None = None,
+        tag_nats: Tensor | None = None,
     ) -> Tensor:
         """s of each sentence, (B, S): the KL of each of the U units in nats, then what
-        else the penalty needs.
+        else the penalty needs, in the order of `_widths`.
 
         Args:
             clusters: (B, R), the probabilities of each sentence's clusters; needed by
                 `skewness` and `dispersion`.
+            class_nats, tag_nats: (B,), -log p of each sentence's label and tags in nats,
+                0 where it has none; needed by `class_weight` and `tag_weight`.
         """
         kl = posterior.kl(prior)
-        parts = [kl]
+        parts: dict[str, Tensor | None] = {"kl": kl, "class_nats": class_nats, "tag_nats": tag_nats}
         if self.mode == "sentence":
-            parts.append(kl.clamp(min=self.free_bits).sum(-1, keepdim=True))
+            parts["above"] = kl.clamp(min=self.free_bits).sum(-1)
         if self.prior_alone:
-            parts.append(posterior.detach().kl(prior).sum(-1, keepdim=True))
-        if self.skewness or self.dispersion:
-            if clusters is None:
-                raise ValueError("skewness and dispersion need a cluster head")
-            if self.skewness:
-                parts.append(-negative_entropy(clusters)[:, None])
-            if self.dispersion:
-                parts.append(clusters)
+            parts["prior"] = posterior.detach().kl(prior).sum(-1)
+        if clusters is not None:
+            parts |= {"entropy": -negative_entropy(clusters), "clusters": clusters}
         if self.total_correlation:
-            parts.append(pair_statistics(posterior.tensors()["probabilities"]))
-        return torch.cat(parts, dim=-1)
+            parts["pairs"] = pair_statistics(posterior.tensors()["probabilities"])
+        needed = {name: parts.get(name) for name in self._widths(kl.shape[-1])}
+        if missing := [name for name, each in needed.items() if each is None]:
+            raise ValueError(f"the penalty needs {', '.join(missing)}, which the model lacks")
+        columns = [
+            each if each.ndim == 2 else each[:, None]
+            for each in needed.values()
+            if each is not None
+        ]
+        return torch.cat(columns, dim=-1)
 
     def __call__(self, mean: Tensor, units: int) -> Tensor:
         """T in nats, a scalar, for the mean statistics (S,) of U units."""
-        kl, rest = mean[:units], mean[units:]
+        part = self._split(mean, units)
         if self.mode == "sentence":
-            penalized, rest = rest[0], rest[1:]
+            penalized = part["above"].sum()
         elif self.mode == "total":
-            penalized = kl.sum().clamp(min=self.free_bits)
+            penalized = part["kl"].sum().clamp(min=self.free_bits)
         else:
-            penalized = kl.clamp(min=self.free_bits).sum()
+            penalized = part["kl"].clamp(min=self.free_bits).sum()
         penalty = self.beta * penalized
         if self.prior_alone:
-            penalty, rest = penalty + rest[0], rest[1:]
+            penalty = penalty + part["prior"].sum()
         if self.skewness:
-            penalty, rest = penalty + self.skewness * rest[0], rest[1:]
+            penalty = penalty + self.skewness * part["entropy"].sum()
         if self.dispersion:
-            shares, rest = rest[: self.cluster_count], rest[self.cluster_count :]
-            penalty = penalty + self.dispersion * negative_entropy(shares)
+            penalty = penalty + self.dispersion * negative_entropy(part["clusters"])
+        if self.class_weight:
+            penalty = penalty + self.class_weight * part["class_nats"].sum()
+        if self.tag_weight:
+            penalty = penalty + self.tag_weight * part["tag_nats"].sum()
         if self.total_correlation:
-            penalty = penalty + self.total_correlation * pairwise_total_correlation(rest, units)
+            total_correlation = pairwise_total_correlation(part["pairs"], units)
+            penalty = penalty + self.total_correlation * total_correlation
         return penalty
+
+    def head_losses(self, mean: Tensor, units: int) -> dict[str, float]:
+        """`class_nats` and `tag_nats` of the mean statistics (S,), where there are such
+        heads: means over all sentences, of which those without labels have 0."""
+        part = self._split(mean, units)
+        return {name: float(part[name]) for name in ("class_nats", "tag_nats") if name in part}
+
+    def _widths(self, units: int) -> dict[str, int]:
+        """How many numbers each part of the statistics has; -1: all that are left."""
+        widths = {
+            "kl": units,
+            "above": int(self.mode == "sentence"),
+            "prior": int(self.prior_alone),
+            "entropy": int(self.skewness != 0),
+            "clusters": self.cluster_count if self.dispersion else 0,
+            "class_nats": int(self.class_weight != 0),
+            "tag_nats": int(self.tag_weight != 0),
+            "pairs": -1 if self.total_correlation else 0,
+        }
+        return {name: width for name, width in widths.items() if width or name == "kl"}
+
+    def _split(self, mean: Tensor, units: int) -> dict[str, Tensor]:
+        widths = self._widths(units)
+        sizes = [width for width in widths.values() if width >= 0]
+        if len(sizes) < len(widths):
+            sizes.append(len(mean) - sum(sizes))
+        return dict(zip(widths, mean.split(sizes), strict=True))
 
 
 def slopes(penalty: Penalty, mean: Tensor, units: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from dsvae import config as configuration
 from dsvae.config import RunConfig
 from dsvae.engine import ds_config
-from dsvae.engine.build import latent_fields
+from dsvae.engine.build import Columns, latent_fields
 from dsvae.errors import UserError, first_line
 from dsvae.modeling.t5_vae import T5VAEConfig, read_config
 from dsvae.planning import memory
@@ -216,7 +216,7 @@ def _dry_run(vae: str, *, precision: str, autocast: bool, **settings: Any) -> Dr
 def _model_of(config: RunConfig) -> T5VAEConfig:
     """The T5VAE of a run."""
     settings = config.model
-    latent = latent_fields(settings, config.conditional)
+    latent = latent_fields(settings, Columns(config.conditional))
     try:
         if settings.name is None:
             t5: Any = {

@@ -302,7 +302,7 @@ def test_the_cluster_terms_of_one_sentence_cancel():
     q, prior = Gaussian(torch.ones(1, 2), torch.zeros(1, 2)), GaussianFamily(2).prior()
     entropy = -(r * r.log()).sum().item()
     for skewness, dispersion, expected in ((2.0, 2.0, 0), (3.0, 0, 3), (0, 0.5, -0.5)):
-        penalty = Penalty(0.0, 0.0, "dimension", 0.0, skewness, dispersion, cluster_count=3)
+        penalty = Penalty(skewness=skewness, dispersion=dispersion, cluster_count=3)
         assert penalty.active
         assert penalty.linear == (dispersion == 0)
         value = penalty(penalty.statistics(q, prior, r).mean(0), 2).item()
