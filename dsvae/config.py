@@ -44,15 +44,24 @@ class DataConfig:
     """The column that contains the sentence, in .jsonl, .csv, .tsv, .parquet and hub
     data sets."""
     condition_column: str | None = None
-    """The column that contains the condition of each sentence."""
+    """The column that contains the condition of each sentence: a text that the sentence
+    is generated from. It needs a kind of file with columns, or a hub data set. Without
+    it, sentences have no conditions."""
+    label_column: str | None = None
+    """The column that contains the label of each sentence: a text, a number, or true or
+    false. Records may have none (null or empty)."""
+    tags_column: str | None = None
+    """The column that contains one tag per whitespace word: a list in .jsonl and
+    .parquet, separated by white space in .csv and .tsv. Records may have none (null or
+    empty). It needs a fast tokenizer, which ByT5 lacks."""
     builtin_size: int = 20_000
     """Number of sentences of the built-in corpus: training, validation and test
     together."""
     builtin_seed: int = 0
     """Seed of the built-in corpus."""
     max_tokens: int = 64
-    """Longest sentence in tokens, EOS included. Longer ones are truncated, counted and
-    reported."""
+    """Longest sentence (and longest condition) in tokens, EOS included. Longer ones are
+    truncated, counted and reported."""
     batch_size: int = 128
     """Sentences per optimizer step, over all ranks and micro-batches."""
     micro_batch_tokens: int = 8192
@@ -95,6 +104,10 @@ class ModelConfig:
     `data.condition_column` is given, and fixed otherwise."""
     pooling: Literal["mean", "max", "first", "attention"] = "mean"
     """How the encoder's states become one vector."""
+    posterior_reads: Literal["both", "condition"] = "both"
+    """What q(z|x, c) reads where sentences have conditions. both: the condition and the
+    sentence. condition: the condition alone. Without conditions it reads the
+    sentence."""
     injection: Literal["memory", "embedding", "both", "none"] = "memory"
     """How z enters the decoder. With none, the model has no latent: it is a language
     model of the same decoder without encoder, or a plain T5 where sentences have
@@ -294,6 +307,9 @@ ALIASES = {
     "test_file": "data.test_file",
     "dataset": "data.dataset",
     "text_column": "data.text_column",
+    "condition_column": "data.condition_column",
+    "label_column": "data.label_column",
+    "tags_column": "data.tags_column",
 }
 """Short command-line flags and the fields they set."""
 
@@ -466,6 +482,20 @@ def check(config: RunConfig) -> None:
         config.data.micro_batch_tokens >= config.data.max_tokens,
         f"data.micro_batch_tokens ({config.data.micro_batch_tokens}) is less than one sentence of "
         f"data.max_tokens ({config.data.max_tokens})",
+    )
+    need(
+        config.data.condition_column is None
+        or config.model.posterior_reads != "both"
+        or config.data.micro_batch_tokens >= 2 * config.data.max_tokens,
+        f"data.micro_batch_tokens ({config.data.micro_batch_tokens}) is less than one condition "
+        f"and its sentence of data.max_tokens ({config.data.max_tokens}) each",
+    )
+    need(
+        config.data.tags_column is None
+        or config.data.condition_column is None
+        or config.model.posterior_reads == "both",
+        "data.tags_column needs an encoder that reads the sentence: set model.posterior_reads to "
+        "both",
     )
     need(config.model.categories >= 2, "model.categories must be at least 2")
     need(

@@ -14,9 +14,10 @@ micro-batches. The number of ranks does not change which sentences a step has.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,13 +29,18 @@ from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.objective.elbo import IGNORE
 
+PosteriorReads = Literal["both", "condition"]
+"""What the posterior's encoder reads of a sentence with a condition: both, or the
+condition alone."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
     """What one rank takes through the model at once."""
 
     input_ids: Tensor
-    """(B, S) int64, what the encoder sees: padded, after deletion noise."""
+    """(B, S) int64, what the posterior's encoder reads: padded, after deletion noise. With
+    conditions, a row is `c EOS x EOS` or `c EOS` (see `collate`)."""
     attention_mask: Tensor
     """(B, S) int64, 1 = token."""
     labels: Tensor
@@ -47,26 +53,22 @@ class MicroBatch:
     indices: NDArray[np.int64]
     """(B,), which sentences of the split."""
     condition_ids: Tensor | None = None
-    """(B, C) int64, the conditions, padded; None if sentences have none."""
+    """(B, C) int64, padded; None where sentences have no conditions."""
     condition_mask: Tensor | None = None
-    """(B, C) int64, 1 = token."""
+    """(B, C) int64, 1 = token; None where sentences have no conditions."""
+    class_labels: Tensor | None = None
+    """(B,) int64, -100 where a record has no label; None where no record has one."""
+    tag_labels: Tensor | None = None
+    """(B, S) int64, the tags of `input_ids`; -100 where a token has no tag: at padding, at
+    EOS, at later pieces of a word, at conditions. None where no record has tags."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in (
-                "input_ids",
-                "attention_mask",
-                "labels",
-                "noise",
-                "weight",
-                "condition_ids",
-                "condition_mask",
-            )
-            if getattr(self, name) is not None
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in tensors.items()
         }
-        return MicroBatch(**moved, indices=self.indices)
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def cut_step(
     shapes are nearly equal on all ranks.
 
     Args:
-        lengths: (N,) in the order of the step.
+        lengths: (N,) in the order of the step, from `row_lengths`.
         token_budget: most padded tokens (rows times longest row) of one rank's share of
             a slice.
         micro_batches: cut into exactly this many slices with equal numbers of sentences
@@ -141,6 +143,19 @@ def most_micro_batches(
     return len(cut_step(longest, world_size, token_budget))
 
 
+def row_lengths(
+    split: TokenizedSplit, posterior_reads: PosteriorReads = "both"
+) -> NDArray[np.int32]:
+    """(N,), the tokens that each sentence takes in the encoder or in the decoder,
+    whichever is more. Budgets of padded tokens count these."""
+    conditions = split.condition_lengths
+    if conditions is None:
+        return split.lengths
+    if posterior_reads == "both":
+        return conditions + split.lengths
+    return np.maximum(conditions, split.lengths)
+
+
 def collate(
     rows: list[NDArray[np.int64]],
     *,
@@ -149,25 +164,100 @@ def collate(
     weight: NDArray[np.float32],
     indices: NDArray[np.int64],
     encoder_rows: list[NDArray[np.int64]] | None = None,
+    conditions: list[NDArray[np.int64]] | None = None,
+    class_labels: NDArray[np.int64] | None = None,
+    tags: list[NDArray[np.int64]] | None = None,
+    posterior_reads: PosteriorReads = "both",
 ) -> MicroBatch:
     """Pads sentences to a batch.
 
     Args:
         rows: (T_i,) each, EOS last.
-        encoder_rows: the same with noise, where the encoder's input differs.
+        encoder_rows: (T'_i,) each, the same with noise, where the encoder's input
+            differs.
+        conditions: (C_i,) each, EOS last.
+        class_labels: (B,), -100 where there is none.
+        tags: (T'_i,) each, of the tokens of `encoder_rows`.
+        posterior_reads: with conditions, what `input_ids` are: the condition and the
+            sentence (encoder_rows) without padding between them, or the condition alone.
     """
     encoder_rows = rows if encoder_rows is None else encoder_rows
-    input_ids = _pad(encoder_rows, pad_id)
-    lengths = np.array([len(row) for row in encoder_rows])
-    mask = (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64)
+    condition_ids = condition_mask = None
+    if conditions is not None:
+        condition_ids, condition_mask = _padded(conditions, pad_id)
+        if posterior_reads == "condition":
+            encoder_rows = conditions
+            tags = None  # the encoder has no token of the text
+        else:
+            encoder_rows = [
+                np.concatenate(pair) for pair in zip(conditions, encoder_rows, strict=True)
+            ]
+            if tags is not None:
+                tags = [
+                    np.concatenate([np.full(len(condition), IGNORE), row])
+                    for condition, row in zip(conditions, tags, strict=True)
+                ]
+    input_ids, attention_mask = _padded(encoder_rows, pad_id)
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(mask),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
         labels=torch.from_numpy(_pad(rows, IGNORE)),
         noise=torch.from_numpy(noise),
         weight=torch.from_numpy(weight),
         indices=indices,
+        condition_ids=condition_ids,
+        condition_mask=condition_mask,
+        class_labels=None if class_labels is None else torch.from_numpy(class_labels),
+        tag_labels=None if tags is None else torch.from_numpy(_pad(tags, IGNORE)),
     )
+
+
+def collate_split(
+    split: TokenizedSplit,
+    indices: NDArray[np.int64],
+    *,
+    pad_id: int,
+    noise: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    posterior_reads: PosteriorReads = "both",
+    delete: Callable[[int, NDArray[np.int64]], NDArray[np.int64]] | None = None,
+) -> MicroBatch:
+    """The sentences `indices` of a split as a batch, with all that belongs to them.
+
+    Args:
+        delete: maps a row of the batch and its tokens (..., T) to those that deletion
+            noise keeps, (..., T').
+    """
+    rows, tags = split.rows(indices), split.tags(indices)
+    encoder_rows = None
+    if delete is not None and tags is None:
+        encoder_rows = [delete(i, row) for i, row in enumerate(rows)]
+    elif delete is not None and tags is not None:
+        both = [
+            delete(i, np.stack(pair)) for i, pair in enumerate(zip(rows, tags, strict=True))
+        ]  # (2, T'_i) each
+        encoder_rows, tags = [ids for ids, _ in both], [kept for _, kept in both]
+    labels = split.class_labels
+    return collate(
+        rows,
+        pad_id=pad_id,
+        noise=noise,
+        weight=weight,
+        indices=indices,
+        encoder_rows=encoder_rows,
+        conditions=split.conditions(indices),
+        class_labels=None if labels is None else labels[indices],
+        tags=tags,
+        posterior_reads=posterior_reads,
+    )
+
+
+def _padded(rows: list[NDArray[np.int64]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Padded ids and their mask, (B, T) int64 each."""
+    ids = _pad(rows, pad_id)
+    lengths = np.array([len(row) for row in rows])
+    mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def _pad(rows: list[NDArray[np.int64]], value: int) -> NDArray[np.int64]:
@@ -198,6 +288,7 @@ class TrainingBatches:
         world_size: int,
         pad_id: int,
         micro_batches: int | None = None,
+        posterior_reads: PosteriorReads = "both",
     ) -> None:
         if world_size > len(split):
             raise UserError(
@@ -209,7 +300,8 @@ class TrainingBatches:
                 f"data.batch_size {batch_size} is less than the {world_size} ranks: every rank "
                 f"needs a sentence per step"
             )
-        self.split, self.lengths = split, split.lengths
+        self.split, self.posterior_reads = split, posterior_reads
+        self.lengths = row_lengths(split, posterior_reads)
         self.batch_size, self.token_budget, self.micro_batches = (
             batch_size,
             token_budget,
@@ -234,13 +326,12 @@ class TrainingBatches:
         return Step(
             [self._micro_batch(sentences[part], epochs[part]) for part in slices],
             len(sentences),
-            int(lengths.sum()),
+            int(self.split.lengths[sentences].sum()),
         )
 
     def _micro_batch(self, sentences: NDArray[np.int64], epochs: NDArray[np.int64]) -> MicroBatch:
         own, weight = share(sentences, self.rank, self.world_size)
         keys = list(zip(share(epochs, self.rank, self.world_size)[0].tolist(), own, strict=True))
-        rows = self.split.rows(own)
         # The first draw has the same numbers whatever the number of draws.
         noise = np.stack(
             [
@@ -250,14 +341,18 @@ class TrainingBatches:
                 for epoch, sentence in keys
             ]
         )
-        noised = None
-        if self.deletion:
-            noised = [
-                delete_tokens(row, self.deletion, generator(self.seed, DELETION, epoch, sentence))
-                for row, (epoch, sentence) in zip(rows, keys, strict=True)
-            ]
-        return collate(
-            rows, pad_id=self.pad_id, noise=noise, weight=weight, indices=own, encoder_rows=noised
+
+        def delete(row: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+            return delete_tokens(ids, self.deletion, generator(self.seed, DELETION, *keys[row]))
+
+        return collate_split(
+            self.split,
+            own,
+            pad_id=self.pad_id,
+            noise=noise,
+            weight=weight,
+            posterior_reads=self.posterior_reads,
+            delete=delete if self.deletion else None,
         )
 
 

@@ -19,11 +19,10 @@ from dsvae.data import grammar
 from dsvae.data.readers import (
     TEXT_SUFFIXES,
     check_file,
-    read_file,
+    read_records,
     reason_of,
-    string_of,
-    unknown_column,
 )
+from dsvae.data.records import Columns, Record, check_columns, record_of
 from dsvae.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -34,7 +33,12 @@ _HUB_NAMES = {
     "valid": ("validation", "valid", "dev", "val"),
     "test": ("test",),
 }
-_FEATURES = datasets.Features({"text": datasets.Value("string")})
+_FEATURES = {
+    "text": datasets.Value("string"),
+    "condition": datasets.Value("string"),
+    "label": datasets.Value("string"),
+    "tags": datasets.List(datasets.Value("string")),
+}
 _WRITE_ROWS = 10_000
 
 
@@ -43,14 +47,17 @@ class Corpus:
     """Sentences, stripped and not blank, as "train", "valid" and "test"."""
 
     splits: dict[str, datasets.Dataset]
-    """Memory-mapped, each with one column, `text`."""
+    """Memory-mapped, each with the column `text`, and with `condition`, `label` (null
+    where there is none) and `tags` (one per whitespace word, or null) where they were
+    named."""
     skipped_blank: dict[str, int]
     """Blank sentences that were left out, by the split they were read for. A held-out
     split has 0."""
     repeated: dict[str, int]
-    """By split, the sentences whose text occurs earlier in the same split."""
+    """By split, the sentences that occur earlier in the same split. Sentences with
+    conditions are equal if their conditions are equal too."""
     in_train: dict[str, int]
-    """By valid and test split, the sentences whose text is also a training sentence. A
+    """By valid and test split, the sentences that are also training sentences. A
     held-out split has 0."""
     held_out: tuple[str, ...]
     """The splits that had no source and were cut from the training sentences."""
@@ -73,12 +80,14 @@ def load_corpus(data: DataConfig, seed: int, work_dir: Path) -> Corpus:
     check_source(data)
     splits: dict[str, datasets.Dataset] = {}
     skipped_blank = dict.fromkeys(SPLITS, 0)
-    for split, (sentences, where) in _sources(data).items():
-        splits[split], skipped_blank[split] = _store(sentences, work_dir / f"{split}.arrow", where)
+    kinds = tuple(Columns.of(data).named)
+    for split, (records, where) in _sources(data).items():
+        path = work_dir / f"{split}.arrow"
+        splits[split], skipped_blank[split] = _store(records, kinds, path, where)
     held_out = tuple(split for split in SPLITS if split not in splits)
     if held_out:
         _hold_out(splits, held_out, seed, data.dataset or data.train_file or "the built-in corpus")
-    keys = {split: _text_keys(splits[split]) for split in SPLITS}
+    keys = {split: _content_keys(splits[split]) for split in SPLITS}
     return Corpus(
         {split: splits[split] for split in SPLITS},
         skipped_blank,
@@ -122,7 +131,9 @@ def fingerprint(data: DataConfig, seed: int) -> dict[str, Any]:
             "seed": data.builtin_seed,
         }
         cut = True
-    return identity | {"held_out_seed": seed if cut else None}
+    # Only where they are named: caches and runs of text alone keep their identity.
+    extra = {f"{kind}_column": name for kind, name in Columns.of(data).extra.items()}
+    return identity | extra | {"held_out_seed": seed if cut else None}
 
 
 def describe(data: DataConfig) -> str:
@@ -144,7 +155,7 @@ def entropy(data: DataConfig) -> float | None:
 def check_source(data: DataConfig) -> None:
     """Raises UserError for a source that is contradictory, missing, of an unknown kind,
     or empty; reads no content."""
-    files = _files(data)
+    files, columns = _files(data), Columns.of(data)
     if data.dataset is not None:
         if files:
             raise UserError(
@@ -157,7 +168,12 @@ def check_source(data: DataConfig) -> None:
             raise UserError(
                 f"--{split}_file is given without --train_file: name the training sentences too"
             )
-        check_file(file, f"--{split}_file")
+        check_file(file, f"--{split}_file", columns)
+    if data.train_file is None and columns.extra:
+        raise UserError(
+            f"--{next(iter(columns.extra))}_column is given, and the built-in corpus has no "
+            f"columns: name a --train_file or a --dataset that has"
+        )
 
 
 def _files(data: DataConfig) -> dict[str, Path]:
@@ -166,9 +182,10 @@ def _files(data: DataConfig) -> dict[str, Path]:
     return {split: Path(name).expanduser() for split, name in named.items() if name is not None}
 
 
-def _sources(data: DataConfig) -> dict[str, tuple[Iterator[str], str]]:
-    """Split -> its sentences as they stand in the source, and what errors call the
+def _sources(data: DataConfig) -> dict[str, tuple[Iterator[Record], str]]:
+    """Split -> its records as they stand in the source, and what errors call the
     source."""
+    columns = Columns.of(data)
     if data.dataset is not None:
         parts = _load_hub(data.dataset)
         names = {
@@ -184,39 +201,48 @@ def _sources(data: DataConfig) -> dict[str, tuple[Iterator[str], str]]:
         for split, name in names.items():
             if name is not None:
                 where = f"data set {data.dataset}, split {name}"
-                sources[split] = (_read_dataset(parts[name], data.text_column, where), where)
+                sources[split] = (_read_dataset(parts[name], columns, where), where)
         return sources
     if data.train_file is None:
         drawn = grammar.draw(data.builtin_size, data.builtin_seed)
-        return {
-            "train": ((item.text for item in drawn), "the built-in corpus (--data.builtin_size)")
-        }
+        records = (Record(item.text) for item in drawn)
+        return {"train": (records, "the built-in corpus (--data.builtin_size)")}
     return {
-        split: (read_file(file, f"--{split}_file", data.text_column), str(file))
+        split: (read_records(file, f"--{split}_file", columns), str(file))
         for split, file in _files(data).items()
     }
 
 
-def _store(sentences: Iterator[str], path: Path, where: str) -> tuple[datasets.Dataset, int]:
-    """Writes the stripped sentences to an Arrow file.
+def _store(
+    records: Iterator[Record], kinds: tuple[str, ...], path: Path, where: str
+) -> tuple[datasets.Dataset, int]:
+    """Writes records with stripped texts to an Arrow file.
+
+    Args:
+        kinds: which fields of a record are written, as columns of the same names.
 
     Returns: that file, memory-mapped, and how many blank sentences were skipped.
     """
     blank = kept = 0
-    batch: list[str] = []
-    with ArrowWriter(path=str(path), features=_FEATURES) as writer:
-        for sentence in sentences:
-            stripped = sentence.strip()
+    batch: list[Record] = []
+    features = datasets.Features({kind: _FEATURES[kind] for kind in kinds})
+
+    def columns() -> dict[str, list[Any]]:
+        return {kind: [getattr(record, kind) for record in batch] for kind in kinds}
+
+    with ArrowWriter(path=str(path), features=features) as writer:
+        for record in records:
+            stripped = record.text.strip()
             if not stripped:
                 blank += 1
                 continue
-            batch.append(stripped)
+            batch.append(record._replace(text=stripped))
             kept += 1
             if len(batch) == _WRITE_ROWS:
-                writer.write_batch({"text": batch})
+                writer.write_batch(columns())
                 batch = []
         if batch:
-            writer.write_batch({"text": batch})
+            writer.write_batch(columns())
         if not kept:
             raise UserError(
                 f"{where} has no sentences, only {blank} blank ones: give at least one sentence"
@@ -231,11 +257,12 @@ def _hold_out(
     """Cuts the splits `names` from splits["train"], in place, each in the order of the
     source.
 
-    They are cut by text: all copies of a sentence go to the same split. The held-out
-    splits have the same number of different sentences.
+    They are cut by content: all copies of a sentence (with the same condition, where it
+    has one) go to the same split. The held-out splits have the same number of different
+    sentences.
     """
     train = splits["train"]
-    _, first, text = np.unique(_text_keys(train), return_index=True, return_inverse=True)
+    _, first, content = np.unique(_content_keys(train), return_index=True, return_inverse=True)
     total = len(first)
     size = min(HELD_OUT_MOST, max(1, int(total * HELD_OUT_SHARE)))
     if total <= size * len(names):
@@ -244,33 +271,48 @@ def _hold_out(
             f"{where} has {total} {different}, too few to hold out {' and '.join(names)}: give at "
             f"least {len(names) + 1}"
         )
-    # Texts are permuted in the order of their first occurrence. `part` says which split
+    # Contents are permuted in the order of their first occurrence. `part` says which split
     # each of them goes to, with the training split last.
     part = np.empty(total, dtype=np.int64)
     permuted = np.argsort(first)[np.random.default_rng(seed % 2**64).permutation(total)]
     part[permuted] = np.minimum(np.arange(total) // size, len(names))
     for position, name in enumerate((*names, "train")):
-        splits[name] = train.select(np.flatnonzero(part[text] == position))
+        splits[name] = train.select(np.flatnonzero(part[content] == position))
 
 
-def _text_keys(split: datasets.Dataset) -> NDArray[np.uint64]:
-    """(N,), a hash of each sentence."""
+def _content_keys(split: datasets.Dataset) -> NDArray[np.uint64]:
+    """(N,), a hash of each sentence, with its condition where it has one."""
     digests = (
-        hashlib.blake2b(text.encode(), digest_size=8).digest()
+        hashlib.blake2b("\0".join(content).encode(), digest_size=8).digest()
         for batch in split.iter(_WRITE_ROWS)
-        for text in batch["text"]
+        for content in zip(
+            *(batch[kind] for kind in ("text", "condition") if kind in batch), strict=True
+        )
     )
     return np.frombuffer(b"".join(digests), dtype=np.uint64)
 
 
-def _read_dataset(part: datasets.Dataset, column: str, where: str) -> Iterator[str]:
-    if column not in part.column_names:
-        raise unknown_column(column, part.column_names, where)
-    row = 0
-    for batch in part.select_columns([column]).iter(batch_size=1000):
-        for value in batch[column]:
-            row += 1
-            yield string_of(value, column, f"{where}, row {row}")
+def _read_dataset(part: datasets.Dataset, columns: Columns, where: str) -> Iterator[Record]:
+    check_columns(part.column_names, columns, where)
+    wanted = list(dict.fromkeys(columns.named.values()))
+    number = 0
+    for batch in part.select_columns(wanted).iter(batch_size=1000):
+        for values in zip(*(batch[column] for column in wanted), strict=True):
+            number += 1
+            row = {
+                column: _named(value, part.features[column])
+                for column, value in zip(wanted, values, strict=True)
+            }
+            yield record_of(row, columns, f"{where}, row {number}")
+
+
+def _named(value: Any, feature: Any) -> Any:
+    """A value, with the names that a data set gives to its class numbers."""
+    if isinstance(feature, datasets.ClassLabel) and isinstance(value, int):
+        return None if value < 0 else feature.int2str(value)  # -1: the set hides its labels
+    if isinstance(feature, datasets.List) and isinstance(value, list):
+        return [_named(each, feature.feature) for each in value]
+    return value
 
 
 def _load_hub(dataset: str) -> datasets.DatasetDict:

@@ -34,12 +34,13 @@ def delete_tokens(
     always stays.
 
     Args:
-        ids: (T,), one sentence without padding, EOS last.
+        ids: (T,), one sentence without padding, EOS last; or (..., T), more numbers for
+            each token, which go with it.
 
-    Returns: (T',) with 1 <= T' <= T; the kept tokens in order.
+    Returns: (T',) or (..., T') with 1 <= T' <= T; the kept tokens in order.
     """
     if rate == 0:
         return ids
-    keep = rng.random(len(ids)) >= rate
+    keep: NDArray[np.bool_] = rng.random((ids.shape[-1],)) >= rate
     keep[-1] = True
-    return ids[keep]
+    return ids[..., keep]

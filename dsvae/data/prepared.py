@@ -22,11 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dsvae.config import DataConfig
 from dsvae.data.corpora import SPLITS, Corpus, fingerprint, load_corpus
+from dsvae.data.record_tokens import Names, encode_records, features_of
 from dsvae.data.tokenization import (
     BATCH_ROWS,
-    FEATURES,
     TokenizedSplit,
-    encode,
     load_tokenizer,
     no_progress_bars,
     parallel_tokenizers,
@@ -38,6 +37,12 @@ from dsvae.errors import UserError
 _FORMAT = 4
 _TOKENIZER_SENTENCES = 1_000_000
 _STALE_SECONDS = 24 * 3600
+# What the report says of a split that has a column, beside what it says of every split.
+_FIGURES = {
+    "condition": ("conditions_truncated",),
+    "label": ("labelled",),
+    "tags": ("tagged", "tags_truncated"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,11 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     splits: dict[str, TokenizedSplit]
     report: dict[str, Any]
+    labels: tuple[str, ...] = ()
+    """The different labels of the training sentences, sorted: label i of a split is the
+    i-th."""
+    tags: tuple[str, ...] = ()
+    """Their different tags, sorted, e.g. B-PER, I-PER, O."""
 
 
 def prepare(
@@ -122,7 +132,8 @@ def load_prepared(path: str | os.PathLike[str]) -> Prepared:
         raise UserError(
             f"{path}: the cached corpus is damaged ({type(error).__name__}); delete this directory"
         ) from error
-    return Prepared(load_tokenizer(str(path / "tokenizer")), splits, report)
+    labels, tags = (tuple(report.get(name, ())) for name in ("labels", "tags"))
+    return Prepared(load_tokenizer(str(path / "tokenizer")), splits, report, labels, tags)
 
 
 def _fill(
@@ -145,8 +156,14 @@ def _fill(
         "vocab_size": len(tokenizer),
         "max_tokens": data.max_tokens,
     }
+    kinds = corpus.splits["train"].column_names
+    names = Names(_values(corpus, "label"), _values(corpus, "tags"))
+    if "label" in kinds:
+        report["labels"] = names.labels
+    if "tags" in kinds:
+        report["tags"] = names.tags
     report["splits"] = {
-        name: _tokenize(corpus, name, tokenizer, data.max_tokens, work_dir, directory / name)
+        name: _tokenize(corpus, name, tokenizer, data.max_tokens, names, work_dir, directory / name)
         for name in SPLITS
     }
     (directory / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -158,6 +175,7 @@ def _tokenize(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
+    names: Names,
     work_dir: Path,
     target: Path,
 ) -> dict[str, Any]:
@@ -167,11 +185,14 @@ def _tokenize(
     """
     figures: Counter[str] = Counter()
     draft = work_dir / f"{name}.tokenized.arrow"
-    with ArrowWriter(path=str(draft), features=FEATURES) as writer:
+    kinds = corpus.splits[name].column_names
+    features = features_of(kinds)
+    where = f"{corpus.source}, split {name}"
+    with ArrowWriter(path=str(draft), features=features) as writer:
         for batch in corpus.splits[name].iter(BATCH_ROWS):
-            columns = encode(batch["text"], tokenizer, max_tokens, figures)
+            columns = encode_records(batch, tokenizer, max_tokens, figures, names, where)
             if columns["hash"]:
-                writer.write_table(pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema))
+                writer.write_table(pa.Table.from_pydict(columns, schema=features.arrow_schema))
         if not figures["sentences"]:
             raise UserError(
                 f"{corpus.source}: the tokenizer leaves nothing of the {name} sentences; use "
@@ -192,15 +213,38 @@ def _tokenize(
         "repeated": corpus.repeated[name],
         **({"in_train": corpus.in_train[name]} if name in corpus.in_train else {}),
         "held_out": name in corpus.held_out,
+        **{figure: figures[figure] for kind in kinds for figure in _FIGURES.get(kind, ())},
     }
 
 
+def _values(corpus: Corpus, kind: str) -> tuple[str, ...]:
+    """The different labels or tags of the training sentences, sorted.
+
+    Raises:
+        UserError: the column is read, and no training sentence has one.
+    """
+    train = corpus.splits["train"]
+    if kind not in train.column_names:
+        return ()
+    found: set[str] = set()
+    for batch in train.select_columns([kind]).iter(BATCH_ROWS):
+        for value in batch[kind]:
+            found.update(() if value is None else [value] if kind == "label" else value)
+    if not found:
+        raise UserError(
+            f"{corpus.source}: no training sentence has a value in --{kind}_column; fill it, or "
+            f"leave the flag out"
+        )
+    return tuple(sorted(found))
+
+
 def _sample(split: datasets.Dataset) -> Iterator[str]:
-    """The sentences to train a tokenizer on: all, or evenly spaced ones if there are more
-    than `_TOKENIZER_SENTENCES`."""
+    """The sentences to train a tokenizer on, with their conditions: all, or evenly spaced
+    ones if there are more than `_TOKENIZER_SENTENCES`."""
     step = -(-len(split) // _TOKENIZER_SENTENCES)
     for batch in split.select(range(0, len(split), step)).iter(BATCH_ROWS):
         yield from batch["text"]
+        yield from batch.get("condition", ())
 
 
 def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

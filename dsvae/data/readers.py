@@ -1,4 +1,4 @@
-"""Sentences and labels from files, one at a time, with the file and the line in every
+"""Records and labels from files, one at a time, with the file and the line in every
 error.
 
 `datasets` has builders for these kinds of files, and none of them is used: docs/design.md
@@ -16,6 +16,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dsvae.data.records import (
+    Columns,
+    Record,
+    check_columns,
+    kind_of,
+    record_of,
+)
 from dsvae.errors import UserError, first_line, nearest
 
 TEXT_SUFFIXES = ("", ".txt", ".text")
@@ -24,6 +31,9 @@ TEXT_SUFFIXES = ("", ".txt", ".text")
 # A quote that is never closed still ends here and does not fill the memory.
 _LONGEST_FIELD = 1 << 24
 _ROWS = 10_000
+_Row = tuple[str, dict[str, Any] | None]
+"""Where a row is, behind the name of the file, and its values by their columns; None
+for an empty row."""
 
 
 def read_file(file: Path, option: str, column: str) -> Iterator[str]:
@@ -38,8 +48,19 @@ def read_file(file: Path, option: str, column: str) -> Iterator[str]:
         UserError: at once where the file cannot be used; while reading where a line
             cannot.
     """
-    check_file(file, option)
-    return _READERS.get(file.suffix.lower(), _read_text)(file, column)
+    return (record.text for record in read_records(file, option, Columns(column)))
+
+
+def read_records(file: Path, option: str, columns: Columns) -> Iterator[Record]:
+    """The records of a file, those with a blank text included. Arguments and errors are
+    those of `read_file`.
+    """
+    check_file(file, option, columns)
+    rows = _READERS.get(file.suffix.lower(), _read_text)(file, columns)
+    return (
+        Record("") if row is None else record_of(row, columns, f"{file}{place}")
+        for place, row in rows
+    )
 
 
 def read_labels(file: Path, option: str) -> list[str]:
@@ -49,9 +70,15 @@ def read_labels(file: Path, option: str) -> list[str]:
     return [line.strip() for line in _lines(file)]
 
 
-def check_file(file: Path, option: str) -> None:
-    """Raises UserError for a file that is missing, empty or of an unknown kind."""
+def check_file(file: Path, option: str, columns: Columns | None = None) -> None:
+    """Raises UserError for a file that is missing, empty or of an unknown kind, or that
+    cannot have the `columns` besides the text's."""
     _check_readable(file, option)
+    if columns is not None and columns.extra and file.suffix.lower() in TEXT_SUFFIXES:
+        raise UserError(
+            f"{file} ({option}) has no columns, and --{next(iter(columns.extra))}_column is "
+            f"given: use one of {', '.join(_READERS)}"
+        )
     if file.suffix.lower() not in (*TEXT_SUFFIXES, *_READERS):
         supported = ", ".join((*TEXT_SUFFIXES[1:], *_READERS))
         raise UserError(
@@ -103,44 +130,54 @@ def _lines(file: Path) -> Iterator[str]:
         ) from error
 
 
-def _read_text(file: Path, column: str) -> Iterator[str]:
-    return _lines(file)
+def _read_text(file: Path, columns: Columns) -> Iterator[_Row]:
+    return ((f":{number}", {columns.text: line}) for number, line in enumerate(_lines(file), 1))
 
 
-def _read_json(file: Path, column: str) -> Iterator[str]:
-    """The column of a file with one object per line. A blank line is a blank sentence."""
+def _read_json(file: Path, columns: Columns) -> Iterator[_Row]:
+    """The rows of a file with one object per line. A blank line is a blank sentence."""
+    seen: dict[str, None] = {}
     for number, line in enumerate(_lines(file), 1):
-        yield _json_field(line, column, f"{file}:{number}") if line.strip() else ""
+        if not line.strip():
+            yield f":{number}", None
+            continue
+        row = _json_object(line, columns, f"{file}:{number}")
+        if columns.extra:
+            seen.update(dict.fromkeys(row))
+        yield f":{number}", row
+    # A row may lack a label or tags. A file in which all of them do has another name for
+    # the column.
+    if seen:
+        check_columns(seen, columns, str(file))
 
 
-def _json_field(line: str, column: str, where: str) -> str:
+def _json_object(line: str, columns: Columns, where: str) -> dict[str, Any]:
     if line.lstrip().startswith("["):
         raise UserError(f"{where}: a json array; write one object per line instead")
     try:
-        record = json.loads(line)
+        row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{where}: not valid json ({reason_of(error)}); write one object per line"
         ) from error
-    if not isinstance(record, dict):
+    if not isinstance(row, dict):
         raise UserError(
-            f"{where}: expected a json object, not {_kind(record)}; write "
-            f"{{{json.dumps(column)}: ...}}"
+            f"{where}: expected a json object, not {kind_of(row)}; write "
+            f"{{{json.dumps(columns.text)}: ...}}"
         )
-    if column not in record:
-        raise unknown_column(column, list(record), where)
-    text = string_of(record[column], column, where)
-    try:
-        text.encode()
-    # json can escape half a surrogate pair, which is no character
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: column {column} has half a surrogate pair (\\ud800 to \\udfff); correct it"
-        ) from error
-    return text
+    for column in columns.named.values() if "\\" in line else ():
+        try:
+            json.dumps(row.get(column), ensure_ascii=False).encode()
+        # json can escape half a surrogate pair, which is no character
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where}: column {column} has half a surrogate pair (\\ud800 to \\udfff); "
+                f"correct it"
+            ) from error
+    return row
 
 
-def _read_csv(file: Path, column: str) -> Iterator[str]:
+def _read_csv(file: Path, columns: Columns) -> Iterator[_Row]:
     csv.field_size_limit(_LONGEST_FIELD)
     rows = csv.reader(_lines(file), strict=True)
 
@@ -157,49 +194,48 @@ def _read_csv(file: Path, column: str) -> Iterator[str]:
             yield rows.line_num, row
 
     try:
-        yield from _column(file, column, numbered(), "quote the fields that contain a comma")
+        yield from _table(file, columns, numbered(), "quote the fields that contain a comma")
     except csv.Error as error:
         raise UserError(
             f"{file}:{rows.line_num}: not valid csv ({error}); correct its quotes"
         ) from error
 
 
-def _read_tsv(file: Path, column: str) -> Iterator[str]:
+def _read_tsv(file: Path, columns: Columns) -> Iterator[_Row]:
     # A quote is a character like any other: most .tsv files are written without
     # quoting, and contain quotes that nobody closes.
     rows = (line.rstrip("\r\n") for line in _lines(file))
     split = ((number, row.split("\t") if row else []) for number, row in enumerate(rows, 1))
-    yield from _column(file, column, split, "remove the tabs from the fields")
+    yield from _table(file, columns, split, "remove the tabs from the fields")
 
 
-def _column(
-    file: Path, column: str, rows: Iterator[tuple[int, list[str]]], remedy: str
-) -> Iterator[str]:
-    """One column of a table of (line number, fields); the first row that is not empty
-    has the names."""
+def _table(
+    file: Path, columns: Columns, rows: Iterator[tuple[int, list[str]]], remedy: str
+) -> Iterator[_Row]:
+    """The rows of a table of (line number, fields); the first row that is not empty has
+    the names."""
     header = next((row for _, row in rows if row), [])
-    if column not in header:
-        raise unknown_column(column, header, str(file))
-    position = header.index(column)
+    check_columns(header, columns, str(file))
+    positions = {column: header.index(column) for column in columns.named.values()}
     for number, row in rows:
         if row and len(row) != len(header):
             raise UserError(
                 f"{file}:{number}: {len(row)} fields where the header has {len(header)}; {remedy}"
             )
-        yield row[position] if row else ""
+        values = {column: row[position] for column, position in positions.items()} if row else None
+        yield f":{number}", values
 
 
-def _read_parquet(file: Path, column: str) -> Iterator[str]:
+def _read_parquet(file: Path, columns: Columns) -> Iterator[_Row]:
+    wanted = list(dict.fromkeys(columns.named.values()))
     try:
         with pq.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            if column not in names:
-                raise unknown_column(column, names, str(file))
-            row = 0
-            for batch in table.iter_batches(batch_size=_ROWS, columns=[column]):
-                for value in batch[column].to_pylist():
-                    row += 1
-                    yield string_of(value, column, f"{file}, row {row}")
+            check_columns(table.schema_arrow.names, columns, str(file))
+            number = 0
+            for batch in table.iter_batches(batch_size=_ROWS, columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f", row {number}", row
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{file} cannot be read as parquet ({reason_of(error)}); write it again"
@@ -215,30 +251,7 @@ _READERS = {
 }
 
 
-def string_of(value: Any, column: str, where: str) -> str:
-    """The value itself. Raises UserError unless it is a string."""
-    if isinstance(value, str):
-        return value
-    raise UserError(
-        f"{where}: column {column} contains {_kind(value)}, not a sentence; correct it or choose "
-        f"another --text_column"
-    )
-
-
-def unknown_column(column: str, present: list[str], where: str) -> UserError:
-    """The error for a column that a source does not have."""
-    close = nearest(column, present)
-    hint = f"did you mean --text_column {close}?" if close else "choose one with --text_column"
-    return UserError(
-        f"{where}: no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; {hint}"
-    )
-
-
 def reason_of(error: BaseException) -> str:
     """The first line of an error's first cause: libraries wrap errors and write
     paragraphs."""
     return first_line(error.__cause__ or error)
-
-
-def _kind(value: Any) -> str:
-    return "nothing (null)" if value is None else f"a value of type {type(value).__name__}"

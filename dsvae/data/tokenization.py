@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 import numpy as np
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dsvae.errors import UserError, first_line
 
+T = TypeVar("T")
 BATCH_ROWS = 10_000
 FEATURES = datasets.Features(
     {
@@ -30,22 +32,51 @@ FEATURES = datasets.Features(
 )
 
 
+class _Lists:
+    """A column of lists of numbers, memory-mapped."""
+
+    def __init__(self, dataset: datasets.Dataset, column: str) -> None:
+        # Arrow stores the rows in chunks. Their buffers are views of the file: nothing is
+        # copied at the start, and a row costs two offsets and one slice.
+        chunks = [chunk for chunk in dataset.data.column(column).chunks if len(chunk)]
+        self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
+        self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
+
+    def rows(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """The lists at `indices`, (T_i,) int64 each; IndexError outside 0..N-1."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        count = int(self._starts[-1])
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < count:
+            raise IndexError(f"rows {wanted.min()}..{wanted.max()} of a split of {count}")
+        chunks = np.searchsorted(self._starts, wanted, side="right") - 1
+        rows = []
+        for chunk, row in zip(
+            chunks.tolist(), (wanted - self._starts[chunks]).tolist(), strict=True
+        ):
+            offsets = self._offsets[chunk]
+            rows.append(self._values[chunk][offsets[row] : offsets[row + 1]].astype(np.int64))
+        return rows
+
+    def lengths(self) -> np.ndarray:
+        """(N,) int32."""
+        return np.concatenate(
+            [np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)]
+        )
+
+
 class TokenizedSplit:
     """N sentences as token ids, memory-mapped, in the order of the source.
 
     Columns of `dataset`: `input_ids` (EOS last and nowhere else, at most max_tokens);
     `words` (whitespace words) and `bytes` (UTF-8) of the text that the ids stand for;
-    `truncated`; `hash` (of the ids).
+    `truncated`; `hash` (of the ids). Where they were named: `condition_ids` (as
+    `input_ids`) and `condition_hash`; `class_label`; `tag_ids` (one per input id).
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
-        # Arrow stores the rows in chunks. Their buffers are views of the file: nothing is
-        # copied at the start, and a row costs two offsets and one slice.
-        chunks = [chunk for chunk in dataset.data.column("input_ids").chunks if len(chunk)]
-        self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
-        self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
-        self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
+        self._ids = _Lists(dataset, "input_ids")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -60,17 +91,20 @@ class TokenizedSplit:
         Raises:
             IndexError: an index outside 0..N-1.
         """
-        wanted = np.asarray(indices, dtype=np.int64)
-        if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
-            raise IndexError(f"rows {wanted.min()}..{wanted.max()} of a split of {len(self)}")
-        chunks = np.searchsorted(self._starts, wanted, side="right") - 1
-        rows = []
-        for chunk, row in zip(
-            chunks.tolist(), (wanted - self._starts[chunks]).tolist(), strict=True
-        ):
-            offsets = self._offsets[chunk]
-            rows.append(self._values[chunk][offsets[row] : offsets[row + 1]].astype(np.int64))
-        return rows
+        return self._ids.rows(indices)
+
+    def conditions(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray] | None:
+        """The token ids of the conditions of the sentences `indices`, (C_i,) int64 each,
+        EOS last; None where sentences have no conditions."""
+        return None if self._conditions is None else self._conditions.rows(indices)
+
+    def tags(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray] | None:
+        """The tags of the tokens of the sentences `indices`, (T_i,) int64 each.
+
+        A tag stands at the first piece of its word, and -100 at other pieces, at EOS and
+        where a record has no tags. None where sentences have no tags at all.
+        """
+        return None if self._tags is None else self._tags.rows(indices)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TokenizedSplit:
         """The sentences `indices` as another split, held in memory."""
@@ -80,9 +114,20 @@ class TokenizedSplit:
     @cached_property
     def lengths(self) -> np.ndarray:
         """(N,) int32, tokens of each sentence, EOS included."""
-        return np.concatenate(
-            [np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)]
-        )
+        return self._ids.lengths()
+
+    @cached_property
+    def condition_lengths(self) -> np.ndarray | None:
+        """(N,) int32, tokens of each condition, EOS included; None without conditions."""
+        return None if self._conditions is None else self._conditions.lengths()
+
+    @cached_property
+    def class_labels(self) -> np.ndarray | None:
+        """(N,) int64, the number of each record's label, -100 where it has none; None
+        where sentences have no labels at all."""
+        if "class_label" not in self.dataset.column_names:
+            return None
+        return self._column("class_label").astype(np.int64)
 
     @cached_property
     def words(self) -> np.ndarray:
@@ -112,13 +157,15 @@ class TokenizedSplit:
 
     @cached_property
     def content_keys(self) -> np.ndarray:
-        """(N,) uint64, a key of each sentence made of its token ids and of the number of
-        equal sentences before it.
+        """(N,) uint64, a key of each sentence made of its token ids, of those of its
+        condition, and of the number of equal records before it.
 
         Repeated sentences have different keys. As a set, the keys do not depend on the
         order of the sentences.
         """
         hashes = self.hashes
+        if self._conditions is not None:
+            hashes = hashes + _mix(self._column("condition_hash"))
         order = np.argsort(hashes, kind="stable")
         ordered = hashes[order]
         first = np.flatnonzero(
@@ -128,6 +175,17 @@ class TokenizedSplit:
         occurrence = np.empty(len(hashes), np.uint64)
         occurrence[order] = np.arange(len(ordered)) - np.repeat(first, runs)
         return _mix(hashes + occurrence * np.uint64(0x9E3779B97F4A7C15))
+
+    @cached_property
+    def _conditions(self) -> _Lists | None:
+        return self._lists("condition_ids")
+
+    @cached_property
+    def _tags(self) -> _Lists | None:
+        return self._lists("tag_ids")
+
+    def _lists(self, name: str) -> _Lists | None:
+        return _Lists(self.dataset, name) if name in self.dataset.column_names else None
 
     def _column(self, name: str) -> np.ndarray:
         return self.dataset.data.column(name).to_numpy()
@@ -192,36 +250,56 @@ def tokenize(
     Raises:
         UserError: no sentence is left.
     """
+
+    def columns_of(batch: list[str], figures: Counter[str], kept: list[int]) -> dict[str, list]:
+        return encode(batch, tokenizer, max_tokens, figures, kept)
+
+    split, kept, figures = collect(
+        (text.strip() for text in texts), str, columns_of, FEATURES, where
+    )
+    return split, kept, {name: figures[name] for name in ("unk", "truncated", "skipped_blank")}
+
+
+def collect(
+    records: Iterable[T],
+    text_of: Callable[[T], str],
+    columns_of: Callable[[list[T], Counter[str], list[int]], dict[str, list]],
+    features: datasets.Features,
+    where: str,
+) -> tuple[TokenizedSplit, np.ndarray, Counter[str]]:
+    """Records as a split that is held in memory.
+
+    Args:
+        text_of: the stripped text of a record. Records with a blank one are skipped.
+        columns_of: the columns of a batch, as `encode` makes them of its texts.
+        features: the types of these columns.
+
+    Returns, Raises: as `tokenize`, with all counts.
+    """
     figures: Counter[str] = Counter()
-    columns: dict[str, list] = {name: [] for name in FEATURES}
+    columns: dict[str, list] = {name: [] for name in features}
     kept: list[int] = []
-    stripped = enumerate(text.strip() for text in texts)
+    numbered = enumerate(records)
     with parallel_tokenizers():
-        while batch := list(islice(stripped, BATCH_ROWS)):
-            figures["blank"] += sum(not text for _, text in batch)
-            positions, sentences = (
-                [i for i, text in batch if text],
-                [text for _, text in batch if text],
-            )
+        while batch := list(islice(numbered, BATCH_ROWS)):
+            full = [(i, record) for i, record in batch if text_of(record)]
+            figures["blank"] += len(batch) - len(full)
             left: list[int] = []
-            if sentences:
-                for name, values in encode(sentences, tokenizer, max_tokens, figures, left).items():
+            if full:
+                found = columns_of([record for _, record in full], figures, left)
+                for name, values in found.items():
                     columns[name] += values
-            kept += [positions[i] for i in left]
+            kept += [full[i][0] for i in left]
+    figures["skipped_blank"] = figures.pop("blank", 0)
     if not kept:
         raise UserError(
-            f"{where} has no sentences, only {figures['blank']} blank ones: give at least one "
-            f"sentence"
+            f"{where} has no sentences, only {figures['skipped_blank']} blank ones: give at least "
+            f"one sentence"
         )
     split = TokenizedSplit(
-        datasets.Dataset(pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema))
+        datasets.Dataset(pa.Table.from_pydict(columns, schema=features.arrow_schema))
     )
-    counts = {
-        "unk": figures["unk"],
-        "truncated": figures["truncated"],
-        "skipped_blank": figures["blank"],
-    }
-    return split, np.array(kept, dtype=np.int64), counts
+    return split, np.array(kept, dtype=np.int64), figures
 
 
 def token_ids(
@@ -241,17 +319,19 @@ def token_ids(
         return_attention_mask=False,
         verbose=False,
     )["input_ids"]
-    # In T5's own vocabulary "</s>" is an ordinary piece, too. It would end a sentence in
-    # its middle.
-    inner = {
-        tokenizer.eos_token_id: tokenizer.unk_token_id,
-        tokenizer.pad_token_id: tokenizer.unk_token_id,
-    }
     most = max_tokens - 1
     return [
-        ([*(inner.get(i, i) for i in ids[:most]), tokenizer.eos_token_id], len(ids) > most)
+        ([*ordinary_ids(ids[:most], tokenizer), tokenizer.eos_token_id], len(ids) > most)
         for ids in encoded
     ]
+
+
+def ordinary_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text with the unknown piece in place of EOS and padding."""
+    # In T5's own vocabulary "</s>" is an ordinary piece, too. It would end a sentence in
+    # its middle.
+    special = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return [tokenizer.unk_token_id if i in special else i for i in ids]
 
 
 def encode(
@@ -260,6 +340,7 @@ def encode(
     max_tokens: int,
     figures: Counter[str],
     kept: list[int] | None = None,
+    ids_of_texts: list[tuple[list[int], bool]] | None = None,
 ) -> dict[str, list]:
     """The columns of one batch.
 
@@ -268,11 +349,12 @@ def encode(
     Args:
         figures: the counts of the batch are added to it.
         kept: the places of the texts that have a row are added to it.
+        ids_of_texts: what `token_ids` gives, where it is already known.
     """
     columns: dict[str, list] = {name: [] for name in FEATURES}
-    for position, (text, (ids, truncated)) in enumerate(
-        zip(texts, token_ids(texts, tokenizer, max_tokens), strict=True)
-    ):
+    if ids_of_texts is None:
+        ids_of_texts = token_ids(texts, tokenizer, max_tokens)
+    for position, (text, (ids, truncated)) in enumerate(zip(texts, ids_of_texts, strict=True)):
         if len(ids) == 1:
             figures["blank"] += 1
             continue
@@ -287,13 +369,18 @@ def encode(
         columns["words"].append(len(text.split()))
         columns["bytes"].append(len(text.encode()))
         columns["truncated"].append(truncated)
-        digest = hashlib.blake2b(np.asarray(ids, "<i4").tobytes(), digest_size=8).digest()
-        columns["hash"].append(int.from_bytes(digest, "little"))
+        columns["hash"].append(hash_of(ids))
     figures["sentences"] += len(columns["hash"])
     figures["tokens"] += sum(map(len, columns["input_ids"]))
     for name in ("words", "bytes", "truncated"):
         figures[name] += sum(columns[name])
     return columns
+
+
+def hash_of(ids: list[int]) -> int:
+    """A hash of token ids, 64 bits."""
+    digest = hashlib.blake2b(np.asarray(ids, "<i4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _spelled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

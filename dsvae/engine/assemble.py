@@ -10,7 +10,7 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
-from dsvae.data.batches import TrainingBatches, most_micro_batches
+from dsvae.data.batches import TrainingBatches, most_micro_batches, row_lengths
 from dsvae.data.prepared import Prepared
 from dsvae.engine import ds_config, nvme
 from dsvae.engine.build import build_model
@@ -62,6 +62,7 @@ def phase_engine(
                 rank=world.rank,
                 world_size=world.size,
                 pad_id=model.config.pad_token_id,
+                posterior_reads=config.model.posterior_reads,
             )
             engine = PhaseEngine(model, world, phase, resolved, origin=origin)
         yield engine, batches
@@ -78,7 +79,7 @@ def _resolve(phase: Phase, raw: dict[str, Any], data: Prepared, world: World) ->
         precision=phase.config.precision,
         batch_size=settings.batch_size,
         micro_batches=most_micro_batches(
-            data.splits["train"].lengths,
+            row_lengths(data.splits["train"], phase.config.model.posterior_reads),
             settings.batch_size,
             world.size,
             settings.micro_batch_tokens,

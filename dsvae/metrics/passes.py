@@ -16,7 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsvae.data.batches import MicroBatch, collate, evaluation_batches
+from dsvae.data.batches import (
+    MicroBatch,
+    PosteriorReads,
+    collate_split,
+    evaluation_batches,
+    row_lengths,
+)
 from dsvae.data.noise import generator
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.metrics.kept import Kept
@@ -102,7 +108,10 @@ def _over(
     result = torch.zeros(len(split), *size, device=world.device)
     batches = list(
         evaluation_batches(
-            split.lengths, token_budget=token_budget, rank=world.rank, world_size=world.size
+            row_lengths(split, _posterior_reads(model)),
+            token_budget=token_budget,
+            rank=world.rank,
+            world_size=world.size,
         )
     )
     key, done = "", 0
@@ -131,10 +140,15 @@ def _batch(
     model: T5VAE, split: TokenizedSplit, indices: NDArray[np.int64], weight: NDArray[np.float32]
 ) -> MicroBatch:
     no_noise = np.zeros((len(indices), 0), dtype=np.float32)
-    return collate(
-        split.rows(indices),
+    return collate_split(
+        split,
+        indices,
         pad_id=model.config.pad_token_id,
         noise=no_noise,
         weight=weight,
-        indices=indices,
+        posterior_reads=_posterior_reads(model),
     )
+
+
+def _posterior_reads(model: T5VAE) -> PosteriorReads:
+    return getattr(model.config, "posterior_reads", "both")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from dsvae.config import RunConfig
@@ -13,10 +14,12 @@ from dsvae.reports.table import result_table
 from dsvae.reports.training_log import data_lines
 from dsvae.run_directory import RunDirectory
 
+_SHOWN_LABELS = 10
+
 
 def data_text(data: Prepared, ranks: int) -> str:
     """What a run trains on, with a warning where it is measured on what it trains on."""
-    lines = [data_lines(data.report, ranks)]
+    lines = [data_lines(data.report, ranks), *_columns_lines(data)]
     for split in ("valid", "test"):
         if copies := data.report["splits"][split]["in_train"]:
             lines.append(
@@ -24,6 +27,30 @@ def data_text(data: Prepared, ranks: int) -> str:
                 f"training sentences"
             )
     return "\n".join(lines)
+
+
+def _columns_lines(data: Prepared) -> list[str]:
+    """One line on conditions, labels and tags, where there are any."""
+    parts = data.report["splits"].values()
+    figures: Counter[str] = Counter()
+    for part in parts:
+        figures.update({name: value for name, value in part.items() if isinstance(value, int)})
+    said = []
+    if "conditions_truncated" in figures:
+        said.append(f"{figures['conditions_truncated']:,} conditions truncated")
+    if data.labels:
+        names = f"{len(data.labels)} labels"
+        if len(data.labels) <= _SHOWN_LABELS:
+            names = f"labels: {', '.join(data.labels)}"
+        said.append(f"{figures['labelled']:,} records with a label ({names})")
+    if data.tags:
+        said.append(
+            f"{figures['tagged']:,} records with tags ({len(data.tags)} different, "
+            f"{figures['tags_truncated']:,} truncated)"
+        )
+    if not said:
+        return []
+    return [f"      of {figures['sentences']:,} records: {'; '.join(said)}"]
 
 
 def phase_text(phase: Phase, engine: PhaseEngine, ds_config: Path) -> str:

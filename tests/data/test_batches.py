@@ -23,6 +23,13 @@ class Sentences:
     """As much of a TokenizedSplit as batches need; sentence i can be told by its
     tokens."""
 
+    condition_lengths = class_labels = None
+
+    def conditions(self, indices):
+        return None
+
+    tags = conditions
+
     def __init__(self, lengths):
         self.lengths = np.asarray(lengths, dtype=np.int32)
 
