@@ -31,6 +31,7 @@ LATENT_FIELDS = (
     "injection",
     "memory_slots",
     "conditional",
+    "posterior_reads",
     "prior",
 )
 """The fields of `T5VAEConfig` that a run decides, and that a T5VAE to start from must

@@ -87,6 +87,8 @@ class T5VAEConfig(PreTrainedConfig):
         memory_slots: key/value slots per decoder layer, for injection by memory.
         conditional: whether the decoder also reads a condition c: a text that goes
             through the encoder, to the decoder's cross-attention.
+        posterior_reads: what the encoder's input is with a condition, for those who make
+            it: both (`c EOS x EOS`), or condition (`c EOS`).
         prior: fixed, or learned: p(z|c) from the states of the condition (Fang et al.
             2021). It is fixed where there is no latent.
         tie_word_embeddings: whether the output projection is the input embedding (T5
@@ -108,6 +110,7 @@ class T5VAEConfig(PreTrainedConfig):
     injection: str = "memory"
     memory_slots: int = 1
     conditional: bool = False
+    posterior_reads: str = "both"
     prior: str = "fixed"
     tie_word_embeddings: bool | None = None
     max_tokens: int | None = None
