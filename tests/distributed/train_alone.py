@@ -4,4 +4,5 @@ from dsvae import train
 
 train._validate = lambda *_: 0.0
 train.finish = lambda *_: {}
+train.finished_text = lambda *_: ""
 train.end_process(train.main())
