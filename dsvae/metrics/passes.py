@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dsvae.data.batches import (
     MicroBatch,
-    PosteriorReads,
     collate_split,
     evaluation_batches,
     row_lengths,
@@ -108,7 +107,7 @@ def _over(
     result = torch.zeros(len(split), *size, device=world.device)
     batches = list(
         evaluation_batches(
-            row_lengths(split, _posterior_reads(model)),
+            row_lengths(split, model.config.posterior_reads),
             token_budget=token_budget,
             rank=world.rank,
             world_size=world.size,
@@ -146,9 +145,5 @@ def _batch(
         pad_id=model.config.pad_token_id,
         noise=no_noise,
         weight=weight,
-        posterior_reads=_posterior_reads(model),
+        posterior_reads=model.config.posterior_reads,
     )
-
-
-def _posterior_reads(model: T5VAE) -> PosteriorReads:
-    return cast(PosteriorReads, model.config.posterior_reads)

@@ -89,11 +89,10 @@ class T5VAEConfig(PreTrainedConfig):
         memory_slots: key/value slots per decoder layer, for injection by memory.
         conditional: whether the decoder also reads a condition c: a text that goes
             through the encoder, to the decoder's cross-attention.
+        posterior_reads: what the encoder's input is with a condition, for those who make
+            it: both (`c EOS x EOS`), or condition (`c EOS`).
         prior: fixed, or learned: p(z|c) from the states of the condition (Fang et al.
             2021). It is fixed where there is no latent.
-        posterior_reads: what the packed text is that the posterior reads, where there is
-            a condition: both (`c EOS x EOS`), or condition (`c EOS`). The model itself
-            reads what it is given.
         clusters: R of a cluster of each sentence, through which the posterior reads it
             (see `ClusterHead`); 0: none.
         classes: the names of the classes of a class head; empty: no such head.
@@ -117,6 +116,7 @@ class T5VAEConfig(PreTrainedConfig):
     injection: str = "memory"
     memory_slots: int = 1
     conditional: bool = False
+    posterior_reads: str = "both"
     prior: str = "fixed"
     posterior_reads: str = "both"
     clusters: int = 0

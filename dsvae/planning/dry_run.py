@@ -155,15 +155,14 @@ def dry_run(
 
 
 def _batch(rows: int, tokens: int, config: T5VAEConfig) -> dict[str, Tensor]:
-    """The arguments of `T5VAE.forward`. A condition is as long as a sentence, and the
-    posterior reads both."""
+    """The arguments of `T5VAE.forward`. A condition is as long as a sentence."""
     condition = {}
     if config.conditional:
         condition = {
             "condition_ids": torch.zeros(rows, tokens, dtype=torch.int64),
             "condition_mask": torch.ones(rows, tokens, dtype=torch.int64),
         }
-    read = tokens * (2 if config.conditional else 1)
+    read = tokens * (2 if config.conditional and config.posterior_reads == "both" else 1)
     return {
         "input_ids": torch.zeros(rows, read, dtype=torch.int64),
         "attention_mask": torch.ones(rows, read, dtype=torch.int64),

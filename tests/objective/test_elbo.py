@@ -305,7 +305,7 @@ def test_the_cluster_terms_of_one_sentence_cancel():
         penalty = Penalty(skewness=skewness, dispersion=dispersion, cluster_count=3)
         assert penalty.active
         assert penalty.linear == (dispersion == 0)
-        value = penalty(penalty.statistics(q, prior, r).mean(0), 2).item()
+        value = penalty(penalty.statistics(q, prior, clusters=r).mean(0), 2).item()
         assert value == pytest.approx(expected * entropy, abs=1e-6)
 
 

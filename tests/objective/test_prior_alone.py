@@ -61,6 +61,7 @@ def test_the_term_stands_beside_total_correlation():
 
 def test_only_a_learned_prior_has_the_term_and_only_where_beta_is_0():
     flags = ["--ds_config", "x.json", "--phase2.steps", "10", "--phase2.beta.zero", "0.5"]
+    flags += ["--phase2.beta.rise", "0.5"]
     flags += ["--train_file", "pairs.jsonl", "--phase2.warmup_steps", "0"]
     with_condition = [*flags, "--data.condition_column", "c"]
     for given, learned in (
