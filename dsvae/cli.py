@@ -370,27 +370,38 @@ def encode(
 
 
 def corpus(
-    *, n: int = 1000, seed: int = 0, output: str | None = None, factors: str | None = None
+    *,
+    kind: Literal["plain", "paired", "relations", "tagged"] = "plain",
+    n: int = 1000,
+    seed: int = 0,
+    output: str | None = None,
+    factors: str | None = None,
+    labelled: int | None = None,
 ) -> None:
     """Prints sentences of the built-in corpus, whose factors of variation are known.
 
     Args:
+        kind: plain sentences, or records as JSON objects: paired (condition and text),
+            relations (a marked sentence as the condition, its pair of entities as the
+            text, its relation as the label), tagged (text, label and tags).
         n: number of sentences, drawn with replacement; the first k are those of -n k.
         seed: another seed gives another corpus.
-        output: the file to write, one sentence per line; stdout by default.
+        output: the file to write, one sentence or object per line; stdout by default.
+            Records need a name that ends in .jsonl.
         factors: a .csv file for the factors; row i contains the indices of the values of
             line i.
+        labelled: for tagged, only the first records have a label and tags.
     """
-    from dsvae.data.grammar import draw, write_corpus
+    from dsvae.data.grammar_variants import draw_lines, write_variant
 
     if n < 1:
         raise UserError(f"-n is {n}: give at least 1")
     if output is not None:
-        write_corpus(output, n, seed, factors)
+        write_variant(output, kind, n, seed, factors, labelled)
     elif factors is not None:
         raise UserError("--factors needs --output: the two files belong together, line by line")
     else:
-        for drawn in draw(n, seed):
+        for drawn in draw_lines(kind, n, seed, labelled):
             print(drawn.text)
 
 

@@ -384,6 +384,27 @@ def test_corpus_writes_sentences_and_factors(run, tmp_path):
     assert len((tmp_path / "f.csv").read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize("kind", ["paired", "relations", "tagged"])
+def test_corpus_writes_records(run, tmp_path, kind):
+    words = ("corpus", "--kind", kind, "-n", 5, "--seed", 2)
+    rows = objects(run(*words))
+    assert len(rows) == 5
+    assert (
+        list(rows[0])
+        == {
+            "paired": ["condition", "text"],
+            "relations": ["condition", "text", "label"],
+            "tagged": ["text", "label", "tags"],
+        }[kind]
+    )
+    run(*words, "-o", tmp_path / "c.jsonl", "--factors", tmp_path / "f.csv")
+    assert objects((tmp_path / "c.jsonl").read_text()) == rows
+    assert len((tmp_path / "f.csv").read_text().splitlines()) == 6
+    if kind == "tagged":
+        few = objects(run(*words, "--labelled", 2))
+        assert [row["label"] is None for row in few] == [False, False, True, True, True]
+
+
 def test_evaluate_hands_everything_over(run, monkeypatch):
     import dsvae.reports.evaluation
 
@@ -509,6 +530,9 @@ def test_help_lists_the_commands_and_version_is_the_package_s(run):
         (["sample", "M", "--top_p", "0.9"], "no effect without --do_sample"),
         (["corpus", "-n", "0"], "at least 1"),
         (["corpus", "--factors", "f.csv"], "--factors needs --output"),
+        (["corpus", "--kind", "nested"], "paired"),
+        (["corpus", "--kind", "paired", "-o", "a.txt"], ".jsonl"),
+        (["corpus", "--labelled", "3"], "--kind tagged"),
         (["corpus", "--output", "no/../f.csv", "--factors", "./f.csv"], "name two files"),
     ],
 )

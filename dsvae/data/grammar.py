@@ -226,16 +226,25 @@ def write_corpus(
     Raises:
         UserError: a file cannot be written.
     """
+    write_lines(path, lambda: draw(size, seed), factors_path)
+
+
+def write_lines(
+    path: str | os.PathLike[str],
+    drawn: Callable[[], Iterator[Sentence]],
+    factors_path: str | os.PathLike[str] | None = None,
+) -> None:
+    """Writes what `drawn` gives, as `write_corpus` does."""
     if factors_path is not None and Path(path).resolve() == Path(factors_path).resolve():
         raise UserError(f"{path} cannot hold both the sentences and their factors: name two files")
 
     def sentences(file: IO[str]) -> None:
-        file.writelines(f"{drawn.text}\n" for drawn in draw(size, seed))
+        file.writelines(f"{each.text}\n" for each in drawn())
 
     def indices(file: IO[str]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(FACTORS)
-        writer.writerows(drawn.factors for drawn in draw(size, seed))
+        writer.writerows(each.factors for each in drawn())
 
     _write_atomically(Path(path), sentences)
     if factors_path is not None:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dsvae.data.lists import Lists
 from dsvae.errors import UserError, first_line
 
 T = TypeVar("T")
@@ -32,39 +33,6 @@ FEATURES = datasets.Features(
 )
 
 
-class _Lists:
-    """A column of lists of numbers, memory-mapped."""
-
-    def __init__(self, dataset: datasets.Dataset, column: str) -> None:
-        # Arrow stores the rows in chunks. Their buffers are views of the file: nothing is
-        # copied at the start, and a row costs two offsets and one slice.
-        chunks = [chunk for chunk in dataset.data.column(column).chunks if len(chunk)]
-        self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
-        self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
-        self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
-
-    def rows(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """The lists at `indices`, (T_i,) int64 each; IndexError outside 0..N-1."""
-        wanted = np.asarray(indices, dtype=np.int64)
-        count = int(self._starts[-1])
-        if wanted.size and not 0 <= wanted.min() <= wanted.max() < count:
-            raise IndexError(f"rows {wanted.min()}..{wanted.max()} of a split of {count}")
-        chunks = np.searchsorted(self._starts, wanted, side="right") - 1
-        rows = []
-        for chunk, row in zip(
-            chunks.tolist(), (wanted - self._starts[chunks]).tolist(), strict=True
-        ):
-            offsets = self._offsets[chunk]
-            rows.append(self._values[chunk][offsets[row] : offsets[row + 1]].astype(np.int64))
-        return rows
-
-    def lengths(self) -> np.ndarray:
-        """(N,) int32."""
-        return np.concatenate(
-            [np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)]
-        )
-
-
 class TokenizedSplit:
     """N sentences as token ids, memory-mapped, in the order of the source.
 
@@ -76,7 +44,7 @@ class TokenizedSplit:
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
-        self._ids = _Lists(dataset, "input_ids")
+        self._ids = Lists(dataset, "input_ids")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -177,15 +145,15 @@ class TokenizedSplit:
         return _mix(hashes + occurrence * np.uint64(0x9E3779B97F4A7C15))
 
     @cached_property
-    def _conditions(self) -> _Lists | None:
+    def _conditions(self) -> Lists | None:
         return self._lists("condition_ids")
 
     @cached_property
-    def _tags(self) -> _Lists | None:
+    def _tags(self) -> Lists | None:
         return self._lists("tag_ids")
 
-    def _lists(self, name: str) -> _Lists | None:
-        return _Lists(self.dataset, name) if name in self.dataset.column_names else None
+    def _lists(self, name: str) -> Lists | None:
+        return Lists(self.dataset, name) if name in self.dataset.column_names else None
 
     def _column(self, name: str) -> np.ndarray:
         return self.dataset.data.column(name).to_numpy()
