@@ -167,6 +167,7 @@ def test_an_empty_file_is_plain_fp32():
         ({"optimizer": {"kind": "AdamW"}}, "optimizer must be AdamW"),
         ({"bf16": True}, "bf16 must be an object, not True"),
         ({"zero_optimization": 2}, "zero_optimization must be an object"),
+        ({"flops_profiler": 5}, "flops_profiler must be an object"),
         ('{"bf16": {', "not valid JSON"),
         ("[1, 2]", "must hold a JSON object"),
         ("", "not valid JSON"),
@@ -276,7 +277,6 @@ def test_batch_numbers_that_contradict_each_other_or_the_runs_batch(raw):
             "data_types.grad_accum_dtype",
         ),
         ({"steps_per_print": "x"}, "steps_per_print"),
-        ({"flops_profiler": 5}, "flops_profiler"),
         ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer"),
     ],
 )
