@@ -201,15 +201,13 @@ def write_corpus(
     if factors_path is not None and Path(path).resolve() == Path(factors_path).resolve():
         raise UserError(f"{path} cannot hold both the sentences and their factors: name two files")
 
-    def sentences(file: IO[str]) -> None:
-        file.writelines(f"{drawn.text}\n" for drawn in draw(size, seed))
-
     def indices(file: IO[str]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(FACTORS)
         writer.writerows(drawn.factors for drawn in draw(size, seed))
 
-    _write_atomically(Path(path), sentences)
+    drawn_lines = (f"{drawn.text}\n" for drawn in draw(size, seed))
+    _write_atomically(Path(path), lambda file: file.writelines(drawn_lines))
     if factors_path is not None:
         _write_atomically(Path(factors_path), indices)
 

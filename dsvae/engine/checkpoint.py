@@ -160,26 +160,26 @@ def prune(root: Path, keep: int, keep_best: bool) -> None:
     spared = set(complete[-keep:])
     if keep_best and (best := best_of(complete)):
         spared.add(best)
-    problem: OSError | None = None
+    problems: list[OSError] = []
     for old in complete:
         if old not in spared:
             try:
                 _remove(old.directory)
             except OSError as error:
-                problem = error
-    if problem is not None:
-        raise problem
+                problems.append(error)
+    if problems:
+        raise problems[-1]
 
 
 def best_of(complete: list[Checkpoint]) -> Checkpoint | None:
     """The checkpoint of the last phase with the smallest value on validation text; None
     if none was measured."""
     measured = [
-        (c.meta["valid"], c)
-        for c in complete
-        if c.phase == complete[-1].phase and c.meta.get("valid") is not None
+        each
+        for each in complete
+        if each.phase == complete[-1].phase and each.meta.get("valid") is not None
     ]
-    return min(measured, default=(None, None), key=lambda pair: pair[0])[1]
+    return min(measured, key=lambda each: each.meta["valid"], default=None)
 
 
 class _Writer:

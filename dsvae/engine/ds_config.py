@@ -341,8 +341,7 @@ def zero_stage(resolved: dict[str, Any]) -> int:
 
 
 def _names(section: Any) -> set[str]:
-    """The keys that a section may have: those of a tuple, or the fields of a pydantic
-    model with their aliases."""
+    """The keys that a section may have, aliases of a pydantic model included."""
     if isinstance(section, tuple):
         return set(section)
     fields = section.model_fields

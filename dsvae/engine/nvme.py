@@ -210,8 +210,7 @@ def _make(directory: Path) -> None:
 
 
 def _try(directory: Path, resolved: dict[str, Any], rank: int) -> None:
-    """Writes and reads back as DeepSpeed will, with the smallest alignment of address and
-    length."""
+    """Writes and reads back as DeepSpeed will, with the smallest alignment."""
     aio = get_aio_config(resolved)
     names = ("block_size", "queue_depth", "single_submit", "overlap_events", "intra_op_parallelism")
     handle = AsyncIOBuilder().load(verbose=False).aio_handle(**{name: aio[name] for name in names})
@@ -344,8 +343,7 @@ def _load(optimizer: Any, saved: dict[str, Any], load_optimizer_states: bool = T
 
 
 def _put(swapper: Any, state: dict[str, Any], weights: Any, value: Tensor) -> None:
-    """Moves the float32 weights and the moments of a sub-group into the swapper's
-    files."""
+    """Moves a sub-group's float32 weights and moments into the swapper's files."""
     info = swapper.swap_params_info[weights.ds_id]
     moments = {
         name: each

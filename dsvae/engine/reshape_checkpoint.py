@@ -121,8 +121,7 @@ def _refuse(
     names: list[list[str]],
     world: World,
 ) -> None:
-    """Raises UserError on every rank for what DeepSpeed's converter or its loader cannot
-    do. Collective."""
+    """Raises UserError on every rank for what DeepSpeed cannot do. Collective."""
     advice = f"resume with {_describe(meta)}, or start anew from exported weights with --model"
     if nvme.sections(engine.config):
         raise UserError(
@@ -158,8 +157,7 @@ def _convert(
     names: list[list[str]],
     module: nn.Module,
 ) -> None:
-    """Writes the checkpoint into `directory` as an engine of shape `now` reads it. Rank 0
-    alone."""
+    """Writes the checkpoint as an engine of shape `now` reads it. Rank 0 alone."""
     root = directory.parent.parent
     clean(root)
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
@@ -295,8 +293,7 @@ def _to_shards(
     scaler: dict[str, Any],
     stage: int,
 ) -> None:
-    """Completes a converted checkpoint so that the universal loaders of ZeRO 1, 2 and 3
-    all read it."""
+    """Completes a conversion so that the loaders of ZeRO 1, 2 and 3 all read it."""
     state = {
         **scaler,
         DS_VERSION: common[DS_VERSION],
@@ -350,8 +347,7 @@ def _common_file(stage: int) -> str:
 
 
 def _load_converted(engine: Any, directory: Path, now: dict[str, Any]) -> dict[str, Any] | None:
-    """Loads what `_convert` wrote through DeepSpeed's own loaders; the client state.
-    Collective."""
+    """Loads a conversion with DeepSpeed's loaders; the client state. Collective."""
     if now["zero_stage"] == 0:
         return engine.load_checkpoint(str(directory.parent), tag=directory.name)[1]
     # The same as `checkpoint: {load_universal: true}` in a ds_config, but for this load

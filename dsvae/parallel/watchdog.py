@@ -123,8 +123,7 @@ class Watchdog:
                 self._linger()
 
     def _linger(self) -> None:
-        """Waits until the others are leaving too, or had the time to read the exit code:
-        the store ends with this process."""
+        """Lets the others read the exit code before the store ends with this process."""
         first: list[dict[str, Any]] = []
         for attempt in range(16):
             said = self._others()
@@ -202,8 +201,7 @@ class Watchdog:
                 self._leave(*verdict)
 
     def _hangs(self) -> Verdict:
-        """This rank itself, whatever becomes of the others, which get the time to see it
-        first."""
+        """Names this rank itself, once the others had the time to see it first."""
         for _ in range(2 * _SILENCE):
             self._closed.wait(self._interval)
             self._tell()
@@ -226,8 +224,7 @@ class Watchdog:
         self._ask(lambda: self._store.set(str(self._rank), state))
 
     def _others(self) -> list[dict[str, Any]]:
-        """What every rank said last; nothing if rank 0, where the store lives, does not
-        answer."""
+        """What every rank said last; nothing where the store does not answer."""
         keys = [str(rank) for rank in range(self._size)]
         return [json.loads(text) for text in self._ask(lambda: self._store.multi_get(keys)) or []]
 
@@ -236,8 +233,7 @@ class Watchdog:
         return self._store_asker.ask(question)[1]
 
     def _waits(self) -> bool:
-        """Whether a thread of this process is inside an operation with the other
-        ranks."""
+        """Whether a thread of this process is inside an operation with other ranks."""
         if self._waiting:
             return True
         for number, frame in sys._current_frames().items():
@@ -271,11 +267,7 @@ class Watchdog:
 
     def _silent(self, heard: Heard, patient: bool) -> Verdict | None:
         """Ranks that have said nothing new for a while, which is `timeout` in patience:
-        what takes long there may keep the threads of a process from running.
-
-        Args:
-            heard: of the calls before; empty at the first one.
-        """
+        what takes long there may keep the threads of a process from running."""
         limit = self._timeout if patient else _SILENCE * self._interval
         now, moment = self._others(), time.monotonic()
         if not now:
@@ -307,8 +299,7 @@ class Watchdog:
         return f"{_name(working, now)} has hung for {age:.0f} s ({where})", EXIT_RANK_LOST
 
     def _leave(self, line: str, code: int) -> None:
-        """Ends the process: the main thread is inside an operation that nothing can
-        interrupt."""
+        """Ends the process, whose main thread nothing can interrupt."""
         self._tell(leaving=True)
         with suppress(OSError, ValueError):
             if not self._waits():

@@ -264,8 +264,7 @@ def may_come_from_another_rank(error: BaseException) -> bool:
 
 
 def _device(local_rank: int) -> torch.device:
-    """The device of this rank. `DS_ACCELERATOR=cpu` keeps it off the GPUs, as it does
-    DeepSpeed."""
+    """This rank's device. `DS_ACCELERATOR=cpu` means no GPU, as it does to DeepSpeed."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
