@@ -73,6 +73,7 @@ class Watchdog:
         self._interval = min(2.0, timeout / 5)
         self._seen: tuple[float, str] = (time.monotonic(), "start")
         self._patient = self._waiting = 0
+        self._lost: list[int] = []
         self._said: dict[str, Any] = {
             "host": socket.gethostname(),
             "count": 0,
@@ -130,8 +131,10 @@ class Watchdog:
             first = first or said
             late = attempt >= 6  # a rank that has said nothing since is not leaving
             if all(
-                state["leaving"] or (late and state["count"] == before["count"])
-                for state, before in zip(said, first, strict=False)
+                state["leaving"]
+                or rank in self._lost
+                or (late and state["count"] == first[rank]["count"])
+                for rank, state in enumerate(said)
             ):
                 return
             time.sleep(self._interval / 2)
@@ -276,7 +279,7 @@ class Watchdog:
         for rank, state in enumerate(now):
             if heard.get(rank, (-1, 0.0))[0] != state["count"]:
                 heard[rank] = (state["count"], moment)
-        lost = [
+        self._lost = lost = [
             rank
             for rank, (_, since) in sorted(heard.items())
             if rank != self._rank and moment - since >= limit
