@@ -275,8 +275,8 @@ def _states(optimizer: Any) -> dict[str, Any]:
     """A rank's states in the form in which DeepSpeed saves those in memory. What is on
     the disk is mapped, and takes no memory until it is read."""
     saved: dict[str, Any] = optimizer._rigid_state_dict()
-    flat = list(saved[FP32_FLAT_GROUPS])
-    states = dict(saved[OPTIMIZER_STATE_DICT]["state"])
+    flat = saved[FP32_FLAT_GROUPS] = list(saved[FP32_FLAT_GROUPS])  # else the optimizer's own
+    states = saved[OPTIMIZER_STATE_DICT]["state"]
     for index, (number, weights) in enumerate(_in_order(optimizer)):
         if not optimizer._swappable_optimizer_subgroup(number):
             continue
@@ -292,11 +292,7 @@ def _states(optimizer: Any) -> dict[str, Any]:
             states[index] = {
                 name: on_disk.get(id(value), value) for name, value in states[index].items()
             }
-    return {
-        **saved,
-        FP32_FLAT_GROUPS: flat,
-        OPTIMIZER_STATE_DICT: {**saved[OPTIMIZER_STATE_DICT], "state": states},
-    }
+    return saved
 
 
 def _in_order(optimizer: Any) -> list[tuple[int, Any]]:
@@ -315,11 +311,8 @@ def _load(optimizer: Any, saved: dict[str, Any], load_optimizer_states: bool = T
     """Loads a rank's states from a checkpoint, in place of DeepSpeed's ZeRO-3 loader:
     each may have been, and may go, in memory or on a disk."""
     assert load_optimizer_states  # nothing here asks for less
-    optimizer.loss_scaler = saved[LOSS_SCALER]
-    optimizer.dynamic_loss_scale, optimizer.overflow = (
-        saved["dynamic_loss_scale"],
-        saved["overflow"],
-    )
+    optimizer.loss_scaler, optimizer.overflow = saved[LOSS_SCALER], saved["overflow"]
+    optimizer.dynamic_loss_scale = saved["dynamic_loss_scale"]
     optimizer._set_fp32_optimizer_param_groups()
     optimizer.optimizer.load_state_dict(saved[OPTIMIZER_STATE_DICT])
     optimizer._clear_fp32_optimizer_param_groups()
@@ -328,12 +321,8 @@ def _load(optimizer: Any, saved: dict[str, Any], load_optimizer_states: bool = T
     ):
         swapped = optimizer._swappable_optimizer_subgroup(number)
         if swapped:
-            _put(
-                optimizer.optimizer_swapper,
-                optimizer.optimizer.state.get(weights, {}),
-                weights,
-                value,
-            )
+            state = optimizer.optimizer.state.get(weights, {})
+            _put(optimizer.optimizer_swapper, state, weights, value)
             optimizer._prepare_sub_group(number, set())
         else:
             weights.data.copy_(value.data)

@@ -147,22 +147,13 @@ def test_resume_from_another_directory(tiny, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(tiny, tmp_path):
-    common = (
-        "--config",
-        tiny,
-        "--ds_config",
-        CONFIGS / "zero2.json",
-        *ARGUMENTS,
-        "--output_dir",
-        tmp_path / "run",
-    )
+    common = ("--config", tiny, "--ds_config", CONFIGS / "zero2.json", *ARGUMENTS)
+    common += ("--output_dir", tmp_path / "run")
     pause = pause_after(tmp_path / "run", "phase1-step00000015")
     run = start(*common, script=PATCHED, **pause)
     run.wait_for(complete(tmp_path / "run", "phase1-step00000015"))
     run.kill()
-    newest = sorted(
-        d for d in (tmp_path / "run" / "checkpoints").glob("phase1-*") if (d / "COMPLETE").exists()
-    )[-1]
+    newest = max((tmp_path / "run" / "checkpoints").glob("phase1-*/COMPLETE")).parent
     file = next(newest.glob("*optim_states.pt"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
