@@ -28,7 +28,7 @@ activate() {
 }
 shown() { printf '%q ' "$@"; echo; } # a command as one could type it
 
-# Every script but the ranks' takes --dry_run as its first argument: print what would run.
+# With --dry_run as its first argument, a script only prints what would run.
 dry_run=
 if [ "${1:-}" = --dry_run ]; then dry_run=1 && shift; fi
 

@@ -131,8 +131,7 @@ def _refuse(
     for shape, optimizer in ((meta, meta.get("optimizer", "AdamW")), (now, now["optimizer"])):
         if shape["zero_stage"] == 0 and optimizer != "AdamW":
             raise UserError(
-                f"{source}: {_describe(meta)} -> {_describe(now)}: ZeRO 0 converts with float32 "
-                f"weights only "
+                f"{source}: {_way(meta, now)}: ZeRO 0 converts with float32 weights only "
                 f"(torch_autocast, as in ds_configs/zero0.json, or --precision fp32): {advice}"
             )
     if now["zero_stage"] in (1, 2):
@@ -170,9 +169,9 @@ def _convert(
     if free < needed:
         raise RunStopped(
             EXIT_DISK,
-            f"error: {source}: converting it from {_describe(meta)} to {_describe(now)} takes "
-            f"about {needed / 1e9:.1f} GB in {root} for a while, and {free / 1e9:.1f} GB are "
-            f"free: make room, or resume with {_describe(meta)}",
+            f"error: {source}: converting it {_way(meta, now)} takes about {needed / 1e9:.1f} GB "
+            f"in {root} for a while, and {free / 1e9:.1f} GB are free: make room, or resume with "
+            f"{_describe(meta)}",
         )
     try:
         directory.mkdir(parents=True)
@@ -190,15 +189,9 @@ def _convert(
         if missing or len(groups) != len(names):
             what = missing[0] if missing else "a parameter group"
             raise ValueError(f"it lacks the optimizer's states of {what}")
-        drop = (
-            "module",
-            "optimizer",
-            "param_shapes",
-            "frozen_param_shapes",
-            "frozen_param_fragments",
-            "shared_params",
-        )
-        common = {key: value for key, value in common.items() if key not in drop}
+        dropped = {"module", "optimizer", "param_shapes", "shared_params"}
+        dropped |= {"frozen_param_shapes", "frozen_param_fragments"}
+        common = {key: value for key, value in common.items() if key not in dropped}
         if now["zero_stage"] == 0:
             _to_whole(common, directory, names, groups, step, module)
         else:
@@ -209,8 +202,8 @@ def _convert(
         clean(root)
         what = " ".join(str(error).split()) or type(error).__name__
         line = (
-            f"{source}: converting it from {_describe(meta)} to {_describe(now)} failed "
-            f"({what}); the checkpoint itself is unchanged: resume with {_describe(meta)}"
+            f"{source}: converting it {_way(meta, now)} failed ({what}); the checkpoint itself "
+            f"is unchanged: resume with {_describe(meta)}"
         )
         # torch's writer raises RuntimeError on a full disk
         if isinstance(error, OSError) or "PytorchStreamWriter" in what:
@@ -376,11 +369,14 @@ def _describe(shape: dict[str, Any]) -> str:
     return f"{shape['world_size']} rank(s) at ZeRO {shape['zero_stage']}{dtype}"
 
 
+def _way(meta: dict[str, Any], now: dict[str, Any]) -> str:
+    return f"from {_describe(meta)} to {_describe(now)}"
+
+
 def _line(source: Path, meta: dict[str, Any], now: dict[str, Any]) -> str:
     scaled = "float16" in (meta.get("dtype"), now["dtype"]) and meta.get("dtype") != now["dtype"]
     reset = "the loss scale of fp16" if scaled else "nothing"
     return (
-        f"{source} converted from {_describe(meta)} to {_describe(now)}: carried over: weights in "
-        f"float32, AdamW's moments and step, learning-rate schedule, place in the data; "
-        f"reset: {reset}"
+        f"{source} converted {_way(meta, now)}: carried over: weights in float32, AdamW's moments "
+        f"and step, learning-rate schedule, place in the data; reset: {reset}"
     )
