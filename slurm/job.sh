@@ -13,8 +13,6 @@ set -u
 # shellcheck source=slurm/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-dry_run=
-if [ "${1:-}" = --dry_run ]; then dry_run=1 && shift; fi
 restarts=${SLURM_RESTART_COUNT:-0}
 forget_another_array
 # For scontrol, the number of an array's last member is that of the whole array: a member is named

@@ -28,6 +28,10 @@ activate() {
 }
 shown() { printf '%q ' "$@"; echo; } # a command as one could type it
 
+# With --dry_run as its first argument, a script only prints what would run.
+dry_run=
+if [ "${1:-}" = --dry_run ]; then dry_run=1 && shift; fi
+
 # Sets ANSWER to what dsvae/run_directory.py says, which reads a command line as train.py does.
 # Ends the script where the command line has a mistake. Only a subshell gets the environment:
 # sbatch would hand it on to the job, which makes its own.
@@ -90,6 +94,20 @@ freeze_run() { # ARGS...
     ask arguments "$FROZEN" "$FROM/ds_configs/zero2.json" "$@"
     # shellcheck disable=SC2034
     ARGS=("${ANSWER[@]}")
+}
+
+# Submits a job, sets ID and prints it. In a dry run it prints the command, and ID is the
+# placeholder.
+submit() { # PLACEHOLDER SBATCH_WORDS...
+    ID=$1
+    shift
+    if [ -n "$dry_run" ]; then
+        shown sbatch --parsable "$@"
+    else
+        ID=$(DSVAE_ROOT='' sbatch --parsable "$@") || return
+        ID=${ID%%;*}
+        echo "$ID"
+    fi
 }
 
 # Sets OPTIONS: sbatch's options from DSVAE_*. DSVAE_PREFIX_* (two_phase.sh) come first.

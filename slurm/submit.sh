@@ -9,13 +9,6 @@ set -u
 # shellcheck source=slurm/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-dry_run=
-if [ "${1:-}" = --dry_run ]; then dry_run=1 && shift; fi
 freeze_run "$@"
 sbatch_options ""
-submit=(sbatch --parsable "${OPTIONS[@]}" "$FROM/slurm/train.sbatch" "${ARGS[@]}")
-if [ -n "$dry_run" ]; then
-    shown "${submit[@]}"
-else
-    DSVAE_ROOT='' "${submit[@]}"
-fi
+submit '' "${OPTIONS[@]}" "$FROM/slurm/train.sbatch" "${ARGS[@]}"

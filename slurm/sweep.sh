@@ -12,8 +12,6 @@ set -u
 # shellcheck source=slurm/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-dry_run=
-if [ "${1:-}" = --dry_run ]; then dry_run=1 && shift; fi
 [ $# -ge 1 ] || die 2 "usage: slurm/sweep.sh [--dry_run] LIST TRAIN_ARGS..."
 list=$1
 shift
@@ -28,20 +26,13 @@ fi
 ask arguments "$FROZEN" '' "$@"
 member=("$FROM/slurm/sweep.sbatch" "$list" "${ANSWER[@]}")
 sbatch_options ""
-array=(sbatch --parsable --array="1-${#runs[@]}%$DSVAE_AT_ONCE" "${OPTIONS[@]}" "${member[@]}")
+submit ID_OF_THE_ARRAY --array="1-${#runs[@]}%$DSVAE_AT_ONCE" "${OPTIONS[@]}" "${member[@]}" ||
+    die 2 "the sweep was not submitted"
 # The same script without an array index: one small task, after all members have ended, well or
 # not.
-compare=(sbatch --parsable --job-name=dsvae-compare --output=%x-%j.out)
+compare=(--job-name=dsvae-compare --output=%x-%j.out)
 for option in "${OPTIONS[@]}"; do
     case $option in --partition=* | --account=* | --qos=*) compare+=("$option") ;; esac
 done
-if [ -n "$dry_run" ]; then
-    shown "${array[@]}"
-    shown "${compare[@]}" --dependency=afterany:ID_OF_THE_ARRAY "${member[@]}"
-    printf '# %s\n' "${runs[@]}"
-else
-    id=$(DSVAE_ROOT='' "${array[@]}") || die 2 "the sweep was not submitted"
-    id=${id%%;*}
-    echo "$id"
-    DSVAE_ROOT='' "${compare[@]}" --dependency="afterany:$id" "${member[@]}"
-fi
+submit '' "${compare[@]}" --dependency="afterany:$ID" "${member[@]}" || exit
+if [ -n "$dry_run" ]; then printf '# %s\n' "${runs[@]}"; fi

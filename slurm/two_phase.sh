@@ -13,8 +13,6 @@ set -u
 # shellcheck source=slurm/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-dry_run=
-if [ "${1:-}" = --dry_run ]; then dry_run=1 && shift; fi
 for word in "$@"; do
     case $word in
         --phase | --phase=*) die 2 "two_phase.sh gives --phase itself: leave it out" ;;
@@ -25,15 +23,8 @@ freeze_run "$@"
 after=()
 for phase in 1 2; do
     sbatch_options "PHASE$phase"
-    submit=(sbatch --parsable "${after[@]}" --job-name="dsvae-phase$phase" "${OPTIONS[@]}"
-        "$FROM/slurm/train.sbatch" "${ARGS[@]}" --phase "$phase")
-    if [ -n "$dry_run" ]; then
-        shown "${submit[@]}"
-        id=ID_OF_PHASE_1
-    else
-        id=$(DSVAE_ROOT='' "${submit[@]}") || die 2 "phase $phase was not submitted"
-        id=${id%%;*}
-        echo "$id"
-    fi
-    after=(--dependency="afterok:$id" --kill-on-invalid-dep=yes)
+    submit ID_OF_PHASE_1 "${after[@]}" --job-name="dsvae-phase$phase" "${OPTIONS[@]}" \
+        "$FROM/slurm/train.sbatch" "${ARGS[@]}" --phase "$phase" ||
+        die 2 "phase $phase was not submitted"
+    after=(--dependency="afterok:$ID" --kill-on-invalid-dep=yes)
 done

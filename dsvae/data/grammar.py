@@ -18,80 +18,48 @@ from typing import IO, NamedTuple
 from dsvae.errors import UserError
 from dsvae.files import whole_file
 
+
+def _rows(table: str) -> list[list[str]]:
+    """The words of each entry; entries are separated by commas."""
+    return [entry.split() for entry in table.split(",")]
+
+
 # Singular and plural differ in every noun. Otherwise the number of the subject would not
 # show in the past and the future.
-_SUBJECTS = {
-    "artist": "artists",
-    "child": "children",
-    "doctor": "doctors",
-    "farmer": "farmers",
-    "hero": "heroes",
-    "king": "kings",
-    "lady": "ladies",
-    "man": "men",
-    "neighbor": "neighbors",
-    "pilot": "pilots",
-    "sailor": "sailors",
-    "student": "students",
-    "teacher": "teachers",
-    "thief": "thieves",
-    "witch": "witches",
-    "woman": "women",
-}
+_SUBJECTS = dict(
+    _rows("""
+    artist artists, child children, doctor doctors, farmer farmers, hero heroes, king
+    kings, lady ladies, man men, neighbor neighbors, pilot pilots, sailor sailors,
+    student students, teacher teachers, thief thieves, witch witches, woman women
+""")
+)
 # Base form: (third person singular, past). The past differs from the base (no "put",
 # "cut"). Otherwise "the kings put" would be present and past at once.
 _VERBS = {
-    "admire": ("admires", "admired"),
-    "break": ("breaks", "broke"),
-    "bring": ("brings", "brought"),
-    "buy": ("buys", "bought"),
-    "carry": ("carries", "carried"),
-    "catch": ("catches", "caught"),
-    "choose": ("chooses", "chose"),
-    "draw": ("draws", "drew"),
-    "find": ("finds", "found"),
-    "hide": ("hides", "hid"),
-    "keep": ("keeps", "kept"),
-    "lose": ("loses", "lost"),
-    "sell": ("sells", "sold"),
-    "steal": ("steals", "stole"),
-    "throw": ("throws", "threw"),
-    "wash": ("washes", "washed"),
+    base: (singular, past)
+    for base, singular, past in _rows("""
+    admire admires admired, break breaks broke, bring brings brought, buy buys bought,
+    carry carries carried, catch catches caught, choose chooses chose, draw draws drew,
+    find finds found, hide hides hid, keep keeps kept, lose loses lost, sell sells sold,
+    steal steals stole, throw throws threw, wash washes washed
+""")
 }
 # Adjective: its indefinite article, which the first letter does not decide: "an ugly" but
 # "a useful".
 _ADJECTIVES = {
-    "blue": "a",
-    "cheap": "a",
-    "expensive": "an",
-    "heavy": "a",
-    "new": "a",
-    "old": "an",
-    "ordinary": "an",
-    "red": "a",
-    "small": "a",
-    "strange": "a",
-    "ugly": "an",
-    "useful": "a",
+    adjective: article
+    for article, adjective in _rows("""
+    a blue, a cheap, an expensive, a heavy, a new, an old, an ordinary, a red, a small,
+    a strange, an ugly, a useful
+""")
 }
-_OBJECTS = {
-    "apple": "apples",
-    "basket": "baskets",
-    "box": "boxes",
-    "candle": "candles",
-    "cup": "cups",
-    "egg": "eggs",
-    "hat": "hats",
-    "key": "keys",
-    "knife": "knives",
-    "lamp": "lamps",
-    "leaf": "leaves",
-    "potato": "potatoes",
-    "ring": "rings",
-    "toy": "toys",
-    "umbrella": "umbrellas",
-    "watch": "watches",
-}
+_OBJECTS = dict(
+    _rows("""
+    apple apples, basket baskets, box boxes, candle candles, cup cups, egg eggs, hat
+    hats, key keys, knife knives, lamp lamps, leaf leaves, potato potatoes, ring rings,
+    toy toys, umbrella umbrellas, watch watches
+""")
+)
 
 _MARKS = {"statement": ".", "question": "?", "exclamation": "!"}
 
@@ -238,15 +206,13 @@ def write_lines(
     if factors_path is not None and Path(path).resolve() == Path(factors_path).resolve():
         raise UserError(f"{path} cannot hold both the sentences and their factors: name two files")
 
-    def sentences(file: IO[str]) -> None:
-        file.writelines(f"{each.text}\n" for each in drawn())
-
     def indices(file: IO[str]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(FACTORS)
         writer.writerows(each.factors for each in drawn())
 
-    _write_atomically(Path(path), sentences)
+    texts = (f"{each.text}\n" for each in drawn())
+    _write_atomically(Path(path), lambda file: file.writelines(texts))
     if factors_path is not None:
         _write_atomically(Path(factors_path), indices)
 

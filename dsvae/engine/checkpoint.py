@@ -19,7 +19,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +96,17 @@ def save(
     directory = root / name
 
     def begin() -> None:
-        shutil.rmtree(directory, ignore_errors=True)  # left by a save that was cut
-        directory.mkdir(parents=True)
+        with writer.attempt(directory):
+            shutil.rmtree(directory, ignore_errors=True)  # left by a save that was cut
+            directory.mkdir(parents=True)
 
-    def commit(files: dict[str, Any]) -> None:
-        _sync(directory)
-        write_text(directory / COMPLETE, json.dumps({"meta": meta, "files": files}, indent=1))
-        _sync(directory)
+    def commit() -> list[str]:
+        files = {name: entry for part, _ in parts for name, entry in part.items()}
+        with writer.attempt(directory):
+            _sync(directory)
+            write_text(directory / COMPLETE, json.dumps({"meta": meta, "files": files}, indent=1))
+            _sync(directory)
+        return writer.failures
 
     def tidy() -> str | None:
         try:
@@ -117,32 +120,20 @@ def save(
             )
         return None
 
-    try:
+    with _failures_of(engine) as writer:
         world.run_on_rank0(begin)
-        problem = None
-    except OSError as error:  # `run_on_rank0` raises it on every rank
-        problem = str(error)
-    if problem is None:
-        with _failures_of(engine) as writer:
-            engine.save_checkpoint(
-                str(root), tag=name, client_state={"phase": phase, "step": step}, save_latest=False
-            )
-        world.heartbeat(f"checkpoint {name}")
-        with world.suspend_hang_detection():  # a disk may be slow
-            own = writer.checksums(directory)
-        parts = world.gather((own, writer.failures))
-        problem = next((failures[0] for _, failures in parts if failures), None)
-    if problem is None:
-        try:
-            world.run_on_rank0(
-                lambda: commit({name: entry for files, _ in parts for name, entry in files.items()})
-            )
-        except OSError as error:
-            problem = str(error)
-    if problem is not None:
+        engine.save_checkpoint(
+            str(root), tag=name, client_state={"phase": phase, "step": step}, save_latest=False
+        )
+    world.heartbeat(f"checkpoint {name}")
+    with world.suspend_hang_detection():  # a disk may be slow
+        own = writer.checksums(directory)
+    parts = world.gather((own, writer.failures))
+    failures = [line for _, lines in parts for line in lines] or world.run_on_rank0(commit)
+    if failures:
         world.run_on_rank0(lambda: _remove(directory, ignore_errors=True))
         raise SaveFailed(
-            f"checkpoint {directory} cannot be written ({problem}); earlier checkpoints are "
+            f"checkpoint {directory} cannot be written ({failures[0]}); earlier checkpoints are "
             f"unchanged"
         )
     if warning := world.run_on_rank0(tidy):
@@ -169,26 +160,26 @@ def prune(root: Path, keep: int, keep_best: bool) -> None:
     spared = set(complete[-keep:])
     if keep_best and (best := best_of(complete)):
         spared.add(best)
-    problem: OSError | None = None
+    problems: list[OSError] = []
     for old in complete:
         if old not in spared:
             try:
                 _remove(old.directory)
             except OSError as error:
-                problem = error
-    if problem is not None:
-        raise problem
+                problems.append(error)
+    if problems:
+        raise problems[-1]
 
 
 def best_of(complete: list[Checkpoint]) -> Checkpoint | None:
     """The checkpoint of the last phase with the smallest value on validation text; None
     if none was measured."""
     measured = [
-        (c.meta["valid"], c)
-        for c in complete
-        if c.phase == complete[-1].phase and c.meta.get("valid") is not None
+        each
+        for each in complete
+        if each.phase == complete[-1].phase and each.meta.get("valid") is not None
     ]
-    return min(measured, default=(None, None), key=lambda pair: pair[0])[1]
+    return min(measured, key=lambda each: each.meta["valid"], default=None)
 
 
 class _Writer:
@@ -207,16 +198,19 @@ class _Writer:
         return getattr(self._writer, name)
 
     def save(self, state_dict: Any, path: str) -> None:
-        self.attempt(path, lambda: self._writer.save(state_dict, path))
+        with self.attempt(path):
+            self._writer.save(state_dict, path)
         self._paths.append(Path(path))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        self.attempt(path, lambda: self._writer.makedirs(path, exist_ok=exist_ok))
+        with self.attempt(path):
+            self._writer.makedirs(path, exist_ok=exist_ok)
 
-    def attempt(self, path: str | Path, write: Callable[[], None]) -> None:
-        """Runs `write`, and notes the error if it fails."""
+    @contextmanager
+    def attempt(self, path: str | Path) -> Iterator[None]:
+        """Notes an error of the block, which writes `path`."""
         try:
-            write()
+            yield
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
             room = ""
             with suppress(OSError):
@@ -231,15 +225,13 @@ class _Writer:
         nodes, another node cannot flush the file, and may not see it yet.
         """
         entries: dict[str, dict[str, Any]] = {}
-
-        def add(path: Path) -> None:
-            checksum = _sha256(path, sync=True)
-            entry = {"bytes": path.stat().st_size, "sha256": checksum}
-            entries[str(path.relative_to(directory))] = entry
-
         for path in self._paths:
-            if not self.failures:
-                self.attempt(path, partial(add, path))
+            if self.failures:
+                break
+            with self.attempt(path):
+                checksum = _sha256(path, sync=True)
+                entry = {"bytes": path.stat().st_size, "sha256": checksum}
+                entries[str(path.relative_to(directory))] = entry
         return entries
 
 
@@ -249,8 +241,12 @@ def _failures_of(engine: Any) -> Iterator[_Writer]:
     writer, copy_script = engine.checkpoint_engine, engine._copy_recovery_script
     guarded = _Writer(writer)
     engine.checkpoint_engine = guarded
-    # Rank 0 copies this script between two barriers.
-    engine._copy_recovery_script = lambda path: guarded.attempt(path, lambda: copy_script(path))
+
+    def copy(path: str) -> None:
+        with guarded.attempt(path):
+            copy_script(path)
+
+    engine._copy_recovery_script = copy  # by rank 0, between two barriers
     try:
         yield guarded
     finally:
@@ -328,14 +324,13 @@ def load(
         )
     line = None
     if reshape_checkpoint.fits(meta, reshape_checkpoint.shape_of(engine, world)):
-        path, state = engine.load_checkpoint(
+        _, state = engine.load_checkpoint(
             str(checkpoint.directory.parent), tag=checkpoint.directory.name
         )
-        loaded = path is not None
     else:
         line, state = reshape_checkpoint.load(engine, checkpoint.directory, meta, world, root)
-        loaded = True
-    if not loaded or (state["phase"], state["step"]) != (checkpoint.phase, checkpoint.step):
+    state = state or {}
+    if (state.get("phase"), state.get("step")) != (checkpoint.phase, checkpoint.step):
         raise UserError(f"{checkpoint.directory}: DeepSpeed loaded nothing from it")
     return line
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
@@ -71,18 +71,9 @@ NESTED = {
 }
 """The known keys of each section: a tuple, or a pydantic model with a field per key."""
 
-AUTOCAST_DTYPES = {
-    "bfloat16": "bf16",
-    "bf16": "bf16",
-    "torch.bfloat16": "bf16",
-    "float16": "fp16",
-    "fp16": "fp16",
-    "half": "fp16",
-    "torch.float16": "fp16",
-    "torch.half": "fp16",
-}
-"""DeepSpeed's names of the precision of `torch_autocast`."""
-
+OBJECTS = (*NESTED, "optimizer", "aio", "flops_profiler", "comms_logger")
+PRECISIONS = ("bf16", "fp16", "torch_autocast")
+"""The sections that set a precision."""
 OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay"}
 
 
@@ -108,15 +99,13 @@ def load(path: str | Path) -> dict[str, Any]:
             raise UserError(f"{where}: {key} is not taken from here: {ELSEWHERE[key]}")
         if key not in KEYS:
             raise UserError(f"{where}: unknown key {key}{did_you_mean(key, KEYS)}")
-    for section in (*NESTED, "optimizer", "aio"):
+    for section in OBJECTS:
         if not isinstance(raw.get(section, {}), dict):
             raise UserError(f"{where}: {section} must be an object, not {raw[section]!r}")
-    for section, model in NESTED.items():
-        names = _names(model)
+    for section, names in ((name, _names(model)) for name, model in NESTED.items()):
         for key in raw.get(section, {}):
             if key not in names:
-                hint = did_you_mean(key, names)
-                raise UserError(f"{where}: unknown key {section}.{key}{hint}")
+                raise UserError(f"{where}: unknown key {section}.{key}{did_you_mean(key, names)}")
     optimizer = raw.get("optimizer", {})
     if not isinstance(optimizer.get("params", {}), dict):
         raise UserError(f"{where}: optimizer.params must be an object")
@@ -183,22 +172,21 @@ def resolve(
     config = copy.deepcopy(raw)
     params = config.setdefault("optimizer", {}).setdefault("params", {})
     config["optimizer"].setdefault("type", "AdamW")
-    _fill(params, "lr", phase.lr)
-    _fill(params, "betas", phase.adam_betas)
-    _fill(params, "eps", phase.adam_eps)
-    _fill(params, "weight_decay", phase.weight_decay)
-    _check_optimizer(params)
+    at_least_0 = "a number of at least 0, or auto"
+    for name, default, fits, wanted in (
+        ("lr", phase.lr, _is_not_negative, at_least_0),
+        ("betas", phase.adam_betas, _are_betas, "two numbers in [0, 1), or auto"),
+        ("eps", phase.adam_eps, _is_not_negative, at_least_0),
+        ("weight_decay", phase.weight_decay, _is_not_negative, at_least_0),
+    ):
+        _check(f"optimizer.params.{name}", _fill(params, name, default), fits, wanted)
     clipping = _fill(config, "gradient_clipping", phase.max_grad_norm)
-    if not _is_number(clipping) or clipping < 0:
-        raise _must_be("gradient_clipping", "a number, 0 for none", clipping)
+    _check("gradient_clipping", clipping, _is_not_negative, "a number, 0 for none")
     _resolve_batch(config, batch_size, micro_batches, world_size)
     _resolve_precision(config, precision, bf16_supported, fp16_supported)
+    dtypes = ("fp32", "bf16", "fp16")
     dtype = config.get("data_types", {}).get("grad_accum_dtype", "fp32")
-    if dtype not in ("fp32", "bf16", "fp16"):
-        raise _must_be("data_types.grad_accum_dtype", "fp32, bf16 or fp16", dtype)
-    for section in ("flops_profiler", "comms_logger"):
-        if not isinstance(config.get(section, {}), dict):
-            raise _must_be(section, "an object", config[section])
+    _check("data_types.grad_accum_dtype", dtype, dtypes.__contains__, "fp32, bf16 or fp16")
     # DeepSpeed skips steps whose gradients are not finite by these two: in float32 by
     # the norm, in bf16 at stages 1 and 2 by the check.
     for section, key in (
@@ -211,20 +199,18 @@ def resolve(
                 f"not finite are not skipped"
             )
     # By default DeepSpeed prints nothing of its own into the progress bar.
-    every = config.setdefault("steps_per_print", None)
-    if every is not None and not _is_positive_integer(every):
-        raise _must_be("steps_per_print", "a positive whole number or null", every)
+    if (every := config.setdefault("steps_per_print", None)) is not None:
+        _check("steps_per_print", every, _is_positive, "a positive whole number or null")
     # The optimizer is torch's own AdamW, which needs no compiler; DeepSpeed's check is
     # for its CPU Adam.
     if config.setdefault("zero_force_ds_cpu_optimizer", False) is not False:
         raise UserError(
             "ds_config: zero_force_ds_cpu_optimizer must be false: the optimizer is torch's AdamW"
         )
-    for path, value in _leaves(config):
-        if value == "auto":
-            raise UserError(
-                f"ds_config: {path} is auto, and nothing says what it should be: write a value"
-            )
+    for path in _autos(config):
+        raise UserError(
+            f"ds_config: {path} is auto, and nothing says what it should be: write a value"
+        )
     return config
 
 
@@ -235,31 +221,25 @@ def _fill(section: dict[str, Any], name: str, value: Any) -> Any:
     return section[name]
 
 
-def _must_be(name: str, wanted: str, value: Any) -> UserError:
-    return UserError(f"ds_config: {name} must be {wanted}, not {value!r}")
+def _check(name: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> None:
+    if not fits(value):
+        raise UserError(f"ds_config: {name} must be {wanted}, not {value!r}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_not_negative(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
-def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_positive(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
 
-def _check_optimizer(params: dict[str, Any]) -> None:
-    """Raises UserError for what torch's AdamW would refuse or misread."""
-    for name in ("lr", "eps", "weight_decay"):
-        if not _is_number(params[name]) or params[name] < 0:
-            wanted = "a number of at least 0, or auto"
-            raise _must_be(f"optimizer.params.{name}", wanted, params[name])
-    betas = params["betas"]
-    if (
-        not isinstance(betas, (list, tuple))
-        or len(betas) != 2
-        or not all(_is_number(b) and 0 <= b < 1 for b in betas)
-    ):
-        raise _must_be("optimizer.params.betas", "two numbers in [0, 1), or auto", betas)
+def _are_betas(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(_is_not_negative(beta) and beta < 1 for beta in value)
+    )
 
 
 def _resolve_batch(
@@ -268,12 +248,11 @@ def _resolve_batch(
     """Fills DeepSpeed's batch sizes; they follow from `data.batch_size` and only have to
     be consistent."""
     accumulation = _fill(config, "gradient_accumulation_steps", micro_batches)
-    if not _is_positive_integer(accumulation):
-        raise _must_be("gradient_accumulation_steps", "a positive whole number", accumulation)
+    whole = "a positive whole number"
+    _check("gradient_accumulation_steps", accumulation, _is_positive, whole)
     fitting = -(-batch_size // (accumulation * world_size))
     micro = _fill(config, "train_micro_batch_size_per_gpu", fitting)
-    if not _is_positive_integer(micro):
-        raise _must_be("train_micro_batch_size_per_gpu", "a positive whole number", micro)
+    _check("train_micro_batch_size_per_gpu", micro, _is_positive, whole)
     advice = "leave them auto, and set --data.batch_size"
     if micro != fitting:
         raise UserError(
@@ -293,19 +272,17 @@ def _resolve_precision(
     config: dict[str, Any], precision: str, bf16_supported: bool, fp16_supported: bool
 ) -> None:
     wanted = "bf16" if precision == "auto" else precision
-    sections = [name for name in ("bf16", "fp16", "torch_autocast") if name in config]
-    for name in sections:
+    for name in (name for name in PRECISIONS if name in config):
         enabled = config[name].get("enabled", False)
         if enabled == "auto":
             config[name]["enabled"] = _kind(config, name) == wanted
-        elif not isinstance(enabled, bool):
-            raise UserError(
-                f'ds_config: {name}.enabled must be true, false or "auto", not {enabled!r}'
-            )
-    on = [name for name in sections if config[name].get("enabled", False)]
+        else:
+            of_three = 'true, false or "auto"'
+            _check(f"{name}.enabled", enabled, lambda value: isinstance(value, bool), of_three)
+    on = _enabled(config)
     if len(on) > 1:
         raise UserError(f"ds_config: {' and '.join(on)} are both enabled: keep one")
-    got = _kind(config, on[0]) if on else "fp32"
+    got = precision_of(config)
     if precision not in ("auto", got):
         raise UserError(
             f'--precision {precision}, but the ds_config gives {got}: set its "enabled" to "auto"'
@@ -333,26 +310,29 @@ def _kind(config: dict[str, Any], section: str) -> str:
     if section != "torch_autocast":
         return section
     name = str(config[section].get("dtype", "bfloat16"))
-    if name not in AUTOCAST_DTYPES:
-        raise UserError(f"ds_config: torch_autocast.dtype is {name!r}, not bfloat16 or float16")
-    return AUTOCAST_DTYPES[name]
+    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    try:
+        return kinds[DtypeEnum(name).value]
+    except (ValueError, KeyError):
+        raise UserError(
+            f"ds_config: torch_autocast.dtype is {name!r}, not bfloat16 or float16"
+        ) from None
+
+
+def _enabled(config: dict[str, Any]) -> list[str]:
+    return [name for name in PRECISIONS if config.get(name, {}).get("enabled", False)]
 
 
 def precision_of(resolved: dict[str, Any]) -> str:
     """bf16, fp16 or fp32: the precision of a resolved configuration."""
-    for name in ("bf16", "fp16", "torch_autocast"):
-        if resolved.get(name, {}).get("enabled", False):
-            return _kind(resolved, name)
-    return "fp32"
+    return next((_kind(resolved, name) for name in _enabled(resolved)), "fp32")
 
 
 def parameter_dtype(resolved: dict[str, Any]) -> torch.dtype:
     """The dtype of the engine's parameters: float32 under `torch_autocast`, which casts
     copies of them."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if resolved.get(name, {}).get("enabled", False):
-            return dtype
-    return torch.float32
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "torch_autocast": torch.float32}
+    return next((dtypes[name] for name in _enabled(resolved)), torch.float32)
 
 
 def zero_stage(resolved: dict[str, Any]) -> int:
@@ -361,25 +341,19 @@ def zero_stage(resolved: dict[str, Any]) -> int:
 
 
 def _names(section: Any) -> set[str]:
-    """The keys that a section may have: those of a tuple, or the fields of a pydantic
-    model with their aliases."""
+    """The keys that a section may have, aliases of a pydantic model included."""
     if isinstance(section, tuple):
         return set(section)
     fields = section.model_fields
     return set(fields) | {str(field.alias) for field in fields.values() if field.alias}
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items = (
-        tree.items()
-        if isinstance(tree, dict)
-        else enumerate(tree)
-        if isinstance(tree, list)
-        else ()
+def _autos(tree: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Where a configuration still has `auto`."""
+    if tree == "auto":
+        yield ".".join(path)
+    branches = (
+        tree if isinstance(tree, dict) else dict(enumerate(tree if isinstance(tree, list) else ()))
     )
-    for key, value in items:
-        path = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, (dict, list)):
-            yield from _leaves(value, path)
-        else:
-            yield path, value
+    for key, value in branches.items():
+        yield from _autos(value, (*path, str(key)))

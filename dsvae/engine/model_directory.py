@@ -102,11 +102,8 @@ class ModelDirectory:
             (self._temporary / f"{i}.safetensors").rename(self._temporary / name)
         # The file's own class name and dtype, not those of the running model.
         config = type(model.config).from_dict(model.config.to_dict())
-        config.architectures, config.dtype, config.t5.dtype = (
-            [type(model).__name__],
-            torch.float32,
-            torch.float32,
-        )
+        config.architectures = [type(model).__name__]
+        config.dtype = config.t5.dtype = torch.float32
         config.save_pretrained(self._temporary)
         model.generation_config.save_pretrained(self._temporary)
         extras(self._temporary)

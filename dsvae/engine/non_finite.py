@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from dsvae.data.batches import Step
 from dsvae.engine.engine import PhaseEngine, StepSums
@@ -15,32 +16,20 @@ from dsvae.parallel.world import World
 from dsvae.run_directory import RunDirectory
 
 
+@dataclass
 class SkippedSteps:
-    """Counts the skipped steps in a row of one phase.
+    """Counts the skipped steps in a row of one phase."""
 
-    Args:
-        limit: how many in a row end the run.
-        directory: where the last of their batches is saved.
-        decode: turns token ids into a sentence.
-        say: gets lines for the console.
-    """
-
-    def __init__(
-        self,
-        limit: int,
-        directory: RunDirectory,
-        phase: int,
-        decode: Callable[[list[int]], str],
-        say: Callable[[str], None],
-    ) -> None:
-        self._limit, self._directory, self._phase, self._decode, self._say = (
-            limit,
-            directory,
-            phase,
-            decode,
-            say,
-        )
-        self._in_a_row = 0
+    limit: int
+    """How many in a row end the run."""
+    directory: RunDirectory
+    """Where the last of their batches is saved."""
+    phase: int
+    decode: Callable[[list[int]], str]
+    """Turns token ids into a sentence."""
+    say: Callable[[str], None]
+    """Gets lines for the console."""
+    in_a_row: int = 0
 
     def count(
         self, engine: PhaseEngine, world: World, index: int, step: Step, sums: StepSums
@@ -51,25 +40,25 @@ class SkippedSteps:
             RunStopped: on every rank: the limit is reached.
         """
         if not sums.skipped:
-            self._in_a_row = 0
+            self.in_a_row = 0
             return
         rec, kl = sums.means(world)
         if engine.precision == "fp16" and math.isfinite(rec) and bool(kl.isfinite().all()):
             return  # the loss scale is still too high, and gradients overflowed
-        self._in_a_row += 1
-        where = f"phase {self._phase}, step {index + 1}"
-        self._say(
+        self.in_a_row += 1
+        where = f"phase {self.phase}, step {index + 1}"
+        self.say(
             f"warning: {where} is skipped on all ranks: its loss or gradients are not finite "
             f"(rec {rec:.4g})"
         )
-        if self._in_a_row < self._limit:
+        if self.in_a_row < self.limit:
             return
-        path = self._directory.non_finite(self._phase, index + 1)
+        path = self.directory.non_finite(self.phase, index + 1)
         rows = [row for part in world.gather(engine.inspect(index, step)) for row in part]
 
         def write() -> None:
             lines = [
-                json.dumps(finite(row | {"text": self._decode(row["labels"])}), ensure_ascii=False)
+                json.dumps(finite(row | {"text": self.decode(row["labels"])}), ensure_ascii=False)
                 for row in rows
             ]
             write_text(path, "".join(line + "\n" for line in lines))
@@ -77,7 +66,7 @@ class SkippedSteps:
         world.run_on_rank0(write)
         raise RunStopped(
             EXIT_NON_FINITE,
-            f"error: {where}: loss or gradients of {self._in_a_row} steps in a row were not "
+            f"error: {where}: loss or gradients of {self.in_a_row} steps in a row were not "
             f"finite; the last batch is in {path}; lower the learning rate or clip gradients, in "
             f"a new output_dir",
         )

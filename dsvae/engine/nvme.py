@@ -22,7 +22,7 @@ import hashlib
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
 from dsvae.errors import EXIT_DISK, RunStopped, UserError, first_line
-from dsvae.parallel.world import World, shared
+from dsvae.parallel.world import World
 
 SECTIONS = ("offload_optimizer", "offload_param")
 STATES = 16
@@ -76,11 +76,8 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
         # Of a weight that is in memory when the optimizer steps, the disk keeps the old
         # value, or its buffer is never freed.
         zero = DeepSpeedZeroConfig(**resolved["zero_optimization"])
-        for name, value in (
-            ("prefetch_bucket_size", zero.prefetch_bucket_size),
-            ("max_reuse_distance", zero.max_reuse_distance),
-        ):
-            if value != 0:
+        for name in ("prefetch_bucket_size", "max_reuse_distance"):
+            if (value := getattr(zero, name)) != 0:
                 raise UserError(
                     f"ds_config: zero_optimization.stage3_{name} must be 0 with weights on a "
                     f"disk, not {value:g}"
@@ -94,15 +91,23 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
     places = sorted({Path(section["nvme_path"]) for section in on_disk.values()})
     # Not by LOCAL_RANK: it is 0 on all ranks of a node where each sees one GPU.
     first = bool(places) and world.gather(host).index(host) == world.rank
+
+    def prepare() -> None:
+        if first:
+            _compile()
+            for directory in places:
+                _make(directory)
+
+    def try_all() -> None:
+        for directory in places:
+            _try(directory, resolved, world.rank)
+
     try:
         if places:
             # One rank per node makes the directories, and compiles DeepSpeed's I/O where
             # needed; then every rank tries them.
-            with world.suspend_hang_detection():
-                _agree((_compile() or _first(_make, places)) if first else None, world)
-                _agree(
-                    _first(lambda directory: _try(directory, resolved, world.rank), places), world
-                )
+            world.run_on_all(prepare)
+            world.run_on_all(try_all)
         yield
     finally:
         if first:
@@ -131,19 +136,17 @@ def make_room(resolved: dict[str, Any], model: nn.Module, world: World) -> None:
         return
     host = socket.gethostname()
     disks = [
-        (host, os.stat(place).st_dev, place, size, shutil.disk_usage(place).free)
+        ((host, os.stat(place).st_dev), place, size, shutil.disk_usage(place).free)
         for place, size in needed.items()
     ]
     everywhere = [disk for rank in world.gather(disks) for disk in rank]
-    for host, device, place, _, free in everywhere:
-        total = sum(
-            size for other, number, _, size, _ in everywhere if (other, number) == (host, device)
-        )
+    for disk, place, _, free in everywhere:
+        total = sum(size for other, _, size, _ in everywhere if other == disk)
         if total > free:
             raise RunStopped(
                 EXIT_DISK,
-                f"error: {Path(place).parent} on {host}: weights and optimizer states take up to "
-                f"{total / 1e9:.1f} GB there, and {free / 1e9:.1f} GB are free: make room, set "
+                f"error: {Path(place).parent} on {disk[0]}: weights and optimizer states take up "
+                f"to {total / 1e9:.1f} GB there, and {free / 1e9:.1f} GB are free: make room, set "
                 f"another nvme_path, or use more ranks",
             )
 
@@ -175,38 +178,27 @@ def sections(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: section for name, section in offload.items() if section.get("device") == "nvme"}
 
 
-def _first(check: Callable[[Path], str | None], places: list[Path]) -> str | None:
-    """The first problem that a check finds with one of the directories."""
-    return next(filter(None, map(check, places)), None)
-
-
-def _agree(problem: str | None, world: World) -> None:
-    """Raises UserError on every rank if any has a problem. Collective."""
-    if first := next(filter(None, world.gather(problem)), None):
-        raise shared(UserError(first))
-
-
-def _compile() -> str | None:
-    """Compiles DeepSpeed's disk I/O, which takes minutes, once per machine; the problem,
-    if there is one."""
+def _compile() -> None:
+    """Compiles DeepSpeed's disk I/O, which takes minutes, once per machine."""
     builder = AsyncIOBuilder()
     if not builder.is_compatible(verbose=False):
-        return (
+        raise UserError(
             "offload to a disk needs a C++ compiler and libaio's headers (apt-get install g++ "
             "libaio-dev)"
         )
     try:
         builder.load(verbose=False)
     except (RuntimeError, OSError) as error:
-        return f"offload to a disk: DeepSpeed's I/O does not compile: {first_line(error)}"
-    return None
+        raise UserError(
+            f"offload to a disk: DeepSpeed's I/O does not compile: {first_line(error)}"
+        ) from error
 
 
-def _make(directory: Path) -> str | None:
+def _make(directory: Path) -> None:
     parent, host = directory.parent, socket.gethostname()
     # Not made if it is missing: a misspelt path would fill the system's disk.
     if not parent.is_dir():
-        return (
+        raise UserError(
             f"ds_config: nvme_path {parent} is no directory on {host}: make it on a local disk, "
             f"or set another path"
         )
@@ -214,22 +206,14 @@ def _make(directory: Path) -> str | None:
         shutil.rmtree(directory, ignore_errors=True)  # what a killed run left
         directory.mkdir()
     except OSError as error:
-        return f"ds_config: nvme_path {parent} on {host}: {error.strerror}"
-    return None
+        raise UserError(f"ds_config: nvme_path {parent} on {host}: {error.strerror}") from error
 
 
-def _try(directory: Path, resolved: dict[str, Any], rank: int) -> str | None:
-    """Writes and reads back as DeepSpeed will, with the smallest alignment of address and
-    length; the problem, if there is one."""
+def _try(directory: Path, resolved: dict[str, Any], rank: int) -> None:
+    """Writes and reads back as DeepSpeed will, with the smallest alignment."""
     aio = get_aio_config(resolved)
-    io = AsyncIOBuilder().load(verbose=False)
-    handle = io.aio_handle(
-        block_size=aio["block_size"],
-        queue_depth=aio["queue_depth"],
-        single_submit=aio["single_submit"],
-        overlap_events=aio["overlap_events"],
-        intra_op_parallelism=aio["intra_op_parallelism"],
-    )
+    names = ("block_size", "queue_depth", "single_submit", "overlap_events", "intra_op_parallelism")
+    handle = AsyncIOBuilder().load(verbose=False).aio_handle(**{name: aio[name] for name in names})
     unit = AIO_ALIGNED_BYTES * aio["intra_op_parallelism"]
     length = max(1 << 20, aio["block_size"]) // unit * unit + unit
     buffers = [
@@ -241,21 +225,22 @@ def _try(directory: Path, resolved: dict[str, Any], rank: int) -> str | None:
     read.zero_()
     path = directory / f"try{rank}"
     try:
-        done = (
-            handle.sync_pwrite(written, str(path), 0),
-            path.exists() and handle.sync_pread(read, str(path), 0),
+        returned = (
+            handle.sync_pwrite(written, str(path), 0) == 1
+            and path.exists()
+            and handle.sync_pread(read, str(path), 0) == 1
+            and torch.equal(read, written)
         )
-        if done == (1, 1) and torch.equal(read, written):
-            return None
     finally:
         path.unlink(missing_ok=True)
         for buffer in buffers:
             handle.free_cpu_locked_tensor(buffer)
-    return (
-        f"ds_config: nvme_path {directory.parent} on {socket.gethostname()} does not return "
-        f"what direct I/O wrote in pieces of {unit} bytes: choose a directory on a local disk "
-        f"(ext4 or xfs, sectors of 512 bytes)"
-    )
+    if not returned:
+        raise UserError(
+            f"ds_config: nvme_path {directory.parent} on {socket.gethostname()} does not return "
+            f"what direct I/O wrote in pieces of {unit} bytes: choose a directory on a local disk "
+            f"(ext4 or xfs, sectors of 512 bytes)"
+        )
 
 
 def _aligned_parts(
@@ -290,8 +275,8 @@ def _states(optimizer: Any) -> dict[str, Any]:
     """A rank's states in the form in which DeepSpeed saves those in memory. What is on
     the disk is mapped, and takes no memory until it is read."""
     saved: dict[str, Any] = optimizer._rigid_state_dict()
-    flat = list(saved[FP32_FLAT_GROUPS])
-    states = dict(saved[OPTIMIZER_STATE_DICT]["state"])
+    flat = saved[FP32_FLAT_GROUPS] = list(saved[FP32_FLAT_GROUPS])  # else the optimizer's own
+    states = saved[OPTIMIZER_STATE_DICT]["state"]
     for index, (number, weights) in enumerate(_in_order(optimizer)):
         if not optimizer._swappable_optimizer_subgroup(number):
             continue
@@ -307,11 +292,7 @@ def _states(optimizer: Any) -> dict[str, Any]:
             states[index] = {
                 name: on_disk.get(id(value), value) for name, value in states[index].items()
             }
-    return {
-        **saved,
-        FP32_FLAT_GROUPS: flat,
-        OPTIMIZER_STATE_DICT: {**saved[OPTIMIZER_STATE_DICT], "state": states},
-    }
+    return saved
 
 
 def _in_order(optimizer: Any) -> list[tuple[int, Any]]:
@@ -330,11 +311,8 @@ def _load(optimizer: Any, saved: dict[str, Any], load_optimizer_states: bool = T
     """Loads a rank's states from a checkpoint, in place of DeepSpeed's ZeRO-3 loader:
     each may have been, and may go, in memory or on a disk."""
     assert load_optimizer_states  # nothing here asks for less
-    optimizer.loss_scaler = saved[LOSS_SCALER]
-    optimizer.dynamic_loss_scale, optimizer.overflow = (
-        saved["dynamic_loss_scale"],
-        saved["overflow"],
-    )
+    optimizer.loss_scaler, optimizer.overflow = saved[LOSS_SCALER], saved["overflow"]
+    optimizer.dynamic_loss_scale = saved["dynamic_loss_scale"]
     optimizer._set_fp32_optimizer_param_groups()
     optimizer.optimizer.load_state_dict(saved[OPTIMIZER_STATE_DICT])
     optimizer._clear_fp32_optimizer_param_groups()
@@ -343,12 +321,8 @@ def _load(optimizer: Any, saved: dict[str, Any], load_optimizer_states: bool = T
     ):
         swapped = optimizer._swappable_optimizer_subgroup(number)
         if swapped:
-            _put(
-                optimizer.optimizer_swapper,
-                optimizer.optimizer.state.get(weights, {}),
-                weights,
-                value,
-            )
+            state = optimizer.optimizer.state.get(weights, {})
+            _put(optimizer.optimizer_swapper, state, weights, value)
             optimizer._prepare_sub_group(number, set())
         else:
             weights.data.copy_(value.data)
@@ -358,8 +332,7 @@ def _load(optimizer: Any, saved: dict[str, Any], load_optimizer_states: bool = T
 
 
 def _put(swapper: Any, state: dict[str, Any], weights: Any, value: Tensor) -> None:
-    """Moves the float32 weights and the moments of a sub-group into the swapper's
-    files."""
+    """Moves a sub-group's float32 weights and moments into the swapper's files."""
     info = swapper.swap_params_info[weights.ds_id]
     moments = {
         name: each

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def clean(root: Path) -> None:
 
 def load(
     engine: Any, source: Path, meta: dict[str, Any], world: World, root: Path
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, dict[str, Any] | None]:
     """Puts an engine into the state of a checkpoint of another shape. Collective.
 
     Args:
@@ -90,7 +91,7 @@ def load(
 
     Returns:
         One line that says what was converted, carried and reset; and the checkpoint's
-        client state.
+        client state, None if DeepSpeed loaded nothing.
 
     Raises:
         UserError: a shape that cannot be converted, or DeepSpeed's converter failed.
@@ -104,13 +105,11 @@ def load(
     directory = root / SCRATCH / CONVERTED
     try:
         world.run_on_rank0(lambda: _convert(source, meta, now, directory, names, engine.module))
-        path, state = _load_converted(engine, directory, now)
+        state = _load_converted(engine, directory, now)
         world.barrier()
     finally:
         if world.is_main:
             clean(root)
-    if path is None:
-        raise UserError(f"{source}: DeepSpeed loaded nothing from its conversion")
     return _line(source, meta, now), state
 
 
@@ -122,8 +121,7 @@ def _refuse(
     names: list[list[str]],
     world: World,
 ) -> None:
-    """Raises UserError on every rank for what DeepSpeed's converter or its loader cannot
-    do. Collective."""
+    """Raises UserError on every rank for what DeepSpeed cannot do. Collective."""
     advice = f"resume with {_describe(meta)}, or start anew from exported weights with --model"
     if nvme.sections(engine.config):
         raise UserError(
@@ -133,8 +131,7 @@ def _refuse(
     for shape, optimizer in ((meta, meta.get("optimizer", "AdamW")), (now, now["optimizer"])):
         if shape["zero_stage"] == 0 and optimizer != "AdamW":
             raise UserError(
-                f"{source}: {_describe(meta)} -> {_describe(now)}: ZeRO 0 converts with float32 "
-                f"weights only "
+                f"{source}: {_way(meta, now)}: ZeRO 0 converts with float32 weights only "
                 f"(torch_autocast, as in ds_configs/zero0.json, or --precision fp32): {advice}"
             )
     if now["zero_stage"] in (1, 2):
@@ -159,8 +156,7 @@ def _convert(
     names: list[list[str]],
     module: nn.Module,
 ) -> None:
-    """Writes the checkpoint into `directory` as an engine of shape `now` reads it. Rank 0
-    alone."""
+    """Writes the checkpoint as an engine of shape `now` reads it. Rank 0 alone."""
     root = directory.parent.parent
     clean(root)
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
@@ -173,50 +169,41 @@ def _convert(
     if free < needed:
         raise RunStopped(
             EXIT_DISK,
-            f"error: {source}: converting it from {_describe(meta)} to {_describe(now)} takes "
-            f"about {needed / 1e9:.1f} GB in {root} for a while, and {free / 1e9:.1f} GB are "
-            f"free: make room, or resume with {_describe(meta)}",
+            f"error: {source}: converting it {_way(meta, now)} takes about {needed / 1e9:.1f} GB "
+            f"in {root} for a while, and {free / 1e9:.1f} GB are free: make room, or resume with "
+            f"{_describe(meta)}",
         )
     try:
         directory.mkdir(parents=True)
-        common = torch.load(
-            source / _common_file(meta["zero_stage"]),
-            map_location="cpu",
-            weights_only=False,
-            mmap=True,
-        )
+        common = _read(source / _common_file(meta["zero_stage"]), mmap=True)
         if meta["zero_stage"] == 0:
             groups, step, scaler = _from_whole(common, directory, names)
         else:
-            groups, step, scaler = _from_shards(source, directory)
-        trained = [name for group in names for name in group]
-        missing = [name for name in trained if not _file(directory, name, MOMENTS[1]).is_file()]
+            groups, step, scaler = _from_shards(source, directory, meta["zero_stage"])
+        missing = [
+            name
+            for group in names
+            for name in group
+            if not _file(directory, name, MOMENTS[1]).is_file()
+        ]
         if missing or len(groups) != len(names):
             what = missing[0] if missing else "a parameter group"
             raise ValueError(f"it lacks the optimizer's states of {what}")
-        drop = (
-            "module",
-            "optimizer",
-            "param_shapes",
-            "frozen_param_shapes",
-            "frozen_param_fragments",
-            "shared_params",
-        )
-        common = {key: value for key, value in common.items() if key not in drop}
+        dropped = {"module", "optimizer", "param_shapes", "shared_params"}
+        dropped |= {"frozen_param_shapes", "frozen_param_fragments"}
+        common = {key: value for key, value in common.items() if key not in dropped}
         if now["zero_stage"] == 0:
             _to_whole(common, directory, names, groups, step, module)
         else:
             # A loss scale belongs to its precision.
             same = meta.get("dtype", now["dtype"]) == now["dtype"]
-            bare = trained if meta["zero_stage"] == 3 else []
-            scaler = scaler if same else {}
-            _to_shards(common, directory, bare, groups, step, scaler, now["zero_stage"])
+            _to_shards(common, directory, groups, step, scaler if same else {}, now["zero_stage"])
     except Exception as error:  # any: the other ranks wait for an answer
         clean(root)
         what = " ".join(str(error).split()) or type(error).__name__
         line = (
-            f"{source}: converting it from {_describe(meta)} to {_describe(now)} failed "
-            f"({what}); the checkpoint itself is unchanged: resume with {_describe(meta)}"
+            f"{source}: converting it {_way(meta, now)} failed ({what}); the checkpoint itself "
+            f"is unchanged: resume with {_describe(meta)}"
         )
         # torch's writer raises RuntimeError on a full disk
         if isinstance(error, OSError) or "PytorchStreamWriter" in what:
@@ -224,7 +211,9 @@ def _convert(
         raise UserError(line) from error
 
 
-def _from_shards(source: Path, directory: Path) -> tuple[list[dict], float, dict[str, Any]]:
+def _from_shards(
+    source: Path, directory: Path, stage: int
+) -> tuple[list[dict], float, dict[str, Any]]:
     """DeepSpeed's conversion of a checkpoint of ZeRO 1 to 3: (hyperparameters by group,
     AdamW's step, the loss scaler)."""
     # No worker processes: a process that has threads of gloo, NCCL and OpenMP may hang
@@ -240,9 +229,11 @@ def _from_shards(source: Path, directory: Path) -> tuple[list[dict], float, dict
     )
     with no_output():
         ds_to_universal.main(arguments)
-    saved = torch.load(
-        directory / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False
-    )
+    if stage == 3:  # whose tensors are written bare
+        for key in (WEIGHT, *MOMENTS):
+            for path in (directory / "zero").glob(f"*/{key}.pt"):
+                torch.save({PARAM: torch.load(path, map_location="cpu")}, path)
+    saved = _read(directory / "zero" / "optimizer_state.pt")
     # ZeRO 3 has the optimizer's state here; 1 and 2 leave the step beside the parameters.
     state = saved.get(OPTIMIZER_STATE_DICT, saved.get(BASE_OPTIMIZER_STATE, {})).get("state")
     if state:
@@ -283,25 +274,19 @@ def _file(directory: Path, name: str, key: str) -> Path:
     return directory / "zero" / name / f"{key}.pt"
 
 
+def _read(path: Path, mmap: bool = False) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=mmap)
+
+
 def _to_shards(
     common: dict[str, Any],
     directory: Path,
-    bare: list[str],
     groups: list[dict],
     step: float,
     scaler: dict[str, Any],
     stage: int,
 ) -> None:
-    """Completes a converted checkpoint so that the universal loaders of ZeRO 1, 2 and 3
-    all read it.
-
-    Args:
-        bare: the parameters whose files hold bare tensors, as ZeRO 3's are converted.
-    """
-    for name in bare:
-        for key in (WEIGHT, *MOMENTS):
-            path = _file(directory, name, key)
-            torch.save({PARAM: torch.load(path, map_location="cpu")}, path)
+    """Completes a conversion so that the loaders of ZeRO 1, 2 and 3 all read it."""
     state = {
         **scaler,
         DS_VERSION: common[DS_VERSION],
@@ -324,29 +309,27 @@ def _to_whole(
     """Writes a converted checkpoint as the one file of ZeRO 0."""
 
     def read(name: str, key: str) -> Tensor:
-        path = _file(directory, name, key)
-        saved = torch.load(path, map_location="cpu", weights_only=False)
-        return (saved[PARAM] if isinstance(saved, dict) else saved).float().view(shapes[name])
+        return _read(_file(directory, name, key))[PARAM].float().view(parameters[name].shape)
 
     parameters = dict(module.named_parameters())
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    trained = {id(parameters[name]): name for group in names for name in group}
-    weights = {name: read(name, WEIGHT) for group in names for name in group}
+    order = [name for group in names for name in group]
+    trained = {id(parameters[name]): name for name in order}
+    weights = {name: read(name, WEIGHT) for name in order}
     # Tied weights have several names; frozen ones are those of the model that the run
     # begins with.
     states = {
         name: weights[trained[id(value)]] if id(value) in trained else value.detach().cpu()
         for name, value in module.state_dict(keep_vars=True).items()
     }
-    moments, counted, index = {}, [], 0
-    for group, group_names in zip(groups, names, strict=True):
-        for i, name in enumerate(group_names):
-            moments[index + i] = {
-                "step": torch.tensor(step),
-                **{key: read(name, key) for key in MOMENTS},
-            }
-        counted.append({**group, "params": list(range(index, index + len(group_names)))})
-        index += len(group_names)
+    moments = {
+        index: {"step": torch.tensor(step), **{key: read(name, key) for key in MOMENTS}}
+        for index, name in enumerate(order)
+    }
+    indices = iter(moments)
+    counted = [
+        {**group, "params": list(islice(indices, len(group_names)))}
+        for group, group_names in zip(groups, names, strict=True)
+    ]
     whole = {**common, "module": states, "optimizer": {"state": moments, PARAM_GROUPS: counted}}
     torch.save(whole, directory / _common_file(0))
 
@@ -356,23 +339,18 @@ def _common_file(stage: int) -> str:
     return f"{'zero_pp_rank_0_' if stage == 3 else ''}mp_rank_00_model_states.pt"
 
 
-def _load_converted(
-    engine: Any, directory: Path, now: dict[str, Any]
-) -> tuple[str | None, dict[str, Any]]:
-    """Loads what `_convert` wrote through DeepSpeed's own loaders: (path or None, client
-    state). Collective."""
+def _load_converted(engine: Any, directory: Path, now: dict[str, Any]) -> dict[str, Any] | None:
+    """Loads a conversion with DeepSpeed's loaders; the client state. Collective."""
     if now["zero_stage"] == 0:
-        return engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        return engine.load_checkpoint(str(directory.parent), tag=directory.name)[1]
     # The same as `checkpoint: {load_universal: true}` in a ds_config, but for this load
     # alone: the next engine of the run, or the next start, loads a plain checkpoint.
     engine._config.load_universal_checkpoint = True
     try:
-        path, state = engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        _, state = engine.load_checkpoint(str(directory.parent), tag=directory.name)
     finally:
         engine._config.load_universal_checkpoint = False
-    saved = torch.load(
-        directory / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False
-    )
+    saved = _read(directory / "zero" / "optimizer_state.pt")
     optimizer = engine.basic_optimizer
     # ZeRO 3's loader gives every group the values of the first, so the second would have
     # weight decay.
@@ -383,7 +361,7 @@ def _load_converted(
     step = float(saved[OPTIMIZER_STATE_DICT]["state"][0]["step"])
     for partition, values in optimizer.state.items():
         values["step"] = torch.tensor(step, dtype=torch.float32, device=partition.device)
-    return path, state
+    return state
 
 
 def _describe(shape: dict[str, Any]) -> str:
@@ -391,11 +369,14 @@ def _describe(shape: dict[str, Any]) -> str:
     return f"{shape['world_size']} rank(s) at ZeRO {shape['zero_stage']}{dtype}"
 
 
+def _way(meta: dict[str, Any], now: dict[str, Any]) -> str:
+    return f"from {_describe(meta)} to {_describe(now)}"
+
+
 def _line(source: Path, meta: dict[str, Any], now: dict[str, Any]) -> str:
     scaled = "float16" in (meta.get("dtype"), now["dtype"]) and meta.get("dtype") != now["dtype"]
     reset = "the loss scale of fp16" if scaled else "nothing"
     return (
-        f"{source} converted from {_describe(meta)} to {_describe(now)}: carried over: weights in "
-        f"float32, AdamW's moments and step, learning-rate schedule, place in the data; "
-        f"reset: {reset}"
+        f"{source} converted {_way(meta, now)}: carried over: weights in float32, AdamW's moments "
+        f"and step, learning-rate schedule, place in the data; reset: {reset}"
     )

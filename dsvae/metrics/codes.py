@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -23,17 +24,17 @@ def of_codes(posterior: Distribution, draws: Tensor, continuous: bool) -> dict[s
         continuous: `Family.continuous`.
     """
     parameters = posterior.tensors()
-    if continuous:
-        found = {"hoyer": average_hoyer(posterior.point), "hoyer_draws": average_hoyer(draws)}
-        if "spike" in parameters:
-            found["units_used"] = float((1 - parameters["spike"].double()).sum(1).mean())
-        return found
-    probabilities = parameters["probabilities"]
-    return {
-        "tc": total_correlation(probabilities),
-        "tc_pairwise": pairwise_total_correlation(probabilities),
-        "marginal_kl_units": marginal_kl_of_variables(probabilities),
-    }
+    if not continuous:
+        probabilities = parameters["probabilities"]
+        return {
+            "tc": total_correlation(probabilities),
+            "tc_pairwise": pairwise_total_correlation(probabilities),
+            "marginal_kl_units": marginal_kl_of_variables(probabilities),
+        }
+    sparsity = {"hoyer": average_hoyer(posterior.point), "hoyer_draws": average_hoyer(draws)}
+    if "spike" in parameters:
+        sparsity["units_used"] = float((1 - parameters["spike"].double()).sum(1).mean())
+    return sparsity
 
 
 def hoyer(z: Tensor) -> Tensor:
@@ -109,13 +110,12 @@ def total_correlation(probabilities: Tensor) -> float:
         return math.nan
     joint = torch.zeros(values**variables, dtype=torch.float64)
     for each in p:
-        code = each[0]
-        for row in each[1:]:
-            code = (code[:, None] * row).flatten()
-        joint += code / n
-    mean = p.mean(0)
-    independent = mean[0]
-    for row in mean[1:]:
-        independent = (independent[:, None] * row).flatten()
+        joint += _product(each) / n
+    independent = _product(p.mean(0))
     seen = joint > 0
     return float((joint[seen] * (joint[seen].log() - independent[seen].log())).sum())
+
+
+def _product(rows: Tensor) -> Tensor:
+    """The probabilities of all codes (K**D,) of independent variables, rows (D, K)."""
+    return reduce(lambda codes, row: torch.outer(codes, row).flatten(), rows)

@@ -78,14 +78,14 @@ def scores(
         informativeness; `information` and `importance`, (U, K).
     """
     information = mutual_information_matrix(codes, factors, columns)
-    gaps = mig_gaps(information, factors)
+    mig = mig_gaps(information, factors)
     train, test = _split(len(codes), seed)
     importance, accuracy = _importance(codes, factors, train, test, seed, columns)
     completeness = dci_completeness_per_factor(importance)
-    sap = sap_gaps(sap_scores(codes, factors, train, test, columns))
+    sap = gaps(sap_scores(codes, factors, train, test, columns))
     difference, error = z_diff(codes, factors, seed, columns)
     return {
-        "mig": float(gaps.mean()),
+        "mig": float(mig.mean()),
         "dci_disentanglement": dci_disentanglement(importance),
         "dci_completeness": float(completeness.mean()),
         "dci_informativeness": float(accuracy.mean()),
@@ -94,7 +94,7 @@ def scores(
         "se": {"z_diff": error},
         "per_factor": {
             name: {
-                "mig_gap": float(gaps[k]),
+                "mig_gap": float(mig[k]),
                 "sap_gap": float(sap[k]),
                 "completeness": float(completeness[k]),
                 "informativeness": float(accuracy[k]),
@@ -125,7 +125,7 @@ def mig_gaps(information: NDArray[np.float64], factors: Factors) -> NDArray[np.f
     A single unit has no second one: its gap is its whole information.
     """
     entropy = np.array([mutual_info_score(v, v) for v in factors.T])
-    return _gap(information) / entropy
+    return gaps(information) / entropy
 
 
 def dci_disentanglement(importance: NDArray[np.float64]) -> float:
@@ -212,10 +212,11 @@ def sap_scores(
     return scores
 
 
-def sap_gaps(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Best minus second-best score of every factor, (K,); their mean is the separated
-    attribute predictability."""
-    return _gap(scores)
+def gaps(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Best minus second-best of the scores (U, K) of every factor, (K,); of `sap_scores`
+    their mean is the separated attribute predictability."""
+    ordered = np.sort(scores, axis=0)[::-1]
+    return ordered[0] - ordered[1] if len(ordered) > 1 else ordered[0]
 
 
 def _importance(
@@ -229,17 +230,16 @@ def _importance(
     """Importances (U, K) and held-out accuracies (K,) of random forests that predict
     each factor from all units (a choice of the DCI paper). The importance of a category
     is the sum over its columns."""
-    importance = np.zeros((codes.shape[1] // columns, factors.shape[1]))
-    accuracy = np.zeros(factors.shape[1])
-    for k, values in enumerate(factors.T):
-        state = seed % 2**32  # scikit-learn takes no more
+    importance, accuracy = [], []
+    state = seed % 2**32  # scikit-learn takes no more
+    for values in factors.T:
         forest = RandomForestClassifier(
             TREES, min_samples_leaf=LEAF, max_features=None, max_samples=0.5, random_state=state
         )
         forest.fit(codes[train], values[train])
-        importance[:, k] = _blocks(forest.feature_importances_, columns).sum(-1)
-        accuracy[k] = forest.score(codes[test], values[test])
-    return importance, accuracy
+        importance.append(_blocks(forest.feature_importances_, columns).sum(-1))
+        accuracy.append(forest.score(codes[test], values[test]))
+    return np.stack(importance, 1), np.array(accuracy)
 
 
 def _blocks(codes: NDArray[Any], columns: int) -> NDArray[Any]:
@@ -253,18 +253,12 @@ def _split(count: int, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return order[held_out:], order[:held_out]
 
 
-def _gap(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The largest minus the second largest of every column."""
-    ordered = np.sort(scores, axis=0)[::-1]
-    return ordered[0] - ordered[1] if len(ordered) > 1 else ordered[0]
-
-
 def _entropy(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     """The entropy of every row as a distribution, to the base of its length, from 0 to 1.
     It is 1 for a row of zeros, which says nothing."""
-    if rows.shape[1] == 1:
+    count = rows.shape[1]
+    if count == 1:
         return np.zeros(len(rows))
     total = rows.sum(1, keepdims=True)
-    p = np.divide(rows, total, out=np.full_like(rows, 1 / rows.shape[1]), where=total > 0)
-    logs = np.log(p, out=np.zeros_like(p), where=p > 0)
-    return -(p * logs).sum(1) / np.log(rows.shape[1])
+    p = np.divide(rows, total, out=np.full_like(rows, 1 / count), where=total > 0)
+    return -(p * np.log(np.where(p > 0, p, 1))).sum(1) / np.log(count)

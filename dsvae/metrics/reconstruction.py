@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import eq
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,8 @@ def compare(
     exact = torch.tensor(
         [a.split() == b.split() for a, b in zip(references, hypotheses, strict=True)]
     )
-    correct = torch.tensor([_same(a, b) for a, b in zip(originals, decoded, strict=True)])
+    pairs = zip(originals, decoded, strict=True)
+    correct = torch.tensor([sum(map(eq, a.tolist(), b.tolist())) for a, b in pairs])
     exact_match, exact_se = likelihood.mean(exact)
     token_accuracy, token_se = likelihood.ratio(correct, split.lengths)
     # `force` silences a warning about text that is already tokenized.
@@ -108,11 +110,6 @@ def texts(rows: list[NDArray[np.int64]], tokenizer: PreTrainedTokenizerBase) -> 
         str(tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for row in shown
     ]
-
-
-def _same(original: NDArray[np.int64], decoded: NDArray[np.int64]) -> int:
-    common = min(len(original), len(decoded))
-    return int((original[:common] == decoded[:common]).sum())
 
 
 def _until(ids: NDArray[np.int64], eos: int) -> NDArray[np.int64]:

@@ -118,7 +118,6 @@ class T5VAEConfig(PreTrainedConfig):
     conditional: bool = False
     posterior_reads: str = "both"
     prior: str = "fixed"
-    posterior_reads: str = "both"
     clusters: int = 0
     classes: Any = ()
     tags: Any = ()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -207,15 +208,12 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[nn.Pa
         for key, parameter in module.named_parameters(recurse=False):
             places.setdefault(parameter, []).append((module, key))
 
-    def putter(where: list[tuple[nn.Module, str]]) -> Callable[[nn.Parameter], None]:
-        def put(new: nn.Parameter) -> None:
-            for module, key in where:
-                setattr(module, key, new)
-
-        return put
+    def put(where: list[tuple[nn.Module, str]], new: nn.Parameter) -> None:
+        for module, key in where:
+            setattr(module, key, new)
 
     for name, parameter in list(model.named_parameters()):
-        yield name, parameter, putter(places[parameter])
+        yield name, parameter, partial(put, places[parameter])
 
 
 def no_safetensors(name: str) -> OSError:
@@ -239,48 +237,34 @@ def refuse_pickles(directory: Path) -> None:
 
 def _weight_files(name_or_path: str) -> list[str]:
     """The safetensors files of a model; those of a hub model are downloaded."""
-    if single := cached_file(
-        name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False
-    ):
+
+    def cached(file: str) -> str | None:
+        return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)
+
+    if single := cached(SAFE_WEIGHTS_NAME):
         return [single]
-    index, revision = (
-        cached_file(
-            name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False
-        ),
-        "main",
-    )
+    index, revision = cached(SAFE_WEIGHTS_INDEX_NAME), "main"
     online = not constants.HF_HUB_OFFLINE and not os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
     if index is None and online and not Path(name_or_path).is_dir():
         # Many older hub models have their safetensors in a pull request by the converter
         # of the hub.
-        file, revision, sharded = _converted(name_or_path)
-        if file and not sharded:
-            return [file]
-        index = file
+        try:
+            index, revision, sharded = auto_conversion(name_or_path)
+        except Exception as error:  # the hub, the network and the converter each raise their own
+            raise no_safetensors(name_or_path) from error
+        if index and not sharded:
+            return [index]
     if index is None:
         raise no_safetensors(name_or_path)
     files, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision)
     return files
 
 
-def _converted(name: str) -> tuple[str | None, str, bool]:
-    """The converter's file (or index) for a hub model, its revision, and whether it is
-    an index."""
-    try:
-        return auto_conversion(name)
-    except Exception as error:  # the hub, the network and the converter each raise their own
-        raise no_safetensors(name) from error
-
-
 def _model_of(model: PreTrainedModel, path: str) -> PreTrainedModel:
-    """The innermost transformers model around a submodule, whose rules of initialization
-    apply there."""
-    innermost = model
+    """The innermost transformers model around a submodule, whose rules apply there."""
     parts = path.split(".")
-    for i in range(1, len(parts)):
-        if isinstance(inner := model.get_submodule(".".join(parts[:i])), PreTrainedModel):
-            innermost = inner
-    return innermost
+    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    return [module for module in around if isinstance(module, PreTrainedModel)][-1]
 
 
 def _derived(seed: int, name: str) -> int:

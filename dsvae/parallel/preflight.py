@@ -23,10 +23,10 @@ import platform
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 
@@ -77,45 +77,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.nodes.split(",")
     # Block distribution, with equally many ranks per node.
     nodes = [names[each * len(names) // size] for each in range(size)]
+    meeting = Meeting(rank, nodes, options.output_dir)
+    reports: list[str] = []
     problems = 0
 
-    def check(what: str, function: Callable[[], str], seconds: float = LOCAL_SECONDS) -> str | None:
-        """What a check reports; None where it failed."""
+    def check(what: str, function: Callable[[], str], seconds: float = LOCAL_SECONDS) -> bool:
+        """Whether a check succeeds; prints what is wrong."""
         nonlocal problems
         try:
-            return within(seconds, what, function)
+            reports.append(within(seconds, what, function))
+            return True
         except Left as error:
             print(f"preflight: rank {rank} on {nodes[rank]}: {error}", flush=True)
-            problems += 1
-            return None
         except Bad as error:
             for line in str(error).split("\n"):
                 node, _, message = line.rpartition("\t")
                 print(f"preflight: BAD {node or nodes[rank]}: rank {rank}: {message}", flush=True)
-            problems += 1
-            return None
+        problems += 1
+        return False
 
-    reports = [
-        check("GPU", lambda: check_gpu(local_rank)),
-        check("output_dir", lambda: check_disk(options.output_dir, options.min_free_gb)),
-    ]
-    meeting = Meeting(rank, nodes, options.output_dir)
+    check("GPU", lambda: check_gpu(local_rank))
+    check("output_dir", lambda: check_disk(options.output_dir, options.min_free_gb))
     # Rank 0 gives up first and says who is missing; the others wait for what it says.
-    met = check(
-        "rendezvous", lambda: meeting.meet(options.seconds), options.seconds + LOCAL_SECONDS + 15
-    )
-    if met is not None:
-        reports.append(met)
-        reports.append(check("shared output_dir", meeting.check_shared))
-        reports.append(
-            check("all-reduce", lambda: meeting.check_collectives(local_rank), 2 * LOCAL_SECONDS)
-        )
+    longest = options.seconds + LOCAL_SECONDS + 15
+    if check("rendezvous", lambda: meeting.meet(options.seconds), longest):
+        check("shared output_dir", meeting.check_shared)
+        check("all-reduce", lambda: meeting.check_collectives(local_rank), 2 * LOCAL_SECONDS)
     if not problems:
-        print(
-            f"preflight: rank {rank} on {nodes[rank]}: ok; "
-            f"{'; '.join(each for each in reports if each)}",
-            flush=True,
-        )
+        said = "; ".join(filter(None, reports))
+        print(f"preflight: rank {rank} on {nodes[rank]}: ok; {said}", flush=True)
     meeting.part()
     return EXIT_PREFLIGHT if problems else 0
 
@@ -123,25 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def within(seconds: float, what: str, function: Callable[[], str]) -> str:
     """What `function` returns. Raises Bad if it raises, or if it takes longer: then its
     thread stays behind."""
-    result: list[str] = []
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            result.append(function())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failure:
-        if isinstance(failure[0], (Bad, Left)):
-            raise failure[0]
-        raise Bad(f"{what}: {first_line(failure[0])}")
-    if not result:
+    future = ThreadPoolExecutor().submit(function)
+    if not wait([future], seconds).done:
         raise Bad(f"{what}: no answer within {seconds:.0f} s")
-    return result[0]
+    try:
+        return future.result()
+    except (Bad, Left):
+        raise
+    except BaseException as error:
+        raise Bad(f"{what}: {first_line(error)}") from None
 
 
 def check_gpu(local_rank: int) -> str:
@@ -188,32 +168,27 @@ def check_disk(directory: Path, min_free_gb: float) -> str:
 
 def versions() -> dict[str, str]:
     """What must be the same on all nodes."""
-    found = {"python": platform.python_version()}
+    same = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            same[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
+            same[package] = "missing"
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
-    found["dsvae's code"] = digest.hexdigest()[:12]
-    return found
+    return {**same, "dsvae's code": digest.hexdigest()[:12]}
 
 
-def odd_ones(found: list[dict[str, str]], nodes: list[str]) -> list[str]:
-    """`node<tab>what differs` for every node that differs from most ranks."""
-    lines = []
-    for name in found[0]:
-        most = Counter(each[name] for each in found).most_common(1)[0][0]
-        different = {
-            node: each[name] for node, each in zip(nodes, found, strict=True) if each[name] != most
-        }
-        lines += [
-            f"{node}\t{name} {version}, most ranks have {most}"
-            for node, version in different.items()
-        ]
-    return lines
+def odd_ones(ranks: list[dict[str, str]], nodes: list[str]) -> Iterator[str]:
+    """`node<tab>what differs` for every node whose versions differ from those of most
+    ranks."""
+    for name in ranks[0]:
+        most = Counter(each[name] for each in ranks).most_common(1)[0][0]
+        pairs = dict.fromkeys((node, each[name]) for node, each in zip(nodes, ranks, strict=True))
+        for node, version in pairs:
+            if version != most:
+                yield f"{node}\t{name} {version}, most ranks have {most}"
 
 
 class Meeting:
@@ -224,17 +199,21 @@ class Meeting:
         self.file = directory / f".preflight-{os.environ.get('SLURM_JOB_ID', os.getppid())}"
         self.store: dist.TCPStore | None = None
 
+    def _arrived(self, word: str, ranks: Iterable[int], seconds: float) -> list[int]:
+        """Those of the ranks that say the word at the store in time."""
+        assert self.store is not None
+        with contextlib.suppress(dist.DistError):
+            keys = [f"{word}/{each}" for each in ranks]
+            self.store.wait(keys, timedelta(seconds=seconds))
+        return [each for each in ranks if self.store.check([f"{word}/{each}"])]
+
     def meet(self, seconds: float) -> str:
         """All ranks arrive and have the same versions. Rank 0 names those that do not."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
+            limit = timedelta(seconds=seconds)
             self.store = dist.TCPStore(
-                address,
-                port,
-                self.size,
-                self.rank == 0,
-                timedelta(seconds=seconds),
-                wait_for_workers=False,
+                address, port, self.size, self.rank == 0, limit, wait_for_workers=False
             )
         except (dist.DistError, OSError) as error:
             raise Bad(
@@ -248,23 +227,17 @@ class Meeting:
                 raise Left("not every rank arrived, or their versions differ: rank 0 says which")
             return f"met {self.size - 1} other rank(s)"
 
-        end = time.monotonic() + seconds
-        missing = set(range(self.size))
-        while missing and time.monotonic() < end:
-            missing = {each for each in missing if not self.store.check([f"here/{each}"])}
-            time.sleep(0.05)
-        late: dict[str, list[int]] = {}
-        for each in sorted(missing):
-            late.setdefault(self.nodes[each], []).append(each)
+        here = self._arrived("here", range(self.size), seconds)
+        late: dict[str, list[str]] = {}
+        for each in range(self.size):
+            if each not in here:
+                late.setdefault(self.nodes[each], []).append(str(each))
         lines = [
-            f"{node}\trank(s) {', '.join(map(str, ranks))} did not arrive within {seconds:.0f} s"
+            f"{node}\trank(s) {', '.join(ranks)} did not arrive within {seconds:.0f} s"
             for node, ranks in late.items()
-        ]
-        if not lines:
-            lines = odd_ones(
-                [json.loads(self.store.get(f"here/{each}")) for each in range(self.size)],
-                self.nodes,
-            )
+        ] or list(
+            odd_ones([json.loads(self.store.get(f"here/{each}")) for each in here], self.nodes)
+        )
         if not lines:
             # Written before the others look for it.
             token = str(os.getpid())
@@ -313,13 +286,8 @@ class Meeting:
         sent = torch.arange(self.size, device=device) + self.rank * self.size
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent)
-        wrong = (
-            (received != torch.arange(self.size, device=device) * self.size + self.rank)
-            .nonzero()
-            .flatten()
-            .tolist()
-        )
-        if wrong:
+        expected = torch.arange(self.size, device=device) * self.size + self.rank
+        if wrong := (received != expected).nonzero().flatten().tolist():
             raise Bad(
                 "\n".join(
                     f"{self.nodes[each]}\trank {each} sent wrong numbers to rank {self.rank}"
@@ -336,10 +304,9 @@ class Meeting:
             if cuda:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - begin
-        if not bool((tensor == self.size * (self.size + 1) / 2).all()):
-            raise Bad(
-                f"an all-reduce gave {tensor[0].item()}, not {self.size * (self.size + 1) / 2}"
-            )
+        total = self.size * (self.size + 1) / 2
+        if not bool((tensor == total).all()):
+            raise Bad(f"an all-reduce gave {tensor[0].item()}, not {total}")
         return (
             f"all-reduce of {MEBIBYTES} MiB in {seconds * 1e3:.1f} ms, "
             f"{count * 4 / seconds / 1e9:.2f} GB/s"
@@ -353,11 +320,7 @@ class Meeting:
             self.store.set(f"done/{self.rank}", "1")
             if self.rank == 0:
                 here = [each for each in range(self.size) if self.store.check([f"here/{each}"])]
-                end = time.monotonic() + 15
-                while time.monotonic() < end and not all(
-                    self.store.check([f"done/{each}"]) for each in here
-                ):
-                    time.sleep(0.05)
+                self._arrived("done", here, 15)
                 self.file.unlink(missing_ok=True)
 
 

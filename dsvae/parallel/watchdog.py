@@ -69,21 +69,21 @@ class Watchdog:
         synchronize: Callable[[], None] | None = None,
     ) -> None:
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
+        self._synchronize = synchronize
         self._interval = min(2.0, timeout / 5)
         self._seen: tuple[float, str] = (time.monotonic(), "start")
-        self._patient = 0
-        self._waiting = 0
-        self._synchronize = synchronize
-        self._probe: threading.Thread | None = None
-        self._count = 0
-        self._exit_code: int | None = None
-        self._complaint: str | None = None
+        self._patient = self._waiting = 0
         self._lost: list[int] = []
-        self._leaving = False
+        self._said: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "count": 0,
+            "code": None,
+            "leaving": False,
+            "complaint": None,
+        }
         self._closed = threading.Event()
         self._store.set_timeout(timedelta(seconds=_STORE_ANSWERS))
-        self._lock = threading.Lock()  # both threads ask, one at a time
-        self._asking: threading.Thread | None = None
+        self._store_asker, self._device_asker = _Asker(_STORE_ANSWERS), _Asker(_DEVICE_ANSWERS)
         self._thread = threading.Thread(target=self._watch, name="dsvae-watchdog", daemon=True)
         self._tell()  # at once, so that a rank that dies early has said something
         self._thread.start()
@@ -118,20 +118,16 @@ class Watchdog:
         self._closed.set()
         self._thread.join()
         if code is not None:
-            self._exit_code = code
-            self._tell()
+            self._tell(code=code, leaving=True)
             self._ask(lambda: self._store.set(_LEFT, str(self._rank)))
             if self._rank == 0:
                 self._linger()
 
     def _linger(self) -> None:
-        """Waits until the others are leaving too, or had the time to read the exit code:
-        the store ends with this process."""
-        first: list[dict[str, Any]] | None = None
+        """Lets the others read the exit code before the store ends with this process."""
+        first: list[dict[str, Any]] = []
         for attempt in range(16):
             said = self._others()
-            if said is None:
-                return
             first = first or said
             late = attempt >= 6  # a rank that has said nothing since is not leaving
             if all(
@@ -145,18 +141,13 @@ class Watchdog:
 
     def complain(self, line: str) -> None:
         """Rank 0 has printed this line, which other ranks need not repeat."""
-        self._complaint = line
-        self._tell()
+        self._tell(complaint=line)
 
     def complained(self, line: str) -> bool:
         """Whether rank 0 has printed this line, or does so within a few seconds."""
-        for attempt in range(4):
-            if attempt:
-                time.sleep(self._interval / 2)
-            said = self._others()
-            if said is None:
-                return False
-            if said[0]["complaint"] == line:
+        for wait in (0, 1, 1, 1):
+            time.sleep(wait * self._interval / 2)
+            if (said := self._others()) and said[0]["complaint"] == line:
                 return True
         return False
 
@@ -173,7 +164,7 @@ class Watchdog:
                 break
             self._closed.wait(self._interval)
             self._tell()  # whoever lives says something meanwhile, this rank too
-        if self._leaving:
+        if self._said["leaving"]:
             self._thread.join()  # has said why, and ends the process
         return verdict
 
@@ -213,8 +204,7 @@ class Watchdog:
                 self._leave(*verdict)
 
     def _hangs(self) -> Verdict:
-        """This rank itself, whatever becomes of the others, which get the time to see it
-        first."""
+        """Names this rank itself, once the others had the time to see it first."""
         for _ in range(2 * _SILENCE):
             self._closed.wait(self._interval)
             self._tell()
@@ -222,52 +212,31 @@ class Watchdog:
         name = f"rank {self._rank} (on {socket.gethostname()})"
         return f"{name} has hung for {age:.0f} s ({where})", EXIT_RANK_LOST
 
-    def _tell(self) -> None:
-        self._count += 1
+    def _tell(self, **news: Any) -> None:
+        """Says how this rank is, with `news` from now on."""
         since, where = self._seen
-        state = {
-            "count": self._count,
-            "host": socket.gethostname(),
+        self._said |= {
+            **news,
+            "count": self._said["count"] + 1,
             "age": time.monotonic() - since,
             "where": where,
             "waits": self._waits(),
             "patient": bool(self._patient),
-            "code": self._exit_code,
-            "leaving": self._leaving or self._exit_code is not None,
-            "complaint": self._complaint,
         }
-        self._ask(lambda: self._store.set(str(self._rank), json.dumps(state)))
+        state = json.dumps(self._said)
+        self._ask(lambda: self._store.set(str(self._rank), state))
 
-    def _others(self) -> list[dict[str, Any]] | None:
-        """What every rank said last; None if rank 0, where the store lives, does not
-        answer."""
-        said = self._ask(lambda: self._store.multi_get([str(rank) for rank in range(self._size)]))
-        return None if said is None else [json.loads(text) for text in said]
+    def _others(self) -> list[dict[str, Any]]:
+        """What every rank said last; nothing where the store does not answer."""
+        keys = [str(rank) for rank in range(self._size)]
+        return [json.loads(text) for text in self._ask(lambda: self._store.multi_get(keys)) or []]
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """The store's answer; None if there is none in time.
-
-        A separate thread asks: while the process of rank 0 stands still, the store's
-        client waits without any time-out.
-        """
-        answer: list[Any] = []
-
-        def ask() -> None:
-            with suppress(RuntimeError):  # the store is gone with rank 0
-                answer.append(question())
-
-        with self._lock:
-            if self._asking is None or not self._asking.is_alive():
-                self._asking = threading.Thread(
-                    target=ask, name="dsvae-watchdog-store", daemon=True
-                )
-                self._asking.start()
-                self._asking.join(_STORE_ANSWERS)
-        return answer[0] if answer else None
+        """The store's answer; None if there is none in time."""
+        return self._store_asker.ask(question)[1]
 
     def _waits(self) -> bool:
-        """Whether a thread of this process is inside an operation with the other
-        ranks."""
+        """Whether a thread of this process is inside an operation with other ranks."""
         if self._waiting:
             return True
         for number, frame in sys._current_frames().items():
@@ -286,58 +255,41 @@ class Watchdog:
         """
         if self._synchronize is None or time.monotonic() - self._seen[0] < self._timeout:
             return False
-        if self._probe is None or not self._probe.is_alive():
-            self._probe = threading.Thread(
-                target=self._ask_device, name="dsvae-watchdog-device", daemon=True
-            )
-            self._probe.start()
-        self._probe.join(_DEVICE_ANSWERS)
-        return self._probe.is_alive()
-
-    def _ask_device(self) -> None:
-        with suppress(RuntimeError):  # a device that has failed does not wait
-            if self._synchronize is not None:
-                self._synchronize()
+        return not self._device_asker.ask(self._synchronize)[0]
 
     def _left(self) -> Verdict | None:
         """A rank that has left and said so. The code of the first one becomes that of the
         job. Asks for one key only where nobody has left."""
         if not self._ask(lambda: self._store.check([_LEFT])):
             return None
-        for rank, state in enumerate(self._others() or []):
+        said = self._others()
+        for rank, state in enumerate(said):
             if state["code"] is not None and rank != self._rank:
-                name = f"rank {rank} (on {state['host']})"
-                return f"{name} left with exit code {state['code']}", state["code"]
+                return f"{_name([rank], said)} left with exit code {state['code']}", state["code"]
         return None
 
     def _silent(self, heard: Heard, patient: bool) -> Verdict | None:
         """Ranks that have said nothing new for a while, which is `timeout` in patience:
-        what takes long there may keep the threads of a process from running.
-
-        Args:
-            heard: of the calls before; empty at the first one.
-        """
+        what takes long there may keep the threads of a process from running."""
         limit = self._timeout if patient else _SILENCE * self._interval
         now, moment = self._others(), time.monotonic()
-        if now is None:
+        if not now:
             since = heard.setdefault(0, (-1, moment))[1]
             return None if patient and moment - since < limit else _silence("rank 0")
         for rank, state in enumerate(now):
             if heard.get(rank, (-1, 0.0))[0] != state["count"]:
                 heard[rank] = (state["count"], moment)
-        self._lost = [
+        self._lost = lost = [
             rank
             for rank, (_, since) in sorted(heard.items())
             if rank != self._rank and moment - since >= limit
         ]
-        if not self._lost:
-            return None
-        return _silence(_name(self._lost, now), now[self._lost[0]]["where"])
+        return _silence(_name(lost, now), now[lost[0]]["where"]) if lost else None
 
     def _stuck(self) -> Verdict | None:
         """Ranks that live but hang; None while any rank still works."""
         now = self._others()
-        if now is None:
+        if not now:
             return None
         working = [rank for rank, state in enumerate(now) if not state["waits"]]
         if any(now[rank]["patient"] or now[rank]["age"] < self._timeout for rank in working):
@@ -350,22 +302,44 @@ class Watchdog:
         return f"{_name(working, now)} has hung for {age:.0f} s ({where})", EXIT_RANK_LOST
 
     def _leave(self, line: str, code: int) -> None:
-        """Ends the process: the main thread is inside an operation that nothing can
-        interrupt."""
-        self._leaving = True
-        self._tell()
+        """Ends the process, whose main thread nothing can interrupt."""
+        self._tell(leaving=True)
         with suppress(OSError, ValueError):
             if not self._waits():
                 faulthandler.dump_traceback(sys.stderr)
-            print(
-                f"dsvae: error: rank {self._rank}: {line}; {advice(code)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"dsvae: error: rank {self._rank}: {line}; {advice(code)}"
+            print(line, file=sys.stderr, flush=True)
         if self._rank == 0:
             # The store lives here, and the others are reading.
             time.sleep(_SILENCE * self._interval)
         os._exit(code)
+
+
+class _Asker:
+    """Asks in a thread, one question at a time.
+
+    While the process of rank 0 stands still, the store's client waits without any
+    time-out, and so does the host for its device: the thread then stays behind.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._lock = seconds, threading.Lock()
+        self._thread = threading.Thread()
+
+    def ask(self, question: Callable[[], Any]) -> tuple[bool, Any]:
+        """Whether it ended in time, and the answer; None if it failed."""
+        answer: list[Any] = []
+
+        def run() -> None:
+            with suppress(RuntimeError):  # the store is gone with rank 0; a device has failed
+                answer.append(question())
+
+        with self._lock:
+            if not self._thread.is_alive():
+                self._thread = threading.Thread(target=run, name="dsvae-watchdog-asks", daemon=True)
+                self._thread.start()
+                self._thread.join(self._seconds)
+            return not self._thread.is_alive(), answer[0] if answer else None
 
 
 def advice(code: int) -> str:

@@ -65,16 +65,16 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
-        if self.size > 1:
-            with self._together():
-                dist.all_reduce(tensor)
-        return tensor
+        return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def max(self, tensor: Tensor) -> Tensor:
         """The maximum over all ranks, in place."""
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
         if self.size > 1:
             with self._together():
-                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+                dist.all_reduce(tensor, op=how)
         return tensor
 
     def gather(self, value: T) -> list[T]:
@@ -89,7 +89,7 @@ class World:
     def _together(self) -> Iterator[None]:
         """Around an operation with the other ranks. It has ended behind the block; on GPUs
         it would otherwise only be queued."""
-        with self.watchdog.waiting() if self.watchdog is not None else nullcontext():
+        with self.watchdog.waiting() if self.watchdog else nullcontext():
             yield
             if self.device.type != "cpu":
                 torch.accelerator.synchronize(self.device)
@@ -101,9 +101,7 @@ class World:
 
     def suspend_hang_detection(self) -> AbstractContextManager[None]:
         """Hang detection is off in this block."""
-        return (
-            self.watchdog.suspend_hang_detection() if self.watchdog is not None else nullcontext()
-        )
+        return self.watchdog.suspend_hang_detection() if self.watchdog else nullcontext()
 
     def run_on_rank0(self, function: Callable[[], T]) -> T:
         """Runs `function` on rank 0 and returns its (picklable) result on all ranks.
@@ -140,13 +138,11 @@ class World:
             except UserError as error:
                 problem = str(error)
         problems = self.gather(problem)
-        found = {rank: line for rank, line in enumerate(problems) if line is not None}
-        if not found:
-            return result[0]
-        if len(found) == self.size and len(set(found.values())) == 1:
-            raise shared(UserError(found[0]))
-        first = min(found)
-        raise shared(UserError(f"rank {first}: {found[first]}"))
+        for rank, line in enumerate(problems):
+            if line is not None:
+                alike = len(set(problems)) == 1
+                raise shared(UserError(line if alike else f"rank {rank}: {line}"))
+        return result[0]
 
 
 def join(hang_timeout: float = HANG_TIMEOUT) -> World:
@@ -162,11 +158,19 @@ def join(hang_timeout: float = HANG_TIMEOUT) -> World:
         UserError: the variables or the port cannot be used.
         RunStopped: not all ranks came in time, or this one has no GPU.
     """
-    lent = {} if "RANK" in os.environ else _lend_environment()
+    lent: dict[str, str | None] = {}
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # DeepSpeed reads them
+        lent = {name: os.environ.get(name) for name in alone}
+        os.environ.update(alone)
     try:
         return _join_as(hang_timeout, lent)
     except BaseException:
-        _set_environment(lent)
+        _give_back(lent)
         raise
 
 
@@ -208,7 +212,7 @@ def leave(world: World, group: bool = True) -> None:
         world.watchdog.close()
     if group:
         dist.destroy_process_group()
-    _set_environment(world.lent)
+    _give_back(world.lent)
 
 
 @contextmanager
@@ -260,8 +264,7 @@ def may_come_from_another_rank(error: BaseException) -> bool:
 
 
 def _device(local_rank: int) -> torch.device:
-    """The device of this rank. `DS_ACCELERATOR=cpu` keeps it off the GPUs, as it does
-    DeepSpeed."""
+    """This rank's device. `DS_ACCELERATOR=cpu` means no GPU, as it does to DeepSpeed."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
@@ -292,30 +295,10 @@ def _meet(hang_timeout: float) -> dist.Store:
     return dist.PrefixStore("dsvae", store)
 
 
-def _lend_environment() -> dict[str, str | None]:
-    """Sets the variables of a run of one process, which DeepSpeed reads; their values
-    before."""
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
-    before = {name: os.environ.get(name) for name in alone}
-    _set_environment(alone)
-    return before
-
-
-def _set_environment(values: Mapping[str, str | None]) -> None:
+def _give_back(values: Mapping[str, str | None]) -> None:
+    """Restores variables of the environment."""
     for name, value in values.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

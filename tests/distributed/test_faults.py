@@ -18,6 +18,12 @@ PATCHED = Path(__file__).with_name("patched_train.py")
 LONG = ("--phase1.steps", "5000", "--checkpoint_every", "5")
 
 
+def run_of(tiny, stage, directory, *more):
+    """The arguments of a run."""
+    config = CONFIGS / f"{stage}.json"
+    return ("--config", tiny, "--ds_config", config, "--output_dir", directory, *more)
+
+
 HANG_TIMEOUT = ("--hang_timeout", "30")
 """Seconds. Long, because nothing on a busy machine may be taken for a hang; the runs
 that wait for it do so at the same time."""
@@ -35,15 +41,14 @@ def slow(tiny, tmp_path_factory):
     """For each of two ranks a started run that goes on at the end of phase 1, with a
     rank whose disk takes much longer than the time limit."""
     finished = tmp_path_factory.mktemp("slow") / "finished"
-    arguments = ("--config", tiny, "--ds_config", CONFIGS / "zero3.json", "--phase", "1")
-    train(*arguments, "--output_dir", finished, ranks=2)
+    train(*run_of(tiny, "zero3", finished, "--phase", "1"), ranks=2)
     shutil.rmtree(finished / "phase1")  # a run that was cut before its export
     runs = []
     try:
         for rank in range(2):
             directory = finished.with_name(f"rank{rank}")
             shutil.copytree(finished, directory)
-            again = (*arguments, *HANG_TIMEOUT, "--output_dir", directory)
+            again = run_of(tiny, "zero3", directory, "--phase", "1", *HANG_TIMEOUT)
             run = start(*again, ranks=2, script=PATCHED, FAULT=f"slow {rank}", SECONDS="60")
             runs.append((run, directory))
         yield runs
@@ -59,16 +64,9 @@ def hanging(slow, tiny, tmp_path_factory):
     try:
         for name, (stage, ranks, fault) in HANGS.items():
             directory = tmp_path_factory.mktemp("hanging")
-            arguments = ("--config", tiny, "--ds_config", CONFIGS / f"{stage}.json", *LONG)
-            runs[name] = (
-                start(
-                    *(*arguments, *HANG_TIMEOUT, "--output_dir", directory),
-                    ranks=ranks,
-                    script=PATCHED,
-                    FAULT=fault,
-                ),
-                directory,
-            )
+            arguments = run_of(tiny, stage, directory, *LONG, *HANG_TIMEOUT)
+            run = start(*arguments, ranks=ranks, script=PATCHED, FAULT=fault)
+            runs[name] = (run, directory)
         yield runs
     finally:
         for run, _ in runs.values():
@@ -127,18 +125,8 @@ def test_a_mistake_that_only_one_rank_meets_is_printed_and_ends_all_at_once(
     given up: `wait` is much shorter."""
     model = tmp_path / "empty"
     model.mkdir()
-    run = start(
-        "--config",
-        tiny,
-        "--ds_config",
-        CONFIGS / "zero2.json",
-        "--output_dir",
-        tmp_path / "run",
-        ranks=3,
-        script=PATCHED,
-        FAULT=f"{fault} 1",
-        MODEL=str(model),
-    )
+    patch = {"script": PATCHED, "FAULT": f"{fault} 1", "MODEL": str(model)}
+    run = start(*run_of(tiny, "zero2", tmp_path / "run"), ranks=3, **patch)
     run.wait(300)
     assert run.codes == [2, 2, 2]
     lines = [line for line in run.stderr.splitlines() if line.startswith("dsvae: error:")]
@@ -150,20 +138,8 @@ def test_a_mistake_that_only_one_rank_meets_is_printed_and_ends_all_at_once(
 
 def test_a_defect_on_one_rank_is_no_lost_rank(tiny, tmp_path):
     """A job that is repeated after a lost rank would meet it again."""
-    run = train(
-        "--config",
-        tiny,
-        "--ds_config",
-        CONFIGS / "zero2.json",
-        "--output_dir",
-        tmp_path,
-        *LONG,
-        ranks=3,
-        code=1,
-        timeout=300,
-        script=PATCHED,
-        FAULT="error 1 6",
-    )
+    patch = {"script": PATCHED, "FAULT": "error 1 6"}
+    run = train(*run_of(tiny, "zero2", tmp_path, *LONG), ranks=3, code=1, timeout=300, **patch)
     assert run.codes == [1, 1, 1]
     assert run.stderr.count("RuntimeError: out of memory") == 1
     for rank in (0, 2):
@@ -179,22 +155,10 @@ def test_a_defect_on_one_rank_is_no_lost_rank(tiny, tmp_path):
 def test_a_step_that_is_not_finite_on_one_rank_moves_no_weight_on_any(config, tiny, tmp_path):
     weights = tmp_path / "weights"
     weights.mkdir()
-    train(
-        "--config",
-        tiny,
-        "--ds_config",
-        CONFIGS / f"{config}.json",
-        "--precision",
-        "fp32" if config == "zero2" else "auto",
-        "--output_dir",
-        tmp_path / "run",
-        "--phase1.steps",
-        "6",
-        ranks=2,
-        script=PATCHED,
-        FAULT="non_finite 1 2",
-        WEIGHTS=str(weights),
-    )
+    precision = ("--precision", "fp32" if config == "zero2" else "auto")
+    arguments = run_of(tiny, config, tmp_path / "run", *precision, "--phase1.steps", "6")
+    patch = {"script": PATCHED, "FAULT": "non_finite 1 2", "WEIGHTS": str(weights)}
+    train(*arguments, ranks=2, **patch)
     after = [path.read_text() for path in sorted(weights.iterdir())]
     moved = [a != b for a, b in zip(after, after[1:], strict=False)]
     # Steps of phase 1 (6), then of phase 2 (4); the third of each is not finite.
@@ -209,21 +173,9 @@ def test_a_step_that_is_not_finite_on_one_rank_moves_no_weight_on_any(config, ti
 
 
 def test_too_many_steps_that_are_not_finite_end_the_run_with_their_batch(tiny, tmp_path):
-    run = train(
-        "--config",
-        tiny,
-        "--ds_config",
-        CONFIGS / "zero2.json",
-        "--output_dir",
-        tmp_path,
-        "--max_skipped_steps",
-        "3",
-        *LONG,
-        ranks=2,
-        code=65,
-        script=PATCHED,
-        FAULT="non_finite 1 2 4 5 6",
-    )
+    arguments = run_of(tiny, "zero2", tmp_path, "--max_skipped_steps", "3", *LONG)
+    patch = {"script": PATCHED, "FAULT": "non_finite 1 2 4 5 6"}
+    run = train(*arguments, ranks=2, code=65, **patch)
     assert run.codes == [65, 65]
     path = tmp_path / "non_finite.phase1-step00000007.jsonl"  # the third in a row; step 3 was alone
     assert f"the last batch is in {path}" in run.stderr
@@ -241,12 +193,8 @@ def small_disk(tmp_path):
     """A file system of 3 MiB, which a test can enlarge."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if (
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True
-        ).returncode
-        != 0
-    ):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("mounting a tmpfs is not allowed here")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -259,17 +207,8 @@ def free_bytes(path):
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_once_there_is_room(
     tiny, small_disk, tmp_path
 ):
-    arguments = (
-        "--config",
-        tiny,
-        "--ds_config",
-        CONFIGS / "zero2.json",
-        "--phase1.steps",
-        "20",
-        "--checkpoint_every",
-        "5",
-    )
-    train(*arguments, "--output_dir", tmp_path / "uncut", ranks=2)
+    short = ("--phase1.steps", "20", "--checkpoint_every", "5")
+    train(*run_of(tiny, "zero2", tmp_path / "uncut", *short), ranks=2)
     size = sum(
         path.stat().st_size
         for path in (tmp_path / "uncut" / "checkpoints").rglob("*")
@@ -279,7 +218,8 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_once_there_is
     out = small_disk / "run"
     first, filled = out / "checkpoints" / "phase1-step00000005" / "COMPLETE", tmp_path / "filled"
     pause = {"FAULT": "pause 0", "WHEN": str(first), "UNTIL": str(filled)}
-    run = start(*arguments, "--output_dir", out, ranks=2, script=PATCHED, **pause)
+    arguments = run_of(tiny, "zero2", out, *short)
+    run = start(*arguments, ranks=2, script=PATCHED, **pause)
     run.wait_for(first)
     filler = small_disk / "filler"
     # leaves room for a part of the next checkpoint, or for one export and the reports
@@ -296,16 +236,14 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_once_there_is
 
     # Configured to go on, it trains to where the next thing has to be written that it
     # cannot do without.
-    continued = train(
-        *arguments, "--output_dir", out, "--on_save_error", "continue", ranks=2, code=74
-    )
+    continued = train(*arguments, "--on_save_error", "continue", ranks=2, code=74)
     assert "training goes on without" in continued.stdout
     assert ".model.tmp'; make room" in continued.stderr
     assert not (out / "model").exists()
     assert not list(out.rglob(".model.tmp"))
 
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    train(*arguments, "--output_dir", out, ranks=2)
+    train(*arguments, ranks=2)
     assert numbers(out) == numbers(tmp_path / "uncut")
 
 

@@ -53,10 +53,8 @@ def arguments(config, stage, directory, precision="fp32", *more):
         CONFIGS / f"{stage}.json",
         "--output_dir",
         directory,
-        "--precision",
-        precision,
     )
-    return [*given, *more]
+    return [*given, "--precision", precision, *more]
 
 
 def cut(directory, tag, command, ranks):
@@ -112,14 +110,8 @@ def assert_goes_on_like(expected, found):
 
 def test_ranks_2_1_3_2_at_zero_2(config, uncut, first, tmp_path):
     run = shutil.copytree(first, tmp_path / "run")
-    leftover = (
-        run
-        / "checkpoints"
-        / reshape_checkpoint.SCRATCH
-        / reshape_checkpoint.CONVERTED
-        / "zero"
-        / "shared.weight"
-    )
+    scratch = run / "checkpoints" / reshape_checkpoint.SCRATCH
+    leftover = scratch / reshape_checkpoint.CONVERTED / "zero" / "shared.weight"
     leftover.mkdir(parents=True)  # of a conversion that was killed
     (leftover / "fp32.pt").write_bytes(b"half")
     command = arguments(config, "zero2", run)

@@ -12,16 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 PATCHED = Path(__file__).with_name("patched_train.py")
 ARGUMENTS = (
-    "--phase1.steps",
-    "24",
-    "--phase2.steps",
-    "24",
-    "--checkpoint_every",
-    "5",
-    "--phase1.deletion",
-    "0.2",
-    "--eval.batch_tokens",
-    "64",
+    *("--phase1.steps", "24", "--phase2.steps", "24", "--checkpoint_every", "5"),
+    *("--phase1.deletion", "0.2", "--eval.batch_tokens", "64"),
 )
 
 # How a run is cut: (the checkpoint to wait for, the signal, the ranks that get it, the
@@ -112,15 +104,8 @@ def test_cut_in_both_phases(stage, cuts, tiny, tmp_path):
     if cuts == TOLD:
         # in the final evaluation, of which each start does four batches
         for number in range(2):
-            told = train(
-                *common,
-                "--output_dir",
-                cut,
-                ranks=2,
-                code=75,
-                script=PATCHED,
-                FAULT=f"told {number} 4",
-            )
+            patch = {"script": PATCHED, "FAULT": f"told {number} 4"}
+            told = train(*common, "--output_dir", cut, ranks=2, code=75, **patch)
             assert told.codes == [75, 75]
             assert "dsvae: SIGTERM: saved" in told.stderr
             assert not (cut / "metrics.json").exists()
@@ -162,22 +147,13 @@ def test_resume_from_another_directory(tiny, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(tiny, tmp_path):
-    common = (
-        "--config",
-        tiny,
-        "--ds_config",
-        CONFIGS / "zero2.json",
-        *ARGUMENTS,
-        "--output_dir",
-        tmp_path / "run",
-    )
+    common = ("--config", tiny, "--ds_config", CONFIGS / "zero2.json", *ARGUMENTS)
+    common += ("--output_dir", tmp_path / "run")
     pause = pause_after(tmp_path / "run", "phase1-step00000015")
     run = start(*common, script=PATCHED, **pause)
     run.wait_for(complete(tmp_path / "run", "phase1-step00000015"))
     run.kill()
-    newest = sorted(
-        d for d in (tmp_path / "run" / "checkpoints").glob("phase1-*") if (d / "COMPLETE").exists()
-    )[-1]
+    newest = max((tmp_path / "run" / "checkpoints").glob("phase1-*/COMPLETE")).parent
     file = next(newest.glob("*optim_states.pt"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

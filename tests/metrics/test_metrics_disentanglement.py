@@ -8,9 +8,9 @@ from dsvae.metrics.disentanglement import (
     dci_completeness_per_factor,
     dci_disentanglement,
     disentanglement,
+    gaps,
     mig_gaps,
     mutual_information_matrix,
-    sap_gaps,
     scores,
     z_diff,
 )
@@ -90,7 +90,7 @@ def test_gaps_by_hand():
     np.testing.assert_allclose(information, [[np.log(2), 0], [np.log(2), 0]], atol=1e-12)
     np.testing.assert_allclose(mig_gaps(information, factors), [0, 0], atol=1e-12)
     np.testing.assert_allclose(mig_gaps(information[:1], factors), [1, 0], atol=1e-12)
-    np.testing.assert_allclose(sap_gaps(np.array([[0.9, 0.2], [0.5, 0.2], [0.1, 0.1]])), [0.4, 0.0])
+    np.testing.assert_allclose(gaps(np.array([[0.9, 0.2], [0.5, 0.2], [0.1, 0.1]])), [0.4, 0.0])
 
 
 def test_dci_by_hand():

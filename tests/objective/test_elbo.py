@@ -326,7 +326,7 @@ def test_a_probability_that_underflows_leaves_every_gradient_finite():
     logits = torch.tensor([[0.0, -300.0], [0.0, -300.0]], requires_grad=True)
     q, prior = Gaussian(torch.zeros(2, 1), torch.zeros(2, 1)), GaussianFamily(1).prior()
     penalty = Penalty(skewness=1.0, dispersion=1.0, cluster_count=2)
-    statistics = penalty.statistics(q, prior, logits.softmax(-1))
+    statistics = penalty.statistics(q, prior, clusters=logits.softmax(-1))
     slope = slopes(penalty, statistics.mean(0), 1)
     loss_share(torch.zeros(2), statistics, torch.ones(2), slope, 2).backward()
     assert logits.grad.isfinite().all()
@@ -362,15 +362,24 @@ def test_shares_with_clusters_sum_to_the_gradient_of_the_undivided_batch(
         + dispersion * (m * m.log()).sum()
     )
     expected = torch.autograd.grad(loss, (logits, hidden), materialize_grads=True)
-    penalty = Penalty(beta, 0.4, mode, total_correlation, skewness, dispersion, cluster_count=5)
+    penalty = Penalty(
+        beta,
+        0.4,
+        mode,
+        total_correlation,
+        skewness=skewness,
+        dispersion=dispersion,
+        cluster_count=5,
+    )
     prior = CategoricalFamily(3, 4).prior()
-    statistics = penalty.statistics(Categorical(logits), prior, r)
+    statistics = penalty.statistics(Categorical(logits), prior, clusters=r)
     slope = slopes(penalty, statistics.detach().mean(0), 3)
     torch.testing.assert_close(penalty(statistics.mean(0), 3).double(), loss, rtol=1e-5, atol=1e-6)
     for parts in ([slice(0, 13)], [slice(0, 4), slice(4, 5), slice(5, 13)]):
         got = [torch.zeros_like(logits), torch.zeros_like(hidden)]
         for part in parts:
-            own = penalty.statistics(Categorical(logits[part]), prior, hidden[part].softmax(-1))
+            clusters = hidden[part].softmax(-1)
+            own = penalty.statistics(Categorical(logits[part]), prior, clusters=clusters)
             share = loss_share(
                 own.new_zeros(len(own)), own, own.new_ones(len(own)), slope.to(own), 13
             )
@@ -383,7 +392,7 @@ def test_shares_with_clusters_sum_to_the_gradient_of_the_undivided_batch(
 def test_clusters_that_nothing_penalizes_change_nothing():
     q, prior = Gaussian(torch.randn(4, 3), torch.randn(4, 3)), GaussianFamily(3).prior()
     penalty = Penalty(0.5, 0.2)
-    statistics = penalty.statistics(q, prior, torch.rand(4, 6).softmax(-1))
+    statistics = penalty.statistics(q, prior, clusters=torch.rand(4, 6).softmax(-1))
     assert torch.equal(statistics, q.kl(prior))
 
 

@@ -15,17 +15,8 @@ import pytest
 from launch import ROOT, environment
 
 LAB = Path(__file__).with_name("lab.sh")
-FINAL = {
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "PREEMPTED",
-    "BOOT_FAIL",
-    "OUT_OF_MEMORY",
-    "DEADLINE",
-}
+FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}
+FINAL |= {"OUT_OF_MEMORY", "DEADLINE"}
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
 
 STAND_IN = """#!{python}
@@ -58,10 +49,9 @@ class Cluster:
             DSVAE_PREFLIGHT="0",
             PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin",
         )
-        for name in [
-            name for name in self.environment if name.startswith(("SBATCH_", "SRUN_", "SLURM"))
-        ]:
-            del self.environment[name]  # the tests themselves may run in a job
+        for name in list(self.environment):
+            if name.startswith(("SBATCH_", "SRUN_", "SLURM")):
+                del self.environment[name]  # the tests themselves may run in a job
 
     def start(self) -> None:
         # Its stdin is a pipe that nobody writes to: when pytest ends, however it ends,
@@ -150,25 +140,13 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster():
-    if missing := [
-        name
-        for name in NEEDED
-        if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    ]:
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    if missing := [name for name in NEEDED if not shutil.which(name, path=path)]:
         pytest.skip(
             f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge iproute2"
         )
-    namespaces = [
-        "unshare",
-        "--mount",
-        "--net",
-        "--uts",
-        "--ipc",
-        "--pid",
-        "--fork",
-        "--mount-proc",
-        "true",
-    ]
+    spaces = ("--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc")
+    namespaces = ["unshare", *spaces, "true"]
     if os.geteuid() != 0 or subprocess.run(namespaces, capture_output=True).returncode:
         pytest.skip("the nodes need namespaces of their own: root with CAP_SYS_ADMIN")
     cluster = Cluster(Path(f"/tmp/lab-{os.getpid()}"))

@@ -24,16 +24,12 @@ SCRIPTS = sorted(
         ROOT / ".ci" / "run",
     ]
 )
-AWKWARD = [
-    "--model",
-    "a b",
-    "--data.text_column",
-    'it\'s "quoted" $HOME `id` \\ *',
-    "--output_dir",
-    "runs/with blank",
-    "--phase",
-    "",
-]
+AWKWARD = ["--model", "a b", "--data.text_column", 'it\'s "quoted" $HOME `id` \\ *']
+AWKWARD += ["--output_dir", "runs/with blank", "--phase", ""]
+
+
+def words(line):
+    return shlex.split(line)
 
 
 def test_shellcheck_is_clean():
@@ -47,19 +43,9 @@ def test_shellcheck_is_clean():
 def test_arguments_and_ranks(cluster, checkout, stand_in):
     """Two nodes, two tasks each: one process a rank, every argument as it was given,
     the rendezvous from the node list."""
-    job = cluster.sbatch(
-        *(
-            "--nodes=2",
-            "--ntasks-per-node=2",
-            "--gpus-per-node=2",
-            "--cpus-per-task=3",
-            "slurm/train.sbatch",
-            *AWKWARD,
-        ),
-        cwd=checkout,
-        **stand_in.variables,
-        OMP_NUM_THREADS="",
-    )
+    options = words("--nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=3")
+    arguments = (*options, "slurm/train.sbatch", *AWKWARD)
+    job = cluster.sbatch(*arguments, cwd=checkout, **stand_in.variables, OMP_NUM_THREADS="")
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0")
     records = stand_in.records(job)
@@ -73,11 +59,8 @@ def test_arguments_and_ranks(cluster, checkout, stand_in):
             f"{code}/ds_configs/zero2.json",
         ]
         found = record["environment"]
-        assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == (
-            str(rank),
-            str(rank % 2),
-            "4",
-        )
+        numbers = tuple(int(found[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        assert numbers == (rank, rank % 2, 4)
         assert found["SLURMD_NODENAME"] == f"node{1 + rank // 2}"
         assert found["MASTER_ADDR"] == "node1"
         assert 16000 <= int(found["MASTER_PORT"]) < 32768
@@ -85,26 +68,15 @@ def test_arguments_and_ranks(cluster, checkout, stand_in):
         assert found["CUDA_VISIBLE_DEVICES"] == "0,1"
         assert found["PYTHONPATH"].split(":")[0] == str(code)
     logs = sorted((checkout / "runs/with blank/slurm" / job).glob("rank-*.log"))
-    assert [
-        re.match(r"== rank (\d) of 4 on node(\d)", log.read_text()).groups() for log in logs
-    ] == [
-        ("0", "1"),
-        ("1", "1"),
-        ("2", "2"),
-        ("3", "2"),
-    ]
+    headings = [re.match(r"== rank (\d) of 4 on node(\d)", log.read_text()) for log in logs]
+    places = [("0", "1"), ("1", "1"), ("2", "2"), ("3", "2")]
+    assert [heading.groups() for heading in headings] == places
     assert "== rank 0 of 4" in (checkout / f"dsvae-{job}.out").read_text()
 
 
 def test_one_visible_gpu_a_task_is_number_0(cluster, checkout, stand_in):
     job = cluster.sbatch(
-        *(
-            "--ntasks-per-node=2",
-            "--gpus-per-task=1",
-            "slurm/train.sbatch",
-            "--output_dir",
-            "runs/bound",
-        ),
+        *words("--ntasks-per-node=2 --gpus-per-task=1 slurm/train.sbatch --output_dir runs/bound"),
         cwd=checkout,
         **stand_in.variables,
         DSVAE_SRUN_ARGS="--gpu-bind=single:1",
@@ -117,11 +89,7 @@ def test_one_visible_gpu_a_task_is_number_0(cluster, checkout, stand_in):
 
 def test_more_tasks_than_gpus_is_refused(cluster, checkout, stand_in):
     job = cluster.sbatch(
-        "--ntasks-per-node=3",
-        "--gpus-per-node=2",
-        "slurm/train.sbatch",
-        "--output_dir",
-        "runs/many",
+        *words("--ntasks-per-node=3 --gpus-per-node=2 slurm/train.sbatch --output_dir runs/many"),
         cwd=checkout,
         **stand_in.variables,
     )
@@ -158,13 +126,8 @@ def test_restarts_run_the_first_code_and_configuration(tmp_path, cluster, checko
     job = cluster.sbatch(*command, cwd=changing, **codes)
     run = changing / "runs" / "of the file"
     cluster.wait_for(tmp_path / f"{job}-0-0.json", job)
-    for name in (
-        "dsvae/train.py",
-        "slurm/job.sh",
-        "slurm/lib.sh",
-        "mine.yaml",
-        "ds_configs/zero1.json",
-    ):
+    files = "dsvae/train.py slurm/job.sh slurm/lib.sh mine.yaml ds_configs/zero1.json"
+    for name in files.split():
         (changing / name).write_text("changed")
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "3")
@@ -177,9 +140,8 @@ def test_restarts_run_the_first_code_and_configuration(tmp_path, cluster, checko
     assert arguments[3] == f"--ds_config={place}/ds_config/zero1.json"
     assert arguments[4:] == ["--output_dir", "runs/of the file"]
     assert (place / "config" / "mine.yaml").read_text().startswith("seed: 1")
-    assert (place / "code" / "dsvae" / "train.py").read_bytes() == (
-        ROOT / "dsvae" / "train.py"
-    ).read_bytes()
+    train = Path("dsvae", "train.py")
+    assert (place / "code" / train).read_bytes() == (ROOT / train).read_bytes()
     log = (changing / f"dsvae-{job}.out").read_text()
     assert log.count("== rank 0 of 1") == 4
 
@@ -196,11 +158,8 @@ def test_restarts_are_bounded(cluster, checkout, stand_in):
         )
     for code, job in jobs.items():
         ended = cluster.wait(job)
-        assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == (
-            "FAILED",
-            f"{code}:0",
-            "1",
-        )
+        found = (ended["JobState"], ended["ExitCode"], ended["Restarts"])
+        assert found == ("FAILED", f"{code}:0", "1")
         assert len(stand_in.records(job)) == 2
         assert "given up" in (checkout / f"dsvae-{job}.out").read_text()
 
@@ -234,11 +193,8 @@ def test_only_the_member_that_asks_for_it_is_requeued(cluster, checkout, stand_i
     assert cluster.job(members[1])["JobState"] == "RUNNING"
     (tmp_path / "end").touch()
     ended = [cluster.wait(member) for member in members]
-    assert [(job["JobState"], job["Restarts"]) for job in ended] == [
-        ("COMPLETED", "0"),
-        ("COMPLETED", "0"),
-        ("COMPLETED", "1"),
-    ]
+    assert {job["JobState"] for job in ended} == {"COMPLETED"}
+    assert [job["Restarts"] for job in ended] == ["0", "0", "1"]
     assert [sorted(stand_in.records(job)) for job in ids] == [[(0, 0)], [(0, 0)], [(0, 0), (1, 0)]]
     # Nothing that a member has is another's: the port of its ranks, its log, its place
     # beside the run.
@@ -308,9 +264,7 @@ def test_a_cancelled_job_is_not_requeued(cluster, checkout, stand_in, tmp_path):
     )
     stubborn.chmod(0o755)
     job = cluster.sbatch(
-        "slurm/train.sbatch",
-        "--output_dir",
-        "runs/cancelled",
+        *words("slurm/train.sbatch --output_dir runs/cancelled"),
         cwd=checkout,
         DSVAE_PYTHON=str(stubborn),
         DSVAE_HOST_PYTHON=sys.executable,
@@ -357,10 +311,6 @@ def test_the_environment_is_made_where_site_says(cluster, checkout, stand_in, tm
         assert found["environment"]["IN_CONTAINER"] == "1"
 
 
-def words(line):
-    return shlex.split(line)
-
-
 def test_submit_asks_for_what_the_site_needs(cluster, checkout, stand_in):
     site = {
         "DSVAE_PARTITION": "urgent",
@@ -373,52 +323,25 @@ def test_submit_asks_for_what_the_site_needs(cluster, checkout, stand_in):
         "DSVAE_SBATCH_ARGS": "--comment=hello --exclusive",
     }
     command = ("bash", "slurm/submit.sh", *AWKWARD)
-    dry = cluster.run(
-        *command[:2],
-        "--dry_run",
-        *AWKWARD,
-        cwd=checkout,
-        **site,
-        DSVAE_ACCOUNT="mine",
-        DSVAE_QOS="high",
+    dry_command = (*command[:2], "--dry_run", *AWKWARD)
+    mine = {"DSVAE_ACCOUNT": "mine", "DSVAE_QOS": "high"}
+    dry = cluster.run(*dry_command, cwd=checkout, **site, **mine)
+    asked = words(
+        "--partition=urgent --account=mine --qos=high --nodes=2 --cpus-per-task=2 --mem=1000 "
+        "--time=7 --gpus-per-node=2 --ntasks-per-node=2 --signal=B:USR1@90 --comment=hello "
+        "--exclusive"
     )
-    asked = [
-        "--partition=urgent",
-        "--account=mine",
-        "--qos=high",
-        "--nodes=2",
-        "--cpus-per-task=2",
-        "--mem=1000",
-        "--time=7",
-    ]
-    asked += [
-        "--gpus-per-node=2",
-        "--ntasks-per-node=2",
-        "--signal=B:USR1@90",
-        "--comment=hello",
-        "--exclusive",
-    ]
     assert words(dry)[:2] == ["sbatch", "--parsable"]
     assert words(dry)[2 : 2 + len(asked)] == asked
     assert words(dry)[3 + len(asked) :][: len(AWKWARD)] == AWKWARD
-    gres = cluster.run(
-        *command[:2],
-        "--dry_run",
-        cwd=checkout,
-        **site,
-        DSVAE_GPU_OPTION="gres",
-        DSVAE_GPU_TYPE="h100",
-    )
+    typed = {"DSVAE_GPU_OPTION": "gres", "DSVAE_GPU_TYPE": "h100"}
+    gres = cluster.run(*dry_command[:3], cwd=checkout, **site, **typed)
     assert "--gres=gpu:h100:2" in words(gres)
 
     job = cluster.run(*command, cwd=checkout, **site, **stand_in.variables).strip()
     ended = cluster.wait(job)
-    assert (ended["JobState"], ended["Partition"], ended["NumNodes"], ended["TimeLimit"]) == (
-        "COMPLETED",
-        "urgent",
-        "2",
-        "00:07:00",
-    )
+    found = [ended[name] for name in ("JobState", "Partition", "NumNodes", "TimeLimit")]
+    assert found == ["COMPLETED", "urgent", "2", "00:07:00"]
     records = stand_in.records(job)
     assert len(records) == 4
     assert records[0, 3]["arguments"][1 : 1 + len(AWKWARD)] == AWKWARD
@@ -428,15 +351,7 @@ def test_submit_asks_for_what_the_site_needs(cluster, checkout, stand_in):
 def test_dry_runs_start_nothing(cluster, checkout, stand_in):
     before = sorted(checkout.rglob("*"))
     two = cluster.run(
-        *(
-            "bash",
-            "slurm/two_phase.sh",
-            "--dry_run",
-            "--config",
-            "park2021",
-            "--output_dir",
-            "runs/dry",
-        ),
+        *words("bash slurm/two_phase.sh --dry_run --config park2021 --output_dir runs/dry"),
         cwd=checkout,
         DSVAE_PHASE1_GPUS_PER_NODE="1",
         DSVAE_PHASE2_GPUS_PER_NODE="2",
@@ -450,15 +365,8 @@ def test_dry_runs_start_nothing(cluster, checkout, stand_in):
     assert "--kill-on-invalid-dep=yes" in second
     assert not any(word.startswith("--dependency") for word in first)
 
-    sweep = cluster.run(
-        "bash",
-        "slurm/sweep.sh",
-        "--dry_run",
-        "slurm/sweeps/park2021.txt",
-        "--config",
-        "park2021",
-        cwd=checkout,
-    )
+    command = words("bash slurm/sweep.sh --dry_run slurm/sweeps/park2021.txt --config park2021")
+    sweep = cluster.run(*command, cwd=checkout)
     assert "--array=1-18%4" in words(sweep.splitlines()[0])
     assert len(set(sweep.splitlines()[2:])) == 18
     assert sorted(checkout.rglob("*")) == before

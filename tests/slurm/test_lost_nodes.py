@@ -9,14 +9,8 @@ from launch import CONFIGS, ROOT, TINY, numbers, rows, train
 
 PATCHED = ROOT / "tests" / "distributed" / "patched_train.py"
 STEPS = (
-    "--phase1.steps",
-    "20",
-    "--phase2.steps",
-    "20",
-    "--checkpoint_every",
-    "10",
-    "--phase1.deletion",
-    "0.2",
+    *("--phase1.steps", "20", "--phase2.steps", "20"),
+    *("--checkpoint_every", "10", "--phase1.deletion", "0.2"),
 )
 NODES = ("--nodes=2", "--ntasks-per-node=2")
 WAITING = """#!/bin/bash

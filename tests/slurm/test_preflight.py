@@ -145,6 +145,6 @@ def test_other_versions(changes, blamed):
     """The node that differs from most ranks."""
     nodes = ["node1", "node1", "node1", "node2"]
     found = [{"python": "3.11", "torch": changes.get(rank, "2.13")} for rank in range(4)]
-    lines = odd_ones(found, nodes)
+    lines = list(odd_ones(found, nodes))
     assert {line.split("\t")[0] for line in lines} == blamed
     assert all("torch" in line for line in lines)

@@ -26,15 +26,8 @@ def submitted(cluster, checkout, cache_dir):
     (checkout / "three.txt").write_text(MEMBERS)
     tiny = ("--config", "tiny.yaml")
     limited = cluster.sbatch(
-        *(
-            "--time=60",
-            "--signal=B:USR1@600",
-            "slurm/train.sbatch",
-            *tiny,
-            "--output_dir",
-            "runs/limited",
-        ),
-        *("--phase1.steps", "100000", "--log_every", "50"),
+        *("--time=60", "--signal=B:USR1@600", "slurm/train.sbatch", *tiny),
+        *("--output_dir", "runs/limited", "--phase1.steps", "100000", "--log_every", "50"),
         cwd=checkout,
     )
 
