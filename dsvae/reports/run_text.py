@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dsvae.config import RunConfig
-from dsvae.data.prepared import Prepared
 from dsvae.engine.engine import PhaseEngine
 from dsvae.phases import Phase
 from dsvae.reports.table import result_table
-from dsvae.reports.training_log import data_lines
 from dsvae.run_directory import RunDirectory
 
 
-def data_text(data: Prepared, ranks: int) -> str:
-    """What a run trains on, with a warning where it is measured on what it trains on."""
-    lines = [data_lines(data.report, ranks)]
-    for split in ("valid", "test"):
-        if copies := data.report["splits"][split]["in_train"]:
+def data_text(report: dict[str, Any], ranks: int) -> str:
+    """What a run trains on, with a warning where it is measured on what it trains on;
+    `report` is that of `dsvae.data.tokenization.Prepared`."""
+    splits: dict[str, dict[str, Any]] = report["splits"]
+    sizes = (
+        f"{name} {part['sentences']:,}{' (held out)' if part['held_out'] else ''}"
+        for name, part in splits.items()
+    )
+    blank, cut, unk, repeated = (
+        sum(part[name] for part in splits.values())
+        for name in ("skipped_blank", "truncated", "unk", "repeated")
+    )
+    lines = [
+        f"data: {report['source']}; {ranks} rank{'s' if ranks > 1 else ''}",
+        f"      sentences: {', '.join(sizes)}; {splits['train']['tokens']:,} tokens to train on, "
+        f"of {report['vocab_size']:,} pieces",
+        f"      {blank:,} blank lines skipped, {cut:,} sentences truncated to "
+        f"{report['max_tokens']} tokens, {unk:,} unknown tokens, {repeated:,} repeated sentences",
+    ]
+    for name in ("valid", "test"):
+        if copies := splits.get(name, {}).get("in_train"):
             lines.append(
-                f"warning: {copies} of the {len(data.splits[split])} {split} sentences are also "
+                f"warning: {copies} of the {splits[name]['sentences']} {name} sentences are also "
                 f"training sentences"
             )
     return "\n".join(lines)

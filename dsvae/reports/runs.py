@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +50,6 @@ class Run:
     phase: int | None = None
     """The phase that the metrics belong to."""
     latent: bool = True
-    """Whether the model has a latent."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Every finite number of the evaluation, standard errors as `se.NAME`. A model
     without a latent has none that describe one."""
@@ -101,11 +100,11 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
             raise UserError(f"{word}: no such directory; give output directories of runs")
         if not path.is_dir():
             files.append(word)
-        elif is_run(path):
+        elif _is_run(path):
             directories.append(path)
         elif not (path / "comparison.csv").is_file():
             try:
-                inside = [child for child in path.iterdir() if child.is_dir() and is_run(child)]
+                inside = [child for child in path.iterdir() if _is_run(child)]
             except OSError as error:
                 raise UserError(
                     f"{word}: {error.strerror}; give directories that can be read"
@@ -127,10 +126,8 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     return list(once.values()), files
 
 
-def is_run(directory: Path) -> bool:
-    """Whether a run has claimed a directory; one that ended before it wrote anything
-    has left its lock."""
-    return RunDirectory(directory).is_claimed()
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and RunDirectory(path).is_claimed()
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
@@ -150,7 +147,7 @@ def _read(directory: Path, name: str) -> Run:
     run.tokenizer = _tokenizer(run.paths.tokenizer)
     rows = _Rows(run.paths.metrics_jsonl, run.problems)
     done = _done(run, rows)
-    final = _final(run)
+    final = _read_json(run, run.paths.metrics, _final)
     if final is not None:
         run.state, run.split, run.phase = "finished", "test", 2
         _take(run, final)
@@ -159,14 +156,13 @@ def _read(directory: Path, name: str) -> Run:
         run.split, run.step, run.phase = "valid", rows.valid["step"], rows.valid["phase"]
         _take(run, rows.valid)
     if run.paths.metrics.exists():
-        return run
-    if run.config is None:
-        if not run.problems and not rows.steps and not done:
-            run.state = "not started"
-        elif not run.paths.config.exists():
-            run.problems.append("no config.yaml in it")
-        return run
-    run.state = _state(run.config, run.paths, done)
+        pass  # it cannot be read
+    elif run.config is not None:
+        run.state = _state(run.config, run.paths, done)
+    elif not run.problems and not done:
+        run.state = "not started"
+    elif not run.paths.config.exists():
+        run.problems.append("no config.yaml in it")
     return run
 
 
@@ -175,7 +171,7 @@ def _read_settings(run: Run) -> None:
     if not path.exists():
         return
     try:
-        run.config = configuration.build(configuration.load_tree(str(path)), where=path.name)
+        run.config = configuration.load(path)
     except (UserError, OSError) as error:
         run.problems.append(_describe_error(error, path))
         return
@@ -185,12 +181,8 @@ def _read_settings(run: Run) -> None:
         for name, value in flatten(to_tree(run.config)).items()
         if name not in _NO_SETTINGS and value != {} and not name.startswith(unused)
     }
-    path = run.paths.ds_config
-    if path.exists():
-        try:
-            run.settings |= flatten(json.loads(path.read_bytes()), "ds_config.")
-        except (OSError, ValueError, AttributeError) as error:
-            run.problems.append(_describe_error(error, path))
+    ds_config = _read_json(run, run.paths.ds_config, lambda tree: flatten(tree, "ds_config."))
+    run.settings |= ds_config or {}
 
 
 def _unused(config: RunConfig) -> tuple[str, ...]:
@@ -243,38 +235,38 @@ class _Rows:
         return True
 
 
-def _final(run: Run) -> dict[str, Any] | None:
-    """The final evaluation, None where there is none or where it cannot be read."""
-    path = run.paths.metrics
+def _read_json(
+    run: Run, path: Path, take: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """What `take` finds in a file; None where there is none or where it cannot be read."""
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_bytes())
-        final = content.get("test") if isinstance(content, dict) else None
-        if not isinstance(final, dict) or "rec" not in final:
-            raise ValueError("no final evaluation in it")
-        return final
-    except (OSError, ValueError) as error:
+        return take(json.loads(path.read_bytes()))
+    except (OSError, ValueError, AttributeError) as error:
         run.problems.append(_describe_error(error, path))
         return None
+
+
+def _final(content: Any) -> dict[str, Any]:
+    """The final evaluation in a metrics.json."""
+    final = content.get("test") if isinstance(content, dict) else None
+    if not isinstance(final, dict) or "rec" not in final:
+        raise ValueError("no final evaluation in it")
+    return final
 
 
 def _take(run: Run, evaluation: dict[str, Any]) -> None:
     """Stores the numbers and warnings of an evaluation in the run."""
     run.latent = evaluation.get("kl_per_dim") != [] and evaluation.get("latent_dim") != 0
-    metrics = {
-        name: value
-        for name, value in flatten(evaluation).items()
-        if _is_number(value) and name not in ("step", "phase")
-    }
+    metrics = {name: value for name, value in flatten(evaluation).items() if _is_number(value)}
     metrics |= catalog.differences(metrics)
-    if not run.latent:
-        metrics = {
-            name: value
-            for name, value in metrics.items()
-            if not catalog.entry(name.removeprefix("se.")).latent
-        }
-    run.metrics = metrics
+    run.metrics = {
+        name: value
+        for name, value in metrics.items()
+        if name not in ("step", "phase")
+        and (run.latent or not catalog.entry(name.removeprefix("se.")).latent)
+    }
     warnings = evaluation.get("warnings", [])
     run.warnings = [str(line) for line in warnings] if isinstance(warnings, list) else []
 
