@@ -41,11 +41,8 @@ def compare_runs(directories: Sequence[Path], sort_by: str | None = None) -> Com
     """Reads runs and compares them.
 
     Args:
-        sort_by: `run`, `state`, a setting that differs, or a metric. None: the order
-            given.
-
-    Raises:
-        UserError: `sort_by` is none of them.
+        sort_by: `run`, `state`, a setting that differs, or a metric; UserError for any
+            other name. None: the order given.
     """
     runs = read_runs(directories)
     settings = _differing(runs)
@@ -60,8 +57,7 @@ def compare_runs(directories: Sequence[Path], sort_by: str | None = None) -> Com
 
 
 def _differing(runs: list[Run]) -> list[str]:
-    """Names of the settings that differ between the runs that use them, in the order of
-    the configuration."""
+    """Names of the settings that differ between the runs that use them, in their order."""
     known = [run.settings for run in runs if run.settings]
     fields = field_types()
 
@@ -107,8 +103,7 @@ def _sorted(runs: list[Run], name: str, settings: list[str], metrics: list[str])
 
 
 def _texts(runs: list[Run]) -> tuple[dict[str, str], list[str]]:
-    """Letters of the measured texts if a split has several, and a warning per such
-    split."""
+    """Letters of the measured texts if a split has several, and a warning per split."""
 
     def same(a: Run, b: Run) -> bool:
         sources = a.source(), b.source()

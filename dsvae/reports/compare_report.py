@@ -17,8 +17,8 @@ from dsvae.reports.table import markdown, number
 
 
 def place(directories: Sequence[Path], output: str | None) -> Path:
-    """Where the files go: `output`, or `comparison` beside the runs, or in the current
-    directory if the runs lie in different ones."""
+    """`output`, or `comparison` beside the runs; in the current directory if they lie
+    apart."""
     if output is not None:
         return Path(output).expanduser()
     parents = {directory.absolute().parent.resolve() for directory in directories}
@@ -26,8 +26,7 @@ def place(directories: Sequence[Path], output: str | None) -> Path:
 
 
 def write(directory: Path, comparison: Comparison) -> dict[str, Path]:
-    """Writes the files, each whole or not at all; returns their paths by what they
-    hold."""
+    """Writes the files, each whole or not at all; their paths by what they hold."""
     from dsvae.reports.compare_plot import plot
 
     files = {"all metrics": directory / "comparison.csv"}

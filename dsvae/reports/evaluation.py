@@ -140,8 +140,8 @@ def evaluate_sentences(
     max_tokens: int,
     seed: int,
 ) -> Evaluation:
-    """Measures a model on sentences and writes nothing; arguments as in
-    `evaluate_model`. Collective."""
+    """Measures a model and writes nothing; arguments as in `evaluate_model`.
+    Collective."""
     split = text.split
     measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
     metrics = summarize(measured, split)
@@ -188,12 +188,7 @@ def _use_of_latents(
     family: Family, posterior: Distribution, draws: Tensor, text: Sentences, seed: int
 ) -> dict[str, Any]:
     """Probes for every label, and disentanglement where the factors are known, of the
-    active units; null where no unit is active.
-
-    Args:
-        posterior: q(z|x) of N sentences.
-        draws: (N, Z), one draw per sentence.
-    """
+    active units; null where none is active. `draws` (N, Z) has one per sentence."""
     active = np.flatnonzero((posterior.activity() > ACTIVE).numpy())
     width = family.latent_width // family.units
     columns = (active[:, None] * width + np.arange(width)).ravel()
@@ -276,15 +271,14 @@ def _policies(max_tokens: int, offsets: bool) -> dict[str, str]:
 
 
 def _default_output(model_dir: str) -> Path:
-    """`evaluation` in the model's directory, or in the current directory for a hub id: a
-    directory with that name would hide the hub model."""
+    """`evaluation` in the model's directory. For a hub id in the current directory: one
+    with the name of the model would hide it."""
     directory = Path(model_dir).expanduser()
     return directory / "evaluation" if directory.is_dir() else Path("evaluation")
 
 
 def _main_first(world: World, load: Callable[[], T]) -> T:
-    """Calls `load` on every rank, on rank 0 first; each rank keeps its result. A UserError
-    of one rank is raised on all."""
+    """Calls `load` on every rank, on rank 0 first. A UserError of one is raised on all."""
     box: list[T] = []
     world.run_on_rank0(lambda: box.append(load()))
     return world.run_on_all(lambda: box[0] if world.is_main else load())

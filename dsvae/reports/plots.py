@@ -83,8 +83,7 @@ def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> str:
 
 
 def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
-    """The first two principal components of the posterior means, coloured by labels or
-    by numbers."""
+    """The first two principal components, coloured by labels or by numbers."""
     figure, axes = new_figure()
     components = min(2, *means.shape)
     pca = PCA(components).fit(means)
@@ -110,8 +109,7 @@ def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
 def _colours(
     metrics: dict[str, Any], text: Sentences, chosen: NDArray[np.intp]
 ) -> tuple[str, NDArray]:
-    """Name and values of the label that the linear probe reads best, of those with few
-    enough classes; the length if there is none."""
+    """Name and values of the label that the linear probe reads best, or the length."""
     probes = {
         name: probe
         for name, probe in metrics.get("probes", {}).items()

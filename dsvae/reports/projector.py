@@ -18,11 +18,8 @@ POINTS = 10_000
 
 
 def write_projector(directory: Path, posterior: Distribution, text: Sentences) -> None:
-    """Writes the posterior means of at most `POINTS` sentences as a TensorBoard log
-    directory, whole or not at all.
-
-    A model without a latent has none: only an older directory is removed.
-    """
+    """Writes at most `POINTS` posterior means as a TensorBoard log directory, whole or
+    not at all. Without a latent, an older directory is removed."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     if posterior.point.shape[1]:

@@ -14,8 +14,7 @@ from dsvae.run_directory import RunDirectory
 
 
 def data_text(report: dict[str, Any], ranks: int) -> str:
-    """What a run trains on, with a warning where it is measured on what it trains on;
-    `report` is that of `dsvae.data.tokenization.Prepared`."""
+    """What a run trains on, with a warning where it is measured on the same sentences."""
     splits: dict[str, dict[str, Any]] = report["splits"]
     sizes = (
         f"{name} {part['sentences']:,}{' (held out)' if part['held_out'] else ''}"
@@ -42,8 +41,7 @@ def data_text(report: dict[str, Any], ranks: int) -> str:
 
 
 def phase_text(phase: Phase, engine: PhaseEngine, ds_config: Path) -> str:
-    """What a phase trains with. `ds_config` is the file with its resolved
-    configuration."""
+    """What a phase trains with; `ds_config` is its resolved configuration."""
     line = (
         f"phase {phase.number}: {phase.steps:,} steps of {phase.config.data.batch_size} sentences, "
         f"ZeRO {engine.zero_stage}, {engine.precision}; its ds_config is {ds_config}"

@@ -128,8 +128,7 @@ class Reporter:
             self._writer.add_figure("valid/kl_per_dim", _kl_figure(self._kl_per_dim), step)
 
     def text(self, step: int, pairs: list[tuple[str, str]], prior: list[str]) -> None:
-        """Writes (sentence, reconstruction) pairs and sentences from the prior, or the one
-        greedy sentence of a language model."""
+        """Writes (sentence, reconstruction) pairs, and sentences from the prior."""
         if self._writer is None or not (pairs or prior):
             return
         if pairs:
@@ -147,8 +146,8 @@ class Reporter:
             self._writer.flush()
 
     def close(self, final: dict[str, Any] | None) -> None:
-        """Writes the hyperparameters beside the final metrics, if there are any, and closes
-        the files."""
+        """Writes the hyperparameters beside the final metrics, if any, and closes the
+        files."""
         self.end_phase()
         if self._writer is not None:
             if final is not None:
@@ -237,8 +236,7 @@ def _hyperparameters(config: RunConfig) -> dict[str, int | float | str | bool]:
 
 
 def _truncate_jsonl(path: Path, first_step: int) -> list[dict[str, Any]]:
-    """Keeps the rows before `first_step` and returns them, without an incomplete last
-    one."""
+    """Keeps and returns the rows before `first_step`, without an incomplete last one."""
     if not path.exists():
         return []
     kept, lines = [], []
