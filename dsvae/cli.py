@@ -12,9 +12,12 @@ no room on the disk are one line and exit code 74.
 
 import contextlib
 import errno
+import functools
+import inspect
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -51,19 +54,62 @@ SHARED = {
 """What the help says about parameters that several commands have."""
 
 
+class Model:
+    """The model that a command works with, and the flags that all such commands have."""
+
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        json: bool = False,
+        seed: int | None = None,
+        max_tokens: int = 512,
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.json, self.options = json, options
+        self._settings: dict[str, Any] = {"model_dir": model_dir, "options": options}
+        self._settings |= {"seed": seed, "max_tokens": max_tokens, "device": device}
+
+    def open(self, **settings: Any) -> contextlib.AbstractContextManager[tuple[Any, int]]:
+        """The loaded model and its seed; `settings` as of `session`."""
+        from dsvae.generation.session import session
+
+        return session(**self._settings, **settings)
+
+    def show(self, rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> None:
+        """Prints rows as `console.show` does."""
+        show(rows, self.json, line)
+
+
+def with_model(function: Callable[..., None]) -> Callable[..., None]:
+    """A command with the flags of `Model` after its own.
+
+    Args:
+        function: takes a `Model` in place of the first word, MODEL_DIR.
+    """
+    model_dir, *flags = inspect.signature(Model).parameters.values()
+    _, *own = inspect.signature(function).parameters.values()
+    names = [parameter.name for parameter in own]
+
+    @functools.wraps(function)
+    def command(model_dir: str, *words: str, **given: Any) -> None:
+        values = {name: given.pop(name) for name in names if name in given}
+        function(Model(model_dir, **given), *words, **values)
+
+    command.__signature__ = inspect.Signature([model_dir, *own, *flags])  # type: ignore
+    return command
+
+
+@with_model
 def sample(
-    model_dir: str,
+    model: Model,
     *,
     n: int = 20,
     source: Literal["prior", "aggregate"] = "prior",
     file: str | None = None,
     text_column: str = "text",
-    seed: int | None = None,
-    json: bool = False,
     batch_size: int = 128,
-    max_tokens: int = 512,
-    device: str | None = None,
-    **options: Any,
 ) -> None:
     """Generates sentences from random latents.
 
@@ -80,7 +126,6 @@ def sample(
             stderr.
     """
     from dsvae.generation.reading import draw_sentences, read_sentences
-    from dsvae.generation.session import session
 
     if n < 1:
         raise UserError(f"-n is {n}: give at least 1")
@@ -91,46 +136,27 @@ def sample(
         )
     if file is not None:
         read_sentences(file, text_column, "--file")  # checks the file before the model loads
-    with session(
-        model_dir,
-        device=device,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        options=options,
-        seed=seed,
-        draws=True,
-    ) as (vae, seed):
-        rows: Any = (
-            {"sample": i, "sentence": text}
-            for i, text in enumerate(vae.prior_stream(n, seed=seed, **options), 1)
-        )
-        if file is not None:
+    with model.open(batch_size=batch_size, draws=True) as (vae, seed):
+        rows: Iterable[dict[str, Any]]
+        if file is None:
+            texts = vae.prior_stream(n, seed=seed, **model.options)
+            rows = ({"sample": i, "sentence": text} for i, text in enumerate(texts, 1))
+        else:
             lines = draw_sentences(file, text_column, n, seed)
+            drawn = enumerate(vae.posterior_stream(lines, seed=seed, **model.options), 1)
             rows = (
                 {"sample": i, "sentence": text, "line": line.line, "from": line.text}
-                for i, (line, text) in enumerate(
-                    vae.posterior_stream(lines, seed=seed, **options), 1
-                )
+                for i, (line, text) in drawn
             )
         width = len(str(n))
-        show(
-            progress(rows, n),
-            json,
-            lambda row: f"{row['sample']:>{width}}  {one_line(row['sentence'])}",
+        model.show(
+            progress(rows, n), lambda row: f"{row['sample']:>{width}}  {one_line(row['sentence'])}"
         )
 
 
+@with_model
 def reconstruct(
-    model_dir: str,
-    file: str | None = None,
-    *,
-    text_column: str = "text",
-    json: bool = False,
-    seed: int | None = None,
-    batch_size: int = 128,
-    max_tokens: int = 512,
-    device: str | None = None,
-    **options: Any,
+    model: Model, file: str | None = None, *, text_column: str = "text", batch_size: int = 128
 ) -> None:
     """Decodes the posterior mean of each sentence of a file or of stdin.
 
@@ -139,24 +165,16 @@ def reconstruct(
     two stand one above the other, behind the number.
     """
     from dsvae.generation.reading import read_sentences
-    from dsvae.generation.session import check_not_empty, session
+    from dsvae.generation.session import check_not_empty
 
     sentences = read_sentences(file, text_column)
-    with session(
-        model_dir,
-        device=device,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        options=options,
-        seed=seed,
-    ) as (vae, _):
+    with model.open(batch_size=batch_size) as (vae, _):
         rows = (
             {"line": line.line, "sentence": line.text, "reconstruction": text}
-            for line, text in vae.reconstruct_stream(sentences, **options)
+            for line, text in vae.reconstruct_stream(sentences, **model.options)
         )
-        show(
+        model.show(
             progress(rows),
-            json,
             lambda row: (
                 f"{row['line']:>6}  {row['sentence']}\n{'':>6}  {one_line(row['reconstruction'])}"
             ),
@@ -164,18 +182,9 @@ def reconstruct(
         check_not_empty(vae, file)
 
 
+@with_model
 def interpolate(
-    model_dir: str,
-    a: str,
-    b: str,
-    *,
-    steps: int = 8,
-    path: Literal["linear", "slerp"] = "linear",
-    json: bool = False,
-    seed: int | None = None,
-    max_tokens: int = 512,
-    device: str | None = None,
-    **options: Any,
+    model: Model, a: str, b: str, *, steps: int = 8, path: Literal["linear", "slerp"] = "linear"
 ) -> None:
     """Generates the sentences on the way from one sentence to another.
 
@@ -189,31 +198,16 @@ def interpolate(
         path: linear, the straight line; slerp, along the great circle, while the norm
             changes linearly.
     """
-    from dsvae.generation.session import session
-
     if steps < 2:
         raise UserError(f"--steps is {steps}: a path needs at least 2, its two ends")
-    with session(model_dir, device=device, max_tokens=max_tokens, options=options, seed=seed) as (
-        vae,
-        _,
-    ):
-        texts = vae.interpolate(a, b, steps=steps, path=path, **options)
+    with model.open() as (vae, _):
+        texts = vae.interpolate(a, b, steps=steps, path=path, **model.options)
         rows = ({"t": i / (steps - 1), "sentence": text} for i, text in enumerate(texts))
-        show(rows, json, lambda row: f"{row['t']:.3f}  {one_line(row['sentence'])}")
+        model.show(rows, lambda row: f"{row['t']:.3f}  {one_line(row['sentence'])}")
 
 
-def analogy(
-    model_dir: str,
-    a: str,
-    b: str,
-    c: str,
-    *,
-    json: bool = False,
-    seed: int | None = None,
-    max_tokens: int = 512,
-    device: str | None = None,
-    **options: Any,
-) -> None:
+@with_model
+def analogy(model: Model, a: str, b: str, c: str) -> None:
     """Generates the sentence that is to C as B is to A, from the latent z_b - z_a + z_c.
 
     With --json one object: "a", "b", "c", "sentence".
@@ -223,28 +217,20 @@ def analogy(
         b: what A became.
         c: another sentence, which is to change in the same way.
     """
-    from dsvae.generation.session import session
-
-    with session(model_dir, device=device, max_tokens=max_tokens, options=options, seed=seed) as (
-        vae,
-        _,
-    ):
-        show([{"a": a, "b": b, "c": c, "sentence": vae.analogy(a, b, c, **options)}], json, table)
+    with model.open() as (vae, _):
+        text = vae.analogy(a, b, c, **model.options)
+        model.show([{"a": a, "b": b, "c": c, "sentence": text}], table)
 
 
+@with_model
 def traverse(
-    model_dir: str,
+    model: Model,
     a: str,
     *,
     dim: int,
     steps: int | None = None,
     width: float | None = None,
     scale: Literal["prior", "posterior"] | None = None,
-    json: bool = False,
-    seed: int | None = None,
-    max_tokens: int = 512,
-    device: str | None = None,
-    **options: Any,
 ) -> None:
     """Generates the sentences along one unit of the latent, from the posterior mean of a
     sentence.
@@ -263,27 +249,21 @@ def traverse(
             all sentences; posterior, it moves about the sentence's own value by the
             sentence's own uncertainty. For dimensions only.
     """
-    from dsvae.generation.session import session
 
-    with session(model_dir, device=device, max_tokens=max_tokens, options=options, seed=seed) as (
-        vae,
-        _,
-    ):
+    def line(row: dict[str, Any]) -> str:
+        place = f"{row['category']:>3}" if "category" in row else f"{row['offset']:>+6.2f}"
+        return f"{place}  {one_line(row['sentence'])}"
+
+    with model.open() as (vae, _):
         places, latent = vae.traversal(a, dim, steps=steps, width=width, scale=scale)
-        texts = vae.decode(latent, **options)
-        rows = [{**place, "sentence": text} for place, text in zip(places, texts, strict=True)]
-        show(
-            rows,
-            json,
-            lambda row: (
-                (f"{row['category']:>3}" if "category" in row else f"{row['offset']:>+6.2f}")
-                + f"  {one_line(row['sentence'])}"
-            ),
-        )
+        texts = vae.decode(latent, **model.options)
+        rows = zip(places, texts, strict=True)
+        model.show(({**place, "sentence": text} for place, text in rows), line)
 
 
+@with_model
 def edit(
-    model_dir: str,
+    model: Model,
     a: str,
     *,
     set: str | None = None,
@@ -292,12 +272,7 @@ def edit(
     text_file: str | None = None,
     strength: float | None = None,
     text_column: str = "text",
-    json: bool = False,
-    seed: int | None = None,
     batch_size: int = 128,
-    max_tokens: int = 512,
-    device: str | None = None,
-    **options: Any,
 ) -> None:
     """Changes a sentence: sets categories of its latent, or moves it toward a label.
 
@@ -316,20 +291,12 @@ def edit(
         text_column: column of the sentence in --text_file, where it has columns.
     """
     from dsvae.generation import editing
-    from dsvae.generation.session import session
 
     request = editing.read_request(set, toward, labels_file, text_file, strength, text_column)
-    with session(
-        model_dir,
-        device=device,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        options=options,
-        seed=seed,
-    ) as (vae, seed):
-        row = editing.edit(vae, a, request, seed, options)
+    with model.open(batch_size=batch_size) as (vae, seed):
+        row = editing.edit(vae, a, request, seed, model.options)
         shown = ("sentence", "reconstruction", "edited")
-        show([row], json, lambda row: table({name: row[name] for name in shown}))
+        model.show([row], lambda row: table({name: row[name] for name in shown}))
 
 
 def encode(
@@ -355,14 +322,12 @@ def encode(
     """
     from dsvae.generation.latents_file import check_place, write_latents
     from dsvae.generation.reading import read_sentences
-    from dsvae.generation.session import check_not_empty, session
+    from dsvae.generation.session import check_not_empty
 
     sentences = read_sentences(file, text_column)
     check_place(output)
-    with session(model_dir, device=device, max_tokens=max_tokens, batch_size=batch_size) as (
-        vae,
-        _,
-    ):
+    model = Model(model_dir, max_tokens=max_tokens, device=device)
+    with model.open(batch_size=batch_size) as (vae, _):
         batches = list(vae.encode_stream(progress(sentences, prints_rows=False)))
         check_not_empty(vae, file)
         write_latents(output, batches)
@@ -440,22 +405,12 @@ def evaluate(
             model does not say.
         seed: of the draws of z and of the folds of the probes, from 0 to 2^53 - 1.
     """
+    given = locals()
     # DeepSpeed logs to the stdout that is there when it is imported.
     with contextlib.redirect_stdout(sys.stderr):
         from dsvae.reports.evaluation import evaluate_model
 
-    evaluate_model(
-        model_dir,
-        test_file=test_file,
-        labels_file=labels_file,
-        output=output,
-        samples=samples,
-        iw_samples=iw_samples,
-        batch_tokens=batch_tokens,
-        text_column=text_column,
-        max_tokens=max_tokens,
-        seed=seed,
-    )
+    evaluate_model(**given)
 
 
 def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -> None:
@@ -577,54 +532,18 @@ def plan(
         precision: that of the run.
         json: prints one JSON object, with sizes in bytes.
     """
+    given = {name: value for name, value in locals().items() if name != "json"}
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout as it is imported
         from dsvae.planning.command import plan_command
 
-        text, line = plan_command(
-            model,
-            config=config,
-            gpus=gpus,
-            gpu_memory=gpu_memory,
-            gpus_per_node=gpus_per_node,
-            host_memory=host_memory,
-            margin=margin,
-            gradient_checkpointing=gradient_checkpointing,
-            ds_config=ds_config,
-            flags={
-                "data.micro_batch_tokens": batch_tokens,
-                "eval.batch_tokens": eval_batch_tokens,
-                "data.max_tokens": max_tokens,
-                "data.batch_size": batch_size,
-                "phase": phase,
-                "phase1.freeze_decoder": freeze_decoder,
-                "injection": injection,
-                "latent_dim": latent_dim,
-                "precision": precision,
-            },
-        )
+        text, line = plan_command(**given)
     print(line if json else text)
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-COMMANDS = commands(
-    (
-        evaluate,
-        export,
-        compare,
-        sample,
-        reconstruct,
-        interpolate,
-        analogy,
-        traverse,
-        edit,
-        encode,
-        corpus,
-        plan,
-    ),
-    OPTIONS,
-    SHARED,
-)
+_GENERATION = (sample, reconstruct, interpolate, analogy, traverse, edit, encode)
+COMMANDS = commands((evaluate, export, compare, *_GENERATION, corpus, plan), OPTIONS, SHARED)
 
 
 def main(argv: list[str] | None = None) -> int:

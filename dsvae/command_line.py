@@ -8,34 +8,26 @@ the call. So every word is checked and read here, by the annotations of the func
 fire then gets each value as a Python literal, which it reads back as that value.
 """
 
-import contextlib
 import functools
 import inspect
 import io
-import json
-import math
 import re
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import fire
 
+from dsvae.config import convert, without_none
 from dsvae.errors import UserError, did_you_mean
 
 Function = Callable[..., None]
 
 # No space before the "=": "-so it was = bad" is a sentence.
-_FLAG = re.compile(r"(--?)([A-Za-z][\w-]*)(?:(=)(.*))?", re.DOTALL)
+_FLAG = re.compile(r"(--?)([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 _HELP = ("--help", "-h")
-_WANTED = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    list: "a list in JSON",
-}
 
 
 @dataclass(frozen=True)
@@ -43,10 +35,8 @@ class Parameter:
     """A parameter of a command: a flag, and maybe a word that stands without a name."""
 
     name: str
-    kind: type
-    """str, bool, int, float or list."""
-    choices: tuple[str, ...] = ()
-    """The words that a str may be. Empty: any."""
+    kind: Any
+    """str, bool, int, float, a list or a Literal."""
     is_word: bool = False
     """Whether it may be given without its name."""
     required: bool = False
@@ -56,32 +46,11 @@ class Parameter:
     @property
     def takes_all(self) -> bool:
         """Whether it takes all words that are left."""
-        return self.is_word and self.kind is list
+        return self.is_word and typing.get_origin(self.kind) is list
 
     def read(self, text: str) -> Any:
-        """The value that a word means; a str stays as it is.
-
-        Raises:
-            UserError: the word means no such value.
-        """
-        if self.choices and text not in self.choices:
-            raise UserError(
-                f"--{self.name} is {text!r}, not one of {', '.join(self.choices)}"
-                f"{did_you_mean(text, self.choices)}"
-            )
-        if self.kind is str:
-            return text
-        try:
-            if self.kind is bool:
-                return {"true": True, "false": False}[text.lower()]
-            value: Any = json.loads(text) if self.kind is list else self.kind(text)
-            if self.kind is float and not math.isfinite(value):
-                raise ValueError
-            if not isinstance(value, self.kind):
-                raise ValueError
-            return value
-        except (ValueError, KeyError):
-            raise UserError(f"--{self.name} must be {_WANTED[self.kind]}, not {text!r}") from None
+        """The value that a word means; raises UserError where it means none."""
+        return convert(text, self.kind, f"--{self.name}")
 
 
 class Command:
@@ -116,11 +85,12 @@ class Command:
     @property
     def usage(self) -> str:
         """The name and the words that follow it, required ones without brackets."""
-        words = [p for p in self.parameters.values() if p.is_word]
-        shown = [p.name.upper() if p.required else f"[{p.name.upper()}]" for p in words]
-        return " ".join(
-            [self.name, *(s + "..." * p.takes_all for s, p in zip(shown, words, strict=True))]
-        )
+        shown = [self.name]
+        for p in self.parameters.values():
+            if p.is_word:
+                word = p.name.upper() if p.required else f"[{p.name.upper()}]"
+                shown.append(word + "..." * p.takes_all)
+        return " ".join(shown)
 
     def help(self, program: str) -> str:
         """The help that fire writes from the docstring."""
@@ -128,43 +98,36 @@ class Command:
         signature = inspect.signature(self.function)
         # fire prints the name of a type, and a Literal has none. In `X | None` the None
         # says no more than the default does.
-        named = [
-            p.replace(annotation=type(_type_name(self.parameters[p.name]), (), {}))
-            if p.name in self.parameters
-            else p.replace(annotation=p.empty)
-            for p in signature.parameters.values()
-        ]
+        named = []
+        for p in signature.parameters.values():
+            known = self.parameters.get(p.name)
+            kind = type(_type_name(known.kind), (), {}) if known else p.empty
+            named.append(p.replace(annotation=kind))
         shown.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
         document = inspect.getdoc(self.function) or ""
-        missing = [
-            f"    {name}: {text}"
-            for name, text in self.shared.items()
-            if name in signature.parameters and f"\n    {name}: " not in document
-        ]
-        heading = [] if "\nArgs:" in document else ["", "Args:"]
-        shown.__doc__ = "\n".join([document, *heading, *missing])
-        text = _run_fire({self.name: shown}, [self.name, "--", "--help"], program)
-        text = re.sub(r"Type: Optional\[(.+?)\]?$", r"Type: \1", text.rstrip("\n"), flags=re.M)
-        for each in self.parameters.values():
-            if each.takes_all:
-                text = text.replace(
-                    f"{each.name.upper()} <flags>", f"{each.name.upper()}... <flags>", 1
-                )
+        lines = [document] if "\nArgs:" in document else [document, "", "Args:"]
+        for name, text in self.shared.items():
+            if name in signature.parameters and f"\n    {name}: " not in document:
+                lines.append(f"    {name}: {text}")
+        shown.__doc__ = "\n".join(lines)
+        out = io.StringIO()  # fire opens no pager where neither stream is a terminal
+        with redirect_stdout(out), redirect_stderr(out), suppress(SystemExit):
+            fire.Fire({self.name: shown}, command=[self.name, "--", "--help"], name=program)
+        text = out.getvalue().rstrip("\n")
+        text = re.sub(r"Type: Optional\[(.+?)\]?$", r"Type: \1", text, flags=re.M)
+        for name in (p.name.upper() for p in self.parameters.values() if p.takes_all):
+            text = text.replace(f"{name} <flags>", f"{name}... <flags>", 1)
         if not self.options:
             return text
-        lines = "\n".join(f"    --{each} {kind.__name__}" for each, kind in self.options.items())
-        return f"{text}\n\nOPTIONS OF GENERATE\n{lines}"
+        options = "\n".join(f"    --{each} {kind.__name__}" for each, kind in self.options.items())
+        return f"{text}\n\nOPTIONS OF GENERATE\n{options}"
 
     def read(self, words: Sequence[str], program: str) -> dict[str, Any]:
         """The values that the words behind the command's name give.
 
         Flags are `--name value` or `--name=value`, `--name` alone for a boolean. A
         single letter stands for the one flag that begins with it. Words behind `--` are
-        no flags.
-
-        Raises:
-            UserError: no such flag, a value of the wrong type, a word missing or one too
-                many.
+        no flags. Raises UserError for an unknown flag, a wrong value or number of words.
         """
         given: dict[str, Any] = {}
         loose: list[str] = []
@@ -179,9 +142,7 @@ class Command:
                 loose.append(word)
                 continue
             parameter = self._flag(match[1], match[2], program)
-            value = match[4]
-            if value is None:
-                value = _value_behind(parameter, rest)
+            value = match[3] if match[3] is not None else _value_behind(parameter, rest)
             if parameter.name in given:
                 raise UserError(f"--{parameter.name} is given twice")
             given[parameter.name] = [value] if parameter.takes_all else parameter.read(value)
@@ -190,14 +151,13 @@ class Command:
             given[places[-1].name] = loose[len(places) - 1 :]
             places, loose = places[:-1], loose[: len(places) - 1]
         if len(loose) > len(places):
+            extra = loose[len(places)]
             raise UserError(
-                f"{loose[len(places)]!r} is one word too many for {program} {self.usage}; quote "
-                f"sentences"
+                f"{extra!r} is one word too many for {program} {self.usage}; quote sentences"
             )
         given |= {p.name: p.read(word) for p, word in zip(places, loose, strict=False)}
         for parameter in self.parameters.values():
-            if parameter.required and parameter.name not in given:
-                name = parameter.name
+            if parameter.required and (name := parameter.name) not in given:
                 raise UserError(
                     f"{name.upper() if parameter.is_word else f'--{name}'} is missing: {program} "
                     f"{self.usage}; {program} {self.name} --help says more"
@@ -233,11 +193,7 @@ def commands(
 
 
 def dispatch(known: Mapping[str, Command], words: Sequence[str], program: str) -> None:
-    """Calls the command that `words` name, or prints help to stdout.
-
-    Raises:
-        UserError: no such command, or what `Command.read` raises.
-    """
+    """Calls the command that `words` name, or prints help; raises UserError as `read`."""
     before = list(words[: words.index("--")]) if "--" in words else list(words)
     name = before[0].replace("-", "_") if before else ""
     if any(word in before for word in _HELP):
@@ -262,20 +218,8 @@ def overview(known: Mapping[str, Command], program: str) -> str:
     )
 
 
-def _run_fire(component: Any, words: list[str], program: str) -> str:
-    """What fire writes; it opens no pager where neither stream is a terminal."""
-    out = io.StringIO()
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(out),
-        contextlib.suppress(SystemExit),
-    ):
-        fire.Fire(component, command=words, name=program)
-    return out.getvalue()
-
-
 def _value_behind(parameter: Parameter, rest: list[str]) -> str:
-    """Takes the value of a flag off the words that follow it."""
+    """The value of a flag, taken off the words that follow it."""
     if parameter.kind is bool:
         return rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
     if rest and not (_FLAG.fullmatch(rest[0]) or rest[0] == "--"):
@@ -288,28 +232,19 @@ def _positional(parameter: inspect.Parameter) -> bool:
 
 
 def _parameter(parameter: inspect.Parameter, firsts: list[str]) -> Parameter:
-    """A parameter by its annotation.
-
-    Args:
-        firsts: the first letters of all flags. One that begins a single flag stands for
-            it, as in fire's help.
-    """
-    kind, name = parameter.annotation, parameter.name
-    # `Literal[...] | None` is a Union, `str | None` a UnionType.
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        kind = next(each for each in typing.get_args(kind) if each is not type(None))
-    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-    required = parameter.default is parameter.empty
+    """A parameter by its annotation; `firsts` are the first letters of all flags."""
+    name, required = parameter.name, parameter.default is parameter.empty
     has_letter = firsts.count(name[0]) == 1 and not (_positional(parameter) and required)
     return Parameter(
         name,
-        str if choices else typing.get_origin(kind) or kind,
-        choices,
+        without_none(parameter.annotation),
         is_word=_positional(parameter),
         required=required,
         letter=name[0] if has_letter else None,
     )
 
 
-def _type_name(parameter: Parameter) -> str:
-    return " | ".join(parameter.choices) or parameter.kind.__name__
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " | ".join(typing.get_args(kind))
+    return (typing.get_origin(kind) or kind).__name__

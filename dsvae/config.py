@@ -8,6 +8,7 @@ the nearest known one.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dsvae.errors import UserError, nearest
+from dsvae.errors import UserError, did_you_mean, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
@@ -373,21 +374,23 @@ def read(argv: Sequence[str]) -> RunConfig:
 
 
 def merge(given: Mapping[str, str]) -> RunConfig:
-    """The configuration of flags from `parse_flags` on top of their `--config`, not yet
+    """The configuration of flags from `parse_flags` and their `--config`, not yet
     checked."""
     given = dict(given)
-    source = given.pop("config", None)
-    tree = load_tree(str(source)) if source is not None else load_tree(DEFAULT_RECIPE)
+    source = given.pop("config", DEFAULT_RECIPE)
+    tree = load_tree(source)
     if "model.name" in given and "model.t5" not in given:
         # the new T5 of a recipe gives way to the pretrained one
         tree.get("model", {}).pop("t5", None)
     for name, value in given.items():
-        _set(tree, name, value)
+        part = tree
+        *parents, last = name.split(".")
+        for parent in parents:
+            part = part.setdefault(parent, {})
+        part[last] = value
     config = build(tree, where="command line" if given else f"--config {source}")
     if "output_dir" not in tree:
-        config.output_dir = (
-            f"runs/{Path(str(source)).stem if source is not None else DEFAULT_RECIPE}"
-        )
+        config.output_dir = f"runs/{Path(source).stem}"
     return config
 
 
@@ -405,7 +408,7 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
         if name not in known:
             raise UserError(f"unknown flag --{name}{did_you_mean_field(name, known)}")
         if not equals:
-            if rest and not _is_flag(rest[0]):
+            if rest and (rest[0] == "--" or not rest[0].startswith("--")):  # -1 is a value
                 value = rest.pop(0)
             elif field_types().get(name) is bool:
                 value = "true"
@@ -417,11 +420,6 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
         given[name] = value
     given.pop("local_rank", None)
     return given
-
-
-def _is_flag(word: str) -> bool:
-    """Whether a word starts a new flag; `-1` and `-1e-3` are values."""
-    return word.startswith("--") and len(word) > 2
 
 
 def load_tree(source: str) -> dict[str, Any]:
@@ -438,12 +436,16 @@ def load_tree(source: str) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
-        tree = {}
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must hold a mapping of fields to values")
     build(tree, where=str(path))
     return tree
+
+
+def load(path: Path) -> RunConfig:
+    """The configuration in a config.yaml, not yet checked."""
+    return build(load_tree(str(path)), where=str(path))
 
 
 def build(tree: Mapping[str, Any], *, where: str) -> RunConfig:
@@ -462,13 +464,26 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """`field: old -> new` for every field that a resumed run may not change and that
-    differs."""
+    """`field: old -> new` for every changed field that a resumed run may not change."""
     before, after = flatten(to_tree(old)), flatten(to_tree(new))
     names = [name for name in before | after if name not in RESUMABLE and name != "ds_config"]
-    return [
-        f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)
-    ]
+    pairs = ((name, before.get(name), after.get(name)) for name in names)
+    return [f"{name}: {a} -> {b}" for name, a, b in pairs if a != b]
+
+
+_LEAST = {
+    "log_every keep_checkpoints data.batch_size data.micro_batch_tokens data.builtin_size": 1,
+    "model.latent_dim model.memory_slots model.vocab_size": 1,
+    "eval.samples eval.batch_tokens eval.sentences": 1,
+    "phase1.draws phase2.draws phase2.beta.cycles": 1,
+    "model.categories": 2,
+    "eval_every checkpoint_every eval.iw_samples eval.shown": 0,
+    "phase1.max_grad_norm phase1.weight_decay phase1.adam_eps": 0,
+    "phase2.max_grad_norm phase2.weight_decay phase2.adam_eps": 0,
+    "phase2.beta.max phase2.free_bits phase2.total_correlation model.clusters": 0,
+    "phase1.skewness phase1.dispersion phase2.skewness phase2.dispersion": 0,
+}
+"""Fields, separated by spaces, and their least value."""
 
 
 def check(config: RunConfig) -> None:
@@ -478,50 +493,46 @@ def check(config: RunConfig) -> None:
         if not condition:
             raise UserError(message)
 
+    data, model, beta = config.data, config.model, config.phase2.beta
+    latent = model.injection != "none"
     need(
         config.ds_config is not None,
         "--ds_config is missing: for example --ds_config ds_configs/zero2.json",
     )
+    values = flatten(to_tree(config))
+    for names, least in _LEAST.items():
+        bound = f"be at least {least}" if least else "not be negative"
+        for name in names.split():
+            every = " (0: only at the end of each phase)" if name.endswith("_every") else ""
+            need(values[name] >= least, f"{name} must {bound}{'' if least else every}")
     # Two phases and a purpose are packed with the seed into 64 bits.
-    need(0 <= config.seed <= 2**53, f"seed must lie between 0 and 2^53, not {config.seed}")
-    need(
-        0 <= config.data.builtin_seed <= 2**53,
-        f"data.builtin_seed must lie between 0 and 2^53, not {config.data.builtin_seed}",
-    )
+    for name in ("seed", "data.builtin_seed"):
+        need(0 <= values[name] <= 2**53, f"{name} must lie between 0 and 2^53, not {values[name]}")
     need(bool(config.output_dir.strip()), "output_dir is empty: name a directory")
     need(config.hang_timeout > 0, f"hang_timeout must be positive, not {config.hang_timeout:g}")
-    for name in ("log_every", "keep_checkpoints"):
-        need(getattr(config, name) >= 1, f"{name} must be at least 1")
-    for name in ("eval_every", "checkpoint_every"):
-        need(
-            getattr(config, name) >= 0,
-            f"{name} must not be negative (0: only at the end of each phase)",
-        )
-    for name in ("max_tokens", "batch_size", "micro_batch_tokens", "builtin_size"):
-        need(getattr(config.data, name) >= 1, f"data.{name} must be at least 1")
-    need(config.data.max_tokens >= 2, "data.max_tokens must be at least 2: one token and EOS")
+    need(data.max_tokens >= 2, "data.max_tokens must be at least 2: one token and EOS")
     need(
-        config.data.micro_batch_tokens >= config.data.max_tokens,
-        f"data.micro_batch_tokens ({config.data.micro_batch_tokens}) is less than one sentence of "
-        f"data.max_tokens ({config.data.max_tokens})",
+        data.micro_batch_tokens >= data.max_tokens,
+        f"data.micro_batch_tokens ({data.micro_batch_tokens}) is less than one sentence of "
+        f"data.max_tokens ({data.max_tokens})",
     )
     need(
-        config.data.condition_column is None
-        or config.model.posterior_reads != "both"
-        or config.data.micro_batch_tokens >= 2 * config.data.max_tokens,
-        f"data.micro_batch_tokens ({config.data.micro_batch_tokens}) is less than one condition "
-        f"and its sentence of data.max_tokens ({config.data.max_tokens}) each",
+        data.condition_column is None
+        or model.posterior_reads != "both"
+        or data.micro_batch_tokens >= 2 * data.max_tokens,
+        f"data.micro_batch_tokens ({data.micro_batch_tokens}) is less than one condition "
+        f"and its sentence of data.max_tokens ({data.max_tokens}) each",
     )
     need(
-        config.data.tags_column is None
-        or config.data.condition_column is None
-        or config.model.posterior_reads == "both",
+        data.tags_column is None
+        or data.condition_column is None
+        or model.posterior_reads == "both",
         "data.tags_column needs an encoder that reads the sentence: set model.posterior_reads to "
         "both",
     )
-    labelled = config.data.label_column is not None or config.data.tags_column is not None
+    labelled = data.label_column is not None or data.tags_column is not None
     need(
-        config.model.injection != "none" or not (labelled or config.model.clusters),
+        latent or not (labelled or model.clusters),
         "labels, tags and clusters need an encoder that reads the sentence: choose a "
         "model.injection other than none",
     )
@@ -530,66 +541,44 @@ def check(config: RunConfig) -> None:
         "heads.class_weight and heads.tag_weight must be positive; to train without a head, leave "
         "its column out",
     )
+    need(model.clusters != 1, "model.clusters must be 0 (none) or at least 2")
     need(
-        config.model.clusters == 0 or config.model.clusters >= 2,
-        "model.clusters must be 0 (none) or at least 2",
-    )
-    need(config.model.categories >= 2, "model.categories must be at least 2")
-    need(
-        len(config.model.spike_prior) == 2
-        and all(0.5 < each <= 100 for each in config.model.spike_prior),
+        len(model.spike_prior) == 2 and all(0.5 < each <= 100 for each in model.spike_prior),
         "model.spike_prior must be two numbers above 0.5 and at most 100",
     )
     need(
-        config.model.injection != "none" or config.model.family == "gaussian",
-        f"model.family {config.model.family} needs a latent, and model.injection none has no "
-        "latent",
+        latent or model.family == "gaussian",
+        f"model.family {model.family} needs a latent, and model.injection none has no latent",
     )
     need(
         config.phase1.draws == 1 or config.phase1.sample_latent,
         "phase1.draws needs phase1.sample_latent: without it nothing is drawn",
     )
     need(
-        config.model.prior != "learned" or config.learned_prior,
+        model.prior != "learned" or config.learned_prior,
         "model.prior learned needs conditions, and a latent: set data.condition_column, and a "
         "model.injection other than none",
     )
     need(
-        config.model.injection != "none"
-        or config.phase1.draws == config.phase2.draws == 1
-        and config.phase2.beta.kind != "target",
+        latent or config.phase1.draws == config.phase2.draws == 1 and beta.kind != "target",
         "phase2.beta.kind target and several draws need a latent, and model.injection is none",
     )
     need(
-        config.phase2.total_correlation == 0 or config.model.family == "categorical",
+        config.phase2.total_correlation == 0 or model.family == "categorical",
         "phase2.total_correlation needs model.family categorical",
     )
-    need(config.phase2.total_correlation >= 0, "phase2.total_correlation must not be negative")
-    for name in ("latent_dim", "memory_slots", "vocab_size"):
-        need(getattr(config.model, name) >= 1, f"model.{name} must be at least 1")
     need(
-        config.model.name is None or not config.model.t5,
-        f"model.name ({config.model.name}) and model.t5 are both given: a pretrained T5 has its "
-        f"own configuration",
+        model.name is None or not model.t5,
+        f"model.name ({model.name}) and model.t5 are both given: a pretrained T5 has its own "
+        f"configuration",
     )
-    if config.model.dropout is not None:
-        need(0 <= config.model.dropout < 1, "model.dropout must be in [0, 1)")
-    for name in ("samples", "batch_tokens", "sentences"):
-        need(getattr(config.eval, name) >= 1, f"eval.{name} must be at least 1")
-    need(config.eval.iw_samples >= 0, "eval.iw_samples must not be negative")
-    need(config.eval.shown >= 0, "eval.shown must not be negative")
-    for name in ("phase1", "phase2"):
-        phase = getattr(config, name)
+    need(model.dropout is None or 0 <= model.dropout < 1, "model.dropout must be in [0, 1)")
+    for name, phase in (("phase1", config.phase1), ("phase2", config.phase2)):
         need(
             phase.steps >= 1,
             f"{name}.steps must be at least 1 (to leave a phase out: --phase 1 or --phase 2)",
         )
         need(phase.lr > 0, f"{name}.lr must be positive")
-        need(phase.draws >= 1, f"{name}.draws must be at least 1")
-        need(
-            phase.skewness >= 0 and phase.dispersion >= 0,
-            f"{name}.skewness and {name}.dispersion must not be negative",
-        )
         need(
             0 <= phase.warmup_steps <= phase.steps,
             f"{name}.warmup_steps ({phase.warmup_steps}) must lie between 0 and {name}.steps "
@@ -600,26 +589,13 @@ def check(config: RunConfig) -> None:
             f"{name}.deletion is a share of the tokens and must be in [0, 1)",
         )
         need(
-            phase.max_grad_norm >= 0 and phase.weight_decay >= 0,
-            f"{name}: negative max_grad_norm or weight_decay",
-        )
-        need(
             len(phase.adam_betas) == 2 and all(0 <= beta < 1 for beta in phase.adam_betas),
             f"{name}.adam_betas must be two numbers in [0, 1)",
         )
-        need(phase.adam_eps >= 0, f"{name}.adam_eps must not be negative")
     need(
-        config.model.injection != "none"
-        or config.conditional
-        or not config.phase1.freeze_decoder
-        or config.phase == "2",
+        latent or config.conditional or not config.phase1.freeze_decoder or config.phase == "2",
         "phase1.freeze_decoder leaves nothing to train where model.injection is none: set it to "
         "false, or take --phase 2",
-    )
-    beta = config.phase2.beta
-    need(
-        beta.max >= 0 and config.phase2.free_bits >= 0,
-        "phase2.beta.max and phase2.free_bits must not be negative",
     )
     need(
         beta.zero >= 0 and beta.rise >= 0 and beta.zero + beta.rise <= 1,
@@ -638,27 +614,24 @@ def check(config: RunConfig) -> None:
         "phase2.free_bits holds the KL up, and phase2.beta.kind target holds it at a value: "
         "use one of them",
     )
-    need(beta.cycles >= 1, "phase2.beta.cycles must be at least 1")
     need(
         beta.kind != "cyclic" or beta.cycles <= config.phase2.steps,
         f"phase2.beta.cycles ({beta.cycles}) must not exceed phase2.steps ({config.phase2.steps})",
     )
 
 
-def field_types() -> dict[str, Any]:
-    """The type of every field of RunConfig by its dotted name, nested configurations
-    left out."""
-    return _field_types(RunConfig, "")
+_EXAMPLES = {list: "a list such as [1, 2]", dict: "a dict such as {a: 1}"}
 
 
-def _field_types(cls: type, prefix: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def field_types(cls: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """The type of every field by its dotted name, nested configurations left out."""
+    types_by_name: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
-            found |= _field_types(typing.cast(type, kind), f"{prefix}{name}.")
+            types_by_name |= field_types(kind, f"{prefix}{name}.")
         else:
-            found[prefix + name] = kind
-    return found
+            types_by_name[prefix + name] = kind
+    return types_by_name
 
 
 def _build(cls: type, tree: Any, prefix: str, where: str) -> Any:
@@ -676,32 +649,43 @@ def _build(cls: type, tree: Any, prefix: str, where: str) -> Any:
         if dataclasses.is_dataclass(hints[name]):
             values[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.", where)
         else:
-            values[name] = _convert(value, hints[name], f"{where}: {prefix}{name}")
+            values[name] = convert(value, hints[name], f"{where}: {prefix}{name}")
     return cls(**values)
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` (a YAML value, or a string from the command line) as `kind`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None or (
-            isinstance(value, str) and value.lower() in ("none", "null") and type(None) in arguments
-        ):
+def without_none(kind: Any) -> Any:
+    """X of an annotation `X | None`; any other as it is."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return next(each for each in typing.get_args(kind) if each is not type(None))
+    return kind
+
+
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """`value` (of YAML or a command line) as `kind`; `where` names its place in the
+    UserError of a value that does not fit."""
+    if kind != without_none(kind):
+        if value is None or isinstance(value, str) and value.lower() in ("none", "null"):
             return None
-        return _convert(value, next(a for a in arguments if a is not type(None)), where)
-    if origin is Literal:
+        return convert(value, without_none(kind), where)
+    arguments, container = typing.get_args(kind), typing.get_origin(kind) or kind
+    if container is Literal:
         if str(value) not in arguments:
-            raise UserError(f"{where} is {value!r}, not one of {', '.join(arguments)}")
+            raise UserError(
+                f"{where} is {value!r}, not one of {', '.join(arguments)}"
+                f"{did_you_mean(str(value), arguments)}"
+            )
         return str(value)
-    if origin in (dict, list):
+    if container in _EXAMPLES:
         if isinstance(value, str):
             try:
                 value = yaml.safe_load(value)
             except yaml.YAMLError:
                 raise UserError(f"{where} is not valid YAML: {value!r}") from None
-        if not isinstance(value, origin):
-            raise UserError(f"{where} must be a {origin.__name__}, not {value!r}")
-        return [_convert(each, arguments[0], where) for each in value] if origin is list else value
+        if not isinstance(value, container):
+            raise UserError(f"{where} must be {_EXAMPLES[container]}, not {value!r}")
+        if container is list and arguments:
+            return [convert(each, arguments[0], where) for each in value]
+        return value
     if kind is bool:
         if isinstance(value, str) and value.lower() in ("true", "false"):
             value = value.lower() == "true"
@@ -713,31 +697,14 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             raise UserError(f"{where} must be text, not {value!r}")
         return str(value)
     try:
-        if isinstance(value, bool) or (
-            kind is int and isinstance(value, float) and not value.is_integer()
-        ):
-            raise ValueError
-        number = (
-            kind(float(value))
-            if kind is int and isinstance(value, str) and "e" in value.lower()
-            else kind(value)
-        )
-        if number != float(value):
-            raise ValueError
-        if number != number or number in (float("inf"), float("-inf")):
+        number = kind(float(value))
+        if isinstance(value, bool) or number != float(value) or not math.isfinite(number):
             raise ValueError
         return number
     except (TypeError, ValueError, OverflowError):
         raise UserError(
             f"{where} must be {'a whole' if kind is int else 'a'} number, not {value!r}"
         ) from None
-
-
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, name = dotted.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[name] = value
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -752,13 +719,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def did_you_mean_field(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean X?` for an unknown dotted name, or nothing; a name whose last part
-    fits comes first."""
-    known = sorted(known)
-    by_last_part = {each: each.rsplit(".", 1)[-1] for each in known}
-    same_last = [each for each, last in by_last_part.items() if last == name.rsplit(".", 1)[-1]]
-    close = same_last[0] if same_last else nearest(name, known)
-    if close is None:
-        last = nearest(name.rsplit(".", 1)[-1], by_last_part.values())
-        close = next((each for each, part in by_last_part.items() if part == last), None)
+    """`; did you mean X?` for an unknown dotted name, or nothing; by the last part
+    first."""
+    known, last = sorted(known), name.rsplit(".", 1)[-1]
+    by_last_part = {each.rsplit(".", 1)[-1]: each for each in reversed(known)}
+    close = by_last_part.get(last) or nearest(name, known)
+    close = close or by_last_part.get(nearest(last, by_last_part) or "")
     return f"; did you mean {close}?" if close else ""

@@ -75,8 +75,7 @@ def prepare_streams() -> None:
 
 
 def abandon_stdout() -> None:
-    """Discards what is still to be written, so that Python does not fail once more when
-    it flushes stdout at its end."""
+    """Discards what is not written yet, which Python would flush at its end."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

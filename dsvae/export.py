@@ -107,13 +107,12 @@ def _read_config(run: RunDirectory) -> RunConfig:
         above = next((p for p in parents if RunDirectory(p).config.is_file()), None)
         hint = f"did you mean {above}?" if above else "give the output_dir of a run"
         raise UserError(f"{run.path} is not the directory of a run (no config.yaml); {hint}")
-    return configuration.build(configuration.load_tree(str(path)), where=str(path))
+    return configuration.load(path)
 
 
 def _find(run: RunDirectory, which: str, report: Callable[[str], Any]) -> Checkpoint:
     """The checkpoint of that name, complete and sound."""
-    root = run.checkpoints
-    complete = checkpoint.find(root)
+    complete = checkpoint.find(run.checkpoints)
     names = ", ".join(each.directory.name for each in complete)
     if not complete:
         raise UserError(
@@ -122,7 +121,7 @@ def _find(run: RunDirectory, which: str, report: Callable[[str], Any]) -> Checkp
         )
     if which == "latest":
         with _still_there(*complete):
-            newest = checkpoint.newest_sound(root, report)
+            newest = checkpoint.newest_sound(run.checkpoints, report)
         if newest is None:
             raise UserError(f"{run.path}: every checkpoint is damaged: {names}")
         return newest
@@ -154,31 +153,24 @@ def _find(run: RunDirectory, which: str, report: Callable[[str], Any]) -> Checkp
 
 @contextlib.contextmanager
 def _still_there(*read: Checkpoint) -> Iterator[None]:
-    """Explains the errors that follow when the run removes a checkpoint while it is
-    read."""
+    """Explains the errors that follow when the run removes a checkpoint meanwhile."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        gone = next(
-            (each.directory for each in read if not (each.directory / COMPLETE).exists()), None
-        )
-        if gone is None:
+        gone = [each.directory for each in read if not (each.directory / COMPLETE).exists()]
+        if not gone:
             raise
         raise UserError(
-            f"{gone} was removed meanwhile, because its run keeps newer checkpoints "
+            f"{gone[0]} was removed meanwhile, because its run keeps newer checkpoints "
             f"(--keep_checkpoints): try again"
         ) from error
 
 
 def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
     """Every weight of a checkpoint by name: trained ones in float32, frozen ones in the
-    engine's dtype.
-
-    The values are tensors, or have a `shape` and become a tensor by `.contiguous()`, so
-    that only one at a time is in memory.
-    """
+    engine's dtype. A value becomes a tensor by `.contiguous()`, one at a time."""
     if meta["zero_stage"] == 0:
         return dict(_load(found.directory / "mp_rank_00_model_states.pt")["module"])
     if meta["zero_stage"] == 3:
@@ -189,9 +181,8 @@ def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
     # DeepSpeed's tool cannot read a checkpoint of ZeRO 1 in bf16, and holds all weights in
     # memory at once.
     common = _load(found.directory / "mp_rank_00_model_states.pt")
-    ranks = [
-        _load(Path(path))["optimizer_state_dict"] for path in get_optim_files(str(found.directory))
-    ]
+    files = get_optim_files(str(found.directory))
+    ranks = [_load(Path(file))["optimizer_state_dict"] for file in files]
     weights = dict(common["module"])
     paddings = ranks[0].get("param_alignment_paddings")
     for number, shapes in enumerate(common["param_shapes"]):
@@ -204,8 +195,7 @@ def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A file of a checkpoint. Its tensors are mapped: they take no memory until they are
-    read."""
+    """A file of a checkpoint. Its tensors take no memory until they are read."""
     loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     return loaded
 
@@ -229,17 +219,11 @@ class _Spread:
 def _weights(
     found: Checkpoint, saved: dict[str, Any], model: T5VAE, origin: Origin
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter whole, in float32 on CPU, one at a time.
-
-    Args:
-        model: on the meta device, with what was frozen frozen.
-        origin: the source of the weights that the phase began with.
-    """
+    """Every parameter of `model` (on the meta device) whole, in float32, one at a time;
+    `origin` has the weights that the phase began with."""
     for name, parameter in model.named_parameters():
         if name not in saved or saved[name].shape != parameter.shape:
-            has = "is missing"
-            if name in saved:
-                has = f"has the shape {tuple(saved[name].shape)}"
+            has = f"has the shape {tuple(saved[name].shape)}" if name in saved else "is missing"
             raise UserError(
                 f"{found.directory} does not fit the model of its run's config.yaml: {name} {has}"
             )

@@ -77,22 +77,20 @@ def explain(error: BaseException, world: World | None, reading: bool, stopping: 
 
 def _print_stack(error: BaseException, world: World | None) -> None:
     """The stack of a defect. The other ranks do not repeat the stack of rank 0."""
-    stack = "".join(traceback.format_exception(error))
-    digest = hashlib.sha256(stack.encode()).hexdigest()
-    watchdog = world.watchdog if world is not None else None
-    if world is not None and watchdog is not None:
-        if not world.is_main and watchdog.complained(digest):
+    if world is not None and world.watchdog is not None:
+        stack = "".join(traceback.format_exception(error))
+        digest = hashlib.sha256(stack.encode()).hexdigest()
+        if not world.is_main and world.watchdog.complained(digest):
             last = stack.strip().splitlines()[-1]
             line = f"error: rank {world.rank}: {last} (its stack is that of rank 0)"
             _print(line, on_every_rank=True)
             return
-        watchdog.complain(digest)
+        world.watchdog.complain(digest)
     sys.excepthook(type(error), error, error.__traceback__)
 
 
 def _print_on_every_node(line: str, stopping: Stopping) -> None:
-    """One line per node for an error in what the ranks read: a node may lack the files,
-    and its ranks read the same ones."""
+    """One line per node, which may be the only one that lacks a file."""
     if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0:
         _print(line, on_every_rank=True)
         return
@@ -104,8 +102,7 @@ def _print_on_every_node(line: str, stopping: Stopping) -> None:
 
 
 def _print_once(error: Exception, line: str, world: World | None) -> None:
-    """One line for an error that every rank has; the rank's own line where it may be
-    the only one."""
+    """One line for all ranks, or the rank's own line where it may be the only one."""
     if world is None:
         _print(line, on_every_rank=True)
     elif getattr(error, "shared", False) or world.is_main or world.watchdog is None:

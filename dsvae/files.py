@@ -17,8 +17,7 @@ from dsvae.errors import UserError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
-    """A text file to write, which takes the place of `path` when the block ends. Where
-    the block fails, `path` stays as it was."""
+    """A text file that takes the place of `path` when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -59,14 +58,8 @@ def no_output() -> Iterator[None]:
 
 
 def make_writable(directory: Path, flag: str) -> None:
-    """Makes a directory and tries to write to it, before hours of work.
-
-    Args:
-        flag: the option that named the directory.
-
-    Raises:
-        UserError: it cannot be written to.
-    """
+    """Makes a directory and tries to write to it, before hours of work; raises UserError
+    that names `flag`, the option of the directory."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):

@@ -43,18 +43,16 @@ def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
         refuse_pickles(directory)
     except OSError as error:
         raise UserError(str(error)) from error
-    # A pair because of `output_loading_info`, which the annotation of transformers does
-    # not say.
-    loaded: Any
+    pair: Any  # because of `output_loading_info`; the annotation of transformers says a model
     try:
-        loaded = T5VAE.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        pair = T5VAE.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # transformers, safetensors and json each raise their own
         raise UserError(
             f"{directory}: its model cannot be loaded ({first_line(error)}); export it again, or "
             f"copy the whole directory"
         ) from error
     model: T5VAE
-    model, report = loaded
+    model, report = pair
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"{directory} lacks weights: {', '.join(missing[:3])} ({len(missing)} in all); copy "
@@ -76,15 +74,10 @@ def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
 
 
 def _directory(name: str) -> Path:
-    """The directory of that name, or the one into which a hub model of that name was
-    downloaded."""
+    """The directory of that name, or that of a downloaded hub model."""
     directory = Path(name).expanduser()
-    if (
-        directory.exists()
-        or directory.is_absolute()
-        or name.startswith((".", "~"))
-        or name.count("/") > 1
-    ):
+    is_path = directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if is_path or directory.exists():
         return directory
     try:
         return Path(snapshot_download(name, ignore_patterns=[f"*{ending}" for ending in PICKLES]))
@@ -103,11 +96,8 @@ def _model_type(directory: Path) -> str:
         )
     path = directory / "config.json"
     if not path.is_file():
-        hint = (
-            f" (is it {RunDirectory(directory).model}?)"
-            if (RunDirectory(directory).model / "config.json").is_file()
-            else ""
-        )
+        below = RunDirectory(directory).model
+        hint = f" (is it {below}?)" if (below / "config.json").is_file() else ""
         raise UserError(f"{directory} has no config.json{hint}; {ADVICE}")
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("model_type", "nameless")

@@ -65,8 +65,7 @@ class Name:
 
 
 def _undecorated(value: Any) -> Any:
-    """The function below its decorators, those of DeepSpeed included, which hide its
-    signature."""
+    """The function below its decorators; those of DeepSpeed hide its signature."""
     value = inspect.unwrap(value)
     while inspect.isfunction(value) and value.__code__.co_freevars == ("func",):
         value = inspect.unwrap(inspect.getclosurevars(value).nonlocals["func"])
@@ -85,86 +84,57 @@ def _words(code: CodeType) -> Iterator[str]:
                 yield word
 
 
+def _name(path: str, takes: str | None = None, uses: str = "") -> Name:
+    """A `Name` whose parameters and mentions are words in a string."""
+    return Name(path, None if takes is None else tuple(takes.split()), tuple(uses.split()))
+
+
 _MODELS = (
-    ("transformers.models.t5.modeling_t5", "T5"),
-    ("transformers.models.mt5.modeling_mt5", "MT5"),
-    ("transformers.models.umt5.modeling_umt5", "UMT5"),
+    "transformers.models.t5.modeling_t5:T5",
+    "transformers.models.mt5.modeling_mt5:MT5",
+    "transformers.models.umt5.modeling_umt5:UMT5",
 )
 
 TRANSFORMERS = (
     # modeling/attention.py: memory slots
     *(
-        Name(
-            f"{module}:{kind}Attention.forward",
-            mentions=(
-                "ALL_ATTENTION_FUNCTIONS",
-                "_attn_implementation",
-                "layer_idx",
-                "position_bias",
-            ),
+        _name(
+            f"{model}Attention.forward",
+            uses="ALL_ATTENTION_FUNCTIONS _attn_implementation layer_idx position_bias",
         )
-        for module, kind in _MODELS
+        for model in _MODELS
     ),
     *(
-        Name(
-            f"{module}:{kind}Stack.forward",
-            parameters=(
-                "self",
-                "inputs_embeds",
-                "attention_mask",
-                "use_cache",
-                "encoder_hidden_states",
-                "encoder_attention_mask",
-            ),
-            mentions=("create_causal_mask", "create_bidirectional_mask"),
+        _name(
+            f"{model}Stack.forward",
+            takes="self inputs_embeds attention_mask use_cache encoder_hidden_states "
+            "encoder_attention_mask",
+            uses="create_causal_mask create_bidirectional_mask",
         )
-        for module, kind in _MODELS
+        for model in _MODELS
     ),
-    Name("transformers:PreTrainedConfig._attn_implementation"),
-    Name(
+    _name("transformers:PreTrainedConfig._attn_implementation"),
+    _name(
         "transformers.integrations.sdpa_attention:sdpa_attention_forward",
-        parameters=(
-            "module",
-            "query",
-            "key",
-            "value",
-            "attention_mask",
-            "is_causal",
-            "position_bias",
-        ),
+        takes="module query key value attention_mask is_causal position_bias",
     ),
-    Name(
+    _name(
         "transformers.masking_utils:sdpa_mask",
-        parameters=(
-            "batch_size",
-            "q_length",
-            "kv_length",
-            "q_offset",
-            "kv_offset",
-            "mask_function",
-            "attention_mask",
-            "allow_is_causal_skip",
-            "allow_is_bidirectional_skip",
-            "device",
-        ),
+        takes="batch_size q_length kv_length q_offset kv_offset mask_function attention_mask "
+        "allow_is_causal_skip allow_is_bidirectional_skip device",
     ),
     # modeling/t5_vae.py: what transformers reads off a model class
-    *(
-        Name(f"transformers:PreTrainedModel.{name}")
-        for name in (
-            "_input_embed_layer",
-            "_keep_in_fp32_modules",
-            "_keep_in_fp32_modules_strict",
-            "_no_split_modules",
-            "_supports_sdpa",
-            "_tied_weights_keys",
-        )
-    ),
-    Name("transformers:PreTrainedModel._init_weights", parameters=("self", "module")),
+    _name("transformers:PreTrainedModel._input_embed_layer"),
+    _name("transformers:PreTrainedModel._keep_in_fp32_modules"),
+    _name("transformers:PreTrainedModel._keep_in_fp32_modules_strict"),
+    _name("transformers:PreTrainedModel._no_split_modules"),
+    _name("transformers:PreTrainedModel._supports_sdpa"),
+    _name("transformers:PreTrainedModel._tied_weights_keys"),
+    _name("transformers:PreTrainedModel._init_weights", takes="self module"),
     # modeling/weight_source.py: which files hold the weights
-    Name(
+    _name(
         "transformers.utils.hub:cached_files",
-        parameters=("path_or_repo_id", "filenames", "_raise_exceptions_for_missing_entries"),
+        takes="path_or_repo_id filenames _raise_exceptions_for_missing_entries",
     ),
 )
 
@@ -172,89 +142,67 @@ _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 _STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 _SWAPPER = "deepspeed.runtime.swap_tensor.optimizer_utils:OptimizerSwapper"
 _WRITER = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine"
+_CONVERSION = "deepspeed.checkpoint.ds_to_universal"
 
 DEEPSPEED = (
     # engine/checkpoint.py: failures to write are collected
-    Name(f"{_ENGINE}._save_checkpoint", mentions=("checkpoint_engine", "save")),
-    Name(f"{_ENGINE}._save_zero_checkpoint", mentions=("checkpoint_engine", "save")),
-    Name(f"{_WRITER}.save", parameters=("self", "state_dict", "path")),
+    _name(f"{_ENGINE}._save_checkpoint", uses="checkpoint_engine save"),
+    _name(f"{_ENGINE}._save_zero_checkpoint", uses="checkpoint_engine save"),
+    _name(f"{_WRITER}.save", takes="self state_dict path"),
     # engine/reshape_checkpoint.py: the section `load_universal` of a ds_config, for one load
-    Name(f"{_ENGINE}.load_universal_checkpoint", parameters=("self",), mentions=("_config",)),
-    Name(f"{_ENGINE}.load_checkpoint", mentions=("load_universal_checkpoint",)),
-    Name(
+    _name(f"{_ENGINE}.load_universal_checkpoint", takes="self", uses="_config"),
+    _name(f"{_ENGINE}.load_checkpoint", uses="load_universal_checkpoint"),
+    _name(
         "deepspeed.runtime.config:DeepSpeedConfig._initialize_params",
-        mentions=("load_universal_checkpoint",),
+        uses="load_universal_checkpoint",
     ),
-    Name("deepspeed.checkpoint.ds_to_universal:main", parameters=("args",)),
-    Name(
-        "deepspeed.checkpoint.ds_to_universal:parse_arguments",
-        mentions=(
-            "--input_folder",
-            "--output_folder",
-            "--num_extract_workers",
-            "--num_merge_workers",
-            "--keep_temp_folder",
-            "strict",
-            "--inject_missing_state",
-        ),
+    _name(f"{_CONVERSION}:main", takes="args"),
+    _name(
+        f"{_CONVERSION}:parse_arguments",
+        uses="--input_folder --output_folder --num_extract_workers --num_merge_workers "
+        "--keep_temp_folder strict --inject_missing_state",
     ),
     # engine/nvme.py: gradients at aligned addresses, states as though in memory
-    Name(f"{_ENGINE}.zero_nvme_offload_optimizer", parameters=("self",)),
-    Name(f"{_ENGINE}.save_checkpoint", mentions=("zero_nvme_offload_optimizer",)),
-    Name(f"{_ENGINE}.load_checkpoint", mentions=("zero_nvme_offload_optimizer",)),
-    Name(f"{_ENGINE}._load_zero_checkpoint", mentions=("load_state_dict",)),
-    Name(f"{_WRITER}.load", parameters=("self", "path", "map_location")),
-    Name(f"{_STAGE3}.state_dict", parameters=("self",)),
-    Name(f"{_STAGE3}.load_state_dict", mentions=("_rigid_load_state_dict",)),
-    Name(
-        f"{_STAGE3}._rigid_load_state_dict",
-        parameters=("self", "state_dict", "load_optimizer_states"),
-    ),
-    *(
-        Name(f"{_STAGE3}.{name}", parameters=("self", *parameters))
-        for name, *parameters in (
-            ("_rigid_state_dict",),
-            ("_set_fp32_optimizer_param_groups",),
-            ("_clear_fp32_optimizer_param_groups",),
-            ("_swappable_optimizer_subgroup", "sub_group_id"),
-            ("_prepare_sub_group", "sub_group_id", "timer_names"),
-            ("_release_sub_group", "sub_group_id", "timer_names"),
-            ("_reassign_or_swap_out_partitioned_parameters", "sub_group_id"),
-        )
-    ),
-    Name(f"{_SWAPPER}._adjust_for_misaligned_lengths", parameters=("self", "tensors", "offsets")),
-    Name(f"{_SWAPPER}._swap_out_gradients", mentions=("_adjust_for_misaligned_lengths",)),
-    Name(f"{_SWAPPER}.is_swappable_tensor", parameters=("self", "tensor", "numel")),
+    _name(f"{_ENGINE}.zero_nvme_offload_optimizer", takes="self"),
+    _name(f"{_ENGINE}.save_checkpoint", uses="zero_nvme_offload_optimizer"),
+    _name(f"{_ENGINE}.load_checkpoint", uses="zero_nvme_offload_optimizer"),
+    _name(f"{_ENGINE}._load_zero_checkpoint", uses="load_state_dict"),
+    _name(f"{_WRITER}.load", takes="self path map_location"),
+    _name(f"{_STAGE3}.state_dict", takes="self"),
+    _name(f"{_STAGE3}.load_state_dict", uses="_rigid_load_state_dict"),
+    _name(f"{_STAGE3}._rigid_load_state_dict", takes="self state_dict load_optimizer_states"),
+    _name(f"{_STAGE3}._rigid_state_dict", takes="self"),
+    _name(f"{_STAGE3}._set_fp32_optimizer_param_groups", takes="self"),
+    _name(f"{_STAGE3}._clear_fp32_optimizer_param_groups", takes="self"),
+    _name(f"{_STAGE3}._swappable_optimizer_subgroup", takes="self sub_group_id"),
+    _name(f"{_STAGE3}._prepare_sub_group", takes="self sub_group_id timer_names"),
+    _name(f"{_STAGE3}._release_sub_group", takes="self sub_group_id timer_names"),
+    _name(f"{_STAGE3}._reassign_or_swap_out_partitioned_parameters", takes="self sub_group_id"),
+    _name(f"{_SWAPPER}._adjust_for_misaligned_lengths", takes="self tensors offsets"),
+    _name(f"{_SWAPPER}._swap_out_gradients", uses="_adjust_for_misaligned_lengths"),
+    _name(f"{_SWAPPER}.is_swappable_tensor", takes="self tensor numel"),
     # engine/build.py: parameters join a partitioned model one by one
-    Name(
+    _name(
         "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
-        mentions=("convert_to_zero_parameters",),
+        uses="convert_to_zero_parameters",
     ),
     # engine/engine.py: gradients of exact scale
-    Name(
-        f"{_ENGINE}.backward",
-        parameters=("self", "loss", "scale_wrt_gas"),
-    ),
+    _name(f"{_ENGINE}.backward", takes="self loss scale_wrt_gas"),
     # engine/process_group.py: no kernel is compiled for the CPU
-    Name("deepspeed.ops:__compatible_ops__"),
-    Name("deepspeed.comm.torch:build_shm_op", mentions=("__compatible_ops__",)),
+    _name("deepspeed.ops:__compatible_ops__"),
+    _name("deepspeed.comm.torch:build_shm_op", uses="__compatible_ops__"),
 )
 
 
 def check(names: tuple[Name, ...] = TRANSFORMERS + DEEPSPEED) -> None:
-    """Looks all names up, and imports their modules for it.
-
-    Raises:
-        UserError: one does not exist, or has another signature.
-    """
+    """Imports the modules of all names; raises UserError where one does not fit."""
     for name in names:
         if problem := name.problem():
             raise _misfit(name.path.replace(":", "."), problem)
 
 
 def explain(error: ImportError) -> UserError | None:
-    """The error to show in place of a failed import from transformers or DeepSpeed; None
-    where another package failed."""
+    """The error for a failed import from transformers or DeepSpeed; None for others."""
     if (error.name or "").partition(".")[0] not in ("deepspeed", "transformers"):
         return None
     if isinstance(error, ModuleNotFoundError):

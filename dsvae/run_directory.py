@@ -76,12 +76,8 @@ class RunDirectory:
 
     def claim(self) -> TextIO:
         """Makes the directory, checks that it can be written to, and locks it for this
-        process until the returned file is closed.
-
-        Raises:
-            UserError: it is no directory, it cannot be written to, or a live run has
-                claimed it.
-        """
+        process until the returned file is closed; raises UserError where a live run has
+        it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path) as probe:
@@ -103,26 +99,19 @@ class RunDirectory:
         return lock
 
     def is_claimed(self) -> bool:
-        """Whether a run has ever begun here. One that ended before it wrote anything has
-        left its lock."""
+        """Whether a run has ever begun here; one that wrote nothing has left its lock."""
         return any(file.is_file() for file in (self.config, self.metrics_jsonl, self.lock))
 
     def is_finished(self, phase: str) -> bool:
-        """Whether everything is there that a run of `phase` (1, 2 or all) leaves at its
-        end."""
+        """Whether all is there that a run of `phase` (1, 2 or all) leaves at its end."""
         if phase == "1":
             return self.phase1_model.is_dir()
         return self.metrics.is_file() and self.model.is_dir()
 
 
 def settings_of(words: Sequence[str]) -> RunConfig:
-    """The configuration of a command line, right in `output_dir` and `ds_config`.
-
-    The values of other flags are left out: train.py judges them.
-
-    Raises:
-        UserError: an unknown flag, or a configuration file that cannot be read.
-    """
+    """The configuration of a command line, right in `output_dir` and `ds_config`;
+    train.py judges the other flags. Raises UserError as `parse_flags` and `load_tree`."""
     given = configuration.parse_flags(words)
     asked = ("config", "ds_config", "output_dir")
     settings = configuration.merge({name: given[name] for name in asked if name in given})
@@ -153,8 +142,7 @@ def arguments(copies: str, ds_config: str, *words: str) -> list[str]:
 
 
 def _copy(file: str, directory: Path) -> str:
-    """The copy of a file in `directory`, made where it is not there yet; the word itself
-    where it names no file."""
+    """The copy of a file in `directory`; the word itself where it names no file."""
     copy = directory / Path(file).name
     if not copy.is_file():
         if (RECIPES / f"{file}.yaml").is_file() or not Path(file).is_file():
@@ -168,18 +156,16 @@ def _copy(file: str, directory: Path) -> str:
 
 
 def member(list_file: str, index: str, *common: str) -> list[str]:
-    """The arguments of one run of a sweep: those of all runs, those of its line, and an
-    output_dir where neither names one."""
+    """The arguments of one run of a sweep, with an output_dir where none is named."""
     lines = _lines(list_file)
     if not (index.isdigit() and 1 <= int(index) <= len(lines)):
         raise UserError(f"{list_file} has {len(lines)} runs; there is no run {index}")
     where = f"{list_file}, run {index}"
     try:
         words = shlex.split(lines[int(index) - 1])
+        given = configuration.parse_flags([*common, *words])
     except ValueError as error:
         raise UserError(f"{where}: its quotes do not match ({error})") from None
-    try:
-        given = configuration.parse_flags([*common, *words])
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if "output_dir" in given:
@@ -190,22 +176,20 @@ def member(list_file: str, index: str, *common: str) -> list[str]:
 
 def members(list_file: str, *common: str) -> list[str]:
     """The output directories of all runs of a sweep, in the order of its list."""
-    count = len(_lines(list_file))
-    places = [
-        settings_of(member(list_file, str(index + 1), *common)).output_dir for index in range(count)
-    ]
-    if len(set(places)) < count:
+    runs = [member(list_file, str(index), *common) for index, _ in enumerate(_lines(list_file), 1)]
+    places = [settings_of(words).output_dir for words in runs]
+    if len(set(places)) < len(places):
         raise UserError(f"two runs of {list_file} write to the same output_dir")
     return places
 
 
 def begun(list_file: str, *common: str) -> list[str]:
     """The output directories of the runs of a sweep that have begun."""
-    places = members(list_file, *common)
-    for place in places:
-        if not RunDirectory(place).is_claimed():
+    claimed = {each: RunDirectory(each).is_claimed() for each in members(list_file, *common)}
+    for place in claimed:
+        if not claimed[place]:
             print(f"never began: {place}", file=sys.stderr)
-    return [place for place in places if RunDirectory(place).is_claimed()]
+    return [place for place in claimed if claimed[place]]
 
 
 def _lines(list_file: str) -> list[str]:

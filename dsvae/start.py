@@ -70,14 +70,10 @@ def find_start(
     reshape_checkpoint.clean(own.checkpoints)
     # A requeued job repeats its whole command: `--resume DIR` counts until this
     # directory has something to continue from.
-    begun = (
-        bool(checkpoint.find(own.checkpoints))
-        or own.phase1_model.is_dir()
-        or own.is_finished(config.phase)
-    )
-    elsewhere = (
-        config.resume not in ("auto", "never") and Path(config.resume) != own.path and not begun
-    )
+    begun = checkpoint.find(own.checkpoints) or own.phase1_model.is_dir()
+    begun = begun or own.is_finished(config.phase)
+    named = config.resume not in ("auto", "never") and Path(config.resume) != own.path
+    elsewhere = named and not begun
     source = RunDirectory(config.resume) if elsewhere else own
     if config.resume == "never" and own.config.exists():
         raise UserError(
@@ -133,8 +129,7 @@ def _start(
     weights: Path | None = None,
     tokenizer: Path | None = None,
 ) -> Start:
-    """A start with the steps that phase 2 counts on behind a phase 1, whether that ran
-    in this process or in an earlier one."""
+    """A start with the steps that phase 2 counts on, wherever phase 1 ran."""
     phases = phases or _wanted(config)
     before = config.phase1.steps if 1 in phases or weights else 0
     if newest is not None and newest.phase == 2:
@@ -144,11 +139,10 @@ def _start(
 
 def _compare(run: RunDirectory, config: RunConfig, mine: bool) -> None:
     """Raises UserError where the run in a directory had another configuration."""
-    old = configuration.build(configuration.load_tree(str(run.config)), where=str(run.config))
-    if changed := configuration.difference(old, config):
-        advice = (
-            "choose another --output_dir, or the same values" if mine else "give the same values"
-        )
+    if changed := configuration.difference(configuration.load(run.config), config):
+        advice = "give the same values"
+        if mine:
+            advice = "choose another --output_dir, or the same values"
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise UserError(
             f"{run.path} holds a run with other values: {'; '.join(changed[:3])}{more}: {advice}"
@@ -156,27 +150,23 @@ def _compare(run: RunDirectory, config: RunConfig, mine: bool) -> None:
 
 
 def _compare_data(run: RunDirectory, sentences: Callable[[], dict[str, Any]]) -> None:
-    """Raises UserError where the sentences are no longer those that the run in a
-    directory began with."""
+    """Raises UserError where the run in a directory began with other sentences."""
     if not run.data.is_file():
         return
     old, new = json.loads(run.data.read_text(encoding="utf-8")), sentences()
     if old != new:
         before, now = old.get("files", {}), new.get("files", {})
         changed = sorted(entry[0] for split, entry in now.items() if before.get(split) != entry)
+        files = f": {', '.join(changed)}" if changed else ""
         raise UserError(
-            f"{run.path} holds a run on other "
-            f"sentences{': ' if changed else ''}{', '.join(changed)}: restore the files, or "
-            "choose another --output_dir"
+            f"{run.path} holds a run on other sentences{files}: restore the files, or choose "
+            "another --output_dir"
         )
 
 
 def data_of(config: RunConfig) -> dict[str, Any]:
-    """What tells the sentences of a run from others. Reads the files.
-
-    Raises:
-        UserError: they cannot be read.
-    """
+    """What tells the sentences of a run from others; reads the files, or raises
+    UserError."""
     identity: dict[str, Any] = json.loads(json.dumps(fingerprint(config.data, config.seed)))
     return identity
 

@@ -172,7 +172,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
         )
     )
     data = world.run_on_all(lambda: load_prepared(path))
-    reporter.say(data_text(data, world.size))
+    reporter.say(data_text(data.report, world.size))
 
     this = Run(config, world, reporter, stopping, data)
     weights_from, metrics = start.weights, None

@@ -6,12 +6,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 import typing
 from typing import Any
 
-from dsvae import config as configuration
-from dsvae.config import ALIASES, RECIPES, RunConfig, field_types, flatten, to_tree
+from dsvae.config import ALIASES, RECIPES, RunConfig, field_types, flatten, to_tree, without_none
 
 HEAD = """\
 usage: deepspeed [--num_gpus N] dsvae/train.py --ds_config FILE
@@ -27,7 +27,7 @@ def help_text() -> str:
     """The help text."""
     short = {field: flag for flag, field in ALIASES.items() if flag != field}
     defaults = flatten(to_tree(RunConfig()))
-    documents = _documents()
+    documents = _documents(RunConfig)
     lines = [HEAD.format(recipes=", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml"))))]
     for name, kind in field_types().items():
         default = defaults.get(name)
@@ -42,39 +42,25 @@ def help_text() -> str:
 
 
 def _words(kind: Any) -> str:
+    kind = without_none(kind)
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(typing.get_args(kind))
-    if typing.get_args(kind) and typing.get_origin(kind) not in (list, dict):  # X | None
-        return _words(next(each for each in typing.get_args(kind) if each is not type(None)))
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    return str(kind) if typing.get_args(kind) else kind.__name__
 
 
-def _documents() -> dict[str, str]:
+def _documents(cls: Any, prefix: str = "") -> dict[str, str]:
     """The docstring of every field by its dotted name.
 
     Python keeps the docstrings of fields only in the source.
     """
-    classes: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(configuration)).body:
-        if isinstance(node, ast.ClassDef):
-            documented = classes.setdefault(node.name, {})
-            for base in node.bases:
-                documented |= classes.get(ast.unparse(base), {})
-            for field, text in zip(node.body, node.body[1:], strict=False):
-                if (
-                    isinstance(field, ast.AnnAssign)
-                    and isinstance(text, ast.Expr)
-                    and isinstance(text.value, ast.Constant)
-                ):
-                    documented[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
-
-    def walk(cls: type, prefix: str) -> dict[str, str]:
-        documents: dict[str, str] = {}
-        for name, kind in typing.get_type_hints(cls).items():
-            if dataclasses.is_dataclass(kind):
-                documents |= walk(typing.cast(type, kind), f"{prefix}{name}.")
-            else:
-                documents[prefix + name] = classes[cls.__name__][name]
-        return documents
-
-    return walk(RunConfig, "")
+    documents: dict[str, str] = {}
+    for each in reversed(cls.__mro__[:-1]):  # a base first; the last is `object`
+        body: list[Any] = ast.parse(inspect.getsource(each)).body[0].body  # type: ignore
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign):
+                name, value = ast.unparse(field.target), text.value.value
+                documents[prefix + name] = " ".join(value.split())
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            documents |= _documents(kind, f"{prefix}{name}.")
+    return documents

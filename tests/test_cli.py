@@ -524,7 +524,10 @@ def test_help_lists_the_commands_and_version_is_the_package_s(run):
         (["interpolate", "M", "-bad", "b"], "unknown flag -bad"),
         (["sample", "M", "--do_sample", "x"], "'x' is one word too many"),
         (["sample", "M", "--json=maybe"], "--json must be true or false"),
-        (["sample", "M", "--bad_words_ids", "1,2"], "--bad_words_ids must be a list in JSON"),
+        (
+            ["sample", "M", "--bad_words_ids", "1,2"],
+            "--bad_words_ids must be a list such as [1, 2]",
+        ),
         (["sample", "M", "-n", "0"], "at least 1"),
         (["sample", "M", "--source", "aggregate"], "belong together"),
         (["sample", "M", "--top_p", "0.9"], "no effect without --do_sample"),

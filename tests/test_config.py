@@ -303,7 +303,7 @@ def test_the_recipes_that_are_compared_differ_in_what_they_are_compared_for():
         ({"phase1": {"deletion": 1.0}}, r"phase1\.deletion"),
         ({"phase1": {"adam_betas": [0.9]}}, r"phase1\.adam_betas"),
         ({"phase1": {"adam_betas": [0.9, 1.0]}}, r"phase1\.adam_betas"),
-        ({"phase1": {"max_grad_norm": -1}}, "phase1: negative"),
+        ({"phase1": {"max_grad_norm": -1}}, r"phase1\.max_grad_norm must not be negative"),
         ({"phase2": {"beta": {"max": -1}}}, r"phase2\.beta\.max"),
         ({"phase2": {"free_bits": -1}}, r"phase2\.free_bits"),
         ({"phase2": {"beta": {"zero": 0.6, "rise": 0.5}}}, r"phase2\.beta\.zero"),

@@ -7,28 +7,29 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dsvae import config as configuration
+from dsvae.config import RECIPES
 from dsvae.errors import UserError, nearest
-from dsvae.planning.advice import advise
 from dsvae.planning.plan import SHIPPED, Machine, Option, Plan, make_plan
-from dsvae.planning.show import as_json, as_text
+from dsvae.planning.show import advise, as_json, as_text
 from dsvae.planning.sizes import KNOWN, known_name
 
 DEFAULT_RECIPE = "park2021"
 """Recipe of the run for a model given by name: it does not set a model itself."""
+FIELDS = {
+    "batch_tokens": "data.micro_batch_tokens",
+    "eval_batch_tokens": "eval.batch_tokens",
+    "max_tokens": "data.max_tokens",
+    "batch_size": "data.batch_size",
+    "freeze_decoder": "phase1.freeze_decoder",
+}
+"""Flags of `dsvae plan` and the fields of the run that they set; the others have the same
+name there."""
 MOST_BYTES = 10**18
 """More is a typing error, and the largest would be infinite."""
 UNITS = {
     "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate(("", *"kmgt"))},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
 }
 
 
@@ -43,19 +44,18 @@ def plan_command(
     margin: float,
     gradient_checkpointing: bool | None,
     ds_config: str | None,
-    flags: dict[str, Any],
+    **flags: Any,
 ) -> tuple[str, str]:
-    """(text, one line of JSON) of a plan.
+    """(text, one line of JSON) of a plan. The arguments are the flags of `dsvae plan`.
 
     Args:
-        margin: per cent of every memory that is to stay free.
-        flags: fields of the run's configuration and their values; None: as the recipe
-            has it.
+        flags: of the run; None: as the recipe has it.
 
     Raises:
         UserError: an unknown model, a size that is none, a configuration that a run
             would refuse.
     """
+    flags = {FIELDS.get(name, name): value for name, value in flags.items()}
     if gpus < 1 or gpus_per_node < 1:
         raise UserError("--gpus and --gpus_per_node must be at least 1")
     if not 0 <= margin < 100:
@@ -65,28 +65,17 @@ def plan_command(
             f"--gpus {gpus} is no multiple of --gpus_per_node {gpus_per_node}: every node runs "
             f"as many ranks"
         )
-    machine = Machine(
-        gpus,
-        bytes_of(gpu_memory, "--gpu_memory"),
-        gpus_per_node,
-        bytes_of(host_memory, "--host_memory"),
-        margin / 100,
-    )
+    gpu_bytes = bytes_of(gpu_memory, "--gpu_memory")
+    host_bytes = bytes_of(host_memory, "--host_memory")
+    machine = Machine(gpus, gpu_bytes, gpus_per_node, host_bytes, margin / 100)
 
     def change(machine: Machine, other_flags: dict[str, Any], option: Option) -> Plan:
-        return make_plan(
-            _run_arguments(model, config, flags | other_flags),
-            machine,
-            ds_config_file=ds_config or str(SHIPPED.parent / option.ds_config),
-            checkpointing=option.gradient_checkpointing,
-        )
+        arguments = _run_arguments(model, config, flags | other_flags)
+        file = ds_config or str(SHIPPED.parent / option.ds_config)
+        return make_plan(arguments, machine, file, option.gradient_checkpointing)
 
-    plan = make_plan(
-        _run_arguments(model, config, flags),
-        machine,
-        ds_config_file=ds_config,
-        checkpointing=gradient_checkpointing,
-    )
+    arguments = _run_arguments(model, config, flags)
+    plan = make_plan(arguments, machine, ds_config, gradient_checkpointing)
     advice = None if plan.chosen is not None else advise(plan, change)
     return as_text(plan, advice), json.dumps(as_json(plan, advice))
 
@@ -102,26 +91,19 @@ def bytes_of(text: str, flag: str) -> int:
         raise UserError(
             f"{flag} is {text!r}: give bytes with a unit, for example 40GB or 80GiB"
         ) from None
-    if size < 1:
-        raise UserError(f"{flag} must be more than nothing")
-    if size > MOST_BYTES:  # without the text, which can be long
-        raise UserError(
-            f"{flag} is more than {MOST_BYTES // 10**12:,} TB: give bytes with a unit, for "
-            f"example 40GB or 80GiB"
-        )
+    if not 1 <= size <= MOST_BYTES:  # without the text, which can be long
+        limit = "less than one byte" if size < 1 else f"more than {MOST_BYTES // 10**12:,} TB"
+        raise UserError(f"{flag} is {limit}: give bytes with a unit, for example 40GB or 80GiB")
     return int(size)
 
 
 def _run_arguments(model: str, config: str | None, flags: dict[str, Any]) -> list[str]:
-    """The arguments of dsvae/train.py for a model's name or directory, or for a recipe
-    or a YAML file that says which model."""
+    """The arguments of dsvae/train.py for a model or for a configuration that names
+    one."""
     known = model if (Path(model) / "config.json").is_file() else known_name(model)
     if known is not None:
         words = ["--config", config or DEFAULT_RECIPE, "--model", known]
-    elif (
-        Path(model).suffix in (".yaml", ".yml")
-        or (configuration.RECIPES / f"{model}.yaml").is_file()
-    ):
+    elif Path(model).suffix in (".yaml", ".yml") or (RECIPES / f"{model}.yaml").is_file():
         if config is not None:
             raise UserError(f"{model} and --config {config} are two configurations: give one")
         words = ["--config", model]

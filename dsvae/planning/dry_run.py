@@ -10,6 +10,7 @@ checkpointing.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from dsvae.engine.weights import freeze_decoder as freeze_decoder_of
 from dsvae.modeling.families import make_family
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 from dsvae.objective.elbo import loss_share, reconstruction_nats
-from dsvae.planning.live import LiveBytes
 
 MASK_ALIGNMENT = 16
 """The memory-efficient kernel wants rows of the bias that are multiples of 16 elements;
@@ -55,6 +57,50 @@ class DryRun:
     steps."""
     evaluation: int
     """Of a forward pass without gradients; 0 where none was asked for."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators return while the mode is on, until the last
+    reference to each is gone.
+
+    Views share their storage and count once. Scratch memory inside an operator is not
+    seen. The counter reads a dry run (the plan) and a real run (its check).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        """Live bytes."""
+        self.peak = 0
+        """The most since the last `restart`, in bytes."""
+        self._seen: dict[int, weakref.ref] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Counts a tensor's storage, if it is not counted yet."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._seen and self._seen[key]() is storage:
+            return
+
+        def gone(_: Any, key: int = key, size: int = size) -> None:
+            self.now -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def restart(self) -> int:
+        """The peak since the last restart, in bytes; starts a new count."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self.add(leaf)
+        return result
 
 
 def build(config: T5VAEConfig, freeze_decoder: bool) -> T5VAE:
@@ -201,12 +247,12 @@ def _efficient_attention() -> Iterator[None]:
             bias = bias.to(query.dtype)
             if k % MASK_ALIGNMENT:
                 bias = F.pad(bias, (0, MASK_ALIGNMENT - k % MASK_ALIGNMENT))[..., :k]
-            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], k)
+            bias = bias.expand(*query.shape[:3], k)
         kernel = torch.ops.aten._scaled_dot_product_efficient_attention
         return kernel(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
 
-    torch.nn.functional.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.nn.functional.scaled_dot_product_attention = stock
+        F.scaled_dot_product_attention = stock

@@ -59,13 +59,11 @@ class Engine:
             )
         in_float32 = resolved.get("data_types", {}).get("grad_accum_dtype") == "fp32"
         accumulate = 4 if in_float32 else compute
-        optimizer_on, parameters_on = _place(zero.offload_optimizer), _place(zero.offload_param)
+        places = _place(zero.offload_optimizer), _place(zero.offload_param)
         kind = {0: "plain", 3: "zero3"}.get(stage, "zero12")
-        if stage == 1 and precision == "bf16" and accumulate == 4 and optimizer_on == "gpu":
+        if stage == 1 and precision == "bf16" and accumulate == 4 and places[0] == "gpu":
             kind = "bf16"
-        return cls(
-            kind, zero, precision, compute, accumulate, autocast, optimizer_on, parameters_on
-        )
+        return cls(kind, zero, precision, compute, accumulate, autocast, *places)
 
 
 def _place(offload: Any) -> str:
@@ -84,8 +82,7 @@ class Ranks:
 
 @dataclass
 class Estimate:
-    """Bytes of tensors on one GPU, in the memory of one node for all its ranks, and on
-    its disk."""
+    """Bytes on one GPU, in the memory of one node for all its ranks, and on its disk."""
 
     gpu: dict[str, int]
     """What stays from step to step, by name."""
@@ -164,15 +161,13 @@ def estimate(
     per_rank, disk = _on_host(engine, n, ranks.world, accumulates)
     host = {name: size * ranks.per_node for name, size in per_rank.items()}
     resident = sum(host.values())
+    # Every rank has the whole model in float32, until the engine casts and moves it.
+    building = 4 * n.total * ranks.per_node
     if engine.kind == "zero3":
         # Tensor by tensor through one buffer per rank; rank 0 also has in float32 what
         # it draws. The parts stay where they belong.
         each = engine.compute * n.largest + per_rank.get("weights", 0)
         building = each * ranks.per_node + 4 * n.largest
-    else:
-        # Every rank has the whole model in float32, until the engine casts it and moves
-        # it to its GPU.
-        building = 4 * n.total * ranks.per_node
     host_moments = {
         "building the model": building,
         "training": resident,
@@ -214,9 +209,8 @@ def _on_gpu(e: Engine, n: _Counts, alone: bool) -> dict[str, int]:
 
 def _on_host(e: Engine, n: _Counts, world: int, accumulates: bool) -> tuple[dict[str, int], int]:
     """(in memory by name, on disk), of one rank."""
-    c = e.compute
+    c, disk = e.compute, 0
     sizes: dict[str, int] = {}
-    disk = 0
     if e.optimizer_on != "gpu":
         states = {
             "float32 weights": 4 * n.part,
@@ -282,27 +276,21 @@ def _training(
     if e.zero.contiguous_gradients or e.optimizer_on != "gpu":
         buckets = c * int(e.zero.reduce_bucket_size) * (2 if e.zero.overlap_comm else 1)
     # The rank's part of the gradients, which a reduction leaves behind.
-    gradients = 0
+    gradients = c * n.part if e.optimizer_on == "gpu" else 0
     if _adds_up_in_float32(e):
         gradients = 4 * n.part
-    elif e.optimizer_on == "gpu":
-        gradients = c * n.part
-    before = gradients if accumulates else 0
-    after = gradients + buckets
-    return max(
-        run.forward + before, run.backward + after, run.logits + after + c * reduced
-    ), gradients
+    before, after = gradients if accumulates else 0, gradients + buckets
+    last = run.logits + after + c * reduced
+    return max(run.forward + before, run.backward + after, last), gradients
 
 
 def _gathered(e: Engine, n: _Counts) -> int:
-    """Bytes of the weights that ZeRO-3 gathers at most: it fetches ahead and keeps what
-    it soon uses again, up to a limit."""
+    """Bytes of the weights that ZeRO-3, which fetches ahead, gathers at most."""
     return e.compute * min(n.total - n.small, max(int(e.zero.max_live_parameters), n.largest))
 
 
 def _step_scratch(e: Engine, n: _Counts, world: int) -> int:
-    """What the optimizer step allocates for a moment; AdamW itself is fused and needs
-    nothing."""
+    """What the optimizer step allocates for a moment; AdamW itself is fused."""
     if e.optimizer_on != "gpu" or e.kind in ("plain", "bf16"):
         return 0
     # The norm is taken of one gradient at a time, in float64. Then a group's gradients

@@ -98,41 +98,30 @@ class Plan:
             words += ["--model.gradient_checkpointing", "true"]
         if self.machine.nodes > 1:
             each = self.machine.gpus_per_node  # one process per GPU
-            start = [
-                f"--nodes={self.machine.nodes}",
-                f"--ntasks-per-node={each}",
-                f"--gpus-per-node={each}",
-            ]
-            return shlex.join(["sbatch", *start, "slurm/train.sbatch", *words])
-        return shlex.join(
-            ["deepspeed", "--num_gpus", str(self.machine.gpus), "dsvae/train.py", *words]
-        )
+            start = ["sbatch", f"--nodes={self.machine.nodes}", f"--ntasks-per-node={each}"]
+            start += [f"--gpus-per-node={each}", "slurm/train.sbatch"]
+        else:
+            start = ["deepspeed", "--num_gpus", str(self.machine.gpus), "dsvae/train.py"]
+        return shlex.join([*start, *words])
 
 
 def make_plan(
-    arguments: list[str],
-    machine: Machine,
-    *,
-    ds_config_file: str | None,
-    checkpointing: bool | None,
+    arguments: list[str], machine: Machine, ds_config_file: str | None, checkpointing: bool | None
 ) -> Plan:
-    """Plans a run.
+    """Plans a run of dsvae/train.py with `arguments`.
 
     Args:
-        arguments: of dsvae/train.py.
-        ds_config_file: plan for this DeepSpeed configuration alone, not the shipped
-            ones.
-        checkpointing: with gradient checkpointing, without it, or None: without it
-            first.
+        ds_config_file: the only DeepSpeed configuration; None: all shipped ones.
+        checkpointing: gradient checkpointing or not; None: both, without it first.
     """
     files = [Path(ds_config_file)] if ds_config_file else _shipped()
     config = configuration.read(["--ds_config", str(files[0]), *arguments])
     data = config.data
     if data.batch_size < machine.gpus:  # the run refuses it, too
         raise UserError(
-            f"data.batch_size {data.batch_size} is less than --gpus {machine.gpus}: every "
-            f"GPU needs a sentence per step; "
-            f"plan for fewer GPUs, or with --batch_size {machine.gpus} or more"
+            f"data.batch_size {data.batch_size} is less than --gpus {machine.gpus}: every GPU "
+            f"needs a sentence per step; plan for fewer GPUs, or with --batch_size {machine.gpus} "
+            f"or more"
         )
     vae = _model_of(config)
     freeze = config.phase == "1" and config.phase1.freeze_decoder
@@ -220,12 +209,8 @@ def _model_of(config: RunConfig) -> T5VAEConfig:
     latent = latent_fields(settings, Columns(config.conditional))
     try:
         if settings.name is None:
-            t5: Any = {
-                "model_type": "t5",
-                "decoder_start_token_id": 0,
-                **settings.t5,
-                "vocab_size": settings.vocab_size,
-            }
+            t5: Any = {"model_type": "t5", "decoder_start_token_id": 0, **settings.t5}
+            t5["vocab_size"] = settings.vocab_size
         elif (t5 := configuration_of(settings.name)) is None:
             t5 = read_config(settings.name)
         vae = t5 if isinstance(t5, T5VAEConfig) else T5VAEConfig(t5=t5, **latent)

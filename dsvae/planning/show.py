@@ -1,39 +1,76 @@
-"""A plan as text and as JSON."""
+"""A plan as text and as JSON, and what to change where nothing fits."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
-from dsvae.planning.advice import Advice
-from dsvae.planning.plan import GPU_BASE, HOST_BASE, Option, Plan
+from dsvae.planning.plan import GPU_BASE, HOST_BASE, Machine, Option, Plan
 
 GB = 10**9
+MOST_GPUS = 64
 
 
-def as_json(plan: Plan, advice: Advice | None) -> dict[str, Any]:
-    """Everything, sizes in bytes. `fits` is the chosen option's place in `options`,
-    null where none fits."""
+def advise(plan: Plan, change: Callable[[Machine, dict[str, Any], Option], Plan]) -> dict[str, Any]:
+    """What is needed at least, in bytes with the margin, and flags that suffice alone.
+
+    It halves the tokens, then doubles the GPUs, with the option that needs least of a
+    GPU; `change` plans one option for another machine and with other flags of the run.
+    """
+    machine = plan.machine
+    keep = 1 - machine.margin
+    changes = []
+    on_host = [o for o in plan.options if o.host <= keep * machine.host_memory]
+    least = min(on_host or plan.options, key=lambda option: option.gpu)
+    tokens = plan.config.data.micro_batch_tokens
+    while (tokens := tokens // 2) >= plan.config.data.max_tokens:
+        evaluation = min(tokens, plan.config.eval.batch_tokens)
+        fewer = {"data.micro_batch_tokens": tokens, "eval.batch_tokens": evaluation}
+        if change(machine, fewer, least).chosen is not None:
+            changes.append(f"--batch_tokens {tokens} --eval_batch_tokens {evaluation}")
+            break
+    gpus = machine.gpus
+    while (gpus := gpus * 2) <= min(MOST_GPUS, plan.config.data.batch_size):
+        if change(dataclasses.replace(machine, gpus=gpus), {}, least).chosen is not None:
+            changes.append(f"--gpus {gpus}")
+            break
+    # With more of one memory alone, rounded up as it is printed.
+    if on_host:
+        changes.append(f"--gpu_memory {_up(least.gpu / keep)}GB")
+    if on_gpu := [o.host for o in plan.options if o.gpu <= keep * machine.gpu_memory]:
+        changes.append(f"--host_memory {_up(min(on_gpu) / keep)}GB")
+    return {
+        "gpu_memory": int(min(o.gpu for o in plan.options) / keep),
+        "host_memory": int(min(o.host for o in plan.options) / keep),
+        "changes": changes,
+    }
+
+
+def _up(size: float) -> float:
+    return math.ceil(size / GB * 10) / 10
+
+
+def as_json(plan: Plan, advice: dict[str, Any] | None) -> dict[str, Any]:
+    """Everything, sizes in bytes. `fits` is the index of the chosen option, or null."""
+    rows, tokens, count = plan.rows, plan.tokens, plan.micro_batches
     return {
         "parameters": plan.parameters,
         "trained": plan.trained,
-        "micro_batch": {
-            "sentences": plan.rows,
-            "tokens": plan.tokens,
-            "of_a_step": plan.micro_batches,
-        },
+        "micro_batch": {"sentences": rows, "tokens": tokens, "of_a_step": count},
         "gpus": plan.machine.gpus,
         "nodes": plan.machine.nodes,
         "margin": plan.machine.margin,
         "options": [_option(plan, option) for option in plan.options],
         "fits": None if plan.chosen is None else plan.options.index(plan.chosen),
         "command": None if plan.chosen is None else plan.command(plan.chosen),
-        "instead": None if advice is None else dataclasses.asdict(advice),
+        "instead": advice,
         "estimate": True,
     }
 
 
-def as_text(plan: Plan, advice: Advice | None) -> str:
+def as_text(plan: Plan, advice: dict[str, Any] | None) -> str:
     """What is needed, one line per option; which one to take, and its command."""
     machine = plan.machine
     lines = [
@@ -53,9 +90,16 @@ def as_text(plan: Plan, advice: Advice | None) -> str:
         )
     lines.append("")
     if plan.chosen is not None:
-        lines += _chosen(plan, plan.chosen)
+        lines += [_sizes(plan, plan.chosen), "", plan.command(plan.chosen)]
     elif advice is not None:
-        lines.append("Nothing fits. " + advice.text)
+        remedy = f"Neither smaller micro-batches nor up to {MOST_GPUS} GPUs would suffice."
+        if advice["changes"]:
+            remedy = f"It would fit with {', or with '.join(advice['changes'])}."
+        lines.append(
+            "Nothing fits. The smallest need of any option is "
+            f"{advice['gpu_memory'] / GB:.1f} GB per GPU and {advice['host_memory'] / GB:.1f} GB "
+            f"per node, margin included. {remedy}"
+        )
     lines += [
         "",
         "This is an estimate of the peaks of tensors, checked on CPU (docs/plan.md), not on "
@@ -65,18 +109,16 @@ def as_text(plan: Plan, advice: Advice | None) -> str:
     return "\n".join(lines)
 
 
-def _chosen(plan: Plan, option: Option) -> list[str]:
-    moments = sorted(option.estimate.moments.items(), key=lambda item: -item[1])
+def _sizes(plan: Plan, option: Option) -> str:
+    """What a GPU holds, and its peaks from the largest on."""
+    estimate = option.estimate
+    peaks = dict(sorted(estimate.moments.items(), key=lambda item: -item[1]))
+    held, peak = (
+        ", ".join(f"{name} {size / GB:.2f}" for name, size in sizes.items())
+        for sizes in (estimate.gpu, peaks)
+    )
     left = plan.machine.gpu_memory - option.gpu
-    return [
-        "A GPU holds "
-        + ", ".join(f"{name} {size / GB:.2f}" for name, size in option.estimate.gpu.items())
-        + " GB; peaks: "
-        + ", ".join(f"{name} {size / GB:.2f}" for name, size in moments)
-        + f" GB. {left / GB:.1f} GB are left.",
-        "",
-        plan.command(option),
-    ]
+    return f"A GPU holds {held} GB; peaks: {peak} GB. {left / GB:.1f} GB are left."
 
 
 def _option(plan: Plan, option: Option) -> dict[str, Any]:

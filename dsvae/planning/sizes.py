@@ -38,21 +38,15 @@ _UL2 = (4096, 256, 16384, 32, 32, 16)
 def _config(kind: str, shape: tuple[int, ...], vocab: int, feed_forward: str) -> dict[str, Any]:
     names = ("d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
     config: dict[str, Any] = {"model_type": kind, **dict(zip(names, shape, strict=True))}
-    config |= {
-        "vocab_size": vocab,
-        "feed_forward_proj": feed_forward,
-        "dropout_rate": 0.1,
-        "decoder_start_token_id": 0,
-    }
+    config |= {"vocab_size": vocab, "feed_forward_proj": feed_forward}
+    config |= {"dropout_rate": 0.1, "decoder_start_token_id": 0}
     if kind == "t5":
         config["tie_word_embeddings"] = feed_forward == V1
     return config
 
 
 def _known() -> dict[str, dict[str, Any]]:
-    configs = {
-        f"google-t5/t5-{size}": _config("t5", shape, 32128, V1) for size, shape in _T5.items()
-    }
+    configs = {f"google-t5/t5-{size}": _config("t5", _T5[size], 32128, V1) for size in _T5}
     for size, shape in _V11.items():
         configs[f"google/t5-v1_1-{size}"] = _config("t5", shape, 32128, GATED)
         configs[f"google/flan-t5-{size}"] = _config("t5", shape, 32128, GATED)
@@ -73,8 +67,7 @@ KNOWN = _known()
 
 
 def known_name(name: str) -> str | None:
-    """The hub id of a public model, None for an unknown name; `t5-base` is
-    `google-t5/t5-base`, and so on."""
+    """The hub id of a public model, also of its last part; None for an unknown name."""
     candidates = (name, f"google-t5/{name}", f"google/{name}")
     return next((candidate for candidate in candidates if candidate in KNOWN), None)
 

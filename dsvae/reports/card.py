@@ -57,12 +57,8 @@ def write_card(
     pairs: list[tuple[str, str]],
     prior: list[str],
 ) -> None:
-    """Writes the model card (README.md with the hub's metadata) of a finished run.
-
-    Args:
-        metrics: of the test sentences, from `dsvae.metrics.evaluate`.
-        pairs, prior: text samples, from `dsvae.metrics.text`.
-    """
+    """Writes the model card (README.md with the hub's metadata) of a finished run;
+    `pairs` and `prior` are text samples from `dsvae.metrics.text`."""
     phases = {"all": "phase 1 and phase 2", "1": "phase 1", "2": "phase 2"}[config.phase]
     draws = f" {metrics['samples']} sample(s) of z," if _has_latent(config) else ""
     path.write_text(

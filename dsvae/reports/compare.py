@@ -41,11 +41,8 @@ def compare_runs(directories: Sequence[Path], sort_by: str | None = None) -> Com
     """Reads runs and compares them.
 
     Args:
-        sort_by: `run`, `state`, a setting that differs, or a metric. None: the order
-            given.
-
-    Raises:
-        UserError: `sort_by` is none of them.
+        sort_by: `run`, `state`, a setting that differs, or a metric; UserError for any
+            other name. None: the order given.
     """
     runs = read_runs(directories)
     settings = _differing(runs)
@@ -54,15 +51,13 @@ def compare_runs(directories: Sequence[Path], sort_by: str | None = None) -> Com
         runs = _sorted(runs, sort_by, settings, metrics)
     text, about_text = _texts(runs)
     tokenizer, about_tokenizers = _tokenizers(runs)
-    of_runs = [f"{run.name}: {warning}" for run in runs for warning in run.warnings]
-    return Comparison(
-        runs, settings, metrics, text, tokenizer, about_text + about_tokenizers + of_runs
-    )
+    warnings = about_text + about_tokenizers
+    warnings += [f"{run.name}: {warning}" for run in runs for warning in run.warnings]
+    return Comparison(runs, settings, metrics, text, tokenizer, warnings)
 
 
 def _differing(runs: list[Run]) -> list[str]:
-    """Names of the settings that differ between the runs that use them, in the order of
-    the configuration."""
+    """Names of the settings that differ between the runs that use them, in their order."""
     known = [run.settings for run in runs if run.settings]
     fields = field_types()
 
@@ -83,44 +78,32 @@ def _metrics(runs: list[Run]) -> list[str]:
 
 
 def _sorted(runs: list[Run], name: str, settings: list[str], metrics: list[str]) -> list[Run]:
-    if name in metrics:
-        sign = -1 if catalog.entry(name).better == "higher" else 1
-        # Validation values come after final ones, since the two are not comparable.
-        return sorted(
-            runs,
-            key=lambda run: (
-                name not in run.metrics,
-                run.split != "test",
-                sign * run.metrics.get(name, 0.0),
-            ),
-        )
-    if name in settings:
-        return sorted(runs, key=lambda run: _any_order(run.settings.get(name)))
-    if name in ("run", "state"):
-        return sorted(runs, key=lambda run: run.name if name == "run" else run.state)
     known = ["run", "state", *settings, *metrics]
-    close = nearest(name, known)
-    hint = (
-        f"did you mean {close}?"
-        if close
-        else f"give one of {', '.join(n for n in known if not n.startswith('se.'))}"
-    )
-    raise UserError(
-        f"--sort_by {name}: neither a metric of these runs nor a setting in which they differ; "
-        f"{hint}"
-    )
+    if name not in known:
+        close = nearest(name, known)
+        names = ", ".join(n for n in known if not n.startswith("se."))
+        raise UserError(
+            f"--sort_by {name}: neither a metric of these runs nor a setting in which they "
+            f"differ; {f'did you mean {close}?' if close else f'give one of {names}'}"
+        )
+    sign = -1 if catalog.entry(name).better == "higher" else 1
 
+    def order(run: Run) -> tuple[Any, ...]:
+        if name in metrics:
+            # Validation values come after final ones, since the two are not comparable.
+            signed = sign * run.metrics.get(name, 0.0)
+            return (name not in run.metrics, run.split != "test", signed)
+        value = {"run": run.name, "state": run.state, **run.settings}.get(name)
+        # numbers first, then text, then what is not set
+        if isinstance(value, (bool, int, float)):
+            return (0, value)
+        return (2,) if value is None else (1, str(value))
 
-def _any_order(value: Any) -> tuple[Any, ...]:
-    """A sort key: numbers first, then text, then what is not set."""
-    if isinstance(value, (bool, int, float)):
-        return (0, value, "")
-    return (2, 0, "") if value is None else (1, 0, str(value))
+    return sorted(runs, key=order)
 
 
 def _texts(runs: list[Run]) -> tuple[dict[str, str], list[str]]:
-    """Letters of the measured texts if a split has several, and a warning per such
-    split."""
+    """Letters of the measured texts if a split has several, and a warning per split."""
 
     def same(a: Run, b: Run) -> bool:
         sources = a.source(), b.source()
@@ -154,23 +137,19 @@ def _about(run: Run) -> str:
 
 def _tokenizers(runs: list[Run]) -> tuple[dict[str, str], list[str]]:
     """Letters of the tokenizers if there are several, and a warning about them."""
+    measured = [run for run in runs if run.split]
+    unknown = [run.name for run in measured if not run.tokenizer]
     groups = _groups(
-        [run for run in runs if run.tokenizer and run.split],
-        lambda a, b: a.tokenizer == b.tokenizer,
+        [run for run in measured if run.tokenizer], lambda a, b: a.tokenizer == b.tokenizer
     )
     if len(groups) < 2:
-        unknown = [run.name for run in runs if run.split and not run.tokenizer]
-        if unknown and len(runs) > 1:
-            return {}, [
-                f"no tokenizer to read in {', '.join(unknown)}: ppl_token compares only between "
-                "runs with the same tokenizer"
-            ]
-        return {}, []
-    members_by_letter = "; ".join(
-        f"{letter}: {', '.join(run.name for run in members)}" for letter, members in groups.items()
-    )
+        return {}, [
+            f"no tokenizer to read in {', '.join(unknown)}: ppl_token compares only between runs "
+            "with the same tokenizer"
+        ] * (bool(unknown) and len(runs) > 1)
+    members = "; ".join(f"{key}: {', '.join(r.name for r in each)}" for key, each in groups.items())
     return _letters(groups), [
-        f"not the same tokenizer ({members_by_letter}): ppl_token compares only within one letter "
+        f"not the same tokenizer ({members}): ppl_token compares only within one letter "
         "of the column tokenizer; bits_per_byte, ppl_word and, on the same sentences, nats per "
         "sentence compare between them"
     ]
@@ -188,11 +167,12 @@ def grouped(items: Iterable[T], same: Callable[[T, T], bool]) -> list[list[T]]:
     """The items in groups; each joins the first group whose first item is the `same`."""
     groups: list[list[T]] = []
     for item in items:
-        group = next((group for group in groups if same(group[0], item)), None)
-        if group is None:
-            groups.append([item])
+        for group in groups:
+            if same(group[0], item):
+                group.append(item)
+                break
         else:
-            group.append(item)
+            groups.append([item])
     return groups
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib
 import numpy as np
 
@@ -23,11 +25,8 @@ def plot(comparison: Comparison) -> str | None:
     Phase 1 does not train the KL, which is then many times that of phase 2. So runs in
     phase 1 are drawn only if there are no others.
     """
-    runs = [
-        run
-        for run in comparison.runs
-        if "rec" in run.metrics and ("kl" in run.metrics or not run.latent)
-    ]
+    runs = [run for run in comparison.runs if "rec" in run.metrics]
+    runs = [run for run in runs if "kl" in run.metrics or not run.latent]
     runs = [run for run in runs if run.phase == 2] or runs
     if not runs:
         return None
@@ -35,25 +34,15 @@ def plot(comparison: Comparison) -> str | None:
         figure, axes = new_figure(8.4, max(4.0, 0.6 + 0.26 * len(runs)))
         points = [(run.metrics.get("kl", 0.0), run.metrics["rec"]) for run in runs]
         for index, (run, (kl, rec)) in enumerate(zip(runs, points, strict=True), 1):
-            marker, face = "o" if run.latent else "D", COLOR if run.split == "test" else "none"
+            style: dict[str, Any] = {"marker": "o" if run.latent else "D", "markersize": 6}
+            style["markerfacecolor"] = COLOR if run.split == "test" else "none"
             label = f"{index}  {short(run.name, 28)}: {_about(run)}"
-            axes.plot(
-                kl,
-                rec,
-                marker=marker,
-                markersize=6,
-                color=COLOR,
-                markerfacecolor=face,
-                linestyle="none",
-                label=label,
-            )
+            axes.plot(kl, rec, color=COLOR, linestyle="none", label=label, **style)
         axes.margins(0.12)
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-        totals = np.linspace(left + low, right + high, _LINES + 2)[1:-1]
-        for total in totals:
+        for total in np.linspace(left + low, right + high, _LINES + 2)[1:-1]:
             axes.axline((0, total), slope=-1, color="black", alpha=0.12, linewidth=0.8, zorder=0)
-        axes.set_xlim(left, right)
-        axes.set_ylim(low, high)
+        axes.set(xlim=(left, right), ylim=(low, high))
         width, height = right - left, high - low
 
         def near(a: int, b: int) -> bool:
@@ -64,24 +53,18 @@ def plot(comparison: Comparison) -> str | None:
             label = ", ".join(str(index + 1) for index in members)
             where = points[members[0]]
             axes.annotate(label, where, xytext=(5, 4), textcoords="offset points", fontsize=8)
-        axes.set_xlabel("kl (nats/sentence)")
-        axes.set_ylabel("rec (nats/sentence)")
+        axes.set(xlabel="kl (nats/sentence)", ylabel="rec (nats/sentence)")
         title = "down and left is better; along a line rec + kl is the same"
         if any(run.split != "test" for run in runs):
             title += "; hollow: not final, on validation"
         axes.set_title(title, fontsize=8)
-        axes.legend(
-            fontsize=7.5,
-            loc="upper left",
-            bbox_to_anchor=(1.0, 1.0),
-            frameon=False,
-            handletextpad=0.2,
-        )
+        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+        axes.legend(fontsize=7.5, frameon=False, handletextpad=0.2, **place)
         return svg(figure)
 
 
 def _about(run: Run) -> str:
     if not run.latent:
         return "no latent"
-    parts = [f"{name} {number(run.metrics[name])}" for name in ("mi", "au") if name in run.metrics]
-    return ", ".join(parts)
+    shown = [name for name in ("mi", "au") if name in run.metrics]
+    return ", ".join(f"{name} {number(run.metrics[name])}" for name in shown)

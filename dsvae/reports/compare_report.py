@@ -17,8 +17,8 @@ from dsvae.reports.table import markdown, number
 
 
 def place(directories: Sequence[Path], output: str | None) -> Path:
-    """Where the files go: `output`, or `comparison` beside the runs, or in the current
-    directory if the runs lie in different ones."""
+    """`output`, or `comparison` beside the runs; in the current directory if they lie
+    apart."""
     if output is not None:
         return Path(output).expanduser()
     parents = {directory.absolute().parent.resolve() for directory in directories}
@@ -26,8 +26,7 @@ def place(directories: Sequence[Path], output: str | None) -> Path:
 
 
 def write(directory: Path, comparison: Comparison) -> dict[str, Path]:
-    """Writes the files, each whole or not at all; returns their paths by what they
-    hold."""
+    """Writes the files, each whole or not at all; their paths by what they hold."""
     from dsvae.reports.compare_plot import plot
 
     files = {"all metrics": directory / "comparison.csv"}
@@ -52,11 +51,8 @@ def text(comparison: Comparison) -> str:
     for name, letters in (("text", comparison.text), ("tokenizer", comparison.tokenizer)):
         if letters:
             columns[name] = [letters.get(run.name, "-") for run in runs]
-    metrics = [
-        metric
-        for metric in catalog.METRICS
-        if catalog.COLUMN in metric.places and metric.name in comparison.metrics
-    ]
+    known = [metric for metric in catalog.METRICS if metric.name in comparison.metrics]
+    metrics = [metric for metric in known if catalog.COLUMN in metric.places]
     arrows = {"lower": " ↓", "higher": " ↑", None: ""}
     numbers = {
         f"{metric.name}{arrows[metric.better]}": [_metric(run, metric.name) for run in runs]
@@ -64,8 +60,8 @@ def text(comparison: Comparison) -> str:
     }
     lines = [markdown(columns | numbers, set(numbers)), ""]
     for metric in metrics:
-        parts = (metric.unit, f"{metric.better} is better" if metric.better else "")
-        about = ", ".join(part for part in parts if part)
+        better = f"{metric.better} is better" if metric.better else ""
+        about = ", ".join(filter(None, (metric.unit, better)))
         lines.append(f"- `{metric.name}`{f' ({about})' if about else ''}: {metric.meaning}")
     lines += [f"\n{note}" for note in _notes(runs)]
     lines += [f"\nwarning: {warning}" for warning in comparison.warnings]
@@ -97,8 +93,7 @@ def _csv(comparison: Comparison) -> str:
     for run in comparison.runs:
         row: list[Any] = [run.name, run.directory, run.state, run.split, run.step]
         row += [comparison.text.get(run.name), comparison.tokenizer.get(run.name)]
-        settings = [run.settings.get(name) for name in comparison.settings]
-        row += [None if value is None else _value(value) for value in settings]
+        row += [_value(run.settings.get(name), unset="") for name in comparison.settings]
         writer.writerow([*row, *(run.metrics.get(name) for name in comparison.metrics)])
     return buffer.getvalue()
 
@@ -118,15 +113,15 @@ def _values_of(run: Run) -> str:
 def _values(name: str, values: list[Any]) -> list[str]:
     """A column of settings; files by their names alone where these differ."""
     if name.startswith("data.") and name.endswith("_file"):
-        short = [value if value is None else Path(value).name for value in values]
+        short = [value and Path(value).name for value in values]
         values = short if len(set(short)) == len(set(values)) else values
     return [_value(value) for value in values]
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, unset: str = "-") -> str:
     """A setting as people write it."""
     if value is None:
-        return "-"
+        return unset
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

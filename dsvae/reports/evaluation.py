@@ -90,20 +90,7 @@ def evaluate_model(
     Under deepspeed, torchrun or srun every process calls it. The ranks share the work,
     and rank 0 prints and writes.
 
-    Args:
-        model_dir: as a run exported it (`output_dir/model`), or a hub id.
-        test_file: one sentence per line (or .jsonl, .csv, .parquet with `text_column`).
-            None: 5,000 sentences of the built-in corpus, whose factors are known.
-        labels_file: one label per line of test_file; any strings. Adds probes.
-        output: directory to write into. None: `evaluation` in model_dir, or in the
-            current directory for a hub id.
-        samples: z drawn per sentence for the ELBO.
-        iw_samples: k of the importance-weighted bound, at least 1. None: not computed.
-        batch_tokens: most padded tokens of one forward pass on one rank; changes the
-            speed only.
-        max_tokens: longest sentence in tokens, EOS included; longer ones are truncated
-            and counted. None: as in the model's training, or 64 if that is unknown.
-        seed: of the draws of z, and of the folds of the probes; from 0 to 2^53 - 1.
+    The arguments are the flags of `dsvae evaluate`, and its help describes them.
 
     Returns: the metrics, on every rank, with names and units as in the table. `se` has
         the standard error over sentences of every mean.
@@ -153,8 +140,8 @@ def evaluate_sentences(
     max_tokens: int,
     seed: int,
 ) -> Evaluation:
-    """Measures a model on sentences and writes nothing; arguments as in
-    `evaluate_model`. Collective."""
+    """Measures a model and writes nothing; arguments as in `evaluate_model`.
+    Collective."""
     split = text.split
     measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
     metrics = summarize(measured, split)
@@ -165,19 +152,12 @@ def evaluate_sentences(
     prior: list[str] = []
     if model.config.latent_dim:
         metrics["au_curve"] = active_unit_curve(measured.posterior)
-        decoded = reconstruct(
-            model,
-            split,
-            measured.posterior.point,
-            world,
-            token_budget=token_budget,
-            max_tokens=max_tokens,
-        )
+        limits = {"token_budget": token_budget, "max_tokens": max_tokens}
+        decoded = reconstruct(model, split, measured.posterior.point, world, **limits)
         add(metrics, world.run_on_rank0(lambda: compare(split, text.texts, decoded, tokenizer)))
         shown = np.argsort(split.content_keys)[:SHOWN]
-        pairs, prior = text_samples(
-            model, split.select(shown), tokenizer, world, len(shown), max_tokens
-        )
+        some = split.select(shown)
+        pairs, prior = text_samples(model, some, tokenizer, world, len(shown), max_tokens)
         pairs = [(text.texts[i], again) for i, (_, again) in zip(shown, pairs, strict=True)]
         noise = passes.noise_of(split.content_keys, LATENT, 0, model.family.noise_width, seed)
         draws = measured.posterior.sample(noise)
@@ -208,12 +188,7 @@ def _use_of_latents(
     family: Family, posterior: Distribution, draws: Tensor, text: Sentences, seed: int
 ) -> dict[str, Any]:
     """Probes for every label, and disentanglement where the factors are known, of the
-    active units; null where no unit is active.
-
-    Args:
-        posterior: q(z|x) of N sentences.
-        draws: (N, Z), one draw per sentence.
-    """
+    active units; null where none is active. `draws` (N, Z) has one per sentence."""
     active = np.flatnonzero((posterior.activity() > ACTIVE).numpy())
     width = family.latent_width // family.units
     columns = (active[:, None] * width + np.arange(width)).ravel()
@@ -221,25 +196,21 @@ def _use_of_latents(
     # Random numbers below follow the order of the rows, which must not be that of the file.
     keys, hashes = text.split.content_keys, text.split.hashes
     results: dict[str, Any] = {}
-    if text.labels and not len(active):
-        results["probes"] = dict.fromkeys(text.labels)
-    elif text.labels:
+    if text.labels:
         # Equal sentences have the same posterior. Which of their labels gets which of their
         # draws must not depend on the order of the file either.
         drawn_in_order = drawn[np.lexsort((keys, hashes))]
-        results["probes"] = {}
-        for name, values in text.labels.items():
+        results["probes"] = dict.fromkeys(text.labels)
+        for name, values in text.labels.items() if len(active) else ():
             order = np.lexsort((values, hashes))
-            results["probes"][name] = probe(
-                means[order], drawn_in_order, values[order], hashes[order], seed
-            )
+            arrays = means[order], drawn_in_order, values[order], hashes[order]
+            results["probes"][name] = probe(*arrays, seed)
     if text.factors is not None:
         names, order = list(grammar.FACTORS), np.argsort(keys)
         results["disentanglement"] = None
         if len(active):
-            scores = disentanglement(
-                means[order], drawn[order], text.factors[order], names, seed, width
-            )
+            inputs = means[order], drawn[order], text.factors[order]
+            scores = disentanglement(*inputs, names, seed, width)
             results["disentanglement"] = {**scores, "dimensions": active.tolist()}
     return results
 
@@ -268,6 +239,11 @@ def _estimators(samples: int, iw_samples: int | None, latent_dim: int) -> dict[s
 
 def _policies(max_tokens: int, offsets: bool) -> dict[str, str]:
     """How everything was counted, for people."""
+    compared = "up to the end of its last token"
+    if not offsets:
+        compared = (
+            "as its decoded tokens, since this tokenizer does not say where they end in the text"
+        )
     return {
         "end of sentence": (
             "EOS is predicted: it is part of every likelihood, is one of the tokens, and counts "
@@ -284,13 +260,7 @@ def _policies(max_tokens: int, offsets: bool) -> dict[str, str]:
         ),
         "reconstruction": (
             "exact_match, bleu and chrf compare with the sentence as it is in the source; a "
-            "truncated one is compared "
-            + (
-                "up to the end of its last token"
-                if offsets
-                else "as its decoded tokens, since this tokenizer does not say where they end in "
-                "the text"
-            )
+            f"truncated one is compared {compared}"
         ),
         "blank": "blank lines are skipped and counted in skipped_blank",
         "standard errors": (
@@ -301,15 +271,14 @@ def _policies(max_tokens: int, offsets: bool) -> dict[str, str]:
 
 
 def _default_output(model_dir: str) -> Path:
-    """`evaluation` in the model's directory, or in the current directory for a hub id: a
-    directory with that name would hide the hub model."""
+    """`evaluation` in the model's directory. For a hub id in the current directory: one
+    with the name of the model would hide it."""
     directory = Path(model_dir).expanduser()
     return directory / "evaluation" if directory.is_dir() else Path("evaluation")
 
 
 def _main_first(world: World, load: Callable[[], T]) -> T:
-    """Calls `load` on every rank, on rank 0 first; each rank keeps its result. A UserError
-    of one rank is raised on all."""
+    """Calls `load` on every rank, on rank 0 first. A UserError of one is raised on all."""
     box: list[T] = []
     world.run_on_rank0(lambda: box.append(load()))
     return world.run_on_all(lambda: box[0] if world.is_main else load())
@@ -319,11 +288,9 @@ def _check(
     samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: int | None, seed: int
 ) -> None:
     numbers = {"samples": (samples, 1), "batch_tokens": (batch_tokens, 1), "seed": (seed, 0)}
-    if iw_samples is not None:
-        numbers["iw_samples"] = (iw_samples, 1)
-    if max_tokens is not None:
-        numbers["max_tokens"] = (max_tokens, 2)
-    for name, (value, least) in numbers.items():
+    optional = {"iw_samples": (iw_samples, 1), "max_tokens": (max_tokens, 2)}
+    given = {name: pair for name, pair in optional.items() if pair[0] is not None}
+    for name, (value, least) in (numbers | given).items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f"--{name} {value}: give a whole number of at least {least}")
     check_seed(seed)
@@ -337,7 +304,7 @@ def _write(directory: Path, evaluation: Evaluation, text: Sentences) -> None:
         directory / "report.html", metrics, measured, text, evaluation.pairs, evaluation.prior
     )
     write_json(directory / "metrics.json", {"test": metrics})
-    print(table(metrics))
-    print(f"\nreport       {directory / 'report.html'}\nmetrics      {directory / 'metrics.json'}")
+    print(f"{table(metrics)}\n\nreport       {directory / 'report.html'}")
+    print(f"metrics      {directory / 'metrics.json'}")
     if metrics["latent_dim"]:
         print(f"projector    tensorboard --logdir {directory / 'projector'}")

@@ -38,17 +38,15 @@ def svg(figure: Figure) -> str:
 
 
 def legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str], **style: Any) -> None:
-    """A legend of what was drawn (`handles`), with any labels.
-
-    matplotlib leaves out labels that begin with an underscore, so it gets other labels
-    first.
-    """
+    """A legend to the right of what was drawn (`handles`), with any labels."""
+    style |= {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
+    # matplotlib leaves out labels that begin with an underscore.
     entries = axes.legend(handles, [f"entry {i}" for i in range(len(labels))], **style).get_texts()
     for entry, label in zip(entries, labels, strict=True):
-        entry.set_text(label)
+        entry.set_text(short(label))
 
 
 def short(label: str, most: int = 18) -> str:
-    """A user's label, cut to `most` characters, which matplotlib shows literally."""
+    """A user's label, cut to `most` characters, which matplotlib shows as it is."""
     label = label.replace("$", r"\$")  # two of them would enclose mathematics
     return label if len(label) <= most else f"{label[: most - 1]}…"

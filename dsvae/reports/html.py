@@ -114,11 +114,7 @@ def write_report(
     pairs: list[tuple[str, str]],
     prior: list[str],
 ) -> None:
-    """Writes the report of an evaluation, whole or not at all.
-
-    Args:
-        metrics, measured, pairs, prior: of `dsvae.reports.evaluation.Evaluation`.
-    """
+    """Writes the report of an `Evaluation`, whole or not at all."""
     images = {
         title: base64.b64encode(svg.encode()).decode()
         for title, svg in plots(metrics, measured, text).items()

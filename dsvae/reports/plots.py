@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from sklearn.decomposition import PCA
 
 from dsvae.metrics.evaluate import Measured
 from dsvae.modeling.families import ACTIVE
-from dsvae.reports.figures import COLOR, STYLE, legend, new_figure, short, svg
+from dsvae.reports.figures import COLOR, STYLE, legend, new_figure, svg
 from dsvae.reports.sentences import Sentences
 
 POINTS = 5_000
@@ -28,19 +29,14 @@ def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[
     """Title -> SVG. A model without a latent has only the plot of the lengths."""
     chosen = np.argsort(text.split.content_keys)[:POINTS]
     with matplotlib.rc_context(STYLE):
-        images = {
-            "Length against rec": _lengths(text.split.lengths[chosen], measured.rec.numpy()[chosen])
-        }
-        if metrics["latent_dim"]:
-            images = {
-                "KL per dimension": _kl(metrics["kl_per_dim"]),
-                "Active units over thresholds": _active_units(
-                    metrics["au_curve"], metrics["latent_dim"]
-                ),
-                "Latents": _latents(
-                    measured.posterior.point.numpy()[chosen], *_colours(metrics, text, chosen)
-                ),
-            } | images
+        images = {}
+        if units := metrics["latent_dim"]:
+            points = measured.posterior.point.numpy()[chosen]
+            images["KL per dimension"] = _kl(metrics["kl_per_dim"])
+            images["Active units over thresholds"] = _active_units(metrics["au_curve"], units)
+            images["Latents"] = _latents(points, *_colours(metrics, text, chosen))
+        rec = measured.rec.numpy()[chosen]
+        images["Length against rec"] = _lengths(text.split.lengths[chosen], rec)
         if scores := metrics.get("disentanglement"):
             names = list(scores["per_factor"])
             images["Information about the factors"] = _matrix(
@@ -53,12 +49,8 @@ def _kl(kl: list[float]) -> str:
     figure, axes = new_figure()
     ordered = sorted(range(len(kl)), key=lambda d: -kl[d])
     axes.bar(range(len(kl)), [kl[d] for d in ordered], color=COLOR)
-    step = max(1, len(kl) // 32)
-    axes.set_xticks(
-        range(0, len(kl), step), [str(ordered[i]) for i in range(0, len(kl), step)], fontsize=7
-    )
-    axes.set_xlabel("dimension of z, by its KL")
-    axes.set_ylabel("KL (nats)")
+    _label_units(axes, ordered)
+    axes.set(xlabel="dimension of z, by its KL", ylabel="KL (nats)")
     axes.grid(axis="x", visible=False)
     return svg(figure)
 
@@ -67,17 +59,10 @@ def _active_units(curve: dict[str, list], dims: int) -> str:
     figure, axes = new_figure()
     axes.step(curve["threshold"], curve["units"], where="post", color=COLOR)
     axes.axvline(ACTIVE, color="black", linestyle=":", linewidth=1)
-    axes.annotate(
-        f"au, at {ACTIVE}",
-        (ACTIVE, 0),
-        xytext=(4, 6),
-        textcoords="offset points",
-        fontsize=8,
-    )
-    axes.set_xscale("log")
-    axes.set_ylim(0, dims * 1.05)
-    axes.set_xlabel("threshold on Var[E q(z|x)]")
-    axes.set_ylabel(f"active units, of {dims}")
+    label = f"au, at {ACTIVE}"
+    axes.annotate(label, (ACTIVE, 0), xytext=(4, 6), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", ylim=(0, dims * 1.05))
+    axes.set(xlabel="threshold on Var[E q(z|x)]", ylabel=f"active units, of {dims}")
     return svg(figure)
 
 
@@ -87,31 +72,22 @@ def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> str:
     values, counts = np.unique(lengths, return_counts=True)
     common = values[counts >= ENOUGH]
     if len(common):
+        means = [rec[lengths == length].mean() for length in common]
         label = f"mean, where {ENOUGH} sentences or more"
-        axes.plot(
-            common,
-            [rec[lengths == length].mean() for length in common],
-            color="black",
-            linewidth=1,
-            label=label,
-        )
+        axes.plot(common, means, color="black", linewidth=1, label=label)
         axes.legend(frameon=False)
-    axes.set_xlabel("tokens, EOS included")
-    axes.set_ylabel("rec (nats)")
+    axes.set(xlabel="tokens, EOS included", ylabel="rec (nats)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return svg(figure)
 
 
 def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
-    """The first two principal components of the posterior means, coloured by labels or
-    by numbers."""
+    """The first two principal components, coloured by labels or by numbers."""
     figure, axes = new_figure()
     components = min(2, *means.shape)
     pca = PCA(components).fit(means)
-    xy = pca.transform(means)
-    if components == 1:
-        xy = np.stack([xy[:, 0], np.zeros(len(xy))], axis=1)
+    xy = np.pad(pca.transform(means), ((0, 0), (0, 2 - components)))
     style: dict[str, Any] = {"s": 7, "alpha": 0.5, "linewidths": 0, "rasterized": True}
     if values.dtype.kind in "iuf":
         points = axes.scatter(xy[:, 0], xy[:, 1], c=values, cmap="viridis", **style)
@@ -123,30 +99,17 @@ def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
             axes.scatter(*xy[values == label].T, color=f"C{index}", **style)
             for index, label in enumerate(labels)
         ]
-        look: dict[str, Any] = {
-            "markerscale": 2.5,
-            "fontsize": 8,
-            "loc": "upper left",
-            "frameon": False,
-        }
-        legend(
-            axes,
-            drawn,
-            [short(label) for label in labels],
-            title=name,
-            bbox_to_anchor=(1.0, 1.0),
-            **look,
-        )
-    axes.set_xlabel(f"PC 1 ({pca.explained_variance_ratio_[0]:.1%} of the variance)")
-    axes.set_ylabel(f"PC 2 ({pca.explained_variance_ratio_[1]:.1%})" if components == 2 else "")
+        legend(axes, drawn, labels, title=name, markerscale=2.5, fontsize=8)
+    shares = pca.explained_variance_ratio_
+    axes.set_xlabel(f"PC 1 ({shares[0]:.1%} of the variance)")
+    axes.set_ylabel(f"PC 2 ({shares[1]:.1%})" if components == 2 else "")
     return svg(figure)
 
 
 def _colours(
     metrics: dict[str, Any], text: Sentences, chosen: NDArray[np.intp]
 ) -> tuple[str, NDArray]:
-    """Name and values of the label that the linear probe reads best, of those with few
-    enough classes; the length if there is none."""
+    """Name and values of the label that the linear probe reads best, or the length."""
     probes = {
         name: probe
         for name, probe in metrics.get("probes", {}).items()
@@ -163,9 +126,14 @@ def _matrix(information: NDArray[np.float64], names: list[str], dimensions: list
     figure, axes = new_figure()
     image = axes.imshow(information.T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     axes.set_yticks(range(len(names)), names)
-    shown = range(0, len(dimensions), max(1, len(dimensions) // 32))
-    axes.set_xticks(shown, [str(dimensions[i]) for i in shown], fontsize=7)
+    _label_units(axes, dimensions)
     axes.set_xlabel("unit of z, active ones alone")
     axes.grid(visible=False)
     figure.colorbar(image, label="I(z_i; factor) (nats)")
     return svg(figure)
+
+
+def _label_units(axes: Axes, units: list[int]) -> None:
+    """Numbers below the columns of a plot, at most 63 of them."""
+    shown = range(0, len(units), max(1, len(units) // 32))
+    axes.set_xticks(shown, [str(units[i]) for i in shown], fontsize=7)

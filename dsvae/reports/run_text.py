@@ -5,47 +5,62 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from dsvae.config import RunConfig
-from dsvae.data.prepared import Prepared
 from dsvae.engine.engine import PhaseEngine
 from dsvae.phases import Phase
 from dsvae.reports.table import result_table
-from dsvae.reports.training_log import data_lines
 from dsvae.run_directory import RunDirectory
 
 _SHOWN_LABELS = 10
 
 
-def data_text(data: Prepared, ranks: int) -> str:
-    """What a run trains on, with a warning where it is measured on what it trains on."""
-    lines = [data_lines(data.report, ranks), *_columns_lines(data)]
-    for split in ("valid", "test"):
-        if copies := data.report["splits"][split]["in_train"]:
+def data_text(report: dict[str, Any], ranks: int) -> str:
+    """What a run trains on, with a warning where it is measured on the same sentences."""
+    splits: dict[str, dict[str, Any]] = report["splits"]
+    sizes = (
+        f"{name} {part['sentences']:,}{' (held out)' if part['held_out'] else ''}"
+        for name, part in splits.items()
+    )
+    blank, cut, unk, repeated = (
+        sum(part[name] for part in splits.values())
+        for name in ("skipped_blank", "truncated", "unk", "repeated")
+    )
+    lines = [
+        f"data: {report['source']}; {ranks} rank{'s' if ranks > 1 else ''}",
+        f"      sentences: {', '.join(sizes)}; {splits['train']['tokens']:,} tokens to train on, "
+        f"of {report['vocab_size']:,} pieces",
+        f"      {blank:,} blank lines skipped, {cut:,} sentences truncated to "
+        f"{report['max_tokens']} tokens, {unk:,} unknown tokens, {repeated:,} repeated sentences",
+        *_columns_lines(report),
+    ]
+    for name in ("valid", "test"):
+        if copies := splits.get(name, {}).get("in_train"):
             lines.append(
-                f"warning: {copies} of the {len(data.splits[split])} {split} sentences are also "
+                f"warning: {copies} of the {splits[name]['sentences']} {name} sentences are also "
                 f"training sentences"
             )
     return "\n".join(lines)
 
 
-def _columns_lines(data: Prepared) -> list[str]:
+def _columns_lines(report: dict[str, Any]) -> list[str]:
     """One line on conditions, labels and tags, where there are any."""
-    parts = data.report["splits"].values()
+    parts = report["splits"].values()
     figures: Counter[str] = Counter()
     for part in parts:
         figures.update({name: value for name, value in part.items() if isinstance(value, int)})
     said = []
     if "conditions_truncated" in figures:
         said.append(f"{figures['conditions_truncated']:,} conditions truncated")
-    if data.labels:
-        names = f"{len(data.labels)} labels"
-        if len(data.labels) <= _SHOWN_LABELS:
-            names = f"labels: {', '.join(data.labels)}"
+    if labels := report.get("labels"):
+        names = f"{len(labels)} labels"
+        if len(labels) <= _SHOWN_LABELS:
+            names = f"labels: {', '.join(labels)}"
         said.append(f"{figures['labelled']:,} records with a label ({names})")
-    if data.tags:
+    if tags := report.get("tags"):
         said.append(
-            f"{figures['tagged']:,} records with tags ({len(data.tags)} different, "
+            f"{figures['tagged']:,} records with tags ({len(tags)} different, "
             f"{figures['tags_truncated']:,} truncated)"
         )
     if not said:
@@ -54,8 +69,7 @@ def _columns_lines(data: Prepared) -> list[str]:
 
 
 def phase_text(phase: Phase, engine: PhaseEngine, ds_config: Path) -> str:
-    """What a phase trains with. `ds_config` is the file with its resolved
-    configuration."""
+    """What a phase trains with; `ds_config` is its resolved configuration."""
     line = (
         f"phase {phase.number}: {phase.steps:,} steps of {phase.config.data.batch_size} sentences, "
         f"ZeRO {engine.zero_stage}, {engine.precision}; its ds_config is {ds_config}"

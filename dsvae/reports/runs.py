@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +50,6 @@ class Run:
     phase: int | None = None
     """The phase that the metrics belong to."""
     latent: bool = True
-    """Whether the model has a latent."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Every finite number of the evaluation, standard errors as `se.NAME`. A model
     without a latent has none that describe one."""
@@ -67,8 +66,7 @@ class Run:
         return RunDirectory(self.directory)
 
     def source(self) -> str | None:
-        """What decides the sentences of `split` besides the text files; None if nothing
-        does."""
+        """What decides the sentences of `split` besides the text files, if anything."""
         if self.config is None:
             return None
         data, seed = self.config.data, self.config.seed
@@ -101,11 +99,11 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
             raise UserError(f"{word}: no such directory; give output directories of runs")
         if not path.is_dir():
             files.append(word)
-        elif is_run(path):
+        elif _is_run(path):
             directories.append(path)
         elif not (path / "comparison.csv").is_file():
             try:
-                inside = [child for child in path.iterdir() if child.is_dir() and is_run(child)]
+                inside = [child for child in path.iterdir() if _is_run(child)]
             except OSError as error:
                 raise UserError(
                     f"{word}: {error.strerror}; give directories that can be read"
@@ -115,7 +113,7 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
                     f"nothing in {word} is a run (no config.yaml in it or one level down): give "
                     "output directories"
                 )
-            directories += sorted(inside, key=lambda child: _natural(child.name))
+            directories += sorted(inside, key=_natural)
     if not directories:
         raise UserError(
             f"{', '.join(words[:3]) or 'nothing'}: no directories of runs; give the output "
@@ -127,15 +125,17 @@ def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     return list(once.values()), files
 
 
-def is_run(directory: Path) -> bool:
-    """Whether a run has claimed a directory; one that ended before it wrote anything
-    has left its lock."""
-    return RunDirectory(directory).is_claimed()
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and RunDirectory(path).is_claimed()
+
+
+def _natural(path: Path) -> str:
+    """A sort key that puts run2 before run10."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(20), path.name)
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """The runs in the directories. What cannot be read is listed in `Run.problems` and
-    raises nothing."""
+    """The runs in the directories; `Run.problems` lists what cannot be read."""
     whole = [Path(os.path.abspath(directory)) for directory in directories]
     common = os.path.commonpath([path.parent for path in whole])
     return [
@@ -148,25 +148,24 @@ def _read(directory: Path, name: str) -> Run:
     run = Run(directory, name)
     _read_settings(run)
     run.tokenizer = _tokenizer(run.paths.tokenizer)
-    rows = _Rows(run.paths.metrics_jsonl, run.problems)
-    done = _done(run, rows)
-    final = _final(run)
+    valid, steps = _read_rows(run)
+    done = _done(run, steps)
+    final = _read_json(run, run.paths.metrics, _final)
     if final is not None:
         run.state, run.split, run.phase = "finished", "test", 2
         _take(run, final)
         return run
-    if rows.valid is not None:
-        run.split, run.step, run.phase = "valid", rows.valid["step"], rows.valid["phase"]
-        _take(run, rows.valid)
+    if valid is not None:
+        run.split, run.step, run.phase = "valid", valid["step"], valid["phase"]
+        _take(run, valid)
     if run.paths.metrics.exists():
-        return run
-    if run.config is None:
-        if not run.problems and not rows.steps and not done:
-            run.state = "not started"
-        elif not run.paths.config.exists():
-            run.problems.append("no config.yaml in it")
-        return run
-    run.state = _state(run.config, run.paths, done)
+        pass  # it cannot be read
+    elif run.config is not None:
+        run.state = _state(run.config, run.paths, done)
+    elif not run.problems and not done:
+        run.state = "not started"
+    elif not run.paths.config.exists():
+        run.problems.append("no config.yaml in it")
     return run
 
 
@@ -175,7 +174,7 @@ def _read_settings(run: Run) -> None:
     if not path.exists():
         return
     try:
-        run.config = configuration.build(configuration.load_tree(str(path)), where=path.name)
+        run.config = configuration.load(path)
     except (UserError, OSError) as error:
         run.problems.append(_describe_error(error, path))
         return
@@ -185,12 +184,8 @@ def _read_settings(run: Run) -> None:
         for name, value in flatten(to_tree(run.config)).items()
         if name not in _NO_SETTINGS and value != {} and not name.startswith(unused)
     }
-    path = run.paths.ds_config
-    if path.exists():
-        try:
-            run.settings |= flatten(json.loads(path.read_bytes()), "ds_config.")
-        except (OSError, ValueError, AttributeError) as error:
-            run.problems.append(_describe_error(error, path))
+    ds_config = _read_json(run, run.paths.ds_config, lambda tree: flatten(tree, "ds_config."))
+    run.settings |= ds_config or {}
 
 
 def _unused(config: RunConfig) -> tuple[str, ...]:
@@ -205,101 +200,89 @@ def _unused(config: RunConfig) -> tuple[str, ...]:
     return tuple(names)
 
 
-class _Rows:
-    """metrics.jsonl, read once: its newest validation and the last step of each
-    phase."""
-
-    def __init__(self, path: Path, problems: list[str]) -> None:
-        self.valid: dict[str, Any] | None = None
-        self.steps: dict[int, int] = {}
-        """Phase -> its last step, on the run's one axis."""
-        damaged = []
-        try:
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if not self._add(line):
-                        damaged.append((number, line))
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            problems.append(_describe_error(error, path))
-        if damaged and not damaged[-1][1].endswith(b"\n"):
-            damaged.pop()  # the run is writing this line, or was interrupted in it
-        if damaged:
-            problems.append(
-                f"{path.name}: {len(damaged)} line(s) cannot be read; the first is line "
-                f"{damaged[0][0]}"
-            )
-
-    def _add(self, line: bytes) -> bool:
-        try:
-            row = json.loads(line)
-            if row["split"] in ("train", "valid"):
-                self.steps[int(row["phase"])] = int(row["step"])
-                if row["split"] == "valid":
-                    self.valid = row
-        except (ValueError, KeyError, TypeError):
-            return not line.strip()
-        return True
+def _read_rows(run: Run) -> tuple[dict[str, Any] | None, dict[int, int]]:
+    """(newest validation, phase -> its last step on the run's one axis) of
+    metrics.jsonl."""
+    path = run.paths.metrics_jsonl
+    valid, steps, damaged = None, {}, []
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    row = json.loads(line)
+                    if row["split"] in ("train", "valid"):
+                        steps[int(row["phase"])] = int(row["step"])
+                        valid = row if row["split"] == "valid" else valid
+                except (ValueError, KeyError, TypeError):
+                    damaged += [(number, line)] if line.strip() else []
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        run.problems.append(_describe_error(error, path))
+    if damaged and not damaged[-1][1].endswith(b"\n"):
+        damaged.pop()  # the run is writing this line, or was interrupted in it
+    if damaged:
+        run.problems.append(
+            f"{path.name}: {len(damaged)} line(s) cannot be read; the first is line {damaged[0][0]}"
+        )
+    return valid, steps
 
 
-def _final(run: Run) -> dict[str, Any] | None:
-    """The final evaluation, None where there is none or where it cannot be read."""
-    path = run.paths.metrics
+def _read_json(
+    run: Run, path: Path, take: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """What `take` finds in a file; None where there is none or where it cannot be read."""
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_bytes())
-        final = content.get("test") if isinstance(content, dict) else None
-        if not isinstance(final, dict) or "rec" not in final:
-            raise ValueError("no final evaluation in it")
-        return final
-    except (OSError, ValueError) as error:
+        return take(json.loads(path.read_bytes()))
+    except (OSError, ValueError, AttributeError) as error:
         run.problems.append(_describe_error(error, path))
         return None
+
+
+def _final(content: Any) -> dict[str, Any]:
+    """The final evaluation in a metrics.json."""
+    final = content.get("test") if isinstance(content, dict) else None
+    if not isinstance(final, dict) or "rec" not in final:
+        raise ValueError("no final evaluation in it")
+    return final
 
 
 def _take(run: Run, evaluation: dict[str, Any]) -> None:
     """Stores the numbers and warnings of an evaluation in the run."""
     run.latent = evaluation.get("kl_per_dim") != [] and evaluation.get("latent_dim") != 0
-    metrics = {
-        name: value
-        for name, value in flatten(evaluation).items()
-        if _is_number(value) and name not in ("step", "phase")
-    }
+    metrics = {name: value for name, value in flatten(evaluation).items() if _is_number(value)}
     metrics |= catalog.differences(metrics)
-    if not run.latent:
-        metrics = {
-            name: value
-            for name, value in metrics.items()
-            if not catalog.entry(name.removeprefix("se.")).latent
-        }
-    run.metrics = metrics
+    run.metrics = {
+        name: value
+        for name, value in metrics.items()
+        if name not in ("step", "phase")
+        and (run.latent or not catalog.entry(name.removeprefix("se.")).latent)
+    }
     warnings = evaluation.get("warnings", [])
     run.warnings = [str(line) for line in warnings] if isinstance(warnings, list) else []
 
 
-def _done(run: Run, rows: _Rows) -> dict[int, int]:
-    """Phase -> the last step within it, from the logged rows and the complete
-    checkpoints."""
-    done = dict(rows.steps)
+def _done(run: Run, steps: dict[int, int]) -> dict[int, int]:
+    """Phase -> the last step within it, by the logged rows and the checkpoints."""
+    done = dict(steps)
     if 2 in done:
-        done[2] -= _before_phase2(run, rows)
+        done[2] -= _before_phase2(run, steps)
     for saved in checkpoint.find(run.paths.checkpoints):
         done[saved.phase] = max(saved.step, done.get(saved.phase, 0))
     return done
 
 
-def _before_phase2(run: Run, rows: _Rows) -> int:
+def _before_phase2(run: Run, steps: dict[int, int]) -> int:
     """The number of steps on the run's axis before phase 2."""
     if run.config is None:
-        return rows.steps.get(1, 0)
-    steps = run.config.phase1.steps
+        return steps.get(1, 0)
     # A phase 1 that came before leaves rows or weights, here or in the run that this
     # one went on from.
     places = (run.paths, RunDirectory(run.config.resume))
-    before = 1 in rows.steps or any(place.phase1_model.is_dir() for place in places)
-    return steps if before or rows.steps[2] > run.config.phase2.steps else 0
+    before = 1 in steps or any(place.phase1_model.is_dir() for place in places)
+    return run.config.phase1.steps if before or steps[2] > run.config.phase2.steps else 0
 
 
 def _state(config: RunConfig, paths: RunDirectory, done: dict[int, int]) -> str:
@@ -314,19 +297,18 @@ def _state(config: RunConfig, paths: RunDirectory, done: dict[int, int]) -> str:
 
 def _tokenizer(directory: Path) -> str | None:
     """A hash of the pieces and rules of a tokenizer, whatever the layout of its file."""
-    digest = hashlib.sha256()
     try:
         if (directory / "tokenizer.json").is_file():
             rules = json.loads((directory / "tokenizer.json").read_bytes())
             # These belong to the file and to the last call, not to the tokenizer.
             for name in ("version", "truncation", "padding"):
                 rules.pop(name, None)
-            digest.update(json.dumps(rules, sort_keys=True).encode())
+            content = json.dumps(rules, sort_keys=True).encode()
         else:  # ByT5 has no vocabulary
-            digest.update((directory / "tokenizer_config.json").read_bytes())
+            content = (directory / "tokenizer_config.json").read_bytes()
     except (OSError, ValueError, AttributeError):
         return None
-    return digest.hexdigest()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _is_number(value: Any) -> bool:
@@ -339,10 +321,3 @@ def _describe_error(error: Exception, path: Path) -> str:
         return str(error)
     reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
     return f"{path.name} cannot be read: {reason}"
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A sort key that puts run2 before run10."""
-    return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
-    ]

@@ -72,12 +72,8 @@ def read(
 
 
 def check_factors(text: Sentences) -> None:
-    """Checks, before hours of work, that truncation leaves enough different sentences
-    of the built-in corpus for the probes.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raises UserError, before hours of work, where truncation leaves too few different
+    sentences of the built-in corpus for the probes."""
     for name, labels in text.labels.items() if text.factors is not None else ():
         where = f"{text.source}, truncated to {text.split.lengths.max()} tokens: {name}"
         try:
@@ -103,23 +99,14 @@ def _labels(path: Path, sentences: Path, texts: list[str]) -> NDArray[np.str_]:
 def _as_seen(
     texts: list[str], split: TokenizedSplit, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """The part of each text that the model sees: all, or up to the end of the last
-    token.
-
-    Only a fast tokenizer knows where a token ends in the text. With any other, the
-    tokens are decoded.
-    """
+    """The part of each text that the model sees: up to the end of its last token. Only a
+    fast tokenizer knows where that is; with any other, the tokens are decoded."""
     texts = [text.strip() for text in texts]
     for i in np.flatnonzero(split.truncated).tolist():
         ids = split.ids(i)[:-1]  # without EOS
         if tokenizer.is_fast:
-            spans = tokenizer(
-                texts[i],
-                add_special_tokens=False,
-                split_special_tokens=True,
-                return_offsets_mapping=True,
-                verbose=False,
-            )["offset_mapping"]
+            plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            spans = tokenizer(texts[i], return_offsets_mapping=True, **plain)["offset_mapping"]
             texts[i] = texts[i][: spans[len(ids) - 1][1]]
         else:
             texts[i] = decoded([ids], tokenizer)[0]

@@ -55,11 +55,7 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def result_table(title: str, metrics: dict[str, Any]) -> str:
-    """The final metrics of a run as lines, then the warnings.
-
-    Args:
-        metrics: of `dsvae.metrics.evaluate`, or the same read from metrics.json.
-    """
+    """The final metrics of a run (of metrics.json) as lines, then the warnings."""
     latent = metrics["kl_per_dim"] != []
     lines = [f"{title} ({metrics['sentences']:,} sentences)"]
     for metric in catalog.METRICS:
@@ -74,8 +70,8 @@ def result_table(title: str, metrics: dict[str, Any]) -> str:
 
 
 def markdown(columns: dict[str, list[str]], right: set[str]) -> str:
-    """Heading -> cells as an aligned Markdown table; the columns in `right` are aligned
-    to the right."""
+    """Heading -> cells as a Markdown table; columns in `right` are aligned to the
+    right."""
     lines: list[list[str]] = []
     for heading, cells in columns.items():
         cells = [" ".join(cell.replace("|", r"\|").split()) for cell in (heading, *cells)]

@@ -102,12 +102,11 @@ class Reporter:
             values: name -> value; losses in nats per sentence, and those of `Speed.read`.
             kl_per_dim: in nats.
         """
-        if not self.enabled:
+        if self._writer is None:
             return
         self._record(
             {"step": step, "phase": phase, "split": "train", **values, "kl_per_dim": kl_per_dim}
         )
-        assert self._writer is not None
         for name, value in values.items():
             self._writer.add_scalar(f"{catalog.entry(name).training_group}/{name}", value, step)
         if self._bar is not None:
@@ -115,10 +114,9 @@ class Reporter:
 
     def evaluation(self, step: int, phase: int, split: str, metrics: dict[str, Any]) -> None:
         """Writes an evaluation on `split` at global `step`."""
-        if not self.enabled:
+        if self._writer is None:
             return
         self._record({"step": step, "phase": phase, "split": split, **metrics})
-        assert self._writer is not None
         of_latent = split == "valid" and bool(metrics["kl_per_dim"])
         more = catalog.differences(metrics) if of_latent else {}
         for name, value in _charted({**metrics, **more}).items():
@@ -130,27 +128,15 @@ class Reporter:
             self._writer.add_figure("valid/kl_per_dim", _kl_figure(self._kl_per_dim), step)
 
     def text(self, step: int, pairs: list[tuple[str, str]], prior: list[str]) -> None:
-        """Writes (sentence, reconstruction) pairs and sentences from the prior, or the one
-        greedy sentence of a language model."""
-        if not self.enabled or not (pairs or prior):
+        """Writes (sentence, reconstruction) pairs, and sentences from the prior."""
+        if self._writer is None or not (pairs or prior):
             return
-        assert self._writer is not None
         if pairs:
+            heading = "| sentence | reconstruction of its mean |\n|---|---|\n"
             rows = "\n".join(f"| {_cell(a)} | {_cell(b)} |" for a, b in pairs)
-            self._writer.add_text(
-                "reconstruction",
-                f"| sentence | reconstruction of its mean |\n|---|---|\n{rows}",
-                step,
-            )
+            self._writer.add_text("reconstruction", heading + rows, step)
         self._writer.add_text("prior", "\n".join(f"- {_cell(text)}" for text in prior), step)
-        self._record(
-            {
-                "step": step,
-                "split": "text",
-                "reconstruction": [list(pair) for pair in pairs],
-                "prior": prior,
-            }
-        )
+        self._record({"step": step, "split": "text", "reconstruction": pairs, "prior": prior})
 
     def flush(self) -> None:
         """Puts on disk what was reported so far. Called before a checkpoint, since a run
@@ -160,8 +146,8 @@ class Reporter:
             self._writer.flush()
 
     def close(self, final: dict[str, Any] | None) -> None:
-        """Writes the hyperparameters beside the final metrics, if there are any, and closes
-        the files."""
+        """Writes the hyperparameters beside the final metrics, if any, and closes the
+        files."""
         self.end_phase()
         if self._writer is not None:
             if final is not None:
@@ -182,38 +168,16 @@ class Reporter:
         self._jsonl.flush()
 
 
-def data_lines(report: dict[str, Any], ranks: int) -> str:
-    """What a run trains on, for the console; `report` is that of
-    `dsvae.data.tokenization.Prepared`."""
-    splits: dict[str, dict[str, Any]] = report["splits"]
-    parts = (
-        f"{name} {part['sentences']:,}{' (held out)' if part['held_out'] else ''}"
-        for name, part in splits.items()
-    )
-    blank, cut, unk, repeated = (
-        sum(part[name] for part in splits.values())
-        for name in ("skipped_blank", "truncated", "unk", "repeated")
-    )
-    return (
-        f"data: {report['source']}; {ranks} rank{'s' if ranks > 1 else ''}\n"
-        f"      sentences: {', '.join(parts)}; {splits['train']['tokens']:,} tokens to train on, "
-        f"of {report['vocab_size']:,} pieces\n"
-        f"      {blank:,} blank lines skipped, {cut:,} sentences truncated to "
-        f"{report['max_tokens']} tokens, {unk:,} unknown tokens, {repeated:,} repeated sentences"
-    )
-
-
 def _postfix(values: dict[str, float]) -> str:
     """The losses, speed and memory after the progress bar."""
     main = [metric.name for metric in catalog.METRICS if catalog.PROGRESS in metric.places]
     losses = " ".join(f"{name} {values[name]:.4g}" for name in main if name in values)
     flops = values["flops_per_s"]
+    work = f"{flops / 1e12:,.1f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:,.1f} GFLOP/s"
     if "mfu" in values:
         work = f"MFU {values['mfu']:.0%}"
-    else:
-        work = f"{flops / 1e12:,.1f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:,.1f} GFLOP/s"
-    speed = f"{values['tokens_per_s']:,.0f} tok/s {work} {values['peak_memory_gb']:.2f} GB"
-    return f"{losses} | {speed}"
+    memory = f"{values['peak_memory_gb']:.2f} GB"
+    return f"{losses} | {values['tokens_per_s']:,.0f} tok/s {work} {memory}"
 
 
 def _charted(metrics: dict[str, Any]) -> dict[str, float]:
@@ -227,7 +191,7 @@ def _charted(metrics: dict[str, Any]) -> dict[str, float]:
 
 def _layout(latent: bool) -> dict[str, dict[str, list[Any]]]:
     """The charts of TensorBoard's CUSTOM SCALARS, in its format."""
-    layout = {
+    return {
         # TensorBoard draws every tag that starts with a match of this regular expression.
         category: {
             title: ["Multiline", [f"{tag}$" for tag in tags]]
@@ -235,10 +199,8 @@ def _layout(latent: bool) -> dict[str, dict[str, list[Any]]]:
             if "speed/mfu" not in tags or peak_flops("bf16") is not None
         }
         for category, charts in catalog.CHARTS.items()
+        if latent or category != "does z matter"
     }
-    if not latent:
-        del layout["does z matter"]
-    return layout
 
 
 def _kl_figure(history: list[tuple[int, list[float]]]) -> Figure:
@@ -258,8 +220,7 @@ def _kl_figure(history: list[tuple[int, list[float]]]) -> Figure:
     shown = axes.imshow(image, aspect="auto", norm=LogNorm(least, most), interpolation="nearest")
     labelled = np.unique(np.linspace(0, len(steps) - 1, 6).astype(int))
     axes.set_xticks(labelled, [f"{steps[i]:,}" for i in labelled])
-    axes.set_xlabel("step")
-    axes.set_ylabel("dimension of z")
+    axes.set(xlabel="step", ylabel="dimension of z")
     figure.colorbar(shown, label="KL (nats)")
     return figure
 
@@ -275,8 +236,7 @@ def _hyperparameters(config: RunConfig) -> dict[str, int | float | str | bool]:
 
 
 def _truncate_jsonl(path: Path, first_step: int) -> list[dict[str, Any]]:
-    """Keeps the rows before `first_step` and returns them. An incomplete last row is
-    dropped too."""
+    """Keeps and returns the rows before `first_step`, without an incomplete last one."""
     if not path.exists():
         return []
     kept, lines = [], []

@@ -157,7 +157,7 @@ def work(job: dict[str, Any]) -> None:
     from dsvae.objective.elbo import Penalty
     from dsvae.parallel.world import join, leave
     from dsvae.phases import Phase
-    from dsvae.planning.live import LiveBytes
+    from dsvae.planning.dry_run import LiveBytes
 
     logger.setLevel("ERROR")
     world = join()

@@ -12,8 +12,7 @@ from dsvae.engine import ds_config
 from dsvae.errors import UserError
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 from dsvae.objective.elbo import loss_share, reconstruction_nats
-from dsvae.planning.dry_run import DryRun, Weight, dry_run
-from dsvae.planning.live import LiveBytes
+from dsvae.planning.dry_run import DryRun, LiveBytes, Weight, dry_run
 from dsvae.planning.memory import Engine, Ranks, estimate
 
 T5 = {

@@ -12,8 +12,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from dsvae.config import ModelConfig, RunConfig
 from dsvae.files import write_json
 from dsvae.reports import training_log
+from dsvae.reports.run_text import data_text
 from dsvae.reports.table import result_table
-from dsvae.reports.training_log import Reporter, data_lines
+from dsvae.reports.training_log import Reporter
 
 VALUES = {
     "loss": 3.0,
@@ -397,7 +398,7 @@ def test_the_data_in_lines_for_people():
             "test": split(99, False),
         },
     }
-    lines = data_lines(report, 2).splitlines()
+    lines = data_text(report, 2).splitlines()
     assert [line.strip() for line in lines] == [
         "data: train.txt; 2 ranks",
         "sentences: train 12,345, valid 650 (held out), test 99; 123,450 tokens to train on, of "
