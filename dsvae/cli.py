@@ -445,7 +445,13 @@ def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -
     print(directory)
 
 
-def compare(runs: list[str], *, output: str | None = None, sort_by: str | None = None) -> None:
+def compare(
+    runs: list[str],
+    *,
+    output: str | None = None,
+    sort_by: str | None = None,
+    group: bool = False,
+) -> None:
     """Compares runs: the settings in which they differ, their progress, and their
     metrics.
 
@@ -461,6 +467,9 @@ def compare(runs: list[str], *, output: str | None = None, sort_by: str | None =
             there is replaced.
         sort_by: name of a column or of any metric, best first and finished runs before
             the others; by default the given order.
+        group: show finished runs that differ only in their seed as one row: the mean of
+            each metric ± its standard deviation over these runs (`sd.NAME` in
+            comparison.csv).
     """
     from dsvae.files import make_writable
     from dsvae.reports.compare import compare_runs
@@ -471,7 +480,7 @@ def compare(runs: list[str], *, output: str | None = None, sort_by: str | None =
     if passed_over:
         more = f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
         say(f"skipped, because they are no directories: {', '.join(passed_over[:3])}{more}")
-    comparison = compare_runs(directories, sort_by)
+    comparison = compare_runs(directories, sort_by, group)
     directory = place(directories, output)
     make_writable(directory, "--output")
     if (directory / "comparison.csv").exists():

@@ -259,7 +259,7 @@ def test_recipes_are_shipped():
 
 
 def test_the_recipes_that_are_compared_differ_in_what_they_are_compared_for():
-    """docs/results/yelp.md reads the effect of free bits and of the two phases off them."""
+    """The pages of docs/results read the effect of one change off them."""
 
     def recipe(name):
         return dict(leaves(load_tree(name)))
@@ -269,6 +269,12 @@ def test_the_recipes_that_are_compared_differ_in_what_they_are_compared_for():
     assert recipe("yelp_cpu") == recipe("two_phases_plain") | free_bits
     both, one = recipe("yelp_cpu"), recipe("vanilla")
     assert both["phase1.steps"] + both["phase2.steps"] == one["phase2.steps"]
+    assert recipe("speculative") == recipe("two_phases_plain") | {"phase2.draws": 5}
+    sparse = {"model.family": "spike_slab", "model.spike_prior": [4.0, 1.0]}
+    weak = {"phase2.beta.max": 0.01, "phase2.free_bits": 0.0}
+    assert recipe("sparse") == recipe("yelp_cpu") | sparse | weak
+    codes = {"model.family": "categorical", "model.latent_dim": 12, "model.categories": 16}
+    assert recipe("discrete") == recipe("quickstart") | codes
     model = [name for name in both if not name.startswith("phase")]
     assert all(both[name] == one[name] for name in model)
     assert both["phase1.lr"] == both["phase2.lr"] == one["phase2.lr"]

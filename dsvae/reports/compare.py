@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 from dsvae.config import field_types
 from dsvae.errors import UserError, nearest
 from dsvae.metrics import catalog
+from dsvae.reports.groups import by_seed
 from dsvae.reports.runs import Run, read_runs
 
 T = TypeVar("T")
 
 _COUNTS = ("sentences", "words", "bytes")
+_SPREAD = ("se.", "sd.")
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,12 @@ class Comparison:
     """The content of `dsvae compare`."""
 
     runs: list[Run]
-    """In the order of the table."""
+    """In the order of the table; with `group`, a `Run` may stand for several."""
     settings: list[str]
     """Dotted names of the settings in which the runs differ."""
     metrics: list[str]
-    """All metrics of any run: columns of the table first, standard errors last."""
+    """All metrics of any run: columns of the table first, standard errors and deviations
+    last."""
     text: dict[str, str]
     """Run -> letter of the text that it was measured on; empty if all texts are the
     same."""
@@ -37,23 +40,39 @@ class Comparison:
     """What is not comparable, and the warnings of each run's own evaluation."""
 
 
-def compare_runs(directories: Sequence[Path], sort_by: str | None = None) -> Comparison:
+def compare_runs(
+    directories: Sequence[Path], sort_by: str | None = None, group: bool = False
+) -> Comparison:
     """Reads runs and compares them.
 
     Args:
+        group: finished runs that differ only in their seed become one (see
+            `dsvae.reports.groups`).
         sort_by: `run`, `state`, a setting that differs, or a metric; UserError for any
             other name. None: the order given.
     """
     runs = read_runs(directories)
     settings = _differing(runs)
-    metrics = _metrics(runs)
-    if sort_by is not None:
-        runs = _sorted(runs, sort_by, settings, metrics)
     text, about_text = _texts(runs)
     tokenizer, about_tokenizers = _tokenizers(runs)
     warnings = about_text + about_tokenizers
-    warnings += [f"{run.name}: {warning}" for run in runs for warning in run.warnings]
-    return Comparison(runs, settings, metrics, text, tokenizer, warnings)
+    of_runs = [f"{run.name}: {warning}" for run in runs for warning in run.warnings]
+    if group:
+        groups = by_seed(runs)
+        text, tokenizer = (
+            {
+                name: ", ".join(sorted({letters[run.name] for run in members}))
+                for name, members in groups.members.items()
+                if all(run.name in letters for run in members)
+            }
+            for letters in (text, tokenizer)
+        )
+        runs = groups.runs
+        warnings += groups.warnings
+    metrics = _metrics(runs)
+    if sort_by is not None:
+        runs = _sorted(runs, sort_by, settings, metrics)
+    return Comparison(runs, settings, metrics, text, tokenizer, warnings + of_runs)
 
 
 def _differing(runs: list[Run]) -> list[str]:
@@ -74,14 +93,14 @@ def _metrics(runs: list[Run]) -> list[str]:
     names = dict.fromkeys(name for run in runs for name in run.metrics)
     columns = [metric.name for metric in catalog.METRICS if catalog.COLUMN in metric.places]
     order = {name: place for place, name in enumerate(columns)}
-    return sorted(names, key=lambda name: (name.startswith("se."), order.get(name, len(order))))
+    return sorted(names, key=lambda name: (name.startswith(_SPREAD), order.get(name, len(order))))
 
 
 def _sorted(runs: list[Run], name: str, settings: list[str], metrics: list[str]) -> list[Run]:
     known = ["run", "state", *settings, *metrics]
     if name not in known:
         close = nearest(name, known)
-        names = ", ".join(n for n in known if not n.startswith("se."))
+        names = ", ".join(n for n in known if not n.startswith(_SPREAD))
         raise UserError(
             f"--sort_by {name}: neither a metric of these runs nor a setting in which they "
             f"differ; {f'did you mean {close}?' if close else f'give one of {names}'}"

@@ -13,7 +13,7 @@ from dsvae.files import write_text
 from dsvae.metrics import catalog
 from dsvae.reports.compare import Comparison
 from dsvae.reports.runs import Run
-from dsvae.reports.table import markdown, number
+from dsvae.reports.table import error, markdown, number
 
 
 def place(directories: Sequence[Path], output: str | None) -> Path:
@@ -76,6 +76,10 @@ def _notes(runs: list[Run]) -> list[str]:
             "of`; they do not compare with values on test sentences. Phase 1 trains no KL: its "
             "kl, elbo and perplexities say little."
         )
+    if any(name.startswith("sd.") for run in runs for name in run.metrics):
+        notes.append(
+            "mean ± standard deviation over the runs of a row, which differ only in their seed."
+        )
     if without := [run.name for run in runs if not run.latent]:
         notes.append(
             f"Without a latent: {', '.join(without)}. Their rec and elbo are log p(x) itself, "
@@ -101,7 +105,9 @@ def _csv(comparison: Comparison) -> str:
 def _metric(run: Run, name: str) -> str:
     if name not in run.metrics:
         return "-"
-    return number(run.metrics[name]) + ("*" if run.split == "valid" else "")
+    value, deviation = run.metrics[name], run.metrics.get(f"sd.{name}")
+    spread = f" ± {error(value, deviation)}" if deviation is not None else ""
+    return number(value) + spread + ("*" if run.split == "valid" else "")
 
 
 def _values_of(run: Run) -> str:

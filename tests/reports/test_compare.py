@@ -537,6 +537,60 @@ def test_sort_by_metrics_settings_and_names(compare, fail, tmp_path):
     assert "did you mean elbo?" in fail(*runs, "--sort_by", "ebo")
 
 
+# Seeds
+
+
+def test_runs_that_differ_only_in_their_seed_are_a_row(compare, tmp_path):
+    for seed, rec, more in ((0, 30.0, {"nll_iw": 39.0}), (1, 31.0, {}), (5, 35.0, {})):
+        make(tmp_path / f"a_s{seed}", evaluation(rec, **more), config={"seed": seed})
+    other = {"phase2": {"free_bits": 0.5}}
+    for seed, rec in ((0, 20.0), (10, 23.0)):
+        make(tmp_path / f"b_seed{seed}", evaluation(rec), config=other | {"seed": seed})
+    make(tmp_path / "a_s6", rows=[row(60, 2, "valid")], config={"seed": 6})
+    make(tmp_path / "lonely", evaluation(), config={"phase1": {"lr": 0.5}, "seed": 3})
+    names = ("a_s0", "lonely", "b_seed0", "a_s1", "a_s6", "b_seed10", "a_s5")
+    table, text, rows, _ = compare(*(tmp_path / name for name in names), "--group")
+    assert list(table) == ["a", "lonely", "b", "a_s6"]
+    # 30, 31, 35: mean 32, squared deviations 4 + 1 + 9 = 14; 20, 23: 21.5, 4.5
+    assert table["a"]["rec"] == f"32.000 ± {7**0.5:.3f}"
+    assert table["b"]["rec"] == f"21.500 ± {4.5**0.5:.3f}"
+    assert table["lonely"]["rec"] == "30.000"
+    assert [table[name]["seed"] for name in table] == ["0, 1, 5", "3", "0, 10", "6"]
+    assert [table[name]["state"] for name in ("a", "b", "lonely")] == [
+        "3 finished",
+        "2 finished",
+        "finished",
+    ]
+    assert table["a"]["rec_shuffled-rec"] == "12.500 ± 0.000"
+    assert "nll_iw" not in table["a"]  # one of three has it
+    assert table["a"]["au"] == "7 ± 0.000"
+    assert (table["a"]["phase2.free_bits"], table["b"]["phase2.free_bits"]) == ("0", "0.5")
+    assert (float(rows["a"]["rec"]), float(rows["a"]["sd.rec"])) == (32.0, pytest.approx(7**0.5))
+    assert (rows["a"]["se.rec"], rows["lonely"]["se.rec"]) == ("", "0.25")
+    assert "mean ± standard deviation" in text
+    alone = compare(*(tmp_path / name for name in names))
+    assert list(alone[0]) == list(names)
+    assert "±" not in alone[1]
+
+
+def test_rows_of_several_seeds_say_what_was_not_the_same(compare, tmp_path):
+    for name, config in (
+        ("seed0_big", {"seed": 0}),
+        ("seed1_big", {"seed": 1}),
+        ("seed1_big_again", {"seed": 1}),
+        ("seed0_small", {"seed": 0, "model": {"latent_dim": 3}}),
+        ("seed1_small", {"seed": 1, "model": {"latent_dim": 3}}),
+    ):
+        held_out = {"data": {"test_file": None}}
+        make(tmp_path / name, evaluation(), config=merged(config, held_out), tokenizer=name)
+    table, _, _, warnings = compare(tmp_path, "--group")
+    assert [table[name]["text"] for name in table] == ["A, B", "A, B"]
+    assert list(table) == ["seed0_big and others", "seed0_small and others"]
+    assert [table[name]["tokenizer"] for name in table] == ["A, C, D", "B, E"]
+    assert any("not the same test sentences" in warning for warning in warnings)
+    assert "seed0_big and others: several runs of seed 1; the deviation is too small" in warnings
+
+
 def test_mistakes_are_one_line(fail, tmp_path):
     make(tmp_path / "run", evaluation())
     (tmp_path / "empty").mkdir()

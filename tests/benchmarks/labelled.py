@@ -1,0 +1,64 @@
+"""Sentences with labels as tokens, for the other scripts here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from dsvae.config import DataConfig
+from dsvae.data.readers import read_file, read_labels
+from dsvae.data.tokenization import TokenizedSplit, tokenize
+from dsvae.errors import UserError
+from dsvae.modeling.t5_vae import T5VAE
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """N sentences, none of them blank."""
+
+    texts: list[str]
+    labels: NDArray[np.str_]
+    """(N,)"""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, places: NDArray[np.integer]) -> Labelled:
+        return Labelled([self.texts[i] for i in places], self.labels[places])
+
+    def draw(self, count: int, seed: int) -> Labelled:
+        """`count` sentences without replacement, in the order of the file; all if there
+        are no more."""
+        rng = np.random.default_rng(seed)
+        return self.select(np.sort(rng.choice(len(self), min(count, len(self)), replace=False)))
+
+
+def read(text_file: str, labels_file: str) -> Labelled:
+    """The sentences of a file with their labels. Raises UserError as the library's
+    readers, and where there are not as many labels as sentences."""
+    texts = list(read_file(Path(text_file), "FILE", "text"))
+    labels = np.array(list(read_labels(Path(labels_file), "LABELS")))
+    if len(texts) != len(labels):
+        raise UserError(
+            f"{labels_file} has {len(labels):,} lines, but {text_file} has {len(texts):,}: give "
+            f"one label per line, in the order of the sentences"
+        )
+    kept = np.array([i for i, text in enumerate(texts) if text.strip()], dtype=np.int64)
+    return Labelled([texts[i].strip() for i in kept], labels[kept])
+
+
+def longest(model: T5VAE) -> int:
+    """The longest sentence in tokens that a model was trained on."""
+    return model.config.max_tokens or DataConfig.max_tokens
+
+
+def tokens(
+    sentences: Labelled, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[TokenizedSplit, Labelled]:
+    """The sentences as token ids, and those of which the tokenizer leaves something."""
+    split, kept, _ = tokenize(sentences.texts, tokenizer, max_tokens, "the file")
+    return split, sentences.select(kept)

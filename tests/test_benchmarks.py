@@ -1,0 +1,224 @@
+"""The scripts that measure models: trivial rows have trivial numbers, and the rest is
+what a few lines of NumPy give."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import sparse, style_transfer
+from benchmarks.labelled import read
+from small_models import make_vae, small_tokenizer
+from torch.nn.functional import cross_entropy
+
+from dsvae.errors import UserError
+from dsvae.generation import SentenceVAE
+
+WORDS = {"good": ("fine", "nice", "great"), "bad": ("poor", "sad", "vile")}
+THINGS = ("tea", "bed", "cab", "beach", "ball", "bee", "dad", "cat")
+
+
+def corpus(count, seed, noise):
+    """Sentences whose adjective tells the label, and a share of labels that are wrong."""
+    rng = np.random.default_rng(seed)
+    texts, labels = [], []
+    for _ in range(count):
+        label = str(rng.choice(list(WORDS)))
+        texts.append(
+            f"the {rng.choice(THINGS)} is a {rng.choice(WORDS[label])} {rng.choice(THINGS)}"
+        )
+        labels.append(label if rng.random() > noise else {"good": "bad", "bad": "good"}[label])
+    return texts, labels
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Arguments for training and test files."""
+    directory = tmp_path_factory.mktemp("files")
+    arguments = []
+    for name, count, seed in (("train", 300, 0), ("test", 60, 1)):
+        for kind, lines in zip(("file", "labels"), corpus(count, seed, 0.1), strict=True):
+            path = directory / f"{name}.{kind}.txt"
+            path.write_text("".join(f"{line}\n" for line in lines))
+            arguments += [f"--{name}_{kind}", str(path)]
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small_tokenizer(corpus(300, 0, 0)[0], 60)
+
+
+@pytest.fixture(scope="module")
+def save(tmp_path_factory, tokenizer):
+    def call(name, **latent):
+        directory = tmp_path_factory.mktemp(name)
+        make_vae(max_tokens=24, **latent).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return str(directory)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def language_model(save):
+    return save("lm", injection="none")
+
+
+@pytest.fixture(scope="module", params=["categorical", "gaussian", "spike_slab"])
+def results(request, save, language_model, files, tmp_path_factory):
+    """Family and results of the script with every test sentence, as it writes them."""
+    path = tmp_path_factory.mktemp("out") / "results.json"
+    model = save(request.param, family=request.param, categories=4, latent_dim=3)
+    style_transfer.main(
+        [model, language_model, *files, "--strengths", "0", "1", "--output", str(path)]
+    )
+    return request.param, json.loads(path.read_text())
+
+
+def test_trivial_rows_of_style_transfer_have_trivial_numbers(results, files):
+    family, found = results
+    rows = found["rows"]
+    own = found["classifier"]
+    assert found["sentences"] == own["sentences"] == 60
+    assert 0.7 < own["accuracy"] < 1  # a tenth of the labels is wrong
+    assert rows["copy"]["accuracy"] == pytest.approx(1 - own["accuracy"])
+    assert rows["copy"]["accuracy_se"] == pytest.approx(own["accuracy_se"])
+    assert rows["copy"]["bleu"] == pytest.approx(100)
+    assert rows["reconstruction"]["unchanged"] == 1
+    test = read(files[5], files[7])
+    labels = {text: set(test.labels[np.array(test.texts) == text]) for text in test.texts}
+    for example in found["examples"]:
+        assert example["target"] in labels[example["random, target label"]]
+        assert example["random, any label"] != example["copy"]
+        assert {example["label"], example["target"]} == {"bad", "good"}
+    if family == "categorical":
+        assert set(rows) >= {"transfer", "reconstruction", "copy"}
+    else:
+        still = dict(rows["direction, strength 0"])
+        assert still == rows["reconstruction"]
+        assert rows["direction, strength 1"]["unchanged"] < 1
+    for row in rows.values():
+        expected = 100 * row["accuracy"] * row["bleu"] * 100 / row["ppl"]
+        assert row["gm"] ** 3 == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        sides = row["accuracy_toward"]
+        shares = {label: np.mean(test.labels != label) for label in sides}
+        assert row["accuracy"] == pytest.approx(sum(sides[s] * shares[s] for s in sides))
+
+
+def test_perplexity_is_that_of_single_sentences(tokenizer):
+    model = make_vae(injection="none")
+    texts = ["the tea is a fine bed", "the bee", "a cat is poor"]
+    nats = tokens = 0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = model(labels=ids, latent=torch.zeros(1, 0)).logits
+        nats += float(cross_entropy(logits[0].double(), ids[0], reduction="sum"))
+        tokens += ids.shape[1]
+    found = style_transfer.perplexity(model, tokenizer, [*texts, " "])
+    assert found["ppl"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert found["blank"] == 1
+    assert math.isnan(style_transfer.perplexity(model, tokenizer, ["", " "])["ppl"])
+
+
+def test_the_variable_that_tells_the_label_is_chosen_and_no_rare_value():
+    rng = np.random.default_rng(0)
+    labels = rng.choice(["no", "yes"], size=1000)
+    codes = rng.integers(4, size=(1000, 3))
+    # Values 0 and 1 for no, 2 for yes nine times of ten; 3 only for yes, but rarely.
+    codes[:, 1] = np.where(labels == "no", rng.integers(2, size=1000), 2)
+    codes[rng.random(1000) < 0.1, 1] = 2
+    codes[np.flatnonzero(labels == "yes")[:9], 1] = 3
+    codes[np.flatnonzero(labels == "no")[:700], 1] = 1  # so that 1 is the more frequent one
+    found = style_transfer.choose(codes, labels)
+    assert found["variable"] == 1
+    assert found["labels"]["yes"]["value"] == 2
+    has = codes[:, 1] == 2
+    assert found["labels"]["yes"]["share"] == pytest.approx((labels[has] == "yes").mean())
+    assert found["labels"]["yes"]["count"] == has.sum()
+    assert found["labels"]["no"] == {"value": 1, "share": 1.0, "count": (codes[:, 1] == 1).sum()}
+    joint = np.array(
+        [[np.mean((codes[:, 0] == k) & (labels == v)) for v in ("no", "yes")] for k in range(4)]
+    )
+    apart = joint.sum(1, keepdims=True) * joint.sum(0)
+    assert found["information"][0] == pytest.approx((joint * np.log(joint / apart)).sum())
+
+
+@pytest.mark.parametrize("family", ["categorical", "gaussian"])
+def test_z_is_moved_as_the_script_says(family, tokenizer, files):
+    vae = SentenceVAE(make_vae(family=family, categories=4, latent_dim=3), tokenizer)
+    train = read(files[1], files[3])
+    point = vae.encode(["the tea is a fine bed", "the bee is a sad cat"]).point
+    targets = np.array(["bad", "good"])
+    moved, how = style_transfer.transfers(vae, train, point, targets, [2.0])
+    (z,) = moved.values()
+    if family == "gaussian":
+        means = vae.encode(train.texts).point
+        good, bad = (means[torch.from_numpy(train.labels == each)].mean(0) for each in WORDS)
+        toward = torch.stack([bad - good, good - bad])
+        torch.testing.assert_close(z, point + 2 * toward, rtol=1e-4, atol=1e-5)
+        return
+    before, after = (each.view(2, 3, 4).argmax(-1) for each in (point, z))
+    unit = how["variable"]
+    assert z.view(2, 3, 4).sum(-1).tolist() == [[1] * 3] * 2
+    assert after[:, unit].tolist() == [how["labels"][target]["value"] for target in targets]
+    others = [i for i in range(3) if i != unit]
+    assert torch.equal(before[:, others], after[:, others])
+
+
+def test_sparsity_of_runs(save, files, tmp_path, capsys):
+    runs = []
+    for seed in range(2):
+        directory = tmp_path / f"sparse_s{seed}"
+        directory.mkdir()
+        model = save("spike", family="spike_slab", latent_dim=5, seed=seed)
+        (directory / "model").symlink_to(model)
+        test = {"rec": 30.0 + seed, "kl": 4.0, "rec_shuffled": 40.0 + 3 * seed, "au": 5}
+        (directory / "metrics.json").write_text(json.dumps({"test": test}))
+        runs.append(str(directory))
+    output = tmp_path / "out.json"
+    sparse.main([*runs, *files, "--output", str(output)])
+    found = json.loads(output.read_text())
+    vae = SentenceVAE.from_pretrained(runs[1] + "/model", device="cpu")
+    test = read(files[5], files[7])
+    q = vae.encode(test.texts)
+    point, spike = q.point.double().numpy(), q.tensors()["spike"].double().numpy()
+    norms = np.abs(point).sum(1) / np.sqrt((point**2).sum(1))
+    expected = (math.sqrt(5) - norms) / (math.sqrt(5) - 1)
+    row = found["sparse_s1"]
+    assert row["hoyer_raw"] == pytest.approx(expected[np.isfinite(expected)].mean(), abs=1e-5)
+    assert row["units_used"] == pytest.approx((1 - spike).sum(1).mean(), abs=1e-5)
+    assert row["var_spike"] == pytest.approx(spike.var(0, ddof=1).mean(), abs=1e-6)
+    train = read(files[1], files[3])
+    commonest = max(WORDS, key=lambda label: (train.labels == label).sum())
+    assert row["majority"] == pytest.approx((test.labels == commonest).mean())
+    lines = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    table = dict(zip([c.strip() for c in lines[0].split("|")[1:-1]], cells, strict=True))
+    assert (table["runs"], table["number"]) == ("sparse", "2")
+    assert table["rec"] == f"30.500 ± {0.5**0.5:.3f}"
+    assert table["rec_shuffled-rec"] == f"11.000 ± {2**0.5:.3f}"
+
+
+def test_a_probe_reads_what_is_there_and_nothing_else():
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(800, 4, generator=rng)
+    labels = np.where(z[:, 2] > 0, "a", "b")
+    assert sparse.accuracy((z[:400], labels[:400]), (z[400:], labels[400:])) > 0.95
+    noise = torch.randn(800, 4, generator=rng)
+    found = sparse.accuracy((noise[:400], labels[:400]), (noise[400:], labels[400:]))
+    assert found == pytest.approx(0.5, abs=0.1)
+
+
+def test_what_cannot_be_measured_is_refused(save, language_model, files, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        style_transfer.main([save("a"), save("b"), *files])
+    assert "has a latent: give a model of injection none" in capsys.readouterr().err
+    short = tmp_path / "short.txt"
+    short.write_text("good\n")
+    with pytest.raises(UserError, match="give one label per line"):
+        read(files[1], str(short))
+    with pytest.raises(SystemExit):
+        style_transfer.main([save("c"), language_model, *files[:6], "--test_labels", files[3]])
