@@ -106,9 +106,10 @@ class ModelConfig:
     pooling: Literal["mean", "max", "first", "attention"] = "mean"
     """How the encoder's states become one vector."""
     posterior_reads: Literal["both", "condition"] = "both"
-    """What q(z|x, c) reads where sentences have conditions. both: the condition and the
-    sentence. condition: the condition alone. Without conditions it reads the
-    sentence."""
+    """What the encoder makes z of, where there are conditions. both: the condition and the
+    sentence; the decoder reads the condition and z. condition: the condition alone; the
+    decoder reads z alone, so that z has to say what of the condition the sentence needs.
+    Without conditions z is made of the sentence."""
     clusters: int = 0
     """Number of clusters of sentences, through which the posterior reads a sentence
     (after Yuan & Eldardiry 2021). 0: none."""
@@ -220,9 +221,11 @@ class HeadsConfig:
     per sentence, and sentences without labels count with 0."""
 
     class_weight: float = 1.0
-    """Weight of -log p of the label of a sentence, where `data.label_column` is given."""
+    """Weight of -log p of the label of a sentence, where `data.label_column` is given. 0:
+    no head, and the labels only measure what the model found without them."""
     tag_weight: float = 1.0
-    """Weight of -log p of the tags of a sentence, where `data.tags_column` is given."""
+    """Weight of -log p of the tags of a sentence, where `data.tags_column` is given. 0: no
+    head."""
 
 
 @dataclass
@@ -310,8 +313,8 @@ class RunConfig:
 
     @property
     def conditional(self) -> bool:
-        """Whether sentences have conditions."""
-        return self.data.condition_column is not None
+        """Whether the decoder reads a condition."""
+        return self.data.condition_column is not None and self.model.posterior_reads == "both"
 
     @property
     def learned_prior(self) -> bool:
@@ -481,6 +484,7 @@ _LEAST = {
     "phase1.max_grad_norm phase1.weight_decay phase1.adam_eps": 0,
     "phase2.max_grad_norm phase2.weight_decay phase2.adam_eps": 0,
     "phase2.beta.max phase2.free_bits phase2.total_correlation model.clusters": 0,
+    "heads.class_weight heads.tag_weight": 0,
     "phase1.skewness phase1.dispersion phase2.skewness phase2.dispersion": 0,
 }
 """Fields, separated by spaces, and their least value."""
@@ -537,9 +541,8 @@ def check(config: RunConfig) -> None:
         "model.injection other than none",
     )
     need(
-        config.heads.class_weight > 0 and config.heads.tag_weight > 0,
-        "heads.class_weight and heads.tag_weight must be positive; to train without a head, leave "
-        "its column out",
+        model.posterior_reads == "both" or latent and data.condition_column is not None,
+        "model.posterior_reads condition needs data.condition_column, and a latent",
     )
     need(model.clusters != 1, "model.clusters must be 0 (none) or at least 2")
     need(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -305,10 +306,13 @@ def _validate(
         token_budget=settings.batch_tokens,
     )
     run.reporter.evaluation(step, phase.number, "valid", metrics)
-    run.reporter.say(
-        f"step {step}: valid rec {metrics['rec']:.2f} kl {metrics['kl']:.2f} "
-        f"mi {metrics['mi']:.2f} au {metrics['au']} rec_shuffled {metrics['rec_shuffled']:.2f}"
+    shown = ("rec", "kl", "mi", "au", "rec_shuffled", "class_accuracy", "entity_f1", "b3_f1")
+    values = (
+        f"{name} {metrics[name]:.4g}"
+        for name in shown
+        if name in metrics and not math.isnan(metrics[name])
     )
+    run.reporter.say(f"step {step}: valid {' '.join(values)}")
     run.reporter.text(step, *_samples(run, engine, watched))
     return phase.validation_loss(metrics)
 
@@ -349,8 +353,8 @@ def _save(
     meta |= {
         **reshape_checkpoint.shape_of(engine.deepspeed, run.world),
         "frozen": engine.frozen,
-        "classes": run.data.labels,
-        "tags": run.data.tags,
+        "classes": engine.module.config.classes,
+        "tags": engine.module.config.tags,
     }
     try:
         checkpoint.save(

@@ -53,9 +53,9 @@ class MicroBatch:
     indices: NDArray[np.int64]
     """(B,), which sentences of the split."""
     condition_ids: Tensor | None = None
-    """(B, C) int64, padded; None where sentences have no conditions."""
+    """(B, C) int64, padded; None where the decoder reads no conditions."""
     condition_mask: Tensor | None = None
-    """(B, C) int64, 1 = token; None where sentences have no conditions."""
+    """(B, C) int64, 1 = token; None where the decoder reads no conditions."""
     class_labels: Tensor | None = None
     """(B,) int64, -100 where a record has no label; None where no record has one."""
     tag_labels: Tensor | None = None
@@ -178,17 +178,18 @@ def collate(
         conditions: (C_i,) each, EOS last.
         class_labels: (B,), -100 where there is none.
         tags: (T'_i,) each, of the tokens of `encoder_rows`.
-        posterior_reads: with conditions, what `input_ids` are: the condition and the
-            sentence (encoder_rows) without padding between them, or the condition alone.
+        posterior_reads: with conditions, what `input_ids` are. both: the condition and
+            the sentence (encoder_rows) without padding between them; the decoder reads
+            `condition_ids`. condition: the condition alone; the decoder reads z alone.
     """
     encoder_rows = rows if encoder_rows is None else encoder_rows
     condition_ids = condition_mask = None
     if conditions is not None:
-        condition_ids, condition_mask = _padded(conditions, pad_id)
         if posterior_reads == "condition":
             encoder_rows = conditions
             tags = None  # the encoder has no token of the text
         else:
+            condition_ids, condition_mask = _padded(conditions, pad_id)
             encoder_rows = [
                 np.concatenate(pair) for pair in zip(conditions, encoder_rows, strict=True)
             ]

@@ -72,16 +72,19 @@ def phase_engine(
 
 
 def _columns(config: RunConfig, data: Prepared) -> Columns:
-    for column, names in (
-        (config.data.label_column, data.labels),
-        (config.data.tags_column, data.tags),
-    ):
+    given = config.data
+    for column, names in ((given.label_column, data.labels), (given.tags_column, data.tags)):
         if column is not None and not names:
             raise UserError(
                 f"no training record has anything in column {column}: leave the column out, or "
                 f"label some records"
             )
-    return Columns(config.conditional, data.labels, data.tags)
+    heads = config.heads
+    return Columns(
+        config.conditional,
+        data.labels if heads.class_weight else (),
+        data.tags if heads.tag_weight else (),
+    )
 
 
 def _resolve(phase: Phase, raw: dict[str, Any], data: Prepared, world: World) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dsvae.metrics import information, likelihood, passes
 from dsvae.metrics.codes import of_codes
 from dsvae.metrics.information import active_units, mutual_information, near_cap
 from dsvae.metrics.kept import Kept
+from dsvae.metrics.labelled import of_heads
 from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.world import World
@@ -43,8 +44,8 @@ class Measured:
     """Results of the passes over N sentences, one row per sentence, in nats; the same on
     every rank."""
 
-    posterior: Distribution
-    """q(z|x) of all sentences, on CPU."""
+    encoded: passes.Encoded
+    """Of all sentences."""
     log_px_z: Tensor
     """(S, N) float64: log p(x|z_s) for S samples z_s ~ q(z|x)."""
     kl: Tensor
@@ -61,6 +62,11 @@ class Measured:
     """(N,) float64: -log p(x|z) under z from the prior."""
     codes: dict[str, float]
     """Of `of_codes`; empty without a latent."""
+
+    @property
+    def posterior(self) -> Distribution:
+        """q(z|x) of all sentences, on CPU."""
+        return self.encoded.posterior
 
     @property
     def rec(self) -> Tensor:
@@ -99,9 +105,11 @@ def evaluate(
     options: dict[str, Any] = {"token_budget": token_budget, "seed": seed, "kept": kept}
     measured = measure(model, split, world, samples=samples, more=more, **options)
     metrics = summarize(measured, split)
+    config = model.config
+    add(metrics, of_heads(measured.encoded, split, config.classes, config.tags, seed))
     if iw_samples and model.config.latent_dim:
         options["count"] = iw_samples
-        add(metrics, importance_weighted(model, split, measured.posterior, world, **options))
+        add(metrics, importance_weighted(model, split, measured.encoded, world, **options))
     metrics["warnings"] = warnings_of(metrics, measured)
     return metrics
 
@@ -122,8 +130,8 @@ def measure(
     model.eval()
     keys = split.content_keys
     family = model.family
-    prior = family.prior()
-    posterior = passes.encode(model, split, world, token_budget, kept)
+    encoded = passes.encode(model, split, world, token_budget, kept)
+    posterior, prior = encoded.posterior, encoded.prior
 
     other = another_sentence(split.text_keys, keys)
 
@@ -139,14 +147,16 @@ def measure(
     # Content keys look random, so the sentences with the smallest keys are a random
     # subset, which is the same in every order of the file.
     chosen = torch.from_numpy(np.argsort(keys)[: information.POSTERIORS])
+    # Against priors that differ by sentence, I(x; z) and the marginal KL say nothing.
+    one_prior = len(prior.parameters) == 1
     parameters = posterior.parameters[chosen]
     room = information.POSTERIORS - len(chosen)
-    if more is not None and family.units and room:
-        others = passes.encode(model, _sample(more, room), world, token_budget, kept)
+    if more is not None and family.units and room and one_prior:
+        others = passes.encode(model, _sample(more, room), world, token_budget, kept).posterior
         parameters = torch.cat([parameters, others.parameters])
-    rows = chosen[: information.SENTENCES]
+    rows = chosen[: information.SENTENCES if one_prior else 0]
     measured = Measured(
-        posterior=posterior,
+        encoded=encoded,
         log_px_z=log_px_z,
         kl=posterior.kl(prior).double(),
         mi_rows=rows,
@@ -181,7 +191,7 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
     for name, per_sentence in means.items():
         value[name], se[name] = likelihood.mean(per_sentence)
     # kl = I(x; z) + KL(q(z) || p(z)) is an upper bound too
-    if not value["mi_upper"] < value["kl"]:
+    if len(measured.mi_rows) and not value["mi_upper"] < value["kl"]:
         value["mi_upper"], se["mi_upper"] = value["kl"], se["kl"]
     cap = math.log(measured.mi_posteriors)
     if near_cap(value["mi"], cap) or not measured.posterior.kl_of_z:
@@ -209,7 +219,7 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
 def importance_weighted(
     model: T5VAE,
     split: TokenizedSplit,
-    posterior: Distribution,
+    encoded: passes.Encoded,
     world: World,
     *,
     count: int,
@@ -224,7 +234,7 @@ def importance_weighted(
     weights = likelihood.draw_log_weights(
         model,
         split,
-        posterior,
+        encoded,
         world,
         count=count,
         token_budget=token_budget,

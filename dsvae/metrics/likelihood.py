@@ -25,7 +25,6 @@ from dsvae.data.noise import LATENT
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.metrics import passes
 from dsvae.metrics.kept import Kept
-from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.world import World
 
@@ -67,7 +66,7 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 def draw_log_weights(
     model: T5VAE,
     split: TokenizedSplit,
-    posterior: Distribution,
+    encoded: passes.Encoded,
     world: World,
     *,
     count: int,
@@ -81,9 +80,9 @@ def draw_log_weights(
     Each sample takes one decoding pass over the split, and no encoding.
 
     Args:
-        posterior: q(z|x) of all N sentences, from `passes.encode`.
+        encoded: of all N sentences.
     """
-    prior = model.family.prior()
+    posterior, prior = encoded.posterior, encoded.prior
     rows = []
     for sample in range(count):
         noise = passes.noise_of(split.content_keys, LATENT, sample, model.family.noise_width, seed)

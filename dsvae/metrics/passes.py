@@ -9,12 +9,13 @@ file.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from dsvae.data.batches import (
     MicroBatch,
@@ -26,6 +27,7 @@ from dsvae.data.noise import generator
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.metrics.kept import Kept
 from dsvae.metrics.progress import progress
+from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.objective.elbo import reconstruction_nats
@@ -49,17 +51,66 @@ def noise_of(
     return torch.from_numpy(np.stack(rows))
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder's heads make of N sentences, in the split's order, on CPU."""
+
+    posterior: Distribution
+    """q(z|x) of each sentence."""
+    prior: Distribution
+    """p(z|c) of each sentence, or p(z) in one row."""
+    clusters: Tensor | None
+    """(N, R), the probabilities of the clusters; None without clusters."""
+    class_logits: Tensor | None
+    """(N, C); None without a class head."""
+    tags: Tensor | None
+    """(N, S) int64, the most probable tags where the split has tags, -100 elsewhere; None
+    without a tag head, or if no sentence has tags."""
+
+
 def encode(
     model: T5VAE, split: TokenizedSplit, world: World, token_budget: int, kept: Kept | None = None
-) -> Distribution:
-    """q(z|x) of all N sentences, in the split's order, on CPU. Collective."""
+) -> Encoded:
+    """One pass of the encoder over N sentences. Collective."""
+    config, family = model.config, model.family
+    learned = config.prior == "learned"
+    tagged = bool(config.tags) and split.tags([]) is not None
+    widths = {
+        "posterior_parameters": family.parameter_width,
+        "prior_parameters": family.parameter_width if learned else 0,
+        "clusters": config.clusters,
+        "class_logits": len(config.classes),
+        "tags": int(row_lengths(split, config.posterior_reads).max()) if tagged else 0,
+    }
 
-    def parameters(batch: MicroBatch, _: Tensor) -> Tensor:
-        out = model(batch.input_ids, batch.attention_mask, encode_only=True)
-        return cast(Tensor, out.posterior_parameters)
+    def columns(batch: MicroBatch, _: Tensor) -> Tensor:
+        out = model(
+            batch.input_ids,
+            batch.attention_mask,
+            condition_ids=batch.condition_ids,
+            condition_mask=batch.condition_mask,
+            tag_labels=batch.tag_labels if tagged else None,
+            encode_only=True,
+        )
+        parts = [out[name].float() for name, width in widths.items() if width and name != "tags"]
+        if tagged:
+            room = widths["tags"] - out.tags.shape[1]
+            parts.append(F.pad(out.tags, (0, room), value=IGNORE).float())
+        return (
+            torch.cat(parts, dim=1)
+            if parts
+            else torch.zeros(len(batch.weight), 0, device=world.device)
+        )
 
-    size = (model.family.parameter_width,)
-    return model.family.of(_over(model, split, world, token_budget, kept, parameters, size))
+    result = _over(model, split, world, token_budget, kept, columns, (sum(widths.values()),))
+    part = dict(zip(widths, result.split(list(widths.values()), dim=1), strict=True))
+    return Encoded(
+        family.of(part["posterior_parameters"]),
+        family.of(part["prior_parameters"]) if learned else family.prior(),
+        part["clusters"] if widths["clusters"] else None,
+        part["class_logits"] if widths["class_logits"] else None,
+        part["tags"].long() if tagged else None,
+    )
 
 
 def decode(
@@ -74,7 +125,12 @@ def decode(
     CPU. Collective."""
 
     def nats(batch: MicroBatch, rows: Tensor) -> Tensor:
-        out = model(labels=batch.labels, latent=latent[rows].to(world.device))
+        out = model(
+            labels=batch.labels,
+            latent=latent[rows].to(world.device),
+            condition_ids=batch.condition_ids,
+            condition_mask=batch.condition_mask,
+        )
         return reconstruction_nats(out.logits, batch.labels)
 
     return _over(model, split, world, token_budget, kept, nats, (), latent)
@@ -121,7 +177,7 @@ def _over(
     for number, (indices, weight) in enumerate(
         progress(batches[done:], world, name), start=done + 1
     ):
-        batch = _batch(model, split, indices, weight).to(world.device)
+        batch = batch_of(model, split, indices, weight).to(world.device)
         rows, real = torch.from_numpy(indices), batch.weight.bool()
         values = compute(batch, rows)
         world.heartbeat("evaluation")
@@ -135,15 +191,22 @@ def _over(
     return result
 
 
-def _batch(
-    model: T5VAE, split: TokenizedSplit, indices: NDArray[np.int64], weight: NDArray[np.float32]
+def batch_of(
+    model: T5VAE,
+    split: TokenizedSplit,
+    indices: NDArray[np.int64],
+    weight: NDArray[np.float32] | None = None,
 ) -> MicroBatch:
-    no_noise = np.zeros((len(indices), 0), dtype=np.float32)
+    """The sentences `indices` (B,) of a split as the model reads them, without noise.
+
+    Args:
+        weight: (B,), 0 for a filler. None: there is none.
+    """
     return collate_split(
         split,
         indices,
         pad_id=model.config.pad_token_id,
-        noise=no_noise,
-        weight=weight,
+        noise=np.zeros((len(indices), 0), dtype=np.float32),
+        weight=np.ones(len(indices), dtype=np.float32) if weight is None else weight,
         posterior_reads=model.config.posterior_reads,
     )

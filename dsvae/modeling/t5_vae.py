@@ -89,8 +89,9 @@ class T5VAEConfig(PreTrainedConfig):
         memory_slots: key/value slots per decoder layer, for injection by memory.
         conditional: whether the decoder also reads a condition c: a text that goes
             through the encoder, to the decoder's cross-attention.
-        posterior_reads: what the encoder's input is with a condition, for those who make
-            it: both (`c EOS x EOS`), or condition (`c EOS`).
+        posterior_reads: what the encoder makes z of, where sentences have conditions, for
+            those who make its input: both (`c EOS x EOS`), or condition (`c EOS`), which
+            a decoder that is not conditional does not read.
         prior: fixed, or learned: p(z|c) from the states of the condition (Fang et al.
             2021). It is fixed where there is no latent.
         clusters: R of a cluster of each sentence, through which the posterior reads it

@@ -208,7 +208,7 @@ def _batch(rows: int, tokens: int, config: T5VAEConfig) -> dict[str, Tensor]:
             "condition_ids": torch.zeros(rows, tokens, dtype=torch.int64),
             "condition_mask": torch.ones(rows, tokens, dtype=torch.int64),
         }
-    read = tokens * (2 if config.conditional and config.posterior_reads == "both" else 1)
+    read = tokens * (2 if config.conditional else 1)
     return {
         "input_ids": torch.zeros(rows, read, dtype=torch.int64),
         "attention_mask": torch.ones(rows, read, dtype=torch.int64),

@@ -129,8 +129,7 @@ def make_plan(
     per_gpu = math.ceil(data.batch_size / machine.gpus)
     # The longest sentences need the most: as many tokens as others, and attention grows
     # with their length. The encoder reads a condition and its sentence at once.
-    both = vae.conditional and vae.posterior_reads == "both"
-    longest = data.max_tokens * (2 if both else 1)
+    longest = data.max_tokens * (2 if vae.conditional else 1)
     rows = min(per_gpu, max(1, data.micro_batch_tokens // longest))
     micro_batches = math.ceil(per_gpu / rows)
     options = []

@@ -147,7 +147,7 @@ def evaluate_sentences(
     metrics = summarize(measured, split)
     if iw_samples:
         options: dict[str, Any] = {"count": iw_samples, "token_budget": token_budget, "seed": seed}
-        add(metrics, importance_weighted(model, split, measured.posterior, world, **options))
+        add(metrics, importance_weighted(model, split, measured.encoded, world, **options))
     pairs: list[tuple[str, str]] = []
     prior: list[str] = []
     if model.config.latent_dim:

@@ -92,7 +92,7 @@ def accuracy(train: tuple[Tensor, Any], test: tuple[Tensor, Any]) -> float:
 def encode(model: T5VAE, tokenizer: Any, sentences: Labelled) -> tuple[Distribution, Tensor, Any]:
     """The posteriors of sentences, a draw of each, and their labels."""
     split, kept = tokens(sentences, tokenizer, longest(model))
-    posterior = passes.encode(model, split, WORLD, BUDGET)
+    posterior = passes.encode(model, split, WORLD, BUDGET).posterior
     noise = passes.noise_of(split.content_keys, LATENT, 0, model.family.noise_width)
     return posterior, posterior.sample(noise), kept.labels
 

@@ -130,7 +130,7 @@ def transfers(
         }
         return rows, {"length_of_direction": float(toward.norm()), "toward": other, "from": one}
     split, kept = tokens(train, vae.tokenizer, vae.max_tokens)
-    found = passes.encode(vae.model, split, WORLD, BUDGET).point
+    found = passes.encode(vae.model, split, WORLD, BUDGET).posterior.point
     codes = found.view(len(found), family.units, -1).argmax(-1).numpy()
     chosen = choose(codes, kept.labels)
     unit = chosen["variable"]
@@ -245,7 +245,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     split, chosen = tokens(test.draw(args.sentences, args.seed), tokenizer, vae.max_tokens)
     targets = np.where(chosen.labels == names[0], names[1], names[0])
-    point = passes.encode(model, split, WORLD, BUDGET).point
+    point = passes.encode(model, split, WORLD, BUDGET).posterior.point
     deciding = train.draw(args.train_sentences, args.seed)
     moved, how = transfers(vae, deciding, point, targets, args.strengths)
 

@@ -393,8 +393,8 @@ def test_what_is_left_behind(directory, metrics):
 @torch.no_grad()
 def test_weights_are_those_of_single_sentences(split):
     model = make_vae()
-    posterior = passes.encode(model, split, ALONE, 512)
-    found = draw_log_weights(model, split, posterior, ALONE, count=2, token_budget=512, seed=0)
+    encoded = passes.encode(model, split, ALONE, 512)
+    found = draw_log_weights(model, split, encoded, ALONE, count=2, token_budget=512, seed=0)
     noise = passes.noise_of(split.content_keys, LATENT, 1, model.config.latent_dim)
     for i in (0, 7, 20, 59):
         ids = torch.from_numpy(split.ids(i))[None]
@@ -408,7 +408,7 @@ def test_weights_are_those_of_single_sentences(split):
 
 def test_reconstructions_are_those_of_single_sentences(split):
     model = make_vae()
-    mean = passes.encode(model, split, ALONE, 512).mean
+    mean = passes.encode(model, split, ALONE, 512).posterior.mean
     decoded = reconstruct(model, split, mean, ALONE, token_budget=256, max_tokens=12)
     for i in range(0, 60, 7):
         alone = model.generate(latent=mean[i : i + 1], max_new_tokens=12, do_sample=False)[0, 1:]

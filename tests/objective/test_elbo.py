@@ -398,7 +398,7 @@ def test_clusters_that_nothing_penalizes_change_nothing():
 
 def test_cluster_terms_without_clusters_are_refused():
     q, prior = Gaussian(torch.randn(4, 3), torch.randn(4, 3)), GaussianFamily(3).prior()
-    with pytest.raises(ValueError, match="cluster head"):
+    with pytest.raises(ValueError, match="the model lacks"):
         Penalty(skewness=0.1).statistics(q, prior)
     with pytest.raises(ValueError, match="number of clusters"):
         Penalty(dispersion=0.1)

@@ -1,0 +1,63 @@
+"""What the heads of a model say of labelled sentences, against their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dsvae.data.tokenization import TokenizedSplit
+from dsvae.metrics.clustering import of_clusters
+from dsvae.metrics.passes import Encoded
+from dsvae.metrics.tagging import of_classes, of_entities
+from dsvae.modeling.crf import IGNORE
+
+
+def of_heads(
+    encoded: Encoded,
+    split: TokenizedSplit,
+    classes: Sequence[str],
+    tags: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
+    """The scores of classes, of clusters and of tags, over the sentences that have labels
+    or tags; without those that the model or the split lacks.
+
+    Args:
+        classes, tags: the names of the model's heads.
+        seed: of the random clusters beside the model's.
+    """
+    metrics: dict[str, Any] = {"se": {}}
+    labels = split.class_labels
+    if labels is not None and (labels != IGNORE).any():
+        has = labels != IGNORE
+        if encoded.class_logits is not None:
+            true, predicted = (
+                [classes[i] for i in each]
+                for each in (labels[has], _best(encoded.class_logits)[has])
+            )
+            _add(metrics, of_classes(true, predicted))
+        if encoded.clusters is not None:
+            clusters = _best(encoded.clusters)[has]
+            _add(metrics, of_clusters(labels[has].tolist(), clusters.tolist(), seed))
+    if encoded.tags is not None:
+        rows = split.tags(range(len(split)))
+        assert rows is not None  # the pass had them
+        pairs = [
+            (row[row != IGNORE], found[found != IGNORE])
+            for row, found in zip(rows, encoded.tags.numpy(), strict=True)
+        ]
+        names = [[[tags[i] for i in each] for each in pair] for pair in pairs if len(pair[0])]
+        _add(metrics, of_entities([true for true, _ in names], [found for _, found in names]))
+    return metrics
+
+
+def _best(scores: Tensor) -> np.ndarray:
+    return scores.argmax(-1).numpy()
+
+
+def _add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
+    metrics["se"] |= more.pop("se", {})
+    metrics |= more
