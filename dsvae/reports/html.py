@@ -86,9 +86,9 @@ by eye.</p>
 <table class="text"><tr><th>sentence</th><th>reconstruction</th></tr>
 {% for sentence, reconstruction in pairs %}<tr><td>{{ sentence }}</td>
 <td>{{ reconstruction }}</td></tr>
-{% endfor %}</table>
-<h2>From the prior</h2>
-<p class="about">Greedy, with z drawn from p(z).</p>
+{% endfor %}</table>{% endif %}
+{% if prior %}<h2>From the prior</h2>
+<p class="about">Greedy, with z drawn from the prior.</p>
 <ol>{% for sentence in prior %}<li>{{ sentence }}</li>{% endfor %}</ol>{% endif %}
 
 <h2>How it was counted</h2>

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dsvae.cli import main
 from dsvae.config import RunConfig
 from dsvae.data.grammar import generate
+from dsvae.data.records import Columns
 from dsvae.data.tokenization import tokenize
 from dsvae.metrics import catalog, clustering, diversity, tagging
 from dsvae.metrics.catalog import COLUMN, MAIN, METRICS, SUMMARY, Metric
@@ -39,7 +40,7 @@ def evaluation(tokenizer):
     """A whole evaluation on sentences with known factors: (sentences, its result)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dsvae.reports.sentences.BUILTIN_SENTENCES", 120)
-        text = read(None, None, "text", tokenizer, 64)
+        text = read(None, None, Columns(), make_vae().config, tokenizer, 64)
     options = {"samples": 1, "iw_samples": 2, "token_budget": 4096, "max_tokens": 64, "seed": 0}
     found = evaluate_sentences(make_vae(), tokenizer, text, ALONE, **options)
     found.metrics["model"] = "a model"
