@@ -657,7 +657,14 @@ def test_every_label_stands_in_the_legend(directory, tmp_path, monkeypatch):
 def test_labels_stay_with_their_sentences(tmp_path, tokenizer):
     (tmp_path / "t.txt").write_text("".join(f"{s}\n\n" for s in SENTENCES))
     (tmp_path / "t.labels").write_text("".join(f"{label}\n\n" for label in LABELS))
-    found = read(str(tmp_path / "t.txt"), str(tmp_path / "t.labels"), Columns(), make_vae().config, tokenizer, 64)
+    found = read(
+        str(tmp_path / "t.txt"),
+        str(tmp_path / "t.labels"),
+        Columns(),
+        make_vae().config,
+        tokenizer,
+        64,
+    )
     assert found.labels["label"].tolist() == LABELS
     assert len(found.split) == 60
     assert found.counts["skipped_blank"] == 60
