@@ -48,7 +48,7 @@ TEMPLATE = """<!doctype html>
 <body>
 <h1>{{ m.model }}</h1>
 <p class="about">{{ m.source }}: {{ "{:,}".format(m.sentences) }} sentences &middot;
-{{ m.latent_dim }} latent dimensions
+{{ m.latent_dim }} units of z
 &middot; {{ m.evaluator }}, {{ m.precision }} &middot; means over sentences &plusmn;
 standard errors</p>
 {% for warning in m.warnings %}<p class="warning">{{ warning }}</p>{% endfor %}

@@ -102,7 +102,7 @@ def test_a_new_entry_is_shown_everywhere(evaluation, monkeypatch, tmp_path):
     assert line.split() == ["made_up", "12.346", "±", "0.250", "furlongs", *new.meaning.split()]
     assert "Made up section" in table(metrics)
 
-    write_card(tmp_path / "card.md", RunConfig(), metrics, [], [])
+    write_card(tmp_path / "card.md", RunConfig(), make_vae().config, metrics, [], [])
     assert new.meaning in (tmp_path / "card.md").read_text()
     write_report(tmp_path / "report.html", metrics, found.measured, text, found.pairs, found.prior)
     report = (tmp_path / "report.html").read_text()
