@@ -380,6 +380,9 @@ def evaluate(
     iw_samples: int | None = None,
     batch_tokens: int = 16384,
     text_column: str = "text",
+    condition_column: str | None = None,
+    label_column: str | None = None,
+    tags_column: str | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> None:
@@ -393,6 +396,12 @@ def evaluate(
             default.
         labels_file: one label per line, line i for sentence i, to measure how well the
             latent tells them apart.
+        condition_column: column of the condition in --test_file, for a model that reads
+            conditions.
+        label_column: column of the label, if any, which is used like that of
+            --labels_file and scores the model's classes or clusters.
+        tags_column: column of the tags, if any, one per whitespace word, which score the
+            model's tags.
         output: directory for metrics.json, report.html and the projector; by default
             MODEL_DIR/evaluation, and ./evaluation for a hub id.
         samples: samples of z per sentence for the ELBO.
