@@ -36,7 +36,8 @@ _DEVICE_ANSWERS = 1.0
 _SILENCE = 4
 """Intervals without a word after which a rank is gone."""
 _LEFT = "left"
-"""The key in the store that is set once a rank has left before the others."""
+"""The key in the store with the number of the first rank that left before the others. The
+ranks after it only follow."""
 _ADVICE = {
     EXIT_USER_ERROR: "that rank's own line says what to change",
     EXIT_DEFECT: "that rank's stack says why",
@@ -119,7 +120,8 @@ class Watchdog:
         self._thread.join()
         if code is not None:
             self._tell(code=code, leaving=True)
-            self._ask(lambda: self._store.set(_LEFT, str(self._rank)))
+            # sets the key only where nobody has
+            self._ask(lambda: self._store.compare_set(_LEFT, "", str(self._rank)))
             if self._rank == 0:
                 self._linger()
 
@@ -258,15 +260,15 @@ class Watchdog:
         return not self._device_asker.ask(self._synchronize)[0]
 
     def _left(self) -> Verdict | None:
-        """A rank that has left and said so. The code of the first one becomes that of the
-        job. Asks for one key only where nobody has left."""
+        """The first rank that has left and said so, unless it is this one. Its code becomes
+        that of the job. Asks for one key only where nobody has left."""
         if not self._ask(lambda: self._store.check([_LEFT])):
             return None
-        said = self._others()
-        for rank, state in enumerate(said):
-            if state["code"] is not None and rank != self._rank:
-                return f"{_name([rank], said)} left with exit code {state['code']}", state["code"]
-        return None
+        first, said = self._ask(lambda: int(self._store.get(_LEFT))), self._others()
+        if first is None or first == self._rank or not said or said[first]["code"] is None:
+            return None
+        code = said[first]["code"]
+        return f"{_name([first], said)} left with exit code {code}", code
 
     def _silent(self, heard: Heard, patient: bool) -> Verdict | None:
         """Ranks that have said nothing new for a while, which is `timeout` in patience:

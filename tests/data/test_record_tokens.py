@@ -373,7 +373,7 @@ def test_a_prepared_corpus_of_records(tmp_path):
         "tagged": 45,
     }
     assert (figures["conditions_truncated"], figures["tags_truncated"]) == (0, 0)
-    said = data_text(found, 1).splitlines()
+    said = data_text(found.report, 1).splitlines()
     assert "of 180 records" in said[3]
     assert "120 records with a label (labels: bad, good)" in said[3]
     assert "135 records with tags (3 different, 0 truncated)" in said[3]
@@ -389,7 +389,7 @@ def test_a_prepared_corpus_of_records(tmp_path):
         "hash",
     ]
     assert not set(text_only.report) & {"labels", "tags"}
-    assert len(data_text(text_only, 1).splitlines()) == len(said) - 1
+    assert len(data_text(text_only.report, 1).splitlines()) == len(said) - 1
 
 
 def test_the_identity_of_text_alone_is_what_it_was(tmp_path, monkeypatch):

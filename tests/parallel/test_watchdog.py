@@ -1,6 +1,7 @@
-"""What the watchdog says of its rank, without other ranks."""
+"""What the watchdog says of its rank, and of others in the same process."""
 
 import json
+import socket
 import sys
 import threading
 import time
@@ -43,3 +44,15 @@ def test_a_thread_waits_by_the_module_that_it_is_in_wherever_that_lies(module, p
         end.append(True)
         thread.join()
         watchdog.close()
+
+
+def test_the_first_rank_that_leaves_is_named_and_not_one_that_follows_it():
+    """A rank that has left because of another has the same code, and may come first by
+    its number."""
+    store = dist.HashStore()
+    watchdogs = [Watchdog(store, rank, size=3, timeout=600) for rank in range(3)]
+    watchdogs[2].close(1)
+    watchdogs[1].close(1)
+    line = f"rank 2 (on {socket.gethostname()}) left with exit code 1"
+    assert watchdogs[0].lost() == (line, 1)
+    watchdogs[0].close()
