@@ -230,6 +230,9 @@ def test_the_texts_of_a_condition_have_the_probabilities_of_the_paired_corpus():
     assert len(nats) == 864
     assert sum(math.exp(-each) for each in nats) == pytest.approx(1)
     assert sum(each * math.exp(-each) for each in nats) == pytest.approx(PAIRED_ENTROPY)
+    drawn = conditional.paired_texts("artist admire knife", 3000, 0)
+    found = np.mean([conditional.paired_nats("artist admire knife", text) for text in drawn])
+    assert found == pytest.approx(PAIRED_ENTROPY, abs=0.15)  # four standard errors are 0.12
     text = "The kings broke a red lamp."
     assert conditional.paired_nats("king break lamp", text) < math.inf
     assert conditional.paired_nats("king break knife", text) == math.inf

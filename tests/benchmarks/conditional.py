@@ -18,8 +18,9 @@ them. For each of the first different conditions of the file, z is drawn from th
   dsvae/metrics/diversity.py. distinct is of all outputs together, self_bleu within a
   condition, and the references of BLEU are the texts of the condition in the file.
 
-For a file of `dsvae corpus --kind paired` the last line has the mean of -log p(text |
-condition) under the corpus itself, the least that rec + kl can be.
+For a file of `dsvae corpus --kind paired`, the row `corpus` has as many fresh texts of the
+corpus itself for each condition. Its rec + kl is the mean of -log p(text | condition) of
+the whole file, the least that a model can have.
 """
 
 from __future__ import annotations
@@ -125,6 +126,35 @@ def paired_nats(condition: str, text: str) -> float:
     return nats
 
 
+def paired_texts(condition: str, draws: int, seed: int) -> list[str]:
+    """Texts that the paired corpus has for a condition, drawn from it."""
+    rng = np.random.default_rng(seed)
+    factors: dict[str, str | int] = dict(
+        zip(("subject", "verb", "object"), condition.split(), strict=True)
+    )
+    subject = FACTORS["subject"].index(str(factors["subject"]))
+    return [
+        grammar.sentence(
+            factors
+            | {name: dependent_value(name, subject, int(rng.integers(CASES))) for name in DEPENDENT}
+            | {"adjective": int(rng.integers(len(FACTORS["adjective"])))}
+        )
+        for _ in range(draws)
+    ]
+
+
+def of_texts(
+    texts: Sequence[Sequence[str]], references: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """The numbers of the texts for each of the conditions of `references`."""
+    diversity = of_conditions(texts, list(references.values()))
+    return {
+        **of_grammar(list(references), texts),
+        "self_bleu": diversity["self_bleu_within"],
+        **{name: diversity[name] for name in ("distinct_1", "distinct_2", "bleu_max", "bleu_mean")},
+    }
+
+
 def measure(
     directory: Path, references: Mapping[str, Sequence[str]], draws: int
 ) -> dict[str, float]:
@@ -135,15 +165,9 @@ def measure(
         raise UserError(f"{directory}: only a conditional model answers conditions")
     final = json.loads(paths.metrics.read_bytes())["test"]
     final |= differences(final) | {"rec+kl": -final["elbo"]}
-    conditions = list(references)
-    texts = outputs(model, tokenizer, conditions, draws)
-    diversity = of_conditions(texts, list(references.values()))
-    return {
-        **{name: final[name] for name in COLUMNS if final.get(name) is not None},
-        **of_grammar(conditions, texts),
-        "self_bleu": diversity["self_bleu_within"],
-        **{name: diversity[name] for name in ("distinct_1", "distinct_2", "bleu_max", "bleu_mean")},
-    }
+    texts = outputs(model, tokenizer, list(references), draws)
+    known = {name: final[name] for name in COLUMNS if final.get(name) is not None}
+    return known | of_texts(texts, references)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -172,11 +196,12 @@ def main(argv: list[str] | None = None) -> None:
         runs = {name: measure(run, chosen, args.draws) for name, run in directories.items()}
     except (UserError, OSError) as problem:
         parser.error(str(problem))
-    print(table(runs, COLUMNS))
-    print(f"\n{len(chosen):,} conditions, {args.draws} draws of z each, greedy decoding.")
     nats = [paired_nats(str(record.condition), record.text) for record in records]
     if all(map(math.isfinite, nats)):
-        print(f"-log p(text | condition) of the file: {statistics.fmean(nats):.3f} nats.")
+        texts = [paired_texts(each, args.draws, seed) for seed, each in enumerate(chosen)]
+        runs["corpus"] = {"rec+kl": statistics.fmean(nats), **of_texts(texts, chosen)}
+    print(table(runs, COLUMNS))
+    print(f"\n{len(chosen):,} conditions, {args.draws} draws of z each, greedy decoding.")
     if args.output:
         write_json(Path(args.output), runs)
 
