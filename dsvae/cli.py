@@ -41,11 +41,13 @@ SHARED = {
     "file": "sentences (.txt, .jsonl, .csv, .tsv, .parquet); stdin, one per line, where it is "
     "left out or -.",
     "text_column": "column of the sentence, where the file has columns.",
+    "condition": "the condition, for a conditional model.",
+    "condition_column": "column of the condition of each sentence, for a conditional model.",
     "json": "prints JSON, one object per line.",
     "seed": "repeats the output of --do_sample exactly.",
     "batch_size": "sentences that the model takes at a time.",
-    "max_tokens": "longest sentence in tokens, EOS included. A longer one of a file is truncated "
-    "and counted on stderr; a longer one of the command line is an error.",
+    "max_tokens": "longest sentence, and longest condition, in tokens, EOS included. A longer one "
+    "of a file is truncated and counted on stderr; a longer one of the command line is an error.",
     "device": "cpu, cuda, cuda:1, ...; by default the accelerator where there is one.",
     "options": "those of transformers' generate: --do_sample --temperature --top_p --num_beams "
     "--max_new_tokens (128) and more. Without any, the most likely token is taken each time "
@@ -106,72 +108,85 @@ def sample(
     model: Model,
     *,
     n: int = 20,
+    condition: str | None = None,
+    conditions_file: str | None = None,
     source: Literal["prior", "aggregate"] = "prior",
     file: str | None = None,
     text_column: str = "text",
+    condition_column: str | None = None,
     batch_size: int = 128,
 ) -> None:
     """Generates sentences from random latents.
 
-    With --json one object per line: "sample" (from 1), "sentence"; with --source
-    aggregate also "from", the sentence whose posterior was sampled, and "line", its
-    number in the file.
+    A conditional model needs a condition: one for all sentences, a file of them, or a
+    column of --file. Sample i has the same noise under every condition. With --json one
+    object per line: "sample" (from 1), "sentence", and "condition" where there is one; for
+    a file also "line", the number in it, and with --source aggregate "from", the sentence
+    whose posterior was sampled.
 
     Args:
-        n: number of sentences.
-        source: prior draws z from p(z); aggregate draws it from q(z|x) of sentences of
-            --file, which shows where the decoder was trained.
+        n: number of sentences; of --conditions_file, per condition.
+        condition: of all sentences, for a conditional model.
+        conditions_file: conditions, one per line, or in a column (.jsonl, .csv, .tsv,
+            .parquet).
+        source: prior draws z from p(z), or p(z|c) of a condition; aggregate draws it from
+            q(z|x) of sentences of --file, which shows where the decoder was trained.
         file: sentences for --source aggregate (.txt, .jsonl, .csv, .tsv, .parquet).
+        condition_column: column of the condition in --file, or in --conditions_file, where
+            it is "condition" by default.
         seed: repeats the output exactly; by default a fresh one is drawn and printed on
             stderr.
     """
-    from dsvae.generation.reading import draw_sentences, read_sentences
+    from dsvae.generation import sampling
+    from dsvae.generation.session import check_not_empty
 
     if n < 1:
         raise UserError(f"-n is {n}: give at least 1")
-    if (source == "aggregate") != (file is not None):
-        raise UserError(
-            "--source aggregate and --file belong together: the file's sentences are encoded and "
-            "their z sampled"
-        )
-    if file is not None:
-        read_sentences(file, text_column, "--file")  # checks the file before the model loads
-    with model.open(batch_size=batch_size, draws=True) as (vae, seed):
-        rows: Iterable[dict[str, Any]]
-        if file is None:
-            texts = vae.prior_stream(n, seed=seed, **model.options)
-            rows = ({"sample": i, "sentence": text} for i, text in enumerate(texts, 1))
-        else:
-            lines = draw_sentences(file, text_column, n, seed)
-            drawn = enumerate(vae.posterior_stream(lines, seed=seed, **model.options), 1)
-            rows = (
-                {"sample": i, "sentence": text, "line": line.line, "from": line.text}
-                for i, (line, text) in drawn
-            )
+    request = sampling.Request(
+        n, condition, conditions_file, source == "aggregate", file, text_column, condition_column
+    )
+    request.check()
+    with model.open(batch_size=batch_size, draws=True, conditions=request.conditional) as (
+        vae,
+        seed,
+    ):
+        rows = sampling.rows(vae, request, seed, model.options)
         width = len(str(n))
-        model.show(
-            progress(rows, n), lambda row: f"{row['sample']:>{width}}  {one_line(row['sentence'])}"
-        )
+
+        def line(row: dict[str, Any]) -> str:
+            if conditions_file is None:
+                return f"{row['sample']:>{width}}  {one_line(row['sentence'])}"
+            head = f"{row['line']:>6}  {row['condition']}\n" if row["sample"] == 1 else ""
+            return f"{head}{'':>6}  {one_line(row['sentence'])}"
+
+        model.show(progress(rows, n if conditions_file is None else None), line)
+        if conditions_file is not None:
+            check_not_empty(vae, conditions_file)
 
 
 @with_model
 def reconstruct(
-    model: Model, file: str | None = None, *, text_column: str = "text", batch_size: int = 128
+    model: Model,
+    file: str | None = None,
+    *,
+    text_column: str = "text",
+    condition_column: str | None = None,
+    batch_size: int = 128,
 ) -> None:
     """Decodes the posterior mean of each sentence of a file or of stdin.
 
     Memory does not grow with the file. With --json one object per line: "line" (number in
-    the source, from 1, blank ones counted), "sentence", "reconstruction". Otherwise the
-    two stand one above the other, behind the number.
+    the source, from 1, blank ones counted), "condition" where there is one, "sentence",
+    "reconstruction". Otherwise the two stand one above the other, behind the number.
     """
-    from dsvae.generation.reading import read_sentences
+    from dsvae.generation.reading import read_records
     from dsvae.generation.session import check_not_empty
 
-    sentences = read_sentences(file, text_column)
-    with model.open(batch_size=batch_size) as (vae, _):
+    records = read_records(file, text_column, condition_column)
+    with model.open(batch_size=batch_size, conditions=condition_column is not None) as (vae, _):
         rows = (
-            {"line": line.line, "sentence": line.text, "reconstruction": text}
-            for line, text in vae.reconstruct_stream(sentences, **model.options)
+            {**line.fields, "reconstruction": text}
+            for line, text in vae.reconstruct_stream(records, **model.options)
         )
         model.show(
             progress(rows),
@@ -184,7 +199,13 @@ def reconstruct(
 
 @with_model
 def interpolate(
-    model: Model, a: str, b: str, *, steps: int = 8, path: Literal["linear", "slerp"] = "linear"
+    model: Model,
+    a: str,
+    b: str,
+    *,
+    steps: int = 8,
+    path: Literal["linear", "slerp"] = "linear",
+    condition: str | None = None,
 ) -> None:
     """Generates the sentences on the way from one sentence to another.
 
@@ -197,17 +218,18 @@ def interpolate(
         steps: number of sentences, at least 2.
         path: linear, the straight line; slerp, along the great circle, while the norm
             changes linearly.
+        condition: that of all sentences, for a conditional model.
     """
     if steps < 2:
         raise UserError(f"--steps is {steps}: a path needs at least 2, its two ends")
-    with model.open() as (vae, _):
-        texts = vae.interpolate(a, b, steps=steps, path=path, **model.options)
+    with model.open(conditions=condition is not None) as (vae, _):
+        texts = vae.interpolate(a, b, steps=steps, path=path, condition=condition, **model.options)
         rows = ({"t": i / (steps - 1), "sentence": text} for i, text in enumerate(texts))
         model.show(rows, lambda row: f"{row['t']:.3f}  {one_line(row['sentence'])}")
 
 
 @with_model
-def analogy(model: Model, a: str, b: str, c: str) -> None:
+def analogy(model: Model, a: str, b: str, c: str, *, condition: str | None = None) -> None:
     """Generates the sentence that is to C as B is to A, from the latent z_b - z_a + z_c.
 
     With --json one object: "a", "b", "c", "sentence".
@@ -216,9 +238,10 @@ def analogy(model: Model, a: str, b: str, c: str) -> None:
         a: a sentence.
         b: what A became.
         c: another sentence, which is to change in the same way.
+        condition: that of all four sentences, for a conditional model.
     """
-    with model.open() as (vae, _):
-        text = vae.analogy(a, b, c, **model.options)
+    with model.open(conditions=condition is not None) as (vae, _):
+        text = vae.analogy(a, b, c, condition=condition, **model.options)
         model.show([{"a": a, "b": b, "c": c, "sentence": text}], table)
 
 
@@ -231,6 +254,7 @@ def traverse(
     steps: int | None = None,
     width: float | None = None,
     scale: Literal["prior", "posterior"] | None = None,
+    condition: str | None = None,
 ) -> None:
     """Generates the sentences along one unit of the latent, from the posterior mean of a
     sentence.
@@ -248,15 +272,21 @@ def traverse(
         scale: prior (the default), the dimension takes the values that are usual over
             all sentences; posterior, it moves about the sentence's own value by the
             sentence's own uncertainty. For dimensions only.
+        condition: that of the sentence, for a conditional model; a learned prior is that
+            of this condition.
     """
 
     def line(row: dict[str, Any]) -> str:
         place = f"{row['category']:>3}" if "category" in row else f"{row['offset']:>+6.2f}"
         return f"{place}  {one_line(row['sentence'])}"
 
-    with model.open() as (vae, _):
-        places, latent = vae.traversal(a, dim, steps=steps, width=width, scale=scale)
-        texts = vae.decode(latent, **model.options)
+    from dsvae.generation.inputs import repeated
+
+    with model.open(conditions=condition is not None) as (vae, _):
+        places, latent = vae.traversal(
+            a, dim, steps=steps, width=width, scale=scale, condition=condition
+        )
+        texts = vae.decode(latent, repeated(condition, len(latent)), **model.options)
         rows = zip(places, texts, strict=True)
         model.show(({**place, "sentence": text} for place, text in rows), line)
 
@@ -272,6 +302,8 @@ def edit(
     text_file: str | None = None,
     strength: float | None = None,
     text_column: str = "text",
+    condition: str | None = None,
+    condition_column: str | None = None,
     batch_size: int = 128,
 ) -> None:
     """Changes a sentence: sets categories of its latent, or moves it toward a label.
@@ -289,12 +321,16 @@ def edit(
         text_file: the labelled sentences (.txt, .jsonl, .csv, .tsv, .parquet).
         strength: 1 (the default) goes by the distance of the two means; try 0.5 to 3.
         text_column: column of the sentence in --text_file, where it has columns.
+        condition: that of the sentence, before and after, for a conditional model.
+        condition_column: column of the condition in --text_file, for a conditional model.
     """
     from dsvae.generation import editing
 
-    request = editing.read_request(set, toward, labels_file, text_file, strength, text_column)
-    with model.open(batch_size=batch_size) as (vae, seed):
-        row = editing.edit(vae, a, request, seed, model.options)
+    request = editing.read_request(
+        set, toward, labels_file, text_file, strength, text_column, condition, condition_column
+    )
+    with model.open(batch_size=batch_size, conditions=condition is not None) as (vae, seed):
+        row = editing.edit(vae, a, request, seed, model.options, condition)
         shown = ("sentence", "reconstruction", "edited")
         model.show([row], lambda row: table({name: row[name] for name in shown}))
 
@@ -305,6 +341,7 @@ def encode(
     *,
     output: str,
     text_column: str = "text",
+    condition_column: str | None = None,
     batch_size: int = 128,
     max_tokens: int = 512,
     device: str | None = None,
@@ -321,17 +358,132 @@ def encode(
         output: the file to write.
     """
     from dsvae.generation.latents_file import check_place, write_latents
-    from dsvae.generation.reading import read_sentences
+    from dsvae.generation.reading import read_records
     from dsvae.generation.session import check_not_empty
 
-    sentences = read_sentences(file, text_column)
+    records = read_records(file, text_column, condition_column)
     check_place(output)
     model = Model(model_dir, max_tokens=max_tokens, device=device)
-    with model.open(batch_size=batch_size) as (vae, _):
-        batches = list(vae.encode_stream(progress(sentences, prints_rows=False)))
+    with model.open(batch_size=batch_size, conditions=condition_column is not None) as (vae, _):
+        batches = list(vae.encode_stream(progress(records, prints_rows=False)))
         check_not_empty(vae, file)
         write_latents(output, batches)
     say(f"{vae.counts.sentences} sentences in {output}")
+
+
+def cluster(
+    model_dir: str,
+    file: str | None = None,
+    *,
+    text_column: str = "text",
+    condition_column: str | None = None,
+    json: bool = False,
+    batch_size: int = 128,
+    max_tokens: int = 512,
+    device: str | None = None,
+) -> None:
+    """Prints the cluster of each sentence of a file or of stdin, for a model with
+    clusters.
+
+    Each line has the most probable cluster (from 0), its probability and the sentence,
+    with tabs between them. With --json one object per line: "line", "condition" where there
+    is one, "sentence", "cluster", "probability".
+    """
+    from dsvae.generation.labelling import cluster_stream
+
+    def rows(vae: Any, records: Any) -> Iterable[dict[str, Any]]:
+        for line, found, probability in cluster_stream(vae, records):
+            yield {**line.fields, "cluster": found, "probability": probability}
+
+    def line(row: dict[str, Any]) -> str:
+        return f"{row['cluster']}\t{row['probability']:.4f}\t{row['sentence']}"
+
+    model = Model(model_dir, json=json, max_tokens=max_tokens, device=device)
+    _show_labels(model, file, text_column, condition_column, batch_size, rows, line)
+
+
+def classify(
+    model_dir: str,
+    file: str | None = None,
+    *,
+    text_column: str = "text",
+    condition_column: str | None = None,
+    json: bool = False,
+    batch_size: int = 128,
+    max_tokens: int = 512,
+    device: str | None = None,
+) -> None:
+    """Prints the class of each sentence of a file or of stdin, for a model that was
+    trained with labels.
+
+    Each line has the most probable class, its probability and the sentence, with tabs
+    between them. With --json one object per line: "line", "condition" where there is one,
+    "sentence", "class", "probability".
+    """
+    from dsvae.generation.labelling import classify_stream
+
+    def rows(vae: Any, records: Any) -> Iterable[dict[str, Any]]:
+        for line, found, probability in classify_stream(vae, records):
+            yield {**line.fields, "class": found, "probability": probability}
+
+    def line(row: dict[str, Any]) -> str:
+        return f"{row['class']}\t{row['probability']:.4f}\t{row['sentence']}"
+
+    model = Model(model_dir, json=json, max_tokens=max_tokens, device=device)
+    _show_labels(model, file, text_column, condition_column, batch_size, rows, line)
+
+
+def tag(
+    model_dir: str,
+    file: str | None = None,
+    *,
+    text_column: str = "text",
+    condition_column: str | None = None,
+    json: bool = False,
+    batch_size: int = 128,
+    max_tokens: int = 512,
+    device: str | None = None,
+) -> None:
+    """Prints the words of each sentence of a file or of stdin with their tags, for a model
+    that was trained with tags.
+
+    Words are what white space separates. Each line has a word and its tag, with a tab
+    between them, and a blank line ends each sentence. The words of a truncated sentence end
+    where it was cut. With --json one object per line: "line", "condition" where there is
+    one, "sentence", "words", "tags", and "entities", each with its "type", "first" and
+    "last" word (from 0) and "text".
+    """
+    from dsvae.generation.labelling import tag_stream
+
+    def rows(vae: Any, records: Any) -> Iterable[dict[str, Any]]:
+        for line, found in tag_stream(vae, records):
+            yield {**line.fields, **found._asdict(), "entities": found.entities}
+
+    def line(row: dict[str, Any]) -> str:
+        pairs = zip(row["words"], row["tags"], strict=True)
+        return "".join(f"{word}\t{tag}\n" for word, tag in pairs)
+
+    model = Model(model_dir, json=json, max_tokens=max_tokens, device=device)
+    _show_labels(model, file, text_column, condition_column, batch_size, rows, line)
+
+
+def _show_labels(
+    model: Model,
+    file: str | None,
+    text_column: str,
+    condition_column: str | None,
+    batch_size: int,
+    rows: Callable[[Any, Any], Iterable[dict[str, Any]]],
+    line: Callable[[dict[str, Any]], str],
+) -> None:
+    """Prints what `rows` makes of a model and the records of a file or of stdin."""
+    from dsvae.generation.reading import read_records
+    from dsvae.generation.session import check_not_empty
+
+    records = read_records(file, text_column, condition_column)
+    with model.open(batch_size=batch_size, conditions=condition_column is not None) as (vae, _):
+        model.show(progress(rows(vae, records)), line)
+        check_not_empty(vae, file)
 
 
 def corpus(
@@ -380,6 +532,9 @@ def evaluate(
     iw_samples: int | None = None,
     batch_tokens: int = 16384,
     text_column: str = "text",
+    condition_column: str | None = None,
+    label_column: str | None = None,
+    tags_column: str | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> None:
@@ -393,6 +548,12 @@ def evaluate(
             default.
         labels_file: one label per line, line i for sentence i, to measure how well the
             latent tells them apart.
+        condition_column: column of the condition in --test_file, for a model that reads
+            conditions.
+        label_column: column of the label, if any, which is used like that of
+            --labels_file and scores the model's classes or clusters.
+        tags_column: column of the tags, if any, one per whitespace word, which score the
+            model's tags.
         output: directory for metrics.json, report.html and the projector; by default
             MODEL_DIR/evaluation, and ./evaluation for a hub id.
         samples: samples of z per sentence for the ELBO.
@@ -552,7 +713,10 @@ def plan(
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _GENERATION = (sample, reconstruct, interpolate, analogy, traverse, edit, encode)
-COMMANDS = commands((evaluate, export, compare, *_GENERATION, corpus, plan), OPTIONS, SHARED)
+_LABELLING = (cluster, classify, tag)
+COMMANDS = commands(
+    (evaluate, export, compare, *_GENERATION, *_LABELLING, corpus, plan), OPTIONS, SHARED
+)
 
 
 def main(argv: list[str] | None = None) -> int:

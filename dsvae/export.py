@@ -69,7 +69,12 @@ def export_checkpoint(
     def extras(target: Path) -> None:
         shutil.copytree(run.tokenizer, target, dirs_exist_ok=True)
         write_checkpoint_card(
-            target / "README.md", config, found.phase, found.step, meta.get("valid")
+            target / "README.md",
+            config,
+            model.config,
+            found.phase,
+            found.step,
+            meta.get("valid"),
         )
 
     with _still_there(found):

@@ -413,7 +413,7 @@ def finish(run: Run, phase: Phase, engine: PhaseEngine) -> dict[str, Any]:
 
     def extras(target: Path) -> None:
         data.tokenizer.save_pretrained(target)
-        write_card(target / "README.md", config, metrics, pairs, prior)
+        write_card(target / "README.md", config, engine.module.config, metrics, pairs, prior)
 
     weights.export(engine.module, engine.origin, world, directory.model, extras)
     world.run_on_rank0(lambda: write_json(directory.metrics, {"test": metrics}))

@@ -3,15 +3,19 @@ what a few lines of NumPy give."""
 
 import json
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from benchmarks import sparse, style_transfer
+from benchmarks import conditional, sparse, style_transfer
 from benchmarks.labelled import read
 from small_models import make_vae, small_tokenizer
 from torch.nn.functional import cross_entropy
 
+from dsvae.data import grammar
+from dsvae.data.grammar_variants import DEPENDENT, PAIRED_ENTROPY
+from dsvae.data.noise import PRIOR, generator
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE
 
@@ -210,6 +214,68 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     noise = torch.randn(800, 4, generator=rng)
     found = sparse.accuracy((noise[:400], labels[:400]), (noise[400:], labels[400:]))
     assert found == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_texts_of_a_condition_have_the_probabilities_of_the_paired_corpus():
+    """They sum to 1, and their entropy is the known one."""
+    named = {"subject": "artist", "verb": "admire", "object": "knife"}
+    free = {name: grammar.FACTORS[name] for name in (*DEPENDENT, "adjective")}
+    nats = [
+        conditional.paired_nats(
+            "artist admire knife",
+            grammar.sentence(named | dict(zip(free, values, strict=True))),
+        )
+        for values in product(*free.values())
+    ]
+    assert len(nats) == 864
+    assert sum(math.exp(-each) for each in nats) == pytest.approx(1)
+    assert sum(each * math.exp(-each) for each in nats) == pytest.approx(PAIRED_ENTROPY)
+    drawn = conditional.paired_texts("artist admire knife", 3000, 0)
+    found = np.mean([conditional.paired_nats("artist admire knife", text) for text in drawn])
+    assert found == pytest.approx(PAIRED_ENTROPY, abs=0.15)  # four standard errors are 0.12
+    text = "The kings broke a red lamp."
+    assert conditional.paired_nats("king break lamp", text) < math.inf
+    assert conditional.paired_nats("king break knife", text) == math.inf
+    assert conditional.paired_nats("king break lamp", "The kings the lamp.") == math.inf
+
+
+def test_adherence_and_triples():
+    found = conditional.of_grammar(
+        ["king break lamp", "witch carry key"],
+        [
+            ["The kings broke a red lamp.", "The king broke old lamps.", "The kings broke."],
+            ["Will the witch not carry old keys?", "The kings broke a red lamp.", "no"],
+        ],
+    )
+    assert found == {"adherence": 0.5, "triples": 1.5}
+
+
+@pytest.mark.parametrize("latent", [{"prior": "learned"}, {}, {"injection": "none"}])
+def test_conditional_outputs_are_those_of_each_condition_alone(latent, tokenizer, tmp_path, capsys):
+    model = make_vae(conditional=True, **latent)
+    conditions = ["tea", "the bad cat", "a bee"]
+    found = conditional.outputs(model, tokenizer, conditions, 2, max_tokens=8)
+    width = model.family.noise_width
+    for i, condition in enumerate(conditions):
+        ids = tokenizer(condition, return_tensors="pt").input_ids
+        for draw, text in enumerate(found[i]):
+            noise = generator(0, PRIOR, draw, i).standard_normal(width)
+            latent_of = model.prior(ids).sample(torch.from_numpy(noise[None]).float())
+            alone = model.generate(latent=latent_of, condition_ids=ids, max_new_tokens=8)
+            assert tokenizer.decode(alone[0], skip_special_tokens=True) == text
+    run = tmp_path / "run"
+    model.save_pretrained(run / "model")
+    tokenizer.save_pretrained(run / "model")
+    metrics = {"rec": 3.0, "kl": 2.0, "elbo": -5.0, "rec_shuffled": 4.0, "rec_prior": None}
+    (run / "metrics.json").write_text(json.dumps({"test": metrics}))
+    file = tmp_path / "test.jsonl"
+    records = [{"condition": each, "text": "the tea"} for each in conditions]
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    output = tmp_path / "out.json"
+    conditional.main([str(run), "--test_file", str(file), "--draws", "2", "--output", str(output)])
+    row = json.loads(output.read_text())["run"]
+    assert (row["rec+kl"], row["rec_shuffled-rec"], row["adherence"]) == (5, 1, 0)
+    assert "3 conditions, 2 draws" in capsys.readouterr().out
 
 
 def test_what_cannot_be_measured_is_refused(save, language_model, files, tmp_path, capsys):

@@ -424,6 +424,9 @@ def test_evaluate_hands_everything_over(run, monkeypatch):
         "iw_samples": 8,
         "batch_tokens": 16384,
         "text_column": "text",
+        "condition_column": None,
+        "label_column": None,
+        "tags_column": None,
         "max_tokens": 32,
         "seed": 0,
     }

@@ -92,9 +92,9 @@ def test_sentences_are_tokenized_as_in_training(vae):
     texts = [*TEXTS, "</s> a <pad> b", "zebra"]
     split, _, _ = tokenize(texts, vae.tokenizer, 6, "test")
     short = SentenceVAE(vae.model, vae.tokenizer, max_tokens=6)
-    found = short._tokenize(texts)
-    assert [ids for ids, _ in found] == [split.ids(i).tolist() for i in range(len(texts))]
-    assert [truncated for _, truncated in found] == split.truncated.tolist()
+    found = short.inputs.of_lines([Line(i + 1, text) for i, text in enumerate(texts)])
+    assert [each.ids for each in found] == [split.ids(i).tolist() for i in range(len(texts))]
+    assert short.counts.truncated == sum(split.truncated)
     assert any(split.truncated)
     assert not all(split.truncated)
 

@@ -83,6 +83,15 @@ def paired(size: int, seed: int) -> Iterator[Variant]:
         yield Variant(record, tuple(choice.values()))
 
 
+def parse_condition(condition: str) -> dict[str, str] | None:
+    """The subject, verb and object that a condition of a paired sentence names; None for
+    any other text."""
+    names, values = ("subject", "verb", "object"), condition.split()
+    if len(values) != 3 or any(v not in FACTORS[n] for n, v in zip(names, values, strict=True)):
+        return None
+    return dict(zip(names, values, strict=True))
+
+
 def dependent_value(name: str, subject: int, case: int) -> int:
     """The value of one of the `DEPENDENT` factors in one of 20 equally likely cases.
 

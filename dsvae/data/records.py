@@ -34,6 +34,8 @@ class Columns:
     condition: str | None = None
     label: str | None = None
     tags: str | None = None
+    text_kind: str = "text"
+    """What `text` is: condition, where a file is read for its conditions alone."""
 
     @staticmethod
     def of(data: DataConfig) -> Columns:
@@ -49,7 +51,7 @@ class Columns:
     @cached_property
     def named(self) -> dict[str, str]:
         """All by their kinds."""
-        return {"text": self.text, **self.extra}
+        return {self.text_kind: self.text, **self.extra}
 
 
 def record_of(row: Mapping[str, Any], columns: Columns, where: str) -> Record:
@@ -62,7 +64,7 @@ def record_of(row: Mapping[str, Any], columns: Columns, where: str) -> Record:
     Raises:
         UserError: a column is missing, or its value is not what it should be.
     """
-    text = _text(row, columns.text, "text", where)
+    text = _text(row, columns.text, columns.text_kind, where)
     if not columns.extra or not text.strip():
         return Record(text)
     condition = label = tags = None

@@ -118,6 +118,17 @@ class TokenizedSplit:
         return self._column("hash")
 
     @cached_property
+    def condition_hashes(self) -> np.ndarray | None:
+        """(N,) uint64, a hash of each condition's token ids; None without conditions."""
+        return None if self._conditions is None else self._column("condition_hash")
+
+    @cached_property
+    def record_hashes(self) -> np.ndarray:
+        """(N,) uint64, a hash of each sentence and its condition."""
+        conditions = self.condition_hashes
+        return self.hashes if conditions is None else self.hashes + _mix(conditions)
+
+    @cached_property
     def text_keys(self) -> np.ndarray:
         """(N,) uint64, a key of each sentence made only of its token ids: the content key
         of the first sentence that is equal to it."""
@@ -131,9 +142,7 @@ class TokenizedSplit:
         Repeated sentences have different keys. As a set, the keys do not depend on the
         order of the sentences.
         """
-        hashes = self.hashes
-        if self._conditions is not None:
-            hashes = hashes + _mix(self._column("condition_hash"))
+        hashes = self.record_hashes
         order = np.argsort(hashes, kind="stable")
         ordered = hashes[order]
         first = np.flatnonzero(

@@ -11,7 +11,8 @@ import torch
 
 from dsvae.console import progress
 from dsvae.errors import UserError
-from dsvae.generation.reading import check_labels, read_labels, read_sentences
+from dsvae.generation.inputs import repeated
+from dsvae.generation.reading import check_labels, read_labels, read_records
 from dsvae.generation.sentence_vae import SentenceVAE
 
 
@@ -23,6 +24,7 @@ class Toward:
     labels_file: str
     text_file: str
     text_column: str
+    condition_column: str | None
     strength: float
 
 
@@ -33,6 +35,8 @@ def read_request(
     text_file: str | None,
     strength: float | None,
     text_column: str,
+    condition: str | None,
+    condition_column: str | None,
 ) -> dict[int, int] | Toward:
     """What the flags of `dsvae edit` ask for, checked as far as it can be without a
     model.
@@ -42,6 +46,16 @@ def read_request(
     Raises:
         UserError: flags that do not belong together, or files that do not fit.
     """
+    if condition_column is not None and (condition is None or text_file is None):
+        raise UserError(
+            "--condition_column is for the sentences of --text_file, beside --condition for the "
+            "edited one: give all three, or leave it out"
+        )
+    if condition is not None and text_file is not None and condition_column is None:
+        raise UserError(
+            "--condition is given, and the sentences of --text_file have no conditions: give "
+            "--condition_column, too"
+        )
     needed = {"--toward": toward, "--labels_file": labels_file, "--text_file": text_file}
     if categories is not None:
         given = [
@@ -58,7 +72,9 @@ def read_request(
         )
     check_labels(labels_file, text_file, text_column, toward)
     strength = 1.0 if strength is None else strength
-    return Toward(toward, labels_file, text_file, text_column, strength)
+    if condition_column is not None:  # checks the column before the model loads
+        next(read_records(text_file, text_column, condition_column, "--text_file"), None)
+    return Toward(toward, labels_file, text_file, text_column, condition_column, strength)
 
 
 def read_categories(text: str) -> dict[int, int]:
@@ -87,17 +103,21 @@ def edit(
     request: dict[int, int] | Toward,
     seed: int,
     options: Mapping[str, Any],
+    condition: str | None = None,
 ) -> dict[str, Any]:
     """A sentence as it is, reconstructed, and edited, with what was asked for.
 
     Sampled tokens of the reconstruction and of the edited sentence come from the same
     random numbers: they differ by the edit alone.
     """
-    point = vae.encode([sentence]).point  # checks the sentence before a file is encoded
+    # Checks the sentence before a file is encoded.
+    point = vae.encode([sentence], repeated(condition)).point
     if isinstance(request, Toward):
-        texts = read_sentences(request.text_file, request.text_column, "--text_file")
+        records = read_records(
+            request.text_file, request.text_column, request.condition_column, "--text_file"
+        )
         direction = vae.attribute_vector(
-            progress(texts, prints_rows=False), read_labels(request.labels_file), request.label
+            progress(records, prints_rows=False), read_labels(request.labels_file), request.label
         )
         edited = point + request.strength * direction
         asked: dict[str, Any] = {"strength": request.strength}
@@ -107,5 +127,5 @@ def edit(
     row: dict[str, Any] = {"sentence": sentence}
     for name, latent in (("reconstruction", point), ("edited", edited)):
         torch.manual_seed(seed)
-        row[name] = vae.decode(latent, **options)[0]
+        row[name] = vae.decode(latent, repeated(condition), **options)[0]
     return {**row, **asked}

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
 from dsvae.data import readers
 from dsvae.data.noise import ORDER, generator
+from dsvae.data.records import Columns, Record
 from dsvae.errors import UserError
 
 T = TypeVar("T")
@@ -28,53 +29,96 @@ class Line(NamedTuple):
     """Number of the sentence in its source, from 1, blank ones counted."""
     text: str
     """Stripped; not blank."""
+    condition: str | None = None
+    """Stripped; None where the source gives none."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """`line`, `sentence`, and `condition` where there is one, for the output."""
+        condition = {} if self.condition is None else {"condition": self.condition}
+        return {"line": self.line, **condition, "sentence": self.text}
 
 
-def read_sentences(file: str | None, text_column: str, option: str = "FILE") -> Iterator[str]:
-    """The sentences of a file or of stdin as they stand there, blank ones included.
+def read_records(
+    file: str | None, text_column: str, condition_column: str | None = None, option: str = "FILE"
+) -> Iterator[Record]:
+    """The records of a file or of stdin as they stand there, blank ones included.
 
     Args:
-        file: .txt (one per line), .jsonl, .csv, .tsv or .parquet. None or "-": stdin,
-            one per line.
+        file: .txt (one sentence per line), .jsonl, .csv, .tsv or .parquet. None or "-":
+            stdin, one sentence per line.
         text_column: the column of the sentence, where the file has columns.
+        condition_column: the column of its condition. None: records have none.
         option: the flag that named the file, for errors.
 
     Raises:
-        UserError: at once, for a file that is missing, empty or of an unknown kind; while
-            reading, for a line that is not UTF-8 or does not fit the kind of file.
+        UserError: at once, for a file that is missing, empty, of an unknown kind or
+            without columns for the condition; while reading, for a line that is not UTF-8
+            or does not fit the kind of file.
     """
-    if file is None or file == "-":
-        if sys.stdin is None:
-            raise UserError(f"stdin is closed: give {option}, or sentences on stdin")
-        return _stdin_lines(sys.stdin.buffer)
-    return readers.read_file(Path(file).expanduser(), option, text_column)
+    if file is not None and file != "-":
+        columns = Columns(text_column, condition_column)
+        return readers.read_records(Path(file).expanduser(), option, columns)
+    if condition_column is not None:
+        raise UserError(
+            f"--condition_column needs a file with columns, and stdin has none: give {option}"
+        )
+    if sys.stdin is None:
+        raise UserError(f"stdin is closed: give {option}, or sentences on stdin")
+    return map(Record, _stdin_lines(sys.stdin.buffer))
+
+
+def read_sentences(file: str | None, text_column: str, option: str = "FILE") -> Iterator[str]:
+    """The texts of `read_records`."""
+    return (record.text for record in read_records(file, text_column, None, option))
+
+
+def read_conditions(file: str, column: str | None) -> Iterator[str]:
+    """The conditions of a file as they stand there, blank ones included.
+
+    Args:
+        column: of the condition, where the file has columns; None: "condition".
+
+    Raises:
+        UserError: as `read_records`.
+    """
+    columns = Columns(column or "condition", text_kind="condition")
+    records = readers.read_records(Path(file).expanduser(), "--conditions_file", columns)
+    return (record.text for record in records)
 
 
 def not_blank(
-    sentences: Iterable[str], skipped: Callable[[], None] = lambda: None
+    sentences: Iterable[str | Record], skipped: Callable[[], None] = lambda: None
 ) -> Iterator[Line]:
     """The sentences that are not blank, stripped. `skipped` is called for each of the
     others."""
-    for number, sentence in enumerate(sentences, 1):
-        if text := sentence.strip():
-            yield Line(number, text)
+    for number, each in enumerate(sentences, 1):
+        record = each if isinstance(each, Record) else Record(each)
+        if text := record.text.strip():
+            yield Line(number, text, record.condition)
         else:
             skipped()
 
 
-def draw_sentences(file: str, text_column: str, count: int, seed: int) -> Iterator[Line]:
-    """`count` sentences of a file, drawn uniformly with replacement, in the order of
-    the file.
+def draw_sentences(
+    file: str, text_column: str, count: int, seed: int, condition_column: str | None = None
+) -> Iterator[Line]:
+    """`count` sentences of a file, maybe with their conditions, drawn uniformly with
+    replacement, in the order of the file.
 
     The file is read twice, and only `count` numbers are held in memory.
     """
-    total = sum(1 for _ in not_blank(read_sentences(file, text_column, "--file")))
+
+    def lines() -> Iterator[Line]:
+        return not_blank(read_records(file, text_column, condition_column, "--file"))
+
+    total = sum(1 for _ in lines())
     if not total:
         raise no_sentences(file)
     drawn = np.sort(generator(seed, ORDER, 0, 0).integers(total, size=count))
     wanted = iter(drawn.tolist())
     position = next(wanted, None)
-    for index, line in enumerate(not_blank(read_sentences(file, text_column, "--file"))):
+    for index, line in enumerate(lines()):
         while position == index:
             yield line
             position = next(wanted, None)

@@ -6,23 +6,23 @@ import math
 import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dsvae import pretrained
 from dsvae.data.noise import LATENT, ORDER, PRIOR, generator
-from dsvae.data.tokenization import token_ids
+from dsvae.data.records import Record
 from dsvae.errors import UserError, first_line
 from dsvae.generation import geometry
+from dsvae.generation.inputs import Counts, Input, InputReader, by_length, padded, repeated
 from dsvae.generation.options import refusal
-from dsvae.generation.reading import Line, not_blank, windows
+from dsvae.generation.reading import Line, windows
+from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
 
@@ -31,20 +31,6 @@ MAX_NEW_TOKENS = 128
 `max_new_tokens` is given."""
 
 SCALES = ("prior", "posterior")
-
-
-@dataclass
-class Counts:
-    """Counts of the sentences that a `SentenceVAE` has processed."""
-
-    sentences: int = 0
-    """Sentences of streams that were encoded."""
-    blank: int = 0
-    """Blank sentences of streams, skipped."""
-    truncated: int = 0
-    """Sentences of streams that were longer than `max_tokens`."""
-    unfinished: int = 0
-    """Generated sentences that reached `max_new_tokens` before EOS."""
 
 
 class SentenceVAE:
@@ -56,22 +42,25 @@ class SentenceVAE:
     blank ones are skipped and long ones truncated, and `counts` says how many. A stream
     holds one window of sentences in memory.
 
+    A conditional model needs the condition of every sentence: in `conditions`, one per
+    sentence, or in the records of a stream. No other model takes one.
+
     `options` are those of transformers' `generate`. Without any, decoding is greedy.
     Sampled tokens come from torch's global generator (`torch.manual_seed`), as in
     transformers.
 
     Args:
-        model: with a latent, on the device where it is to run. It is put into evaluation
-            mode.
+        model: on the device where it is to run. It is put into evaluation mode. A
+            conditional model without a latent can only sample.
         tokenizer: the one that the model was trained with.
         batch_size: sentences at a time. It changes the speed, and which random numbers
             a sampled token gets.
-        max_tokens: longest sentence to encode, EOS included. T5 itself has no limit;
-            memory grows with the square of the length.
+        max_tokens: longest sentence to encode, and longest condition, EOS included. T5
+            itself has no limit; memory grows with the square of the length.
 
     Raises:
-        UserError: a model without a latent, or a batch_size or max_tokens that is too
-            small.
+        UserError: a model without a latent and a condition, or a batch_size or max_tokens
+            that is too small.
     """
 
     def __init__(
@@ -82,18 +71,15 @@ class SentenceVAE:
         batch_size: int = 128,
         max_tokens: int = 512,
     ) -> None:
-        if model.config.injection == "none":
+        if model.config.injection == "none" and not model.config.conditional:
             raise UserError(
                 "the model is a language model without a latent (injection none): give one with "
                 "a latent"
             )
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: give at least 1")
-        if max_tokens < 2:
-            raise UserError(f"max_tokens is {max_tokens}: give at least 2, one token and EOS")
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.counts = Counts()
+        self.inputs = InputReader(model, tokenizer, max_tokens)
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
 
     @classmethod
     def from_pretrained(
@@ -108,11 +94,11 @@ class SentenceVAE:
 
         Raises:
             UserError: there is no such device or model, or its weights or tokenizer are
-                missing, or it is no T5VAE with a latent.
+                missing, or it is no T5VAE with a latent or a condition.
         """
         where = find_device(device)
         model, tokenizer = pretrained.load(model_dir)
-        if model.config.injection == "none":
+        if model.config.injection == "none" and not model.config.conditional:
             raise UserError(
                 f"{model_dir} is a language model without a latent (injection none): give one "
                 f"with a latent; only dsvae evaluate works without one"
@@ -125,38 +111,50 @@ class SentenceVAE:
         """Z, how many numbers z has."""
         return self.model.family.latent_width
 
+    @property
+    def counts(self) -> Counts:
+        """What was skipped and cut so far."""
+        return self.inputs.counts
+
     # Encoding and decoding
 
-    def encode(self, texts: Sequence[str]) -> Distribution:
-        """q(z|x) of N sentences, on CPU, float32. The Gaussian has mean and logvar,
-        (N, Z) each."""
-        return self._encode(self._meant(texts))
+    def encode(self, texts: Sequence[str], conditions: Sequence[str] | None = None) -> Distribution:
+        """q(z|x), or q(z|x,c), of N sentences, on CPU, float32. The Gaussian has mean and
+        logvar, (N, Z) each."""
+        return self._encode(self.inputs.sentences(texts, conditions))
 
-    def decode(self, latent: Tensor, **options: Any) -> list[str]:
+    def decode(
+        self, latent: Tensor, conditions: Sequence[str] | None = None, **options: Any
+    ) -> list[str]:
         """One sentence for each z of (N, Z)."""
         if latent.ndim != 2 or latent.shape[1] != self.latent_dim:
             raise ValueError(f"the latent is {tuple(latent.shape)}, not (N, {self.latent_dim})")
-        return [
-            text
-            for part in latent.split(self.batch_size)
-            for text in self._decode_batch(part, options)
-        ]
+        return self._decode(latent, self.inputs.conditions(conditions, len(latent)), options)
 
-    def reconstruct(self, texts: Sequence[str], **options: Any) -> list[str]:
+    def reconstruct(
+        self, texts: Sequence[str], conditions: Sequence[str] | None = None, **options: Any
+    ) -> list[str]:
         """The sentences that the decoder makes of the posterior means."""
-        return self._reconstruct(self._meant(texts), options)
+        return self._reconstruct(self.inputs.sentences(texts, conditions), options)
 
-    def encode_stream(self, texts: Iterable[str]) -> Iterator[tuple[list[Line], Distribution]]:
-        """(sentences, their q(z|x) on CPU), window by window."""
-        for lines, rows in self._rows_of_stream(texts):
-            yield lines, self._encode(rows)
+    def encode_stream(
+        self, texts: Iterable[str | Record]
+    ) -> Iterator[tuple[list[Line], Distribution]]:
+        """(sentences, their posteriors on CPU), window by window."""
+        for lines, inputs in self.inputs.stream(texts, self.batch_size):
+            yield lines, self._encode(inputs)
 
     def reconstruct_stream(
-        self, texts: Iterable[str], **options: Any
+        self, texts: Iterable[str | Record], **options: Any
     ) -> Iterator[tuple[Line, str]]:
         """(sentence, reconstruction), one by one."""
-        for lines, rows in self._rows_of_stream(texts):
-            yield from zip(lines, self._reconstruct(rows, options), strict=True)
+        for lines, inputs in self.inputs.stream(texts, self.batch_size):
+            yield from zip(lines, self._reconstruct(inputs, options), strict=True)
+
+    def prior(self, condition: str | None = None) -> Distribution:
+        """p(z), or the learned p(z|c) of a condition, one row on CPU."""
+        read = self.inputs.conditions(None if condition is None else [condition], 1)
+        return self._prior(read)
 
     # Samples
 
@@ -164,7 +162,9 @@ class SentenceVAE:
         self,
         count: int,
         *,
+        condition: str | None = None,
         texts: Sequence[str] | None = None,
+        conditions: Sequence[str] | None = None,
         seed: int | None = None,
         **options: Any,
     ) -> list[str]:
@@ -172,9 +172,11 @@ class SentenceVAE:
         of `texts`.
 
         Args:
+            condition: of all sentences from the prior.
             texts: z comes from q(z|x) of one of these, drawn uniformly with replacement.
                 This is the aggregate posterior (1/N) sum_i q(z|x_i) (Makhzani et al.
                 2016): where the decoder was trained, which may differ from the prior.
+            conditions: of `texts`; a z is decoded with the condition of its sentence.
             seed: of z. The same seed gives the same z for any batch size and any greater
                 `count`. None: it comes from torch's global generator.
         """
@@ -182,21 +184,41 @@ class SentenceVAE:
             raise UserError(f"the number of samples is {count}: give at least 1")
         seed = int(torch.randint(2**53, ())) if seed is None else check_seed(seed)
         if texts is None:
-            return list(self.prior_stream(count, seed=seed, **options))
-        self._meant(texts)
-        drawn = generator(seed, ORDER, 0, 0).integers(len(texts), size=count)
-        return [
-            text
-            for _, text in self.posterior_stream(
-                (Line(i + 1, texts[i]) for i in drawn), seed=seed, **options
-            )
-        ]
+            if conditions is not None:
+                raise UserError("conditions are those of texts: give condition, or texts, too")
+            return list(self.prior_stream(count, seed=seed, condition=condition, **options))
+        if condition is not None:
+            raise UserError("condition is for samples from the prior: give conditions for texts")
+        self._need_latent()
+        self.inputs.sentences(texts, conditions)
+        drawn = generator(seed, ORDER, 0, 0).integers(len(texts), size=count).tolist()
+        lines = (
+            Line(i + 1, texts[i], None if conditions is None else conditions[i]) for i in drawn
+        )
+        return [text for _, text in self.posterior_stream(lines, seed=seed, **options)]
 
-    def prior_stream(self, count: int, *, seed: int, **options: Any) -> Iterator[str]:
+    def prior_stream(
+        self, count: int, *, seed: int, condition: str | None = None, **options: Any
+    ) -> Iterator[str]:
         """Sentences of `count` z from the prior, one by one."""
-        for start in range(0, count, self.batch_size):
-            noise = self._noise(seed, PRIOR, range(start, min(start + self.batch_size, count)))
-            yield from self.decode(self.model.family.prior().sample(noise), **options)
+        read = self.inputs.conditions(None if condition is None else [condition], 1)
+        pairs = ((i, None if read is None else read[0]) for i in range(count))
+        return self._draw(pairs, seed, options)
+
+    def conditional_stream(
+        self, conditions: Iterable[str], count: int, *, seed: int, **options: Any
+    ) -> Iterator[tuple[Line, str]]:
+        """(condition, sentence of one z from its prior), one by one: `count` for each
+        condition of a stream.
+
+        Sample i has the same noise under every condition, whatever the other conditions
+        are.
+        """
+        self.inputs.check(conditions=True)
+        for lines, read in self.inputs.condition_stream(conditions, self.batch_size):
+            pairs = ((i, each) for each in read for i in range(count))
+            repeated = (line for line in lines for _ in range(count))
+            yield from zip(repeated, self._draw(pairs, seed, options), strict=True)
 
     def posterior_stream(
         self, lines: Iterable[Line], *, seed: int, **options: Any
@@ -204,37 +226,60 @@ class SentenceVAE:
         """(sentence, generated sentence of one z from its posterior), one by one."""
         done = 0
         for window in windows(lines, self.batch_size):
-            tokenized = self._tokenize([line.text for line in window])
-            self.counts.truncated += sum(truncated for _, truncated in tokenized)
-            rows = [ids for ids, _ in tokenized]
-            latent = self._encode(rows).sample(
+            inputs = self.inputs.of_lines(window)
+            latent = self._encode(inputs).sample(
                 self._noise(seed, LATENT, range(done, done + len(window)))
             )
             done += len(window)
-            yield from zip(window, self.decode(latent, **options), strict=True)
+            texts = self._decode(latent, _conditions_of(inputs), options)
+            yield from zip(window, texts, strict=True)
+
+    def _draw(
+        self, pairs: Iterable[tuple[int, list[int] | None]], seed: int, options: dict[str, Any]
+    ) -> Iterator[str]:
+        """Sentences of z from the prior, one for each pair of the number of its noise and
+        the ids of its condition."""
+        pairs = iter(pairs)
+        while part := list(islice(pairs, self.batch_size)):
+            numbers, conditions = zip(*part, strict=True)
+            read = None if conditions[0] is None else list(conditions)
+            latent = self._prior(read).sample(self._noise(seed, PRIOR, numbers))
+            yield from self._decode_batch(latent, read, options)
 
     # Paths and directions
 
     def interpolate(
-        self, a: str, b: str, *, steps: int = 8, path: str = "linear", **options: Any
+        self,
+        a: str,
+        b: str,
+        *,
+        steps: int = 8,
+        path: str = "linear",
+        condition: str | None = None,
+        **options: Any,
     ) -> list[str]:
         """`steps` sentences from `a` to `b`. The first and the last are their
         reconstructions.
 
         Args:
             path: linear or slerp (see `dsvae.generation.geometry`).
+            condition: of both, and of all sentences between them.
         """
         self._need_continuous("a path between two sentences")
         if steps < 2:
             raise UserError(f"steps is {steps}: a path needs at least 2, its two ends")
-        point = self.encode([a, b]).point
-        return self.decode(geometry.interpolate(point[0], point[1], steps, path), **options)
+        point = self.encode([a, b], repeated(condition, 2)).point
+        latent = geometry.interpolate(point[0], point[1], steps, path)
+        return self.decode(latent, repeated(condition, steps), **options)
 
-    def analogy(self, a: str, b: str, c: str, **options: Any) -> str:
-        """The sentence that is to `c` as `b` is to `a`, from z_b - z_a + z_c."""
+    def analogy(
+        self, a: str, b: str, c: str, *, condition: str | None = None, **options: Any
+    ) -> str:
+        """The sentence that is to `c` as `b` is to `a`, from z_b - z_a + z_c, all four
+        under one condition."""
         self._need_continuous("an analogy")
-        point = self.encode([a, b, c]).point
-        return self.decode(geometry.analogy(*point)[None], **options)[0]
+        point = self.encode([a, b, c], repeated(condition, 3)).point
+        return self.decode(geometry.analogy(*point)[None], repeated(condition), **options)[0]
 
     def traversal(
         self,
@@ -244,6 +289,7 @@ class SentenceVAE:
         steps: int | None = None,
         width: float | None = None,
         scale: str | None = None,
+        condition: str | None = None,
     ) -> tuple[list[dict[str, float]], Tensor]:
         """The posterior's point of a sentence with one unit of the latent moved.
 
@@ -255,6 +301,7 @@ class SentenceVAE:
             scale: of a dimension. prior (the default): it takes the values that the
                 prior has there, whatever the sentence. posterior: it moves about the
                 sentence's own value.
+            condition: of the sentence, and of the prior where it is learned.
 
         Returns: of each of the J places `offset` (in standard deviations) and `value`, or
             `category`; and z (J, Z).
@@ -270,7 +317,8 @@ class SentenceVAE:
                         f"{name} is for dimensions: this traversal goes over the categories of a "
                         f"variable, leave it out"
                     )
-            codes = self.model.family.codes(self.encode([text]).point[0], unit)
+            point = self.encode([text], repeated(condition)).point
+            codes = self.model.family.codes(point[0], unit)
             return [{"category": i} for i in range(len(codes))], codes
         steps = 7 if steps is None else steps
         width = 3.0 if width is None else width
@@ -282,9 +330,9 @@ class SentenceVAE:
         if scale not in SCALES:
             raise UserError(f"scale {scale!r} is not one of {', '.join(SCALES)}")
         offsets = torch.linspace(-width, width, steps)
-        posterior = self._encode(self._meant([text]) * steps)
+        posterior = self._encode(self.inputs.sentences([text], repeated(condition)) * steps)
         latent = posterior.point.clone()
-        about = posterior if scale == "posterior" else self.model.family.prior()
+        about = posterior if scale == "posterior" else self.prior(condition)
         latent[:, unit] = about.along(unit, offsets)[0]
         places = zip(offsets.tolist(), latent[:, unit].tolist(), strict=True)
         return [{"offset": offset, "value": value} for offset, value in places], latent
@@ -297,11 +345,14 @@ class SentenceVAE:
         steps: int | None = None,
         width: float | None = None,
         scale: str | None = None,
+        condition: str | None = None,
         **options: Any,
     ) -> list[str]:
         """The sentences of a `traversal`, whose settings it takes."""
-        _, latent = self.traversal(text, unit, steps=steps, width=width, scale=scale)
-        return self.decode(latent, **options)
+        _, latent = self.traversal(
+            text, unit, steps=steps, width=width, scale=scale, condition=condition
+        )
+        return self.decode(latent, repeated(condition, len(latent)), **options)
 
     def with_categories(self, latent: Tensor, categories: Mapping[int, int]) -> Tensor:
         """z (1, Z) with some of its variables set.
@@ -328,7 +379,9 @@ class SentenceVAE:
             latent = codes[category : category + 1]
         return latent
 
-    def attribute_vector(self, texts: Iterable[str], labels: Iterable[str], toward: str) -> Tensor:
+    def attribute_vector(
+        self, texts: Iterable[str | Record], labels: Iterable[str], toward: str
+    ) -> Tensor:
         """Mean latent of the sentences labelled `toward` minus that of all others, (Z,)
         float32 (Larsen et al. 2016).
 
@@ -345,7 +398,7 @@ class SentenceVAE:
         # Numbers and labels of the sentences that are read and not yet encoded.
         waiting: deque[tuple[int, str]] = deque()
 
-        def labelled() -> Iterator[str]:
+        def labelled() -> Iterator[str | Record]:
             for number, (text, label) in enumerate(zip_longest(texts, labels), 1):
                 if text is None or label is None:
                     more, fewer = (
@@ -375,10 +428,25 @@ class SentenceVAE:
             )
         return (sums[1] / counts[1] - sums[0] / counts[0]).float()
 
-    def edit(self, text: str, direction: Tensor, *, strength: float = 1.0, **options: Any) -> str:
+    def edit(
+        self,
+        text: str,
+        direction: Tensor,
+        *,
+        strength: float = 1.0,
+        condition: str | None = None,
+        **options: Any,
+    ) -> str:
         """The sentence of z + strength * direction (Z,), where z is the posterior mean of
         `text`."""
-        return self.decode(self.encode([text]).point + strength * direction, **options)[0]
+        point = self.encode([text], repeated(condition)).point
+        return self.decode(point + strength * direction, repeated(condition), **options)[0]
+
+    def _need_latent(self) -> None:
+        if self.model.config.injection == "none":
+            raise UserError(
+                "the model has no latent (injection none): it can only sample, with a condition"
+            )
 
     def _need_continuous(self, what: str) -> None:
         if not self.model.family.continuous:
@@ -388,6 +456,7 @@ class SentenceVAE:
             )
 
     def _check_unit(self, unit: int) -> None:
+        self._need_latent()
         family = self.model.family
         if not 0 <= unit < family.units:
             kind = "dimension" if family.continuous else "variable"
@@ -397,97 +466,67 @@ class SentenceVAE:
 
     # Batches
 
-    def _tokenize(self, texts: Sequence[str]) -> list[tuple[list[int], bool]]:
-        """For each text its ids, as in training, and whether they were truncated."""
-        return token_ids(texts, self.tokenizer, self.max_tokens)
+    @torch.no_grad()
+    def read(
+        self,
+        inputs: Sequence[Input],
+        name: str,
+        tag_labels: Sequence[Sequence[int]] | None = None,
+    ) -> list[Tensor]:
+        """What the encoder's heads make of N sentences, a row for each, on CPU.
 
-    def _meant(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of the sentences of a list. Raises UserError for one that cannot be
-        encoded whole."""
-        if isinstance(texts, str):
-            raise TypeError("give a list of sentences, not one string")
-        if not texts:
-            raise UserError("no sentences: give at least one")
-        for text in texts:
-            if not text.strip():
-                raise UserError("a sentence is blank: give one with words")
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise UserError(f"the sentence {text[:40]!r} is not UTF-8: convert it") from None
-        tokenized = self._tokenize([text.strip() for text in texts])
-        for text, (ids, truncated) in zip(texts, tokenized, strict=True):
-            if len(ids) == 1:
-                raise UserError(
-                    f"the tokenizer leaves nothing of the sentence {text!r}: give one with words"
-                )
-            if truncated:
-                raise UserError(
-                    f"the sentence {text.strip()[:40]!r}... is longer than max_tokens "
-                    f"({self.max_tokens}): shorten it, or raise --max_tokens"
-                )
-        return [ids for ids, _ in tokenized]
+        Args:
+            name: of the field of `T5VAEOutput`.
+            tag_labels: as the model reads them, of each sentence.
+        """
+        self._need_latent()
+        rows: list[Tensor] = [torch.empty(0)] * len(inputs)
+        pad, device = self.model.config.pad_token_id, self.model.device
+        for part in by_length(inputs, self.batch_size):
+            ids, mask = padded([inputs[i].ids for i in part], pad, device)
+            given = self._condition(_conditions_of([inputs[i] for i in part]))
+            if tag_labels is not None:
+                given["tag_labels"], _ = padded([tag_labels[i] for i in part], IGNORE, device)
+            out = self.model(ids, mask, encode_only=True, **given)
+            for i, row in zip(part, out[name].cpu(), strict=True):
+                rows[i] = row
+        return rows
 
-    def _rows_of_stream(self, texts: Iterable[str]) -> Iterator[tuple[list[Line], list[list[int]]]]:
-        """(sentences, their ids), window by window."""
+    def _encode(self, inputs: Sequence[Input]) -> Distribution:
+        return self.model.family.of(torch.stack(self.read(inputs, "posterior_parameters")))
 
-        def skipped() -> None:
-            self.counts.blank += 1
-
-        for window in windows(not_blank(texts, skipped), self.batch_size):
-            kept, rows = [], []
-            for line, (ids, truncated) in zip(
-                window, self._tokenize([line.text for line in window]), strict=True
+    def _reconstruct(self, inputs: Sequence[Input], options: dict[str, Any]) -> list[str]:
+        point = self._encode(inputs).point
+        texts = [""] * len(inputs)
+        for part in by_length(inputs, self.batch_size):
+            conditions = _conditions_of([inputs[i] for i in part])
+            for i, text in zip(
+                part, self._decode_batch(point[part], conditions, options), strict=True
             ):
-                if len(ids) == 1:  # nothing but EOS; training skips it, too
-                    skipped()
-                    continue
-                kept.append(line)
-                rows.append(ids)
-                self.counts.truncated += truncated
-            if kept:
-                self.counts.sentences += len(kept)
-                yield kept, rows
-
-    def _by_length(self, rows: list[list[int]]) -> Iterator[list[int]]:
-        """Indices of rows, a batch at a time, longest first. Rows of similar length need
-        little padding, and their sentences end at about the same time."""
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size]
-
-    def _encode(self, rows: list[list[int]]) -> Distribution:
-        parameters: list[Tensor] = [torch.empty(0)] * len(rows)
-        for part in self._by_length(rows):
-            for i, row in zip(
-                part, self._encode_batch([rows[i] for i in part]).parameters.cpu(), strict=True
-            ):
-                parameters[i] = row
-        return self.model.family.of(torch.stack(parameters))
-
-    def _reconstruct(self, rows: list[list[int]], options: dict[str, Any]) -> list[str]:
-        texts = [""] * len(rows)
-        for part in self._by_length(rows):
-            point = self._encode_batch([rows[i] for i in part]).point
-            for i, text in zip(part, self._decode_batch(point, options), strict=True):
                 texts[i] = text
         return texts
 
     @torch.no_grad()
-    def _encode_batch(self, rows: list[list[int]]) -> Distribution:
-        ids = pad_sequence(
-            [torch.tensor(row) for row in rows],
-            batch_first=True,
-            padding_value=self.model.config.pad_token_id,
-        )
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return self.model.encode(ids.to(self.model.device), mask.to(self.model.device))
+    def _prior(self, conditions: list[list[int]] | None) -> Distribution:
+        return self.model.prior(**self._condition(conditions)).to("cpu")
 
-    def _decode_batch(self, latent: Tensor, options: dict[str, Any]) -> list[str]:
+    def _decode(
+        self, latent: Tensor, conditions: list[list[int]] | None, options: dict[str, Any]
+    ) -> list[str]:
+        texts = []
+        for start in range(0, len(latent), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            own = None if conditions is None else conditions[part]
+            texts += self._decode_batch(latent[part], own, options)
+        return texts
+
+    def _decode_batch(
+        self, latent: Tensor, conditions: list[list[int]] | None, options: dict[str, Any]
+    ) -> list[str]:
         try:
             ids = self.model.generate(
                 latent=latent.to(self.model.device),
+                **self._condition(conditions),
                 **{"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **options},
             )
         except (ValueError, TypeError) as error:
@@ -501,6 +540,13 @@ class SentenceVAE:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
+    def _condition(self, conditions: list[list[int]] | None) -> dict[str, Tensor]:
+        """What the model takes for the conditions of a batch."""
+        if conditions is None:
+            return {}
+        ids, mask = padded(conditions, self.model.config.pad_token_id, self.model.device)
+        return {"condition_ids": ids, "condition_mask": mask}
+
     def _noise(self, seed: int, purpose: int, numbers: Iterable[int]) -> Tensor:
         """Standard normal noise of samples by their numbers, (N, E). Each has its own
         stream, whatever the batch."""
@@ -509,6 +555,11 @@ class SentenceVAE:
             generator(seed, purpose, 0, i).standard_normal(width, dtype=np.float32) for i in numbers
         ]
         return torch.from_numpy(np.stack(rows))
+
+
+def _conditions_of(inputs: Sequence[Input]) -> list[list[int]] | None:
+    found = [each.condition for each in inputs if each.condition is not None]
+    return found or None
 
 
 def check_seed(seed: int | None) -> int:

@@ -25,6 +25,7 @@ def session(
     options: Mapping[str, Any] | None = None,
     seed: int | None = None,
     draws: bool = False,
+    conditions: bool = False,
 ) -> Iterator[tuple[SentenceVAE, int]]:
     """A model and the seed of its random numbers.
 
@@ -34,9 +35,11 @@ def session(
         seed: None draws a fresh one.
         draws: whether something besides the tokens is random. A fresh seed is printed
             wherever anything is random.
+        conditions: whether the sentences have conditions.
 
     Raises:
-        UserError: as `SentenceVAE.from_pretrained`, or a mistake in the other arguments.
+        UserError: as `SentenceVAE.from_pretrained`, or a mistake in the other arguments,
+            or conditions are missing or not read.
     """
     options = options or {}
     check(options)
@@ -45,6 +48,7 @@ def session(
     vae = SentenceVAE.from_pretrained(
         model_dir, device=device, batch_size=batch_size, max_tokens=max_tokens
     )
+    vae.inputs.check(conditions)
     chosen = check_seed(seed)
     if seed is None and (draws or options.get("do_sample")):
         say(f"seed {chosen} (--seed {chosen} repeats this)")
@@ -55,6 +59,11 @@ def session(
         say(f"{counts.blank} blank sentences skipped")
     if counts.truncated:
         say(f"{counts.truncated} sentences truncated to {max_tokens} tokens (--max_tokens)")
+    if counts.conditions_truncated:
+        say(
+            f"{counts.conditions_truncated} conditions truncated to {max_tokens} tokens "
+            f"(--max_tokens)"
+        )
     if counts.unfinished:
         say(f"{counts.unfinished} generated sentences cut before their end (--max_new_tokens)")
 

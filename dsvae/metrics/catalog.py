@@ -34,6 +34,7 @@ class Place(Flag):
 
 
 NOWHERE, SUMMARY, COLUMN, MAIN = Place(0), Place.SUMMARY, Place.COLUMN, Place.MAIN
+SHOWN = SUMMARY | COLUMN
 NO_CHART, PROGRESS, SPEED = Place.NO_CHART, Place.PROGRESS, Place.SPEED
 
 
@@ -83,6 +84,16 @@ def _output(
 ) -> Metric:
     """A metric of what a model puts out, with or without a latent."""
     return Metric(name, unit, meaning, better, places, exact=meaning)
+
+
+def _score_of(
+    name: str,
+    meaning: str,
+    places: Place = SUMMARY,
+    better: Literal["lower", "higher"] | None = "higher",
+) -> Metric:
+    """A score in [0, 1] of the heads, with or without a latent."""
+    return Metric(name, "0-1", meaning, better, places, exact=meaning)
 
 
 def _score(name: str, meaning: str) -> Metric:
@@ -176,6 +187,8 @@ METRICS: tuple[Metric, ...] = (
         Metric("bits_per_byte_iw", "bits", "bits per byte from nll_iw (an upper bound)", "lower"),
     ),
     Metric("beta", "", "weight of the KL term", None, PROGRESS),
+    Metric("class_nats", NATS, "-log p(label|x), 0 without a label", "lower", PROGRESS),
+    Metric("tag_nats", NATS, "-log p(tags|x), 0 without tags", "lower", PROGRESS),
     *_section(
         "Information in z",
         Metric(
@@ -201,12 +214,12 @@ METRICS: tuple[Metric, ...] = (
         Metric(
             "au",
             "units",
-            "active: Var[E q(z|x)] > 0.01",
+            "units whose activity exceeds 0.01",
             "higher",
             SUMMARY | COLUMN | MAIN,
             latent=True,
         ),
-        Metric("latent_dim", "units", "dimensions of z", None, NO_CHART),
+        Metric("latent_dim", "units", "dimensions or variables of z", None, NO_CHART),
         Metric(
             "hoyer",
             "0-1",
@@ -282,8 +295,12 @@ METRICS: tuple[Metric, ...] = (
         ),
     ),
     *_section(
-        "Generated sentences",
+        "Generated sentences (greedy, z from the prior)",
         _output("adherence", "share", "outputs that say what their condition says", "higher"),
+        _output("adherence_classifier", "share", "of texts that adherence's classifier gets right"),
+        _output("triples", "", "choices of tense, polarity, type per condition, mean", "higher"),
+        _output("conditions", "", "different conditions", None, NO_CHART),
+        _output("outputs", "", "generated sentences", None, NO_CHART),
         _output("distinct_1", "share", "different words of all words, outputs pooled", "higher"),
         _output("distinct_2", "share", "different word pairs of all pairs, pooled", "higher"),
         _output("self_bleu", "0-100", "BLEU of an output against all others", "lower"),
@@ -303,25 +320,32 @@ METRICS: tuple[Metric, ...] = (
     ),
     *_section(
         "Clusters against the labels",
-        _output("b3_precision", "0-1", "share of a sentence's cluster with its label", "higher"),
-        _output("b3_recall", "0-1", "share of a sentence's label in its cluster", "higher"),
-        _output("b3_f1", "0-1", "harmonic mean of the two", "higher", COLUMN),
-        _output("homogeneity", "0-1", "1 - H(label given cluster) / H(label)", "higher"),
-        _output("completeness", "0-1", "1 - H(cluster given label) / H(cluster)", "higher"),
-        _output("v_measure", "0-1", "harmonic mean of the two", "higher", COLUMN),
-        _output("ari", "", "adjusted Rand index: 0 for random clusters, 1 at most", "higher"),
+        _score_of("b3_precision", "share of a sentence's cluster with its label"),
+        _score_of("b3_recall", "share of a sentence's label in its cluster"),
+        _score_of("b3_f1", "harmonic mean of b3_precision and b3_recall", SHOWN | MAIN),
+        _score_of("b3_f1_one_cluster", "b3_f1 if all were in one cluster", SHOWN, None),
+        _score_of("b3_f1_random", "b3_f1 of random clusters of these sizes", SHOWN, None),
+        _score_of("homogeneity", "1 - H(label given cluster) / H(label)", NOWHERE),
+        _score_of("completeness", "1 - H(cluster given label) / H(cluster)", NOWHERE),
+        _score_of("v_measure", "harmonic mean of homogeneity and completeness", SHOWN),
+        _score_of("v_measure_random", "v_measure of random clusters (of one: 0)", SHOWN, None),
+        _score_of("ari", "adjusted Rand index: 0 for random clusters and for one", SHOWN),
+        _output("clusters_used", "", "clusters that a sentence is in", None, SUMMARY),
+        _output("label_values", "", "different labels", None, NO_CHART),
     ),
     *_section(
         "Classes and tags",
-        _output("class_accuracy", "share", "sentences with the right class", "higher", COLUMN),
-        _output("class_majority", "share", "the same for the commonest class", None),
-        _output("class_macro_f1", "0-1", "F1 of each class, mean over the classes", "higher"),
-        _output("class_f1", "0-1", "F1 of the class that is asked for", "higher"),
-        _output("entity_precision", "share", "predicted entities that are right", "higher"),
-        _output("entity_recall", "share", "true entities that are found", "higher"),
-        _output("entity_f1", "0-1", "harmonic mean of the two (strict IOB2)", "higher", COLUMN),
-        _output("entities", "", "true entities", None, NO_CHART),
+        _score_of("class_accuracy", "sentences with the right class", SHOWN | MAIN),
+        _score_of("class_majority", "the same for the commonest class", SHOWN | NO_CHART, None),
+        _score_of("class_macro_f1", "F1 of each class, mean over the classes", SHOWN),
+        _score_of("class_f1", "F1 of the class that is asked for"),
+        _score_of("entity_precision", "predicted entities that are right"),
+        _score_of("entity_recall", "true entities that are found"),
+        _score_of("entity_f1", "harmonic mean of the two (strict IOB2)", SHOWN | MAIN),
+        _output("entities", "", "true entities", None, SUMMARY | NO_CHART),
         _output("entities_predicted", "", "predicted entities"),
+        _output("labelled", "", "sentences with a label", None, NO_CHART),
+        _output("tagged", "", "sentences with tags", None, NO_CHART),
     ),
     *_section(
         "Text",
@@ -332,6 +356,8 @@ METRICS: tuple[Metric, ...] = (
         _count("truncated", "sentences cut to max_tokens"),
         _count("unk", "tokens outside the vocabulary"),
         _count("skipped_blank", "blank lines"),
+        _count("conditions_truncated", "conditions cut to max_tokens"),
+        _count("tags_truncated", "tags cut off with their words"),
     ),
     Metric("samples", "", "z drawn per sentence for rec", None, NO_CHART),
     Metric("kl_per_dim", "nats", "kl per unit of z", latent=True),
@@ -361,6 +387,10 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "kl and mi": ("valid/kl", "main/mi"),
         "active units": ("main/au",),
     },
+    "labels": {
+        "-log p of labels and tags, training": ("main/class_nats", "main/tag_nats"),
+        "scores of heads, validation": ("main/class_accuracy", "main/entity_f1", "main/b3_f1"),
+    },
     "speed": {
         "tokens per second, all ranks": ("speed/tokens_per_s",),
         "model FLOP/s, rank 0": ("speed/flops_per_s",),
@@ -368,7 +398,8 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "MFU, rank 0": ("speed/mfu",),
     },
 }
-"""TensorBoard's CUSTOM SCALARS: category -> title of a chart -> the tags in it."""
+"""TensorBoard's CUSTOM SCALARS: category -> title of a chart -> the tags in it. "does z
+matter" is for runs with a latent, and "labels" for those with labels or tags."""
 
 
 def entry(name: str) -> Metric:

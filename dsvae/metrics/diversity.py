@@ -14,6 +14,7 @@ reports these numbers says it. All of them also depend on the number of outputs.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ from dsvae.metrics import likelihood
 
 SELF_BLEU_OUTPUTS = 500
 """Outputs that self-BLEU is measured on: it grows with their number."""
+
+ORDER = 4
+"""The most words of an n-gram of BLEU."""
 
 _BLEU = BLEU(tokenize="none", smooth_method="exp", effective_order=True, force=True)
 
@@ -58,7 +62,7 @@ def of_outputs(outputs: Sequence[str], seed: int) -> dict[str, Any]:
         "self_bleu": average,
         "self_bleu_max": max(scores, default=math.nan),
         "self_bleu_min": min(scores, default=math.nan),
-        "self_bleu_outputs": float(len(chosen)),
+        "self_bleu_outputs": len(chosen),
         "se": {"self_bleu": error},
     }
 
@@ -132,7 +136,51 @@ def self_bleu(texts: Sequence[str]) -> list[float]:
     100: lower is more diverse. No scores for fewer than two texts."""
     if len(texts) < 2:
         return []
-    return [bleu(text, [*texts[:i], *texts[i + 1 :]]) for i, text in enumerate(texts)]
+    # BLEU of `bleu`, from the counts of all texts at once: what matches of an n-gram is at
+    # most its largest count in another text.
+    counts = [_ngrams(text.split()) for text in texts]
+    lengths = sorted(len(text.split()) for text in texts)
+    largest: dict[tuple[str, ...], list[int]] = {}
+    for each in counts:
+        for gram, count in each.items():
+            largest[gram] = sorted((*largest.get(gram, (0, 0)), count))[-2:]
+    return [
+        _self_bleu(text.split(), each, largest, lengths)
+        for text, each in zip(texts, counts, strict=True)
+    ]
+
+
+def _self_bleu(
+    words: list[str],
+    counts: Counter[tuple[str, ...]],
+    largest: dict[tuple[str, ...], list[int]],
+    lengths: list[int],
+) -> float:
+    """The BLEU of one of several texts against the others.
+
+    Args:
+        counts: of its n-grams.
+        largest: of each n-gram, the second largest and the largest count in a text.
+        lengths: of all texts, in words.
+    """
+    correct = [0] * ORDER
+    for gram, count in counts.items():
+        second, first = largest[gram]
+        correct[len(gram) - 1] += min(count, second if count == first else first)
+    total = [max(0, len(words) - n) for n in range(ORDER)]
+    others = list(lengths)
+    others.remove(len(words))
+    closest = min(others, key=lambda length: (abs(length - len(words)), length))
+    return BLEU.compute_bleu(
+        correct, total, len(words), closest, smooth_method="exp", effective_order=True
+    ).score
+
+
+def _ngrams(words: list[str]) -> Counter[tuple[str, ...]]:
+    """How often each n-gram of up to `ORDER` words occurs."""
+    return Counter(
+        tuple(words[i : i + n]) for n in range(1, ORDER + 1) for i in range(len(words) - n + 1)
+    )
 
 
 def bleu(text: str, references: Sequence[str]) -> float:

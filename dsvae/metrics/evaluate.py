@@ -34,6 +34,9 @@ NO_USE = 0.01
 """The decoder does not use z if another text's z costs less than this share of rec, with
 three standard errors added."""
 
+OF_ONE_PRIOR = ("mi", "mi_upper", "mi_cap", "marginal_kl")
+"""Metrics that compare all posteriors with one prior."""
+
 LOW_ESS = 0.25
 """The effective sample size of the importance-weighted bound is small below this share
 of its samples."""
@@ -55,7 +58,8 @@ class Measured:
     mi_terms: information.Terms
     """Of these J sentences."""
     mi_posteriors: int
-    """P, the posteriors in the aggregate."""
+    """P, the posteriors in the aggregate; 0 where there is none, since priors differ by
+    sentence."""
     rec_shuffled: Tensor
     """(N,) float64: -log p(x|z) under the z of another text; NaN if there is none."""
     rec_prior: Tensor
@@ -104,8 +108,8 @@ def evaluate(
     """
     options: dict[str, Any] = {"token_budget": token_budget, "seed": seed, "kept": kept}
     measured = measure(model, split, world, samples=samples, more=more, **options)
-    metrics = summarize(measured, split)
     config = model.config
+    metrics = summarize(measured, split)
     add(metrics, of_heads(measured.encoded, split, config.classes, config.tags, seed))
     if iw_samples and model.config.latent_dim:
         options["count"] = iw_samples
@@ -148,7 +152,7 @@ def measure(
     # subset, which is the same in every order of the file.
     chosen = torch.from_numpy(np.argsort(keys)[: information.POSTERIORS])
     # Against priors that differ by sentence, I(x; z) and the marginal KL say nothing.
-    one_prior = len(prior.parameters) == 1
+    one_prior = model.config.prior == "fixed"
     parameters = posterior.parameters[chosen]
     room = information.POSTERIORS - len(chosen)
     if more is not None and family.units and room and one_prior:
@@ -161,7 +165,7 @@ def measure(
         kl=posterior.kl(prior).double(),
         mi_rows=rows,
         mi_terms=mutual_information(family.of(parameters), first[rows], world),
-        mi_posteriors=len(parameters),
+        mi_posteriors=len(parameters) if one_prior else 0,
         rec_shuffled=torch.full((len(split),), math.nan).double()
         if other is None
         else rec_of(first[other]),
@@ -173,7 +177,10 @@ def measure(
 
 
 def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
-    """The metrics of the results of `measure` on `split`."""
+    """The metrics of the results of `measure` on `split`.
+
+    `undefined` says why a metric is null that a model of this kind cannot have.
+    """
     kl = measured.kl.sum(1)
     bound = likelihood.elbo(measured.log_px_z, kl)
     means = {
@@ -193,9 +200,13 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
     # kl = I(x; z) + KL(q(z) || p(z)) is an upper bound too
     if len(measured.mi_rows) and not value["mi_upper"] < value["kl"]:
         value["mi_upper"], se["mi_upper"] = value["kl"], se["kl"]
-    cap = math.log(measured.mi_posteriors)
+    cap = math.log(measured.mi_posteriors) if measured.mi_posteriors else math.nan
     if near_cap(value["mi"], cap) or not measured.posterior.kl_of_z:
         value["marginal_kl"] = se["marginal_kl"] = math.nan
+    undefined = {}
+    if not measured.mi_posteriors:
+        reason = "undefined against a prior that differs by sentence"
+        undefined["undefined"] = dict.fromkeys(OF_ONE_PRIOR, reason)
     units, units_se = likelihood.per_unit(-bound, split)
     return {
         **value,
@@ -213,6 +224,7 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
         "bytes": int(split.bytes.sum()),
         "truncated": int(split.truncated.sum()),
         "se": se | units_se,
+        **undefined,
     }
 
 
@@ -321,6 +333,8 @@ def warnings_of(metrics: dict[str, Any], measured: Measured) -> list[str]:
 def add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
     """Adds metrics, with their standard errors under `se`."""
     metrics["se"] |= more.pop("se")
+    if reasons := more.pop("undefined", None):
+        metrics["undefined"] = metrics.get("undefined", {}) | reasons
     metrics |= more
 
 

@@ -28,11 +28,18 @@ def of_heads(
     Args:
         classes, tags: the names of the model's heads.
         seed: of the random clusters beside the model's.
+
+    Returns: those of `of_classes`, `agreement` and `of_entities`; `labelled` and
+        `tagged`, the sentences with a label and with tags; for clusters also
+        `clusters_used`, `label_values` (how many different ones there are), and the
+        scores of clusterings that read nothing: `b3_f1_one_cluster`, `b3_f1_random`,
+        `v_measure_random`.
     """
     metrics: dict[str, Any] = {"se": {}}
     labels = split.class_labels
     if labels is not None and (labels != IGNORE).any():
         has = labels != IGNORE
+        metrics["labelled"] = int(has.sum())
         if encoded.class_logits is not None:
             true, predicted = (
                 [classes[i] for i in each]
@@ -41,7 +48,15 @@ def of_heads(
             _add(metrics, of_classes(true, predicted))
         if encoded.clusters is not None:
             clusters = _best(encoded.clusters)[has]
-            _add(metrics, of_clusters(labels[has].tolist(), clusters.tolist(), seed))
+            found = of_clusters(labels[has].tolist(), clusters.tolist(), seed)
+            one, shuffled = found.pop("one_cluster"), found.pop("random")
+            del found["sentences"]
+            found["label_values"] = found.pop("classes")
+            found["clusters_used"] = found.pop("clusters")
+            found["b3_f1_one_cluster"] = one["b3_f1"]
+            found["b3_f1_random"] = shuffled["b3_f1"]
+            found["v_measure_random"] = shuffled["v_measure"]
+            _add(metrics, found)
     if encoded.tags is not None:
         rows = split.tags(range(len(split)))
         assert rows is not None  # the pass had them
@@ -50,6 +65,7 @@ def of_heads(
             for row, found in zip(rows, encoded.tags.numpy(), strict=True)
         ]
         names = [[[tags[i] for i in each] for each in pair] for pair in pairs if len(pair[0])]
+        metrics["tagged"] = len(names)
         _add(metrics, of_entities([true for true, _ in names], [found for _, found in names]))
     return metrics
 

@@ -1,4 +1,4 @@
-"""Reconstruction: the greedy decoding of the posterior mean of a sentence."""
+"""Greedy decoding of z; of the posterior's point of a sentence: its reconstruction."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from dsvae.data.batches import evaluation_batches
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.metrics import likelihood
+from dsvae.metrics.passes import batch_of
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.world import World
 
 
-@torch.no_grad()
 def reconstruct(
     model: T5VAE,
     split: TokenizedSplit,
@@ -29,21 +29,52 @@ def reconstruct(
     token_budget: int,
     max_tokens: int,
 ) -> list[NDArray[np.int64]]:
+    """What `greedy` makes of z (N, Z) of the N sentences of a split, under their own
+    conditions where the decoder reads any. Collective."""
+    lengths = split.lengths
+    if model.config.conditional and split.condition_lengths is not None:
+        lengths = np.maximum(lengths, split.condition_lengths)
+    limits = {"token_budget": token_budget, "max_tokens": max_tokens}
+    return greedy(model, latent, lengths, world, split, **limits)
+
+
+@torch.no_grad()
+def greedy(
+    model: T5VAE,
+    latent: Tensor,
+    lengths: NDArray[np.int32],
+    world: World,
+    split: TokenizedSplit | None = None,
+    *,
+    token_budget: int,
+    max_tokens: int,
+) -> list[NDArray[np.int64]]:
     """The greedy decoding of z (N, Z): N arrays of token ids (T_i,), which end with EOS
-    if it came within `max_tokens`. Collective."""
+    if it came within `max_tokens`. Collective.
+
+    Args:
+        lengths: (N,), the tokens that are expected of each.
+        split: has the N conditions of a conditional model.
+    """
     training = model.training
     model.eval()
     eos = model.config.eos_token_id
     # 1 + token id, and 0 for no token: the sum over the ranks joins the rows of all.
-    ids = torch.zeros(len(split), max_tokens, dtype=torch.int32, device=world.device)
-    # Batches of similar length, so that few rows wait for the longest. A reconstruction
-    # may be as long as `max_tokens`.
-    lengths = np.maximum(split.lengths, max_tokens // 4)
+    ids = torch.zeros(len(latent), max_tokens, dtype=torch.int32, device=world.device)
+    # Batches of similar length, so that few rows wait for the longest. A text may become
+    # as long as `max_tokens`.
+    lengths = np.maximum(lengths, max_tokens // 4)
     for indices, weight in evaluation_batches(
         lengths, token_budget=token_budget, rank=world.rank, world_size=world.size
     ):
+        condition: dict[str, Tensor | None] = {}
+        if split is not None and model.config.conditional:
+            batch = batch_of(model, split, indices).to(world.device)
+            condition["condition_ids"] = batch.condition_ids
+            condition["condition_mask"] = batch.condition_mask
         decoded = model.generate(
             latent=latent[indices].to(world.device),
+            **condition,
             max_new_tokens=max_tokens,
             do_sample=False,
             num_beams=1,

@@ -51,8 +51,8 @@ def of_entities(
     ratios = ("precision", "recall", "f1")
     return {
         **{f"entity_{name}": scores[name] for name in ratios},
-        "entities": scores["true"],
-        "entities_predicted": scores["predicted"],
+        "entities": int(scores["true"]),
+        "entities_predicted": int(scores["predicted"]),
         "entity_types": types,
         "se": {f"entity_{name}": errors[name] for name in ratios},
     }

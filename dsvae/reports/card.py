@@ -6,63 +6,34 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from dsvae.config import RunConfig
+from dsvae.reports.card_use import use
 from dsvae.reports.table import result_table
 
-USE = """## Use
-
-```python
-from dsvae import T5VAE
-from transformers import AutoTokenizer
-
-model, tokenizer = T5VAE.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
-batch = tokenizer(["a sentence to encode"], return_tensors="pt", padding=True)
-z = model.encode(batch.input_ids, batch.attention_mask).mean
-print(tokenizer.batch_decode(model.generate(latent=z, max_new_tokens=40), skip_special_tokens=True))
-```
-
-```bash
-dsvae evaluate DIR --test_file test.txt    # metrics with standard errors; report.html
-dsvae sample DIR -n 20
-dsvae reconstruct DIR sentences.txt
-dsvae interpolate DIR "one sentence" "another" --steps 8
-```
-"""
-
-USE_OF_A_LANGUAGE_MODEL = """## Use
-
-```python
-import torch
-from dsvae import T5VAE
-from transformers import AutoTokenizer
-
-model, tokenizer = T5VAE.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
-ids = tokenizer("a sentence to score", return_tensors="pt").input_ids
-logits = model(labels=ids, latent=torch.zeros(1, 0)).logits
-log_p = logits.log_softmax(-1).gather(-1, ids[..., None]).sum()
-sampled = model.generate(latent=torch.zeros(4, 0), do_sample=True, max_new_tokens=40)
-print(log_p.item(), tokenizer.batch_decode(sampled, skip_special_tokens=True))
-```
-
-```bash
-dsvae evaluate DIR --test_file test.txt          # its perplexity, with standard errors; report.html
-```
-"""
+SHOWN_NAMES = 20
+"""The most classes or tags that are listed."""
 
 
 def write_card(
     path: Path,
     config: RunConfig,
+    model: PreTrainedConfig,
     metrics: dict[str, Any],
     pairs: list[tuple[str, str]],
     prior: list[str],
 ) -> None:
-    """Writes the model card (README.md with the hub's metadata) of a finished run;
-    `pairs` and `prior` are text samples from `dsvae.metrics.text`."""
+    """Writes the model card (README.md with the hub's metadata) of a finished run.
+
+    Args:
+        model: the configuration of its model.
+        pairs, prior: text samples from `dsvae.metrics.text`.
+    """
     phases = {"all": "phase 1 and phase 2", "1": "phase 1", "2": "phase 2"}[config.phase]
-    draws = f" {metrics['samples']} sample(s) of z," if _has_latent(config) else ""
+    draws = f" {metrics['samples']} sample(s) of z," if model.latent_dim else ""
     path.write_text(
-        f"""{_head(config, phases)}
+        f"""{_head(config, model, phases)}
 
 ## Measured
 
@@ -73,21 +44,27 @@ computed in {metrics["precision"]}.
 {result_table("test", metrics)}
 ```
 
-{_use(config)}
+{use(model, config.data)}
 ## Samples
 
-{_samples(config, pairs, prior)}
+{_samples(model, pairs, prior)}
 """,
         encoding="utf-8",
     )
 
 
 def write_checkpoint_card(
-    path: Path, config: RunConfig, phase: int, step: int, valid: float | None
+    path: Path,
+    config: RunConfig,
+    model: PreTrainedConfig,
+    phase: int,
+    step: int,
+    valid: float | None,
 ) -> None:
     """Writes the model card of a checkpoint's model.
 
     Args:
+        model: the configuration of the model.
         step: optimizer steps done in that phase.
         valid: rec (phase 1) or rec + kl (phase 2) on validation text in nats per
             sentence; None if it was not measured at this step.
@@ -98,15 +75,15 @@ def write_checkpoint_card(
     if valid is not None:
         value = f"{'rec' if phase == 1 else 'rec + kl'} {valid:.2f} nats per sentence"
     path.write_text(
-        f"""{_head(config, trained)}
+        f"""{_head(config, model, trained)}
 - validation text: {value}
 
-{_use(config)}""",
+{use(model, config.data)}""",
         encoding="utf-8",
     )
 
 
-def _head(config: RunConfig, trained: str) -> str:
+def _head(config: RunConfig, model: PreTrainedConfig, trained: str) -> str:
     """The metadata for the hub, and what the model is."""
     base = config.model.name or "a new T5 from its configuration"
     data = config.data.train_file or config.data.dataset or "dsvae's built-in corpus"
@@ -114,14 +91,15 @@ def _head(config: RunConfig, trained: str) -> str:
     about = f"""A T5 as a variational autoencoder of sentences, finetuned with dsvae
 {version("dsvae")} after Park & Lee 2021
 (*Finetuning Pretrained Transformers into Variational Autoencoders*)."""
-    latent = (
-        f"latent dimensions {config.model.latent_dim}, pooling {config.model.pooling}, "
-        f"injection\n  {config.model.injection}"
-    )
-    if not _has_latent(config):
-        tag, title, latent = "text-generation", "A language model", "no latent (injection none)"
+    if not model.latent_dim and model.conditional:
+        tag, title = "text-generation", "From a condition to a sentence"
+        about = f"""A T5 from a condition to a sentence, trained with dsvae
+{version("dsvae")}: the baseline for the perplexities of a conditional sentence VAE."""
+    elif not model.latent_dim:
+        tag, title = "text-generation", "A language model"
         about = f"""The decoder of a T5 alone, trained as a language model with dsvae
 {version("dsvae")}: the baseline for the perplexities of a sentence VAE."""
+    lines = "\n".join(f"- {line}" for line in _parts(model))
     return f"""---
 library_name: transformers
 tags:
@@ -135,27 +113,60 @@ tags:
 
 - from: {base}
 - data: {data}
-- trained: {trained}; {latent}"""
+- trained: {trained}
+{lines}"""
 
 
-def _has_latent(config: RunConfig) -> bool:
-    return config.model.injection != "none"
+def _parts(model: PreTrainedConfig) -> list[str]:
+    """The latent, the prior, the condition and the heads, one line each."""
+    if model.latent_dim:
+        lines = [f"latent: {_latent(model)}; pooling {model.pooling}, injection {model.injection}"]
+    else:
+        lines = ["no latent (injection none)"]
+    if model.conditional:
+        reads = "the condition and the sentence" if model.latent_dim else "the condition"
+        lines.append(f"condition: the decoder reads it; the encoder reads {reads}")
+        if model.latent_dim:
+            learned = model.prior == "learned"
+            lines.append(
+                "prior: learned, p(z|c) of the condition c"
+                if learned
+                else "prior: fixed, the same for every condition"
+            )
+    elif model.posterior_reads == "condition":
+        lines.append("condition: the encoder reads it and no sentence; the decoder reads z alone")
+    heads = [f"{model.clusters} clusters"] if model.clusters else []
+    for kind, names in (("classes", model.classes), ("tags", model.tags)):
+        if names:
+            shown = ", ".join(names[:SHOWN_NAMES])
+            more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+            heads.append(f"{kind} {shown}{more}")
+    return [*lines, f"heads: {'; '.join(heads)}"] if heads else lines
 
 
-def _use(config: RunConfig) -> str:
-    return USE if _has_latent(config) else USE_OF_A_LANGUAGE_MODEL
+def _latent(model: PreTrainedConfig) -> str:
+    """The family and its size."""
+    units = model.latent_dim
+    if model.family == "categorical":
+        return f"{units} categorical variables of {model.categories} values"
+    if model.family == "spike_slab":
+        a, b = model.spike_prior
+        return f"{units} dimensions, spike and slab, prior Beta({a:g}, {b:g})"
+    return f"{units} dimensions, Gaussian"
 
 
-def _samples(config: RunConfig, pairs: list[tuple[str, str]], prior: list[str]) -> str:
+def _samples(model: PreTrainedConfig, pairs: list[tuple[str, str]], prior: list[str]) -> str:
     reconstructions = "\n".join(f"- `{_code(a)}`\n  `{_code(b)}`" for a, b in pairs)
     sentences = "\n".join(f"- `{_code(text)}`" for text in prior)
-    if not _has_latent(config):
-        return f"The sentence that it decodes greedily:\n\n{sentences}"
-    return f"""Test sentences, each followed by the greedy reconstruction from its posterior mean:
+    after = ", each after its condition" if model.conditional else ""
+    if not model.latent_dim:
+        one = "The sentence that it decodes greedily"
+        return f"{f'Greedy sentences{after}' if after else one}:\n\n{sentences}"
+    return f"""Test sentences, each followed by its greedy reconstruction:
 
 {reconstructions}
 
-Greedy sentences with z from the prior:
+Greedy sentences with z from the prior{after}:
 
 {sentences}"""
 

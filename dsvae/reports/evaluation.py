@@ -15,17 +15,18 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dsvae import pretrained
 from dsvae.config import DataConfig
 from dsvae.data import grammar
 from dsvae.data.noise import LATENT
+from dsvae.data.records import Columns
 from dsvae.errors import UserError
 from dsvae.files import make_writable, write_json
 from dsvae.generation.sentence_vae import check_seed
-from dsvae.metrics import passes
+from dsvae.metrics import generated, passes
 from dsvae.metrics.disentanglement import disentanglement
 from dsvae.metrics.evaluate import (
     Measured,
@@ -37,10 +38,11 @@ from dsvae.metrics.evaluate import (
     warnings_of,
 )
 from dsvae.metrics.information import active_unit_curve
+from dsvae.metrics.labelled import of_heads
 from dsvae.metrics.probes import probe
 from dsvae.metrics.reconstruction import compare, reconstruct
 from dsvae.metrics.text import samples as text_samples
-from dsvae.modeling.families import ACTIVE, Distribution, Family
+from dsvae.modeling.families import ACTIVE, Distribution
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.world import World, joined
 from dsvae.reports import sentences
@@ -79,6 +81,9 @@ def evaluate_model(
     text_column: str = "text",
     max_tokens: int | None = None,
     seed: int = passes.EVALUATION_SEED,
+    condition_column: str | None = None,
+    label_column: str | None = None,
+    tags_column: str | None = None,
 ) -> dict[str, Any]:
     """Measures a finished model on sentences, prints a table, and writes metrics.json,
     report.html and the projector's files.
@@ -104,8 +109,10 @@ def evaluate_model(
     with joined() as world:
         model, tokenizer = _main_first(world, lambda: pretrained.load(model_dir))
         limit = max_tokens or model.config.max_tokens or DataConfig.max_tokens
+        columns = Columns(text_column, condition_column, label_column, tags_column)
         text = _main_first(
-            world, lambda: sentences.read(test_file, labels_file, text_column, tokenizer, limit)
+            world,
+            lambda: sentences.read(test_file, labels_file, columns, model.config, tokenizer, limit),
         )
         if model.config.latent_dim:
             world.run_on_rank0(lambda: sentences.check_factors(text))
@@ -142,41 +149,44 @@ def evaluate_sentences(
 ) -> Evaluation:
     """Measures a model and writes nothing; arguments as in `evaluate_model`.
     Collective."""
-    split = text.split
+    split, config = text.split, model.config
     measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
     metrics = summarize(measured, split)
+    add(metrics, of_heads(measured.encoded, split, config.classes, config.tags, seed))
+    limits = {"token_budget": token_budget, "max_tokens": max_tokens}
     if iw_samples:
         options: dict[str, Any] = {"count": iw_samples, "token_budget": token_budget, "seed": seed}
         add(metrics, importance_weighted(model, split, measured.encoded, world, **options))
     pairs: list[tuple[str, str]] = []
     prior: list[str] = []
-    if model.config.latent_dim:
+    if config.latent_dim:
         metrics["au_curve"] = active_unit_curve(measured.posterior)
-        limits = {"token_budget": token_budget, "max_tokens": max_tokens}
         decoded = reconstruct(model, split, measured.posterior.point, world, **limits)
         add(metrics, world.run_on_rank0(lambda: compare(split, text.texts, decoded, tokenizer)))
-        shown = np.argsort(split.content_keys)[:SHOWN]
-        some = split.select(shown)
-        pairs, prior = text_samples(model, some, tokenizer, world, len(shown), max_tokens)
-        pairs = [(text.texts[i], again) for i, (_, again) in zip(shown, pairs, strict=True)]
         noise = passes.noise_of(split.content_keys, LATENT, 0, model.family.noise_width, seed)
         draws = measured.posterior.sample(noise)
         metrics |= world.run_on_rank0(
-            lambda: _use_of_latents(model.family, measured.posterior, draws, text, seed)
+            lambda: _use_of_latents(model, measured.posterior, draws, text, seed)
         )
-    metrics |= {"unk": text.counts["unk"], "skipped_blank": text.counts["skipped_blank"]}
+    if config.latent_dim or config.conditional:
+        shown = np.argsort(split.content_keys)[:SHOWN]
+        some = split.select(shown)
+        pairs, prior = text_samples(model, some, tokenizer, world, len(shown), max_tokens)
+        pairs = [(text.texts[i], again) for i, (_, again) in zip(shown, pairs, strict=False)]
+        add(metrics, _generated(model, tokenizer, measured, text, world, seed, limits))
+    metrics |= {name: count for name, count in text.counts.items() if name != "truncated"}
     known = None if text.factors is None else grammar.ENTROPY
     metrics |= against_entropy(metrics, known, text.counts["unk"])
     metrics |= {
-        "latent_dim": model.config.latent_dim,
+        "latent_dim": config.latent_dim,
         "source": text.source,
         "max_tokens": max_tokens,
         "precision": "fp32",
         "evaluator": f"dsvae {version('dsvae')}",
-        "estimators": _estimators(samples, iw_samples, model.config.latent_dim),
-        "policies": _policies(max_tokens, tokenizer.is_fast),
+        "estimators": _estimators(samples, iw_samples, config.latent_dim),
+        "policies": _policies(max_tokens, tokenizer.is_fast, config, metrics.get("conditions")),
     }
-    metrics["warnings"] = warnings_of(metrics, measured)
+    metrics["warnings"] = [*warnings_of(metrics, measured), *text.warnings]
     if not metrics["au"] and ("probes" in metrics or "disentanglement" in metrics):
         metrics["warnings"].append(
             "no unit of z is active, so the probes and the scores of disentanglement are null"
@@ -184,26 +194,52 @@ def evaluate_sentences(
     return Evaluation(metrics, measured, pairs, prior)
 
 
+def _generated(
+    model: T5VAE,
+    tokenizer: PreTrainedTokenizerBase,
+    measured: Measured,
+    text: Sentences,
+    world: World,
+    seed: int,
+    limits: dict[str, int],
+) -> dict[str, Any]:
+    """The metrics of greedy sentences with z from the prior. Collective."""
+    if not model.config.conditional:
+        outputs = generated.decode_prior(model, tokenizer, world, seed=seed, **limits)
+        return world.run_on_rank0(lambda: generated.of_prior(outputs, seed))
+    assert text.conditions is not None
+    conditions, prior = text.conditions, measured.encoded.prior
+    answers = generated.decode_conditions(
+        model, text.split, prior, tokenizer, world, seed=seed, **limits
+    )
+    return world.run_on_rank0(
+        lambda: generated.of_conditional(answers, text.split, text.texts, conditions)
+    )
+
+
 def _use_of_latents(
-    family: Family, posterior: Distribution, draws: Tensor, text: Sentences, seed: int
+    model: T5VAE, posterior: Distribution, draws: Tensor, text: Sentences, seed: int
 ) -> dict[str, Any]:
     """Probes for every label, and disentanglement where the factors are known, of the
     active units; null where none is active. `draws` (N, Z) has one per sentence."""
     active = np.flatnonzero((posterior.activity() > ACTIVE).numpy())
-    width = family.latent_width // family.units
+    width = model.family.latent_width // model.family.units
     columns = (active[:, None] * width + np.arange(width)).ravel()
     means, drawn = (z.double().numpy()[:, columns] for z in (posterior.point, draws))
     # Random numbers below follow the order of the rows, which must not be that of the file.
-    keys, hashes = text.split.content_keys, text.split.hashes
+    keys = text.split.content_keys
+    hashes = sentences.input_hashes(text.split, model.config)
     results: dict[str, Any] = {}
     if text.labels:
-        # Equal sentences have the same posterior. Which of their labels gets which of their
-        # draws must not depend on the order of the file either.
+        # Sentences that the encoder reads alike have the same posterior. Which of their
+        # labels gets which of their draws must not depend on the order of the file either.
         drawn_in_order = drawn[np.lexsort((keys, hashes))]
         results["probes"] = dict.fromkeys(text.labels)
         for name, values in text.labels.items() if len(active) else ():
             order = np.lexsort((values, hashes))
-            arrays = means[order], drawn_in_order, values[order], hashes[order]
+            place = np.flatnonzero(values[order] != "")
+            order = order[place]
+            arrays = means[order], drawn_in_order[place], values[order], hashes[order]
             results["probes"][name] = probe(*arrays, seed)
     if text.factors is not None:
         names, order = list(grammar.FACTORS), np.argsort(keys)
@@ -237,14 +273,37 @@ def _estimators(samples: int, iw_samples: int | None, latent_dim: int) -> dict[s
     return estimators
 
 
-def _policies(max_tokens: int, offsets: bool) -> dict[str, str]:
-    """How everything was counted, for people."""
+def _policies(
+    max_tokens: int, offsets: bool, config: PreTrainedConfig, conditions: int | None
+) -> dict[str, str]:
+    """How everything was counted, for people.
+
+    Args:
+        conditions: how many have generated sentences, if any.
+    """
     compared = "up to the end of its last token"
     if not offsets:
         compared = (
             "as its decoded tokens, since this tokenizer does not say where they end in the text"
         )
-    return {
+    policies = {}
+    if config.conditional:
+        draws = f"{generated.DRAWS} draws of z from p(z|c)" if config.latent_dim else "a sentence"
+        policies["condition"] = (
+            "every likelihood is that of the sentence given its condition; rec_shuffled has the z "
+            "of another text and the sentence's own condition"
+        )
+        policies["generated sentences"] = (
+            f"greedy decoding of {draws} for each of {conditions} conditions, chosen by hash: "
+            f"tokens are not sampled, only z varies; BLEU against at most "
+            f"{generated.REFERENCES} texts of the condition in the file"
+        )
+    elif config.latent_dim:
+        policies["generated sentences"] = (
+            f"greedy decoding of {generated.OUTPUTS} draws of z from p(z): tokens are not sampled, "
+            f"only z varies"
+        )
+    return policies | {
         "end of sentence": (
             "EOS is predicted: it is part of every likelihood, is one of the tokens, and counts "
             "as one more word in ppl_word and one more byte in bits_per_byte"

@@ -48,7 +48,7 @@ TEMPLATE = """<!doctype html>
 <body>
 <h1>{{ m.model }}</h1>
 <p class="about">{{ m.source }}: {{ "{:,}".format(m.sentences) }} sentences &middot;
-{{ m.latent_dim }} latent dimensions
+{{ m.latent_dim }} units of z
 &middot; {{ m.evaluator }}, {{ m.precision }} &middot; means over sentences &plusmn;
 standard errors</p>
 {% for warning in m.warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
@@ -86,9 +86,9 @@ by eye.</p>
 <table class="text"><tr><th>sentence</th><th>reconstruction</th></tr>
 {% for sentence, reconstruction in pairs %}<tr><td>{{ sentence }}</td>
 <td>{{ reconstruction }}</td></tr>
-{% endfor %}</table>
-<h2>From the prior</h2>
-<p class="about">Greedy, with z drawn from p(z).</p>
+{% endfor %}</table>{% endif %}
+{% if prior %}<h2>From the prior</h2>
+<p class="about">Greedy, with z drawn from the prior.</p>
 <ol>{% for sentence in prior %}<li>{{ sentence }}</li>{% endfor %}</ol>{% endif %}
 
 <h2>How it was counted</h2>

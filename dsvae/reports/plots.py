@@ -50,7 +50,7 @@ def _kl(kl: list[float]) -> str:
     ordered = sorted(range(len(kl)), key=lambda d: -kl[d])
     axes.bar(range(len(kl)), [kl[d] for d in ordered], color=COLOR)
     _label_units(axes, ordered)
-    axes.set(xlabel="dimension of z, by its KL", ylabel="KL (nats)")
+    axes.set(xlabel="unit of z, by its KL", ylabel="KL (nats)")
     axes.grid(axis="x", visible=False)
     return svg(figure)
 
@@ -62,7 +62,7 @@ def _active_units(curve: dict[str, list], dims: int) -> str:
     label = f"au, at {ACTIVE}"
     axes.annotate(label, (ACTIVE, 0), xytext=(4, 6), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", ylim=(0, dims * 1.05))
-    axes.set(xlabel="threshold on Var[E q(z|x)]", ylabel=f"active units, of {dims}")
+    axes.set(xlabel="threshold on the activity", ylabel=f"active units, of {dims}")
     return svg(figure)
 
 
@@ -118,7 +118,8 @@ def _colours(
     if not probes:
         return "tokens", text.split.lengths[chosen]
     best = max(probes, key=lambda name: probes[name]["linear"] - probes[name]["majority"])
-    return best, text.labels[best][chosen]
+    values = text.labels[best][chosen]
+    return best, np.where(values == "", "no label", values)
 
 
 def _matrix(information: NDArray[np.float64], names: list[str], dimensions: list[int]) -> str:

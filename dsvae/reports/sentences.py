@@ -1,5 +1,6 @@
-"""The sentences that a finished model is measured on, with their labels, or with the
-factors that they were generated from."""
+"""The sentences that a finished model is measured on, with what belongs to them:
+conditions, labels and tags of their records, or the factors that they were generated
+from."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dsvae.data import grammar
-from dsvae.data.readers import read_file, read_labels
+from dsvae.data.readers import read_labels, read_records
+from dsvae.data.record_tokens import Names, tokenize_records
+from dsvae.data.records import Columns, Record
 from dsvae.data.tokenization import TokenizedSplit, tokenize
 from dsvae.errors import UserError
 from dsvae.metrics.probes import usable_labels
@@ -33,42 +36,118 @@ class Sentences:
     source: str
     """Where they come from, for people."""
     counts: dict[str, int]
-    """`unk`, `truncated`, `skipped_blank`."""
+    """`unk`, `truncated`, `skipped_blank`, and of records with conditions or tags
+    `conditions_truncated`, `tags_truncated`."""
     labels: dict[str, NDArray[np.str_]] = field(default_factory=dict)
-    """Name -> (N,): the labels of `labels_file`, or every factor of the built-in
-    corpus."""
+    """Name -> (N,): the labels for the probes, which are those of `labels_file` or of the
+    label column, or every factor of the built-in corpus. Blank: a record has none."""
     factors: NDArray[np.int64] | None = None
     """(N, K), indices of values in `grammar.FACTORS`, for the built-in corpus."""
+    conditions: list[str] | None = None
+    """As the user wrote them; None where none are read."""
+    warnings: list[str] = field(default_factory=list)
+    """What cannot be measured on them, one sentence each."""
 
 
 def read(
     test_file: str | None,
     labels_file: str | None,
-    text_column: str,
+    columns: Columns,
+    config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
 ) -> Sentences:
-    """The sentences of a file, with labels if they are given; without a file those of
-    the built-in corpus.
+    """The sentences of a file, with what belongs to them in `columns` or another file;
+    without a file those of the built-in corpus.
+
+    Args:
+        config: of the model, which knows its classes and tags. Without classes, the
+            labels are those of the file.
 
     Raises:
-        UserError: a file is missing, empty or not what it should be, or the labels do not
-            fit the sentences.
+        UserError: a file is missing, empty or not what it should be, the labels do not
+            fit the sentences, or the columns do not fit the model.
     """
+    _check_columns(test_file, labels_file, columns, config)
     if test_file is None:
-        if labels_file is not None:
-            raise UserError("--labels_file is given without --test_file; give both")
         return _builtin(tokenizer, max_tokens)
     path = Path(test_file).expanduser()
-    texts = list(read_file(path, "--test_file", text_column))
+    records = list(read_records(path, "--test_file", columns))
+    texts = [record.text for record in records]
     labels = None if labels_file is None else _labels(Path(labels_file).expanduser(), path, texts)
-    split, kept, counts = tokenize(texts, tokenizer, max_tokens, str(path))
-    seen = _as_seen([texts[i] for i in kept], split, tokenizer)
-    if labels is None:
-        return Sentences(split, seen, path.name, counts)
-    # Checked before hours of work. Sentences with equal tokens are equal.
-    usable_labels(zip(labels[kept].tolist(), split.hashes.tolist(), strict=True), str(labels_file))
-    return Sentences(split, seen, path.name, counts, {"label": labels[kept]})
+    known = tuple(config.classes) or tuple(sorted({r.label for r in records if r.label}))
+    names = Names(known, tuple(config.tags))
+    split, kept, figures = tokenize_records(
+        records, columns, tokenizer, max_tokens, str(path), names
+    )
+    counted = ["unk", "truncated", "skipped_blank"]
+    counted += ["conditions_truncated"] * (columns.condition is not None)
+    counted += ["tags_truncated"] * (columns.tags is not None)
+    found = Sentences(
+        split,
+        _as_seen([texts[i] for i in kept], split, tokenizer),
+        path.name,
+        {name: figures[name] for name in counted},
+        conditions=None if columns.condition is None else [str(records[i].condition) for i in kept],
+    )
+    if labels is not None:
+        # Checked before hours of work.
+        usable_labels(_pairs(labels[kept], split, config), str(labels_file))
+        found.labels["label"] = labels[kept]
+    elif columns.label is not None:
+        _probe_column(found, [records[i] for i in kept], config, f"{path}, {columns.label}")
+    return found
+
+
+def input_hashes(split: TokenizedSplit, config: PreTrainedConfig) -> NDArray[np.uint64]:
+    """(N,), equal where the encoder reads the same, so that the posterior is the same."""
+    if config.posterior_reads == "condition" and split.condition_hashes is not None:
+        return split.condition_hashes
+    return split.record_hashes
+
+
+def _check_columns(
+    test_file: str | None, labels_file: str | None, columns: Columns, config: PreTrainedConfig
+) -> None:
+    reads = config.conditional or config.posterior_reads == "condition"
+    if reads and columns.condition is None:
+        raise UserError(
+            "this model reads conditions: give a --test_file that has them, and name their column "
+            "with --condition_column"
+        )
+    if not reads and columns.condition is not None:
+        raise UserError("this model reads no conditions: leave out --condition_column")
+    if columns.tags is not None and not config.tags:
+        raise UserError("this model predicts no tags: leave out --tags_column")
+    flags = {"labels_file": labels_file is not None}
+    flags |= {f"{kind}_column": True for kind in columns.extra}
+    for flag in (name for name, given in flags.items() if given):
+        if test_file is None:
+            raise UserError(f"--{flag} is given without --test_file; give both")
+    if labels_file is not None and columns.label is not None:
+        raise UserError("--labels_file and --label_column are both given: use one of them")
+
+
+def _probe_column(
+    sentences: Sentences, records: list[Record], config: PreTrainedConfig, where: str
+) -> None:
+    """Adds the labels of records, if a probe can use them: few may have one."""
+    labels = np.array([record.label or "" for record in records])
+    try:
+        usable_labels(_pairs(labels, sentences.split, config), where)
+    except UserError as error:
+        sentences.warnings.append(f"no probe of the label: {error}")
+    else:
+        sentences.labels["label"] = labels
+
+
+def _pairs(
+    labels: NDArray[np.str_], split: TokenizedSplit, config: PreTrainedConfig
+) -> list[tuple[str, int]]:
+    """(label, sentence) of each sentence that has one. Sentences that the encoder reads
+    alike are equal."""
+    inputs = input_hashes(split, config).tolist()
+    return [pair for pair in zip(labels.tolist(), inputs, strict=True) if pair[0]]
 
 
 def check_factors(text: Sentences) -> None:

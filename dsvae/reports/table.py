@@ -58,13 +58,13 @@ def result_table(title: str, metrics: dict[str, Any]) -> str:
     """The final metrics of a run (of metrics.json) as lines, then the warnings."""
     latent = metrics["kl_per_dim"] != []
     lines = [f"{title} ({metrics['sentences']:,} sentences)"]
+    rows = []
     for metric in catalog.METRICS:
         meaning = metric.meaning if latent else metric.exact
         if catalog.SUMMARY in metric.places and meaning is not None:
-            lines += [
-                f"  {row.name:<13}{row.value:>10} {row.unit:<14} {row.meaning}"
-                for row in _rows(metric, meaning, metrics)
-            ]
+            rows += _rows(metric, meaning, metrics)
+    width = max(13, *(len(row.name) for row in rows))
+    lines += [f"  {r.name:<{width}}{r.value:>10} {r.unit:<14} {r.meaning}" for r in rows]
     lines += [f"warning: {warning}" for warning in metrics.get("warnings", [])]
     return "\n".join(lines)
 
@@ -119,6 +119,8 @@ def _rows(metric: Metric, meaning: str, metrics: dict[str, Any]) -> list[Row]:
     if name not in group:
         return []
     value = group[name]
+    if reason := metrics.get("undefined", {}).get(metric.name):
+        meaning = reason
     if isinstance(value, dict):
         return [_probe_row(label, probe, metric.unit) for label, probe in value.items()]
     if "chance" in group:

@@ -51,7 +51,7 @@ class Reporter:
         ]
         self._jsonl = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(self.directory.tensorboard), purge_step=first_step)
-        self._writer.add_custom_scalars(_layout(self.config.model.injection != "none"))
+        self._writer.add_custom_scalars(_layout(self.config))
 
     def say(self, text: str) -> None:
         """Prints a line on the console, above the progress bar."""
@@ -189,8 +189,14 @@ def _charted(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _layout(latent: bool) -> dict[str, dict[str, list[Any]]]:
+def _layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
     """The charts of TensorBoard's CUSTOM SCALARS, in its format."""
+    data = config.data
+    left_out = set()
+    if config.model.injection == "none":
+        left_out.add("does z matter")
+    if data.label_column is None and data.tags_column is None:
+        left_out.add("labels")
     return {
         # TensorBoard draws every tag that starts with a match of this regular expression.
         category: {
@@ -199,7 +205,7 @@ def _layout(latent: bool) -> dict[str, dict[str, list[Any]]]:
             if "speed/mfu" not in tags or peak_flops("bf16") is not None
         }
         for category, charts in catalog.CHARTS.items()
-        if latent or category != "does z matter"
+        if category not in left_out
     }
 
 

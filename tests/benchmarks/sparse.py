@@ -29,6 +29,7 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,18 +126,18 @@ def by_name(runs: dict[str, dict[str, float]]) -> dict[str, list[dict[str, float
     return groups
 
 
-def table(runs: dict[str, dict[str, float]]) -> str:
-    """The runs as Markdown, those of one name in one row."""
+def table(runs: dict[str, dict[str, float]], names: Sequence[str] = COLUMNS) -> str:
+    """The columns `names` of runs as Markdown, runs of one name in one row."""
     groups = by_name(runs)
     columns = {"runs": list(groups), "number": [str(len(group)) for group in groups.values()]}
-    for name in COLUMNS:
+    for name in names:
         columns[name] = []
         for group in groups.values():
             values = [float(found.get(name, math.nan)) for found in group]
             mean = statistics.fmean(values)
             deviation = f" ± {error(mean, statistics.stdev(values))}" if len(values) > 1 else ""
             columns[name].append("-" if math.isnan(mean) else number(mean) + deviation)
-    return markdown(columns, {"number", *COLUMNS})
+    return markdown(columns, {"number", *names})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -136,7 +136,7 @@ def test_the_command(run):
         "valid"
     ]
     card = (directory / "README.md").read_text()
-    assert "step 2 of 4 of phase 2, a checkpoint; latent dimensions 6" in card
+    assert "step 2 of 4 of phase 2, a checkpoint\n- latent: 6 dimensions, Gaussian" in card
     assert f"rec + kl {valid:.2f} nats" in card
 
 

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dsvae.cli import main
 from dsvae.config import RunConfig
 from dsvae.data.grammar import generate
+from dsvae.data.records import Columns
 from dsvae.data.tokenization import tokenize
 from dsvae.metrics import catalog, clustering, diversity, tagging
 from dsvae.metrics.catalog import COLUMN, MAIN, METRICS, SUMMARY, Metric
@@ -39,7 +40,7 @@ def evaluation(tokenizer):
     """A whole evaluation on sentences with known factors: (sentences, its result)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dsvae.reports.sentences.BUILTIN_SENTENCES", 120)
-        text = read(None, None, "text", tokenizer, 64)
+        text = read(None, None, Columns(), make_vae().config, tokenizer, 64)
     options = {"samples": 1, "iw_samples": 2, "token_budget": 4096, "max_tokens": 64, "seed": 0}
     found = evaluate_sentences(make_vae(), tokenizer, text, ALONE, **options)
     found.metrics["model"] = "a model"
@@ -101,7 +102,7 @@ def test_a_new_entry_is_shown_everywhere(evaluation, monkeypatch, tmp_path):
     assert line.split() == ["made_up", "12.346", "±", "0.250", "furlongs", *new.meaning.split()]
     assert "Made up section" in table(metrics)
 
-    write_card(tmp_path / "card.md", RunConfig(), metrics, [], [])
+    write_card(tmp_path / "card.md", RunConfig(), make_vae().config, metrics, [], [])
     assert new.meaning in (tmp_path / "card.md").read_text()
     write_report(tmp_path / "report.html", metrics, found.measured, text, found.pairs, found.prior)
     report = (tmp_path / "report.html").read_text()

@@ -25,6 +25,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from dsvae.data import grammar
 from dsvae.data.grammar import generate
 from dsvae.data.noise import LATENT
+from dsvae.data.records import Columns
 from dsvae.data.tokenization import tokenize
 from dsvae.errors import UserError
 from dsvae.metrics import passes
@@ -128,7 +129,7 @@ def assert_same(one, two):
 
 
 def test_batch_size_changes_nothing(directory, metrics, tmp_path):
-    assert_same(metrics, run(directory, tmp_path / "out", batch_tokens=1))
+    assert_same(metrics, run(directory, tmp_path / "out", batch_tokens=40))
 
 
 def test_order_of_the_file_changes_nothing(directory, metrics, tmp_path):
@@ -462,11 +463,11 @@ def test_reconstructions_are_compared_with_the_users_text():
 
 def test_a_truncated_sentence_is_what_its_tokens_cover(tmp_path):
     (tmp_path / "t.txt").write_text("  the zebra did  n't go home .\n\nthe king .\n")
-    found = read(str(tmp_path / "t.txt"), None, "text", word_tokenizer(), 5)
+    found = read(str(tmp_path / "t.txt"), None, Columns(), make_vae().config, word_tokenizer(), 5)
     assert found.texts == ["the zebra did  n't", "the king ."]
     # This tokenizer does not say where its tokens end.
     (tmp_path / "t.txt").write_text("the zebra\n\nking\n")
-    found = read(str(tmp_path / "t.txt"), None, "text", ByT5Tokenizer(), 6)
+    found = read(str(tmp_path / "t.txt"), None, Columns(), make_vae().config, ByT5Tokenizer(), 6)
     assert found.texts == ["the z", "king"]
 
 
@@ -519,7 +520,7 @@ def test_long_work_is_not_taken_for_a_hang(tokenizer, monkeypatch):
     monkeypatch.setattr("dsvae.reports.evaluation.disentanglement", train)
     monkeypatch.setattr("dsvae.reports.evaluation.probe", train)
     world = World(0, 0, 1, torch.device("cpu"), watchdog)
-    text = read(None, None, "text", tokenizer, 24)
+    text = read(None, None, Columns(), make_vae().config, tokenizer, 24)
     options = {"samples": 1, "iw_samples": None, "token_budget": 128, "max_tokens": 24, "seed": 0}
     evaluate_sentences(make_vae(), tokenizer, text, world, **options)
     assert len(suspended) == 10  # nine factors to probe, and their scores
@@ -656,7 +657,14 @@ def test_every_label_stands_in_the_legend(directory, tmp_path, monkeypatch):
 def test_labels_stay_with_their_sentences(tmp_path, tokenizer):
     (tmp_path / "t.txt").write_text("".join(f"{s}\n\n" for s in SENTENCES))
     (tmp_path / "t.labels").write_text("".join(f"{label}\n\n" for label in LABELS))
-    found = read(str(tmp_path / "t.txt"), str(tmp_path / "t.labels"), "text", tokenizer, 64)
+    found = read(
+        str(tmp_path / "t.txt"),
+        str(tmp_path / "t.labels"),
+        Columns(),
+        make_vae().config,
+        tokenizer,
+        64,
+    )
     assert found.labels["label"].tolist() == LABELS
     assert len(found.split) == 60
     assert found.counts["skipped_blank"] == 60

@@ -1,5 +1,6 @@
 """Model cards describe their model correctly, and their code and commands work."""
 
+import json
 import re
 import shlex
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 from small_models import SMALL, make_vae, small_tokenizer
 
-from dsvae.cli import main
+from dsvae.cli import COMMANDS, main
 from dsvae.config import RunConfig
 from dsvae.data.grammar import generate
-from dsvae.data.tokenization import tokenize
+from dsvae.data.grammar_variants import draw_lines
+from dsvae.data.record_tokens import Names, tokenize_records
+from dsvae.data.records import Columns, record_of
 from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.text import samples
 from dsvae.parallel.world import World
@@ -20,46 +23,73 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 TEXTS = [drawn.text for drawn in generate(40, seed=3)]
 
 
-@pytest.fixture(params=["memory", "none"])
+MODELS = {
+    "memory": {},
+    "none": {"injection": "none"},
+    "spike_slab": {"family": "spike_slab"},
+    "categorical": {"family": "categorical", "categories": 4},
+    "conditional": {"conditional": True, "prior": "learned"},
+    "conditional none": {"conditional": True, "injection": "none"},
+    "clusters": {"posterior_reads": "condition", "clusters": 4},
+    "heads": {"classes": ["none", "occupation"], "tags": ["B-OBJ", "B-PROF", "I-OBJ", "O"]},
+}
+KINDS = {"conditional": "paired", "conditional none": "paired", "clusters": "relations"}
+
+
+@pytest.fixture(params=MODELS)
 def card(request, tmp_path, monkeypatch):
-    """(injection, card, greedy sentence) of a model directory in the current directory,
-    with files of sentences beside it."""
+    """(name, card, model, tokenizer) of a model directory in the current directory, with
+    files of sentences beside it."""
     monkeypatch.chdir(tmp_path)
     # what evaluate sets is taken back
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
-    tokenizer = small_tokenizer(TEXTS, SMALL["vocab_size"])
-    split = tokenize(TEXTS, tokenizer, 64, "test")[0]
-    model = make_vae(injection=request.param)
-    metrics = evaluate(model, split, ALONE, samples=1, token_budget=4096) | {"precision": "fp32"}
+    kind = KINDS.get(request.param, "tagged" if request.param == "heads" else "plain")
+    drawn = [each.text for each in draw_lines(kind, 40, 3)]
+    rows = [{"text": text} if kind == "plain" else json.loads(text) for text in drawn]
+    pieces = [str(value) for row in rows for value in row.values()]
+    tokenizer = small_tokenizer([*TEXTS, *pieces], SMALL["vocab_size"])
+    model = make_vae(**MODELS[request.param])
     config = RunConfig()
-    config.model.injection = request.param
+    config.model.injection = model.config.injection
+    given = {name: name if name in rows[0] else None for name in ("condition", "label", "tags")}
+    for name, column in given.items():
+        setattr(config.data, f"{name}_column", column)
+    records = [record_of(row, Columns.of(config.data), "test") for row in rows]
+    names = Names(tuple(sorted({r.label for r in records if r.label})), tuple(model.config.tags))
+    columns = Columns.of(config.data)
+    split = tokenize_records(records, columns, tokenizer, 64, "test", names)[0]
+    metrics = evaluate(model, split, ALONE, samples=1, token_budget=4096) | {"precision": "fp32"}
     pairs, prior = samples(model, split, tokenizer, ALONE, 3, 12)
     model.save_pretrained("model")
     tokenizer.save_pretrained("model")
-    write_card(tmp_path / "model" / "README.md", config, metrics, pairs, prior)
-    write_checkpoint_card(tmp_path / "checkpoint.md", config, 2, 7, 41.5)
+    write_card(tmp_path / "model" / "README.md", config, model.config, metrics, pairs, prior)
+    write_checkpoint_card(tmp_path / "checkpoint.md", config, model.config, 2, 7, 41.5)
     for name in ("test.txt", "sentences.txt"):
         (tmp_path / name).write_text("".join(f"{text}\n" for text in TEXTS))
-    greedy = tokenizer.decode(
-        model.generate(
-            latent=torch.zeros(1, model.config.latent_dim), max_new_tokens=12, do_sample=False
-        )[0],
-        skip_special_tokens=True,
-    )
-    return request.param, (tmp_path / "model" / "README.md").read_text(), greedy
+    (tmp_path / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    card_text = (tmp_path / "model" / "README.md").read_text()
+    return request.param, card_text, model, tokenizer
+
+
+def known(words):
+    """Whether the command and its flags are there."""
+    command = COMMANDS.get(words[1])
+    flags = {word.removeprefix("--") for word in words if word.startswith("--")}
+    return command is not None and flags <= set(command.parameters)
 
 
 def test_code_and_commands_of_a_card_work(card, capsys):
-    _, text, _ = card
+    name, text, *_ = card
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     exec(code.replace("DIR", '"model"'), {})
     assert capsys.readouterr().out
     (commands,) = re.findall(r"```bash\n(.*?)```", text, re.S)
     lines = [shlex.split(line, comments=True) for line in commands.splitlines()]
     assert all(words[0] == "dsvae" for words in lines)
-    for words in lines:
+    assert sorted(words[1] for words in lines) == sorted(SHOWN[name])
+    for words in filter(known, lines):
         more = [] if words[1] == "evaluate" else ["--device", "cpu", "--max_new_tokens", "5"]
         assert main([word.replace("DIR", "model") for word in words[1:]] + more) == 0, (
             capsys.readouterr().err
@@ -67,26 +97,53 @@ def test_code_and_commands_of_a_card_work(card, capsys):
         assert capsys.readouterr().out
 
 
+SHOWN = dict.fromkeys(MODELS, ["evaluate", "sample", "reconstruct", "interpolate"])
+SHOWN |= {"none": ["evaluate"], "conditional none": ["evaluate"]}
+SHOWN["categorical"] = ["evaluate", "sample", "reconstruct"]  # no way between categories
+SHOWN["clusters"] = [*SHOWN["clusters"], "cluster"]
+SHOWN["heads"] = [*SHOWN["heads"], "classify", "tag"]
+SAID = {
+    "memory": ["latent: 6 dimensions, Gaussian;"],
+    "none": ["no latent (injection none)"],
+    "spike_slab": ["latent: 6 dimensions, spike and slab, prior Beta(4, 1);"],
+    "categorical": ["latent: 6 categorical variables of 4 values;"],
+    "conditional": [
+        "prior: learned, p(z|c)",
+        "the decoder reads it; the encoder reads the condition and the sentence",
+        "--condition_column condition",
+        '--condition "a condition"',
+        "each after its condition",
+        "differs by sentence",
+    ],
+    "conditional none": ["no latent (injection none)", "the encoder reads the condition"],
+    "clusters": ["heads: 4 clusters", "the decoder reads z alone", "b3_f1_random"],
+    "heads": [
+        "heads: classes none, occupation; tags B-OBJ, B-PROF, I-OBJ, O",
+        "--label_column label --tags_column tags",
+        "class_majority",
+        "entity_f1",
+    ],
+}
+
+
 def test_a_card_says_what_the_model_is(card, tmp_path):
-    injection, text, greedy = card
+    name, text, model, tokenizer = card
+    latent = bool(model.config.latent_dim)
+    for said in SAID[name]:
+        assert said in text
     for card_text in (text, (tmp_path / "checkpoint.md").read_text()):
-        assert ("variational-autoencoder" in card_text) == (injection != "none")
-        assert ("latent dimensions" in card_text) == (injection != "none")
-        assert ("no latent" in card_text) == (injection == "none")
+        assert ("variational-autoencoder" in card_text) == latent
+        assert ("no latent" in card_text) != latent
     assert (
-        ("upper bound" in text)
-        == ("rec_shuffled" in text)
-        == ("sample(s) of z" in text)
-        == (injection != "none")
+        ("upper bound" in text) == ("rec_shuffled" in text) == ("sample(s) of z" in text) == latent
     )
     shown = text[text.index("## Samples") :]
-    if injection == "none":
-        assert shown.split("\n")[2:] == [
-            "The sentence that it decodes greedily:",
-            "",
-            f"- `{greedy}`",
-            "",
-        ]
+    if name == "none":
+        greedy = tokenizer.decode(
+            model.generate(latent=torch.zeros(1, 0), max_new_tokens=12, do_sample=False)[0],
+            skip_special_tokens=True,
+        )
+        expected = ["The sentence that it decodes greedily:", "", f"- `{greedy}`", ""]
+        assert shown.split("\n")[2:] == expected
     else:
-        assert shown.count("\n- `") == 6
-        assert all(sentence in shown for sentence in TEXTS[:3])
+        assert shown.count("\n- `") == (6 if latent else 3)

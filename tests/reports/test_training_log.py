@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from dsvae.config import ModelConfig, RunConfig
+from dsvae.config import DataConfig, ModelConfig, RunConfig
 from dsvae.files import write_json
 from dsvae.reports import training_log
 from dsvae.reports.run_text import data_text
@@ -248,6 +248,22 @@ def test_a_language_model_has_no_charts_of_a_latent(tmp_path):
     reporter.close(None)
     assert list(layout_of(tmp_path)) == ["training", "speed"]
     assert events(tmp_path).Tags()["images"] == []
+
+
+def test_labels_have_charts_of_their_own(tmp_path):
+    reporter = make(tmp_path, data=DataConfig(label_column="label", tags_column="tags"))
+    reporter.open(1)
+    heads = {"class_nats": 0.5, "tag_nats": 0.25}
+    reporter.scalars(1, 1, {**VALUES, **heads}, [0.25, 0.75])
+    scores = {"class_accuracy": 0.75, "entity_f1": 0.5, "b3_f1": float("nan")}
+    reporter.evaluation(1, 1, "valid", VALID | scores)
+    reporter.close(None)
+    charts = layout_of(tmp_path)["labels"]
+    assert charts["-log p of labels and tags, training"] == ["main/class_nats", "main/tag_nats"]
+    of_heads = charts["scores of heads, validation"]
+    assert of_heads == ["main/class_accuracy", "main/entity_f1", "main/b3_f1"]
+    (row,) = (row for row in rows(tmp_path) if row["split"] == "valid")
+    assert (row["entity_f1"], row["b3_f1"]) == (0.5, None)
 
 
 def test_one_image_per_evaluation_has_the_kl_of_every_dimension_so_far(tmp_path, monkeypatch):
