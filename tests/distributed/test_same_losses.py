@@ -195,11 +195,8 @@ def test_yelp_cpu_agrees_at_zero_1_2_and_3(cache_dir, tmp_path):
             "1e-4",
             "--phase2.adam_eps",
             "1e-4",
-            "--eval.shown",
-            "0",
-            "--eval.sentences",
-            "200",
             ranks=2,
+            script=ROOT / "tests/distributed/train_alone.py",
         )
         losses.append([row["loss"] for row in rows(out)])
     assert len(losses[0]) == 8
