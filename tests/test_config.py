@@ -275,6 +275,8 @@ def test_the_recipes_that_are_compared_differ_in_what_they_are_compared_for():
     assert recipe("sparse") == recipe("yelp_cpu") | sparse | weak
     codes = {"model.family": "categorical", "model.latent_dim": 12, "model.categories": 16}
     assert recipe("discrete") == recipe("quickstart") | codes
+    columns = {"data.condition_column": "context", "data.text_column": "response"}
+    assert recipe("dialogue") == recipe("conditional") | columns | {"phase2.draws": 5}
     model = [name for name in both if not name.startswith("phase")]
     assert all(both[name] == one[name] for name in model)
     assert both["phase1.lr"] == both["phase2.lr"] == one["phase2.lr"]
