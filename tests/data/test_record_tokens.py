@@ -277,7 +277,9 @@ def test_the_text_is_noised_as_without_a_condition(split, trained):
 
 
 def test_the_posterior_may_read_the_condition_alone(split):
-    both, alone = (step(split, posterior_reads=reads) for reads in ("both", "condition"))
+    both, alone = (
+        step(split, posterior_reads=reads, deletion=0.0) for reads in ("both", "condition")
+    )
     conditions = {row[0]: row[3] for row in rows_of([both])}
     for micro in alone.micro_batches:
         assert micro.condition_ids is micro.condition_mask is micro.tag_labels is None
@@ -285,6 +287,21 @@ def test_the_posterior_may_read_the_condition_alone(split):
             micro.indices, micro.input_ids, micro.attention_mask, strict=True
         ):
             assert ids[mask.bool()].tolist() == list(conditions[index])
+
+
+def test_deletion_is_of_the_condition_where_it_is_read_alone(split):
+    deleted = total = 0
+    for micro in step(split, posterior_reads="condition").micro_batches:
+        for row, index in enumerate(micro.indices.tolist()):
+            seen = micro.input_ids[row][micro.attention_mask[row].bool()].tolist()
+            clean = split.conditions([index])[0].tolist()
+            rest = iter(clean)
+            assert all(token in rest for token in seen)  # in order
+            assert seen[-1] == clean[-1]
+            labels = micro.labels[row]
+            assert labels[labels != IGNORE].tolist() == split.ids(index).tolist()
+            deleted, total = deleted + len(clean) - len(seen), total + len(clean)
+    assert 0.1 < deleted / total < 0.6
 
 
 @pytest.mark.parametrize("reads", ["both", "condition"])
@@ -373,7 +390,7 @@ def test_a_prepared_corpus_of_records(tmp_path):
         "tagged": 45,
     }
     assert (figures["conditions_truncated"], figures["tags_truncated"]) == (0, 0)
-    said = data_text(found, 1).splitlines()
+    said = data_text(found.report, 1).splitlines()
     assert "of 180 records" in said[3]
     assert "120 records with a label (labels: bad, good)" in said[3]
     assert "135 records with tags (3 different, 0 truncated)" in said[3]
