@@ -184,8 +184,9 @@ class PhaseConfig:
     """Weight of the negative entropy of the mean cluster of the global batch in nats,
     where `model.clusters` is set: it wants all clusters used."""
     deletion: float = 0.0
-    """Share of tokens that are deleted from the encoder's input during training. EOS is
-    never deleted, and the decoder's side stays clean."""
+    """Share of tokens that are deleted from the encoder's input during training: of the
+    sentence, or of the condition where `model.posterior_reads` is condition. EOS is never
+    deleted, and the decoder's side stays clean."""
 
 
 @dataclass

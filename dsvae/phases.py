@@ -72,7 +72,8 @@ class Phase:
         beta = controlled_beta if self.controlled else beta_at(step, vae.steps, vae.beta)
         return Penalty(
             beta,
-            vae.free_bits,
+            # Without a latent, the threshold would be a constant in the logged loss.
+            vae.free_bits if config.model.injection != "none" else 0.0,
             vae.free_bits_mode,
             vae.total_correlation,
             # Before beta rises, the KL does not train the prior.

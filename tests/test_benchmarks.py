@@ -8,12 +8,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from benchmarks import conditional, sparse, style_transfer
+from benchmarks import conditional, relations, sparse, style_transfer, unseen_words
 from benchmarks.labelled import read
 from small_models import make_vae, small_tokenizer
 from torch.nn.functional import cross_entropy
 
-from dsvae.data import grammar
+from dsvae.data import grammar, grammar_variants
 from dsvae.data.grammar_variants import DEPENDENT, PAIRED_ENTROPY
 from dsvae.data.noise import PRIOR, generator
 from dsvae.errors import UserError
@@ -288,3 +288,64 @@ def test_what_cannot_be_measured_is_refused(save, language_model, files, tmp_pat
         read(files[1], str(short))
     with pytest.raises(SystemExit):
         style_transfer.main([save("c"), language_model, *files[:6], "--test_labels", files[3]])
+
+
+def test_the_best_guess_from_a_pair_is_right_as_often_as_any_can_be():
+    """Over all pairs, max_r p(s|r) p(o|r) / 8 sums to .9125."""
+    records = [each.record for each in grammar_variants.relations(4000, 3)]
+    pairs = relations.pairs_of(records)
+    numbers = dict(zip((record["text"] for record in records), map(tuple, pairs), strict=True))
+    assert len(set(numbers.values())) == len(numbers) == len(np.unique(pairs, axis=0))
+    labels = np.array([record["label"] for record in records])
+    right = (relations.best_guess(pairs) == labels).mean()
+    assert right == pytest.approx(0.9125, abs=4 * math.sqrt(0.9125 * 0.0875 / 4000))
+    clear = pairs[:, 0] // 2 == pairs[:, 1] // 2
+    assert (relations.best_guess(pairs) == pairs[:, 0] // 2)[clear].all()
+
+
+def test_clusters_of_models(save, tokenizer, capsys):
+    texts = [f"the {a} is a {b}" for a in THINGS for b in THINGS]
+    models = [
+        save("clusters", clusters=5),
+        save("codes", family="categorical", latent_dim=2, categories=3),
+    ]
+    found = [relations.of_model(model, texts) for model in models]
+    for model, clusters, most in zip(models, found, (5, 9), strict=True):
+        vae = SentenceVAE.from_pretrained(model)
+        for i in (0, 37):
+            ids = tokenizer(texts[i], return_tensors="pt")
+            with torch.no_grad():
+                out = vae.model(ids.input_ids, encode_only=True)
+            if out.clusters is not None:
+                own = int(out.clusters.argmax())
+            else:
+                own = out.posterior_parameters.view(2, 3).argmax(-1) @ torch.tensor([1, 3])
+            assert clusters[i] == own
+        assert len(clusters) == len(texts)
+        assert 0 <= clusters.min() <= clusters.max() < most
+    assert relations.main([models[0], "--sentences", "50"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[1:3]] == ["| one cluster", "| random"]
+    assert rows[1].split(" | ")[2] == "1.000"
+
+
+def test_no_labelled_sentence_has_a_held_out_occupation(tmp_path):
+    unseen_words.main([str(tmp_path), "-n", "300", "--labelled", "40"])
+    held = set(unseen_words.HELD_OUT)
+    records = {
+        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()]
+        for name in ("train", "valid", "test")
+    }
+
+    def occupations(record):
+        text = record["text"].lower().replace(".", "").replace("?", "").replace("!", "")
+        return {word.removesuffix("s") for word in text.split()} & held
+
+    labelled = [record for record in records["train"] if record["label"] is not None]
+    assert len(labelled) == 40
+    assert not any(occupations(record) for record in labelled)
+    assert any(occupations(record) for record in records["train"])
+    for name in ("valid", "test"):
+        assert all(
+            occupations(record) and record["label"] == "occupation" for record in records[name]
+        )

@@ -173,8 +173,8 @@ def collate(
 
     Args:
         rows: (T_i,) each, EOS last.
-        encoder_rows: (T'_i,) each, the same with noise, where the encoder's input
-            differs.
+        encoder_rows: (T'_i,) each, the sentences with noise; where the posterior reads the
+            condition alone, the conditions with noise. None: without noise.
         conditions: (C_i,) each, EOS last.
         class_labels: (B,), -100 where there is none.
         tags: (T'_i,) each, of the tokens of `encoder_rows`.
@@ -182,13 +182,13 @@ def collate(
             the sentence (encoder_rows) without padding between them; the decoder reads
             `condition_ids`. condition: the condition alone; the decoder reads z alone.
     """
-    encoder_rows = rows if encoder_rows is None else encoder_rows
     condition_ids = condition_mask = None
-    if conditions is not None:
-        if posterior_reads == "condition":
-            encoder_rows = conditions
-            tags = None  # the encoder has no token of the text
-        else:
+    if conditions is not None and posterior_reads == "condition":
+        encoder_rows = conditions if encoder_rows is None else encoder_rows
+        tags = None  # the encoder has no token of the text
+    else:
+        encoder_rows = rows if encoder_rows is None else encoder_rows
+        if conditions is not None:
             condition_ids, condition_mask = _padded(conditions, pad_id)
             encoder_rows = [
                 np.concatenate(pair) for pair in zip(conditions, encoder_rows, strict=True)
@@ -229,9 +229,11 @@ def collate_split(
         delete: maps a row of the batch and its tokens (..., T) to those that deletion
             noise keeps, (..., T').
     """
-    rows, tags = split.rows(indices), split.tags(indices)
+    rows, tags, conditions = split.rows(indices), split.tags(indices), split.conditions(indices)
     encoder_rows = None
-    if delete is not None and tags is None:
+    if delete is not None and conditions is not None and posterior_reads == "condition":
+        encoder_rows = [delete(i, row) for i, row in enumerate(conditions)]
+    elif delete is not None and tags is None:
         encoder_rows = [delete(i, row) for i, row in enumerate(rows)]
     elif delete is not None and tags is not None:
         both = [
@@ -246,7 +248,7 @@ def collate_split(
         weight=weight,
         indices=indices,
         encoder_rows=encoder_rows,
-        conditions=split.conditions(indices),
+        conditions=conditions,
         class_labels=None if labels is None else labels[indices],
         tags=tags,
         posterior_reads=posterior_reads,

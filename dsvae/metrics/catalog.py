@@ -329,7 +329,9 @@ METRICS: tuple[Metric, ...] = (
         _score_of("completeness", "1 - H(cluster given label) / H(cluster)", NOWHERE),
         _score_of("v_measure", "harmonic mean of homogeneity and completeness", SHOWN),
         _score_of("v_measure_random", "v_measure of random clusters (of one: 0)", SHOWN, None),
-        _score_of("ari", "adjusted Rand index: 0 for random clusters and for one", SHOWN),
+        _output(
+            "ari", "", "adjusted Rand index: 0 for random clusters, 1 at most", "higher", SHOWN
+        ),
         _output("clusters_used", "", "clusters that a sentence is in", None, SUMMARY),
         _output("label_values", "", "different labels", None, NO_CHART),
     ),

@@ -47,8 +47,12 @@ def of_heads(
             )
             _add(metrics, of_classes(true, predicted))
         if encoded.clusters is not None:
-            clusters = _best(encoded.clusters)[has]
-            found = of_clusters(labels[has].tolist(), clusters.tolist(), seed)
+            # The random clusters follow the order of the rows, which must not be that of
+            # the file.
+            order = np.argsort(split.content_keys)
+            order = order[has[order]]
+            clusters = _best(encoded.clusters)[order]
+            found = of_clusters(labels[order].tolist(), clusters.tolist(), seed)
             one, shuffled = found.pop("one_cluster"), found.pop("random")
             del found["sentences"]
             found["label_values"] = found.pop("classes")

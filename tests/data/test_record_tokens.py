@@ -277,7 +277,9 @@ def test_the_text_is_noised_as_without_a_condition(split, trained):
 
 
 def test_the_posterior_may_read_the_condition_alone(split):
-    both, alone = (step(split, posterior_reads=reads) for reads in ("both", "condition"))
+    both, alone = (
+        step(split, posterior_reads=reads, deletion=0.0) for reads in ("both", "condition")
+    )
     conditions = {row[0]: row[3] for row in rows_of([both])}
     for micro in alone.micro_batches:
         assert micro.condition_ids is micro.condition_mask is micro.tag_labels is None
@@ -285,6 +287,21 @@ def test_the_posterior_may_read_the_condition_alone(split):
             micro.indices, micro.input_ids, micro.attention_mask, strict=True
         ):
             assert ids[mask.bool()].tolist() == list(conditions[index])
+
+
+def test_deletion_is_of_the_condition_where_it_is_read_alone(split):
+    deleted = total = 0
+    for micro in step(split, posterior_reads="condition").micro_batches:
+        for row, index in enumerate(micro.indices.tolist()):
+            seen = micro.input_ids[row][micro.attention_mask[row].bool()].tolist()
+            clean = split.conditions([index])[0].tolist()
+            rest = iter(clean)
+            assert all(token in rest for token in seen)  # in order
+            assert seen[-1] == clean[-1]
+            labels = micro.labels[row]
+            assert labels[labels != IGNORE].tolist() == split.ids(index).tolist()
+            deleted, total = deleted + len(clean) - len(seen), total + len(clean)
+    assert 0.1 < deleted / total < 0.6
 
 
 @pytest.mark.parametrize("reads", ["both", "condition"])

@@ -199,7 +199,7 @@ def test_the_order_of_the_records_changes_nothing(found, place, tmp_path):
         lines = (place / f"{kind}.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / f"{kind}.jsonl").write_text("".join(lines[::-1]))
         os.symlink(place / kind, tmp_path / kind)
-        again = run(tmp_path, kind, tmp_path / "out", batch_tokens=200)
+        again = run(tmp_path, kind, tmp_path / "out", batch_tokens=2000)
         for name, value in again.items():
             if isinstance(value, float):
                 expected = pytest.approx(found[kind][name], rel=1e-4, abs=1e-4, nan_ok=True)

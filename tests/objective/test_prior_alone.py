@@ -79,3 +79,16 @@ def test_only_a_learned_prior_has_the_term_and_only_where_beta_is_0():
             learned and each.beta == 0 for each in found
         ]
         assert found[0].beta == 0 < found[9].beta
+
+
+@pytest.mark.parametrize("mode", ["dimension", "total", "sentence"])
+def test_the_loss_of_a_model_without_a_latent_is_its_reconstruction(mode):
+    flags = ["--ds_config", "x.json", "--phase2.free_bits", "4", "--phase2.free_bits_mode", mode]
+    nothing = torch.zeros(0)
+    for injection, penalized in (("memory", True), ("none", False)):
+        config = configuration.read([*flags, "--injection", injection])
+        penalty = Phase(2, config, 0).penalty(config.phase2.steps - 1, 0.0)
+        assert penalty.beta == 1
+        assert (penalty.free_bits == 4) == penalized
+    mean = torch.zeros(1) if mode == "sentence" else nothing
+    assert penalty(mean, 0) == 0
