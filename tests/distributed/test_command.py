@@ -147,29 +147,34 @@ def test_the_written_config_repeats_the_run(finished, tmp_path):
     assert numbers(tmp_path / "again") == numbers(out)
 
 
+ONE_RANK = ("--ds_config", CONFIGS / "zero1.json", "--config")
+
+
+def run_of_one_rank(launcher, tiny, out):
+    """A whole run, and its directory."""
+    run = train(*ONE_RANK, tiny, "--output_dir", out, "--verbose", launcher=launcher)
+    return out, run
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    return run_of_one_rank("python", tiny, tmp_path_factory.mktemp("alone") / "run")
+
+
 @pytest.mark.parametrize("launcher", ["python", "torchrun"])
-def test_other_launchers(launcher, tiny, tmp_path):
-    run = train(
-        "--ds_config",
-        CONFIGS / "zero1.json",
-        "--config",
-        tiny,
-        "--output_dir",
-        tmp_path / "run",
-        "--verbose",
-        launcher=launcher,
-    )
+def test_other_launchers(launcher, alone, tiny, tmp_path):
+    made = alone if launcher == "python" else run_of_one_rank(launcher, tiny, tmp_path / "run")
+    out, run = made
     assert '"zero_optimization": {' in run.stdout
-    assert (tmp_path / "run" / "metrics.json").exists()
+    assert (out / "metrics.json").exists()
 
 
-def test_phase_1_then_phase_2_is_both(tiny, tmp_path):
-    common = ("--ds_config", CONFIGS / "zero1.json", "--config", tiny)
-    train(*common, "--output_dir", tmp_path / "both")
-    train(*common, "--output_dir", tmp_path / "apart", "--phase", "1")
+def test_phase_1_then_phase_2_is_both(alone, tiny, tmp_path):
+    apart = (*ONE_RANK, tiny, "--output_dir", tmp_path / "apart")
+    train(*apart, "--phase", "1")
     assert not (tmp_path / "apart" / "model").exists()
-    train(*common, "--output_dir", tmp_path / "apart", "--phase", "2")
-    assert numbers(tmp_path / "apart") == numbers(tmp_path / "both")
+    train(*apart, "--phase", "2")
+    assert numbers(tmp_path / "apart") == numbers(alone[0])
 
 
 def test_a_pretrained_t5_directory(tmp_path, cache_dir):
