@@ -129,7 +129,7 @@ def transfers(
             for strength in strengths
         }
         return rows, {"length_of_direction": float(toward.norm()), "toward": other, "from": one}
-    split, kept = tokens(train, vae.tokenizer, vae.max_tokens)
+    split, kept = tokens(train, vae.tokenizer, vae.inputs.max_tokens)
     found = passes.encode(vae.model, split, WORLD, BUDGET).posterior.point
     codes = found.view(len(found), family.units, -1).argmax(-1).numpy()
     chosen = choose(codes, kept.labels)
@@ -243,7 +243,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if language_model[0].config.injection != "none":
         raise UserError(f"{args.language_model_dir} has a latent: give a model of injection none")
 
-    split, chosen = tokens(test.draw(args.sentences, args.seed), tokenizer, vae.max_tokens)
+    split, chosen = tokens(test.draw(args.sentences, args.seed), tokenizer, vae.inputs.max_tokens)
     targets = np.where(chosen.labels == names[0], names[1], names[0])
     point = passes.encode(model, split, WORLD, BUDGET).posterior.point
     deciding = train.draw(args.train_sentences, args.seed)
