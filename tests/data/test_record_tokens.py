@@ -406,7 +406,7 @@ def test_a_prepared_corpus_of_records(tmp_path):
         "hash",
     ]
     assert not set(text_only.report) & {"labels", "tags"}
-    assert len(data_text(text_only, 1).splitlines()) == len(said) - 1
+    assert len(data_text(text_only.report, 1).splitlines()) == len(said) - 1
 
 
 def test_the_identity_of_text_alone_is_what_it_was(tmp_path, monkeypatch):
