@@ -391,13 +391,7 @@ def cluster(
     """
     from dsvae.generation.labelling import cluster_stream
 
-    def rows(vae: Any, records: Any) -> Iterable[dict[str, Any]]:
-        for line, found, probability in cluster_stream(vae, records):
-            yield {**line.fields, "cluster": found, "probability": probability}
-
-    def line(row: dict[str, Any]) -> str:
-        return f"{row['cluster']}\t{row['probability']:.4f}\t{row['sentence']}"
-
+    rows, line = _most_probable("cluster", cluster_stream)
     model = Model(model_dir, json=json, max_tokens=max_tokens, device=device)
     _show_labels(model, file, text_column, condition_column, batch_size, rows, line)
 
@@ -422,13 +416,7 @@ def classify(
     """
     from dsvae.generation.labelling import classify_stream
 
-    def rows(vae: Any, records: Any) -> Iterable[dict[str, Any]]:
-        for line, found, probability in classify_stream(vae, records):
-            yield {**line.fields, "class": found, "probability": probability}
-
-    def line(row: dict[str, Any]) -> str:
-        return f"{row['class']}\t{row['probability']:.4f}\t{row['sentence']}"
-
+    rows, line = _most_probable("class", classify_stream)
     model = Model(model_dir, json=json, max_tokens=max_tokens, device=device)
     _show_labels(model, file, text_column, condition_column, batch_size, rows, line)
 
@@ -465,6 +453,23 @@ def tag(
 
     model = Model(model_dir, json=json, max_tokens=max_tokens, device=device)
     _show_labels(model, file, text_column, condition_column, batch_size, rows, line)
+
+
+def _most_probable(name: str, stream: Callable[..., Any]) -> tuple[Callable, Callable]:
+    """How `cluster` and `classify` read a sentence and show it.
+
+    Args:
+        name: of what `stream` finds for each sentence.
+    """
+
+    def rows(vae: Any, records: Any) -> Iterable[dict[str, Any]]:
+        for line, found, probability in stream(vae, records):
+            yield {**line.fields, name: found, "probability": probability}
+
+    def line(row: dict[str, Any]) -> str:
+        return f"{row[name]}\t{row['probability']:.4f}\t{row['sentence']}"
+
+    return rows, line
 
 
 def _show_labels(
