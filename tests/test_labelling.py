@@ -213,8 +213,9 @@ def test_the_commands_read_columns(run, conditional, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cluster", "classify", "tag"])
-def test_mistakes_of_the_commands_are_one_line(run, tokenizer, model_dir, tmp_path, name):
+def test_mistakes_of_the_commands_are_one_line(run, tokenizer, model_dir, tmp_path, name, capsys):
     bare = save(SentenceVAE(make_vae(), tokenizer), tmp_path / "bare")
+    capsys.readouterr()  # the progress of saving
     path = tmp_path / "text.txt"
     path.write_text("a bed\n")
     (tmp_path / "blank.txt").write_text("\n")
