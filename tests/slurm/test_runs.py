@@ -10,6 +10,8 @@ import pytest
 import yaml
 from launch import TINY, rows
 
+from dsvae.data.grammar_variants import tagged
+
 MEMBERS = """# three runs
 --pooling max --phase1.steps 3
 
@@ -24,6 +26,8 @@ def submitted(cluster, checkout, cache_dir):
         yaml.safe_dump({**TINY, "data": {**TINY["data"], "cache_dir": str(cache_dir)}})
     )
     (checkout / "three.txt").write_text(MEMBERS)
+    records = [{**each.record, "condition": "says who"} for each in tagged(600, 0)]
+    (checkout / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
     tiny = ("--config", "tiny.yaml")
     limited = cluster.sbatch(
         *("--time=60", "--signal=B:USR1@600", "slurm/train.sbatch", *tiny),
@@ -37,8 +41,13 @@ def submitted(cluster, checkout, cache_dir):
     return SimpleNamespace(
         limited=limited,
         # Phase 1 on one rank, phase 2 on two nodes: checkpoints do not pass between the
-        # phases, weights do.
-        chain=script("two_phase.sh", *tiny, "--output_dir", "runs/chain", DSVAE_PHASE2_NODES="2"),
+        # phases, weights do. All columns are in use.
+        chain=script(
+            *("two_phase.sh", *tiny, "--output_dir", "runs/chain"),
+            *("--train_file", checkout / "records.jsonl", "--condition_column", "condition"),
+            *("--label_column", "label", "--tags_column", "tags"),
+            DSVAE_PHASE2_NODES="2",
+        ),
         broken=script(
             "two_phase.sh", *tiny, "--output_dir", "runs/broken", "--train_file", "not there.txt"
         ),
@@ -75,7 +84,12 @@ def test_phase_2_goes_on_from_phase_1_with_resources_of_its_own(submitted, clust
     for phase, job, ranks in ((1, first, "1 rank"), (2, second, "2 ranks")):
         log = (checkout / f"dsvae-phase{phase}-{job}.out").read_text()
         assert re.search(rf"^data: .*; {ranks}$", log, re.MULTILINE)
-    assert (checkout / "runs/chain/metrics.json").exists()
+    scores = json.loads((checkout / "runs/chain/metrics.json").read_text())["test"]
+    assert {"kl", "class_accuracy", "entity_f1"} <= scores.keys()
+    config = json.loads((checkout / "runs/chain/model/config.json").read_text())
+    assert (config["conditional"], config["prior"]) == (True, "learned")
+    assert config["classes"] == ["none", "occupation"]
+    assert config["tags"] == ["B-OBJ", "B-PROF", "I-OBJ", "O"]
 
 
 def test_a_sweep_with_a_failing_member(submitted, cluster, checkout):
