@@ -3,6 +3,7 @@
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
 from transformers import (
     AutoModelForSeq2SeqLM,
     MT5Config,
@@ -35,6 +36,12 @@ T5_CONFIGS = {
 }
 INJECTIONS = ("memory", "embedding", "both")
 POOLINGS = ("mean", "max", "first", "attention")
+
+
+def plain_nats(logits, labels):
+    """-log p of each sentence, (B,), by torch's own loss on all logits at once."""
+    nats = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    return nats.view(labels.shape).sum(1)
 
 
 def make_t5(kind, directory):

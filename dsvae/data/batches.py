@@ -27,7 +27,7 @@ from torch import Tensor
 from dsvae.data.noise import DELETION, LATENT, ORDER, delete_tokens, generator
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
-from dsvae.objective.elbo import IGNORE
+from dsvae.modeling.crf import IGNORE
 
 PosteriorReads = Literal["both", "condition"]
 """What the posterior's encoder reads of a sentence with a condition: both, or the

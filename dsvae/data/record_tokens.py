@@ -21,7 +21,7 @@ from dsvae.data.tokenization import (
     token_ids,
 )
 from dsvae.errors import UserError
-from dsvae.objective.elbo import IGNORE
+from dsvae.modeling.crf import IGNORE
 
 _EXTRA = {
     "condition": {

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsvae.data.tokenization import ordinary_ids
 from dsvae.errors import UserError
-from dsvae.objective.elbo import IGNORE
+from dsvae.modeling.crf import IGNORE
 
 
 class TaggedIds(NamedTuple):

@@ -20,7 +20,7 @@ from dsvae.engine import nvme
 from dsvae.engine.weights import freeze_decoder, frozen_digest, parameter_groups
 from dsvae.modeling.t5_vae import T5VAE, T5VAEOutput
 from dsvae.modeling.weight_source import Origin
-from dsvae.objective.elbo import Penalty, loss_share, reconstruction_nats, slopes
+from dsvae.objective.elbo import Penalty, loss_share, slopes
 from dsvae.objective.schedules import lr_factor
 from dsvae.parallel.world import World
 from dsvae.phases import Phase
@@ -153,7 +153,6 @@ class PhaseEngine:
             noise = self._choose_noise(batch)
             self._seed(index, i)
             out = self._forward(self.deepspeed, batch, noise, detach_prior=penalty.prior_alone)
-            rec = reconstruction_nats(out.logits, batch.labels)
             statistics = self._statistics(penalty, out)
             statistics_now = (batch.weight @ statistics).detach()
             if slope is None and penalty.active:
@@ -161,9 +160,9 @@ class PhaseEngine:
                 if not penalty.linear:
                     mean = self.world.sum(mean) / step.sentences
                 slope = slopes(penalty, mean, self.units)
-            share = loss_share(rec, statistics, batch.weight, slope, step.sentences)
+            share = loss_share(out.loss, statistics, batch.weight, slope, step.sentences)
             self.deepspeed.backward(share * self.world.size, scale_wrt_gas=False)
-            rec_sum += torch.dot(batch.weight, rec.detach())
+            rec_sum += torch.dot(batch.weight, out.nats)
             statistics_sum = statistics_sum + statistics_now
             self.world.heartbeat(f"step {index + 1}, micro-batch {i + 1} of {len(batches)}")
         return StepSums(rec_sum, statistics_sum, step.sentences, skipped=not self._update())
@@ -184,7 +183,7 @@ class PhaseEngine:
             self._seed(index, i)
             with self._autocast():
                 out = self._forward(self.module, batch, noise)
-            rec = reconstruction_nats(out.logits, batch.labels)
+            rec = out.nats
             posterior, prior = self.module.distributions(out)
             kl = posterior.kl(prior)
             for row in range(len(rec)):
@@ -253,15 +252,13 @@ class PhaseEngine:
             out = self._encode(batch)
             posterior = self.module.family.of(out.posterior_parameters)
             rec = [
-                reconstruction_nats(
-                    self.module(
-                        labels=batch.labels,
-                        latent=posterior.sample(noise),
-                        condition_states=out.condition_states,
-                        condition_mask=batch.condition_mask,
-                    ).logits,
-                    batch.labels,
-                )
+                self.module(
+                    labels=batch.labels,
+                    sentence_weights=batch.weight,
+                    latent=posterior.sample(noise),
+                    condition_states=out.condition_states,
+                    condition_mask=batch.condition_mask,
+                ).nats
                 for noise in batch.noise.unbind(1)
             ]
         self.module.train()
@@ -285,6 +282,7 @@ class PhaseEngine:
             batch.input_ids,
             batch.attention_mask,
             labels=batch.labels,
+            sentence_weights=batch.weight,
             noise=noise,
             sample_latent=self.phase.sample_latent,
             **_records(batch),

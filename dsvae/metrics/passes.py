@@ -30,7 +30,6 @@ from dsvae.metrics.progress import progress
 from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
-from dsvae.objective.elbo import reconstruction_nats
 from dsvae.parallel.world import World
 
 EVALUATION_SEED = 0
@@ -127,11 +126,12 @@ def decode(
     def nats(batch: MicroBatch, rows: Tensor) -> Tensor:
         out = model(
             labels=batch.labels,
+            sentence_weights=batch.weight,
             latent=latent[rows].to(world.device),
             condition_ids=batch.condition_ids,
             condition_mask=batch.condition_mask,
         )
-        return reconstruction_nats(out.logits, batch.labels)
+        return out.nats
 
     return _over(model, split, world, token_budget, kept, nats, (), latent)
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from dsvae.data.batches import MicroBatch, Step
+from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.t5_vae import T5VAE
-from dsvae.objective.elbo import IGNORE
 
 PEAKS = {
     "B200": 2250e12,

@@ -30,6 +30,7 @@ from dsvae.modeling.crf import CRF, IGNORE, TagHead
 from dsvae.modeling.families import Distribution, Family, make_family
 from dsvae.modeling.injection import make_injection
 from dsvae.modeling.posterior import Float32Linear, PosteriorHead
+from dsvae.modeling.vocabulary import VocabularyHead
 from dsvae.modeling.weight_source import Origin, SafetensorsFiles, refuse_pickles
 
 CACHE = (
@@ -189,17 +190,20 @@ class T5VAEConfig(PreTrainedConfig):
 class T5VAEOutput(CausalLMOutputWithPast):
     """What `T5VAE.forward` returns.
 
-    logits: (B, T, V). latent: (B, Z), the z that was decoded. posterior_parameters:
-    (B, P) of q(z|x), for `T5VAE.family.of`; None if `latent` was given.
+    logits: (B, T, V); or, if `sentence_weights` were given, nats: (B,), -log p(x|z) of
+    each sentence, and loss: their weighted sum, which alone has a gradient.
+    latent: (B, Z), the z that was decoded. posterior_parameters: (B, P) of q(z|x), for
+    `T5VAE.family.of`; None if `latent` was given.
     prior_parameters: (B, P) of p(z|c), where the prior is learned and the condition was
     encoded, `latent` not given. condition_states: (B, C, d), for `encode_only` alone.
     clusters: (B, R) probabilities, and class_logits: (B, K), where there are such heads.
     class_nats and tag_nats: (B,), -log p of the class and of the tags that were given, 0
     where there are none. tags: (B, S), the most probable tags where `tag_labels` has some,
     -100 elsewhere; only in evaluation. The decoder's cache has the name `CACHE`, and is
-    there if `use_cache` was set. `loss`, `hidden_states` and `attentions` stay None.
+    there if `use_cache` was set. `hidden_states` and `attentions` stay None.
     """
 
+    nats: Tensor | None = None
     latent: Tensor | None = None
     posterior_parameters: Tensor | None = None
     prior_parameters: Tensor | None = None
@@ -256,7 +260,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             config.injection, base, self.family.latent_width, config.memory_slots
         )
         self.decoder = base.decoder(cross_attention=config.conditional)
-        self.lm_head = nn.Linear(base.decoder_width, base.vocabulary, bias=False)
+        self.lm_head = VocabularyHead(base.decoder_width, base.vocabulary)
         self.output_scale = base.output_scale(bool(config.tie_word_embeddings))
         self.post_init()
 
@@ -376,6 +380,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         elif isinstance(module, CRF):
             module.reset_parameters()
 
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Takes the linear layer that `resize_token_embeddings` has made."""
+        size, width = new_embeddings.weight.shape
+        self.lm_head = VocabularyHead(width, size, device="meta")
+        self.lm_head.weight = new_embeddings.weight
+
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Distribution:
         """q(z|x) of a batch of sentences.
 
@@ -475,6 +485,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         condition_mask: Tensor | None = None,
         condition_states: Tensor | None = None,
         detach_prior: bool = False,
+        sentence_weights: Tensor | None = None,
         class_labels: Tensor | None = None,
         tag_labels: Tensor | None = None,
         **others: Any,
@@ -502,6 +513,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 earlier call, instead of condition_ids.
             detach_prior: no gradient goes from the prior's parameters beyond the
                 weights of the prior's head.
+            sentence_weights: (B,). With them, `labels` give `nats` and `loss`, without
+                all logits in memory, in place of `logits`.
             class_labels: (B,), the class of each sentence; -100: none is known.
             tag_labels: (B, S), the tag of each word at its first piece, -100 elsewhere.
             others: must be None. To ignore an argument could change the text without an
@@ -567,9 +580,16 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         decoded = self.decoder(
             inputs_embeds=embeddings, use_cache=use_cache, **{CACHE: cache}, **attention_kwargs
         )
-        logits = self.lm_head(decoded.last_hidden_state * self.output_scale)
+        hidden = decoded.last_hidden_state * self.output_scale
+        logits = nats = loss = None
+        if sentence_weights is None:
+            logits = self.lm_head(hidden)
+        else:
+            nats, loss = self.lm_head(hidden, labels, sentence_weights)
         return T5VAEOutput(
             logits=logits,
+            nats=nats,
+            loss=loss,
             latent=latent,
             prior_parameters=prior_parameters,
             **read,

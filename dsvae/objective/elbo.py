@@ -26,25 +26,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.families import Distribution
 
 FreeBitsMode = Literal["dimension", "total", "sentence"]
-
-
-def reconstruction_nats(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p(x|z) of each sentence in nats, (B,) float32: the sum over its tokens.
-
-    Args:
-        logits: (B, T, V).
-        labels: (B, T), `IGNORE` where there is no token.
-    """
-    nats = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return nats.view(labels.shape).sum(1)
 
 
 @dataclass(frozen=True)
@@ -256,11 +241,12 @@ def loss_share(
     Constant terms of the penalty have no gradient and are left out.
 
     Args:
-        rec: (B,) nats.
+        rec: the sum over the sentences, `loss` of `T5VAE.forward`, nats.
         statistics: (B, S) from `Penalty.statistics`.
         weight: (B,), 1 for a sentence, 0 for a filler that only keeps the ranks in step.
         slopes: (S,) from `slopes`; None if nothing is penalized.
         sentences: N, the sentences of the global batch.
     """
-    per_sentence = rec if slopes is None else rec + (statistics * slopes).sum(-1)
-    return torch.dot(weight, per_sentence) / sentences
+    if slopes is not None:
+        rec = rec + torch.dot(weight, (statistics * slopes).sum(-1))
+    return rec / sentences

@@ -3,7 +3,7 @@ data.
 
 No formula estimates what a micro-batch needs beside weights and engine. The T5VAE runs
 under `FakeTensorMode`, and its live bytes are counted operator by operator: saved
-activations, attention matrices, the copies of the logits, recomputation under gradient
+activations, attention matrices, the loss on the vocabulary in pieces, recomputation under gradient
 checkpointing.
 """
 
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_iter
 from dsvae.engine.weights import freeze_decoder as freeze_decoder_of
 from dsvae.modeling.families import make_family
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
-from dsvae.objective.elbo import loss_share, reconstruction_nats
+from dsvae.objective.elbo import loss_share
 
 MASK_ALIGNMENT = 16
 """The memory-efficient kernel wants rows of the bias that are multiples of 16 elements;
@@ -52,9 +52,6 @@ class DryRun:
     """From then on, if every gradient is taken away as soon as it is ready."""
     with_gradients: int
     """Of both, if every gradient stays, in the dtype of its weight."""
-    logits: int
-    """Bytes of the logits, which the training loop still holds while the optimizer
-    steps."""
     evaluation: int
     """Of a forward pass without gradients; 0 where none was asked for."""
 
@@ -176,26 +173,22 @@ def dry_run(
         live.restart()
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
             out = model(**batch)
-        rec = reconstruction_nats(out.logits, batch["labels"])
         posterior, prior = model.distributions(out)
         kl = posterior.kl(prior)
-        loss_share(rec, kl, torch.ones(rows), torch.ones(kl.shape[1]), rows).backward()
+        loss_share(out.loss, kl, torch.ones(rows), torch.ones(kl.shape[1]), rows).backward()
         peaks.append((live.restart() - base, gradients))
-        logits = out.logits.untyped_storage().nbytes()
-        del out, rec, kl, batch, posterior, prior
+        del out, kl, batch, posterior, prior
         if evaluation_rows:
             model.eval()
             batch = _batch(evaluation_rows, tokens, config)
             live.restart()
             with torch.no_grad():
-                out = model(**batch)
-                reconstruction_nats(out.logits, batch["labels"])
+                model(**batch)
             evaluation = live.restart() - base
     return DryRun(
         forward=peaks[0][0],
         backward=max(peak for peak, _ in peaks[1:]),
         with_gradients=max(peak + kept for peak, kept in peaks),
-        logits=logits,
         evaluation=evaluation,
     )
 
@@ -213,6 +206,7 @@ def _batch(rows: int, tokens: int, config: T5VAEConfig) -> dict[str, Tensor]:
         "input_ids": torch.zeros(rows, read, dtype=torch.int64),
         "attention_mask": torch.ones(rows, read, dtype=torch.int64),
         "labels": torch.zeros(rows, tokens, dtype=torch.int64),
+        "sentence_weights": torch.ones(rows),
         "noise": torch.zeros(rows, make_family(config).noise_width),
         **condition,
     }

@@ -154,7 +154,7 @@ def estimate(
     peak, gradients = _training(engine, n, run, ranks.world, gathered, accumulates)
     moments = {
         "forward and backward": always + peak,
-        "optimizer step": always + gradients + run.logits + _step_scratch(engine, n, ranks.world),
+        "optimizer step": always + gradients + _step_scratch(engine, n, ranks.world),
     }
     if run.evaluation:
         moments["evaluation"] = always + gathered + run.evaluation
@@ -252,7 +252,7 @@ def _training(
     steps), beside what always stays.
 
     The peak is the largest of three: before the first gradient, during the backward
-    pass, and in the last reduction, when of the activations only the logits are left.
+    pass, and in the last reduction, when all activations are gone.
     """
     c = e.compute
     if e.kind in ("plain", "bf16"):
@@ -265,13 +265,13 @@ def _training(
             together = n.trained <= ALLREDUCE_ELEMENTS
             flat = (c + (4 if together else 0)) * n.trained
         backward = max(run.forward, run.backward) + gradients if accumulates else run.with_gradients
-        return max(backward, run.logits + gradients + flat), gradients
+        return max(backward, gradients + flat), gradients
     reduced = min(n.trained, max(int(e.zero.reduce_bucket_size), n.largest_trained))
     if e.kind == "zero3":
         share = math.ceil(reduced / world)
         # a flat copy of the bucket, and this rank's share of it in both dtypes
         scratch = c * (reduced + share) + (e.accumulate * share if e.accumulate != c else 0)
-        return gathered + max(run.forward, run.backward, run.logits + scratch), 0
+        return gathered + max(run.forward, run.backward, scratch), 0
     buckets = 0
     if e.zero.contiguous_gradients or e.optimizer_on != "gpu":
         buckets = c * int(e.zero.reduce_bucket_size) * (2 if e.zero.overlap_comm else 1)
@@ -280,7 +280,7 @@ def _training(
     if _adds_up_in_float32(e):
         gradients = 4 * n.part
     before, after = gradients if accumulates else 0, gradients + buckets
-    last = run.logits + after + c * reduced
+    last = after + c * reduced
     return max(run.forward + before, run.backward + after, last), gradients
 
 

@@ -13,7 +13,7 @@ from dsvae.data.batches import (
     most_micro_batches,
 )
 from dsvae.errors import UserError
-from dsvae.objective.elbo import IGNORE
+from dsvae.modeling.crf import IGNORE
 
 PAD, EOS = 0, 1
 WORLDS = (1, 2, 3, 5)

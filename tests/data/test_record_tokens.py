@@ -26,7 +26,7 @@ from dsvae.data.tagging import tagged_ids
 from dsvae.data.tokenization import tokenize
 from dsvae.data.tokenizer_training import train_tokenizer
 from dsvae.errors import UserError
-from dsvae.objective.elbo import IGNORE
+from dsvae.modeling.crf import IGNORE
 from dsvae.reports.run_text import data_text
 
 TEXTS = [item.text for item in generate(400, seed=1)]

@@ -30,12 +30,12 @@ import torch
 
 from dsvae import train
 from dsvae.engine import build, weights
-from dsvae.engine import engine as engine_module
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.model_directory import ModelDirectory
 from dsvae.engine.weights import full_weights
 from dsvae.errors import UserError
 from dsvae.metrics.kept import Kept
+from dsvae.modeling.vocabulary import VocabularyHead
 from dsvae.parallel import world
 from dsvae.parallel.stopping import Stopping
 from dsvae.parallel.watchdog import Watchdog
@@ -44,15 +44,17 @@ kind, rank, *numbers = os.environ["FAULT"].split()
 steps = [int(number) for number in numbers]
 mine = int(os.environ["RANK"]) == int(rank)
 current = {"step": -1}
-reconstruction = engine_module.reconstruction_nats
+head = VocabularyHead.forward
 train_step = PhaseEngine.train_step
 flush, read_weight = ModelDirectory._flush, weights.safe_get_full_fp32_param
 make_engine, find_origin = PhaseEngine.__init__, build.find_origin
 
 
-def faulty_reconstruction(logits, labels):
-    rec = reconstruction(logits, labels)
-    return rec * float("nan") if mine and kind == "non_finite" and current["step"] in steps else rec
+def faulty_head(self, *given):
+    out = head(self, *given)
+    if mine and kind == "non_finite" and current["step"] in steps:
+        return tuple(each * float("nan") for each in out)
+    return out
 
 
 def observed_step(self, index, step, penalty):
@@ -162,6 +164,6 @@ ModelDirectory._flush = slow_flush
 weights.safe_get_full_fp32_param = slow_weight
 PhaseEngine.__init__ = observed_engine
 build.find_origin = elsewhere
-engine_module.reconstruction_nats = faulty_reconstruction
+VocabularyHead.forward = faulty_head
 PhaseEngine.train_step = observed_step
 train.end_process(train.main())

@@ -14,7 +14,7 @@ from dsvae.engine.weights import freeze_decoder
 from dsvae.modeling.families import LOGVAR_BOUNDS
 from dsvae.modeling.t5_vae import CACHE, LATENT_PATH
 from dsvae.modeling.weight_source import Origin
-from dsvae.objective.elbo import Penalty, loss_share, reconstruction_nats, slopes
+from dsvae.objective.elbo import Penalty, loss_share, slopes
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 FAMILIES = {
@@ -386,11 +386,15 @@ def gradients(model, pairs, penalty):
     """The gradients of a training step with dropout off, by parameter; None where there
     is none."""
     noise = torch.randn(5, model.family.noise_width, generator=torch.Generator().manual_seed(1))
-    out = model(**pairs, noise=noise, detach_prior=penalty.prior_alone)
+    out = model(
+        **pairs,
+        noise=noise,
+        sentence_weights=torch.ones(5),
+        detach_prior=penalty.prior_alone,
+    )
     statistics = penalty.statistics(*model.distributions(out))
     slope = slopes(penalty, statistics.mean(0), model.family.units) if penalty.active else None
-    rec = reconstruction_nats(out.logits, pairs["labels"])
-    loss_share(rec, statistics, torch.ones(5), slope, 5).backward()
+    loss_share(out.loss, statistics, torch.ones(5), slope, 5).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 

@@ -43,7 +43,7 @@ def test_the_gradient_of_both_heads_is_that_of_the_undivided_batch(family, penal
     for part in (slice(0, 2), slice(2, 6)):
         s = penalty.statistics(family.of(q[part]), family.of(p[part]))
         rows = len(s)
-        loss_share(torch.zeros(rows), s, torch.ones(rows), slope, 6).backward()
+        loss_share(torch.zeros(()), s, torch.ones(rows), slope, 6).backward()
     torch.testing.assert_close(q.grad, expected[0])
     torch.testing.assert_close(p.grad, expected[1])
     assert bool((q.grad == 0).all()) == penalty.prior_alone
