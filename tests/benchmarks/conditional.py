@@ -2,7 +2,7 @@
 
     python tests/benchmarks/conditional.py RUN_DIR... --test_file F.jsonl
         [--condition_column condition] [--text_column text] [--conditions 200] [--draws 10]
-        [--output results.json]
+        [--labels_of train.jsonl] [--output results.json]
 
 Runs whose names differ only in a last `_sN` are one row: mean ± standard deviation over
 them. For each of the first different conditions of the file, z is drawn from the prior
@@ -11,7 +11,8 @@ them. For each of the first different conditions of the file, z is drawn from th
 - rec, kl, rec+kl, nll_iw, rec_shuffled-rec, rec_prior: of the run's own final evaluation
   (metrics.json), nats per sentence;
 - adherence: share of outputs that are sentences of the built-in grammar with the subject,
-  verb and object of their condition;
+  verb and object of their condition. With `--labels_of F`, for conditions that are labels:
+  share of outputs whose label is their condition, by a TF-IDF classifier of F's texts;
 - triples: different choices of tense, polarity and sentence type among the outputs of one
   condition, mean over conditions;
 - distinct_1, distinct_2, self_bleu, bleu_max, bleu_mean: `of_conditions` of
@@ -43,7 +44,9 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.labelled import Labelled
 from benchmarks.sparse import table
+from benchmarks.style_transfer import train_classifier
 
 from dsvae import pretrained
 from dsvae.data import grammar
@@ -143,20 +146,38 @@ def paired_texts(condition: str, draws: int, seed: int) -> list[str]:
     ]
 
 
+def of_labels(
+    classifier: Any, conditions: Sequence[str], texts: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Adherence of outputs whose conditions are labels."""
+    right = [
+        classifier.predict(own) == condition
+        for condition, own in zip(conditions, texts, strict=True)
+    ]
+    return {"adherence": float(np.mean(right))}
+
+
 def of_texts(
-    texts: Sequence[Sequence[str]], references: Mapping[str, Sequence[str]]
+    texts: Sequence[Sequence[str]],
+    references: Mapping[str, Sequence[str]],
+    classifier: Any = None,
 ) -> dict[str, float]:
     """The numbers of the texts for each of the conditions of `references`."""
     diversity = of_conditions(texts, list(references.values()))
+    conditions = list(references)
     return {
-        **of_grammar(list(references), texts),
+        **(
+            of_labels(classifier, conditions, texts)
+            if classifier
+            else of_grammar(conditions, texts)
+        ),
         "self_bleu": diversity["self_bleu_within"],
         **{name: diversity[name] for name in ("distinct_1", "distinct_2", "bleu_max", "bleu_mean")},
     }
 
 
 def measure(
-    directory: Path, references: Mapping[str, Sequence[str]], draws: int
+    directory: Path, references: Mapping[str, Sequence[str]], draws: int, classifier: Any
 ) -> dict[str, float]:
     """The numbers of one run, by column."""
     paths = RunDirectory(directory)
@@ -167,7 +188,7 @@ def measure(
     final |= differences(final) | {"rec+kl": -final["elbo"]}
     texts = outputs(model, tokenizer, list(references), draws)
     known = {name: final[name] for name in COLUMNS if final.get(name) is not None}
-    return known | of_texts(texts, references)
+    return known | of_texts(texts, references, classifier)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -180,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--conditions", type=int, default=200, help="the first ones of the file")
     parser.add_argument("--draws", type=int, default=10, help="of z for each condition")
+    parser.add_argument("--labels_of", type=Path, help="records to learn the conditions from")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
@@ -193,7 +215,14 @@ def main(argv: list[str] | None = None) -> None:
         directories = {run.resolve().name: run for run in args.runs}
         if len(directories) < len(args.runs):
             raise UserError("two directories have the same name: the rows are called by it")
-        runs = {name: measure(run, chosen, args.draws) for name, run in directories.items()}
+        classifier = None
+        if args.labels_of:
+            known = list(read_records(args.labels_of, "--labels_of", columns))
+            labels = np.array([str(record.condition) for record in known])
+            classifier = train_classifier(Labelled([record.text for record in known], labels))
+        runs = {
+            name: measure(run, chosen, args.draws, classifier) for name, run in directories.items()
+        }
     except (UserError, OSError) as problem:
         parser.error(str(problem))
     nats = [paired_nats(str(record.condition), record.text) for record in records]
