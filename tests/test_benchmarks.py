@@ -401,13 +401,13 @@ def test_the_bounds_of_an_lstm_approach_log_p_by_quadrature(tokenizer):
         share = log_q.exp() * 18 / 720
         expected["rec"].append(float(-(share * log_px_z).sum()))
         expected["kl"].append(float((share * (log_q - log_prior)).sum()))
-    args = argparse.Namespace(iw_samples=20, draws=2000, draws_sentences=len(split))
+    args = argparse.Namespace(iw_samples=20, draws=1000, draws_sentences=len(split))
     found = lstm_vae.measure(model, split, split, args)
     many, test = found["many_draws"], found["test"]
     assert many["kl"] == test["kl"] == pytest.approx(np.mean(expected["kl"]), rel=1e-4)
-    assert many["nll_iw"] == pytest.approx(-np.mean(exact), abs=0.02)
-    assert test["nll_iw"] == pytest.approx(-np.mean(exact), abs=0.2)
-    assert np.mean(expected["rec"]) + test["kl"] > 0.1 - np.mean(exact)  # a gap to close
+    assert many["nll_iw"] == pytest.approx(-np.mean(exact), abs=0.03)
+    gap = np.mean(expected["rec"]) + test["kl"] + np.mean(exact)
+    assert 0.03 < test["nll_iw"] + np.mean(exact) < 0.2 * gap
     assert test["rec"] == pytest.approx(np.mean(expected["rec"]), abs=4 * test["se"]["rec"])
 
 

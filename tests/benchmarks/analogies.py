@@ -140,12 +140,8 @@ def score(rows: list[list[str]], texts: list[str], language_model: Any) -> dict[
     }
     result: dict[str, Any] = {}
     for name, values in found.items():
-        pair = (
-            likelihood.mean(torch.tensor(values, dtype=torch.float64))
-            if values
-            else (math.nan, math.nan)
-        )
-        result[name], result[f"{name}_se"] = pair
+        numbers = torch.tensor(values or [math.nan], dtype=torch.float64)
+        result[name], result[f"{name}_se"] = likelihood.mean(numbers)
     middle = [text for row in rows for text in row[1:-1]]
     result |= style_transfer.perplexity(*language_model, middle)
 

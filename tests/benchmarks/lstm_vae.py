@@ -196,7 +196,8 @@ def train(model: LstmVae, split: TokenizedSplit, unk: int, args: argparse.Namesp
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
         beta = 0.0
         for step in range(steps):
-            rec, kl = loss_of(model, next(source), args.word_dropout, unk)
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                rec, kl = loss_of(model, next(source), args.word_dropout, unk)
             penalty = kl
             if args.free_bits is not None:
                 beta = min(1.0, 2 * step / steps)
@@ -272,6 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--word_dropout", type=float, default=0.0, help="share of decoder inputs")
+    parser.add_argument("--bf16", action="store_true", help="autocast in training")
     parser.add_argument("--iw_samples", type=int, default=10)
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--draws_sentences", type=int, default=500)
