@@ -1,6 +1,7 @@
 """The scripts that measure models: trivial rows have trivial numbers, and the rest is
 what a few lines of NumPy give."""
 
+import argparse
 import json
 import math
 from itertools import product
@@ -8,7 +9,15 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from benchmarks import conditional, relations, sparse, style_transfer, unseen_words
+from benchmarks import (
+    analogies,
+    conditional,
+    lstm_vae,
+    relations,
+    sparse,
+    style_transfer,
+    unseen_words,
+)
 from benchmarks.labelled import read
 from small_models import make_vae, small_tokenizer
 from torch.nn.functional import cross_entropy
@@ -16,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from dsvae.data import grammar, grammar_variants
 from dsvae.data.grammar_variants import DEPENDENT, PAIRED_ENTROPY
 from dsvae.data.noise import PRIOR, generator
+from dsvae.data.tokenization import tokenize
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE
 
@@ -349,3 +359,126 @@ def test_no_labelled_sentence_has_a_held_out_occupation(tmp_path):
         assert all(
             occupations(record) and record["label"] == "occupation" for record in records[name]
         )
+
+
+def by_hand(model, ids, z):
+    """log p(x|z) of one sentence for z (J, 1), (J,): cell by cell."""
+    weights = [p.detach().double() for p in model.decoder._flat_weights]
+    z = z.double()
+    cell = z @ model.start.weight.double().T + model.start.bias.double()
+    state, previous = cell.tanh(), model.config.pad_token_id
+    total = torch.zeros(len(z), dtype=torch.float64)
+    for token in ids:
+        own = model.embedding.weight[previous].double().expand(len(z), -1)
+        gates = torch.cat([own, z], 1) @ weights[0].T + state @ weights[1].T
+        gates = gates + weights[2] + weights[3]
+        enter, forget, new, out = gates.chunk(4, dim=1)
+        cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
+        state = out.sigmoid() * cell.tanh()
+        read = state @ model.output.weight.double().T + model.output.bias.double()
+        scores = read @ model.embedding.weight.double().T + model.bias.double()
+        total += scores.log_softmax(1)[:, token]
+        previous = token
+    return total
+
+
+@torch.no_grad()
+def test_the_bounds_of_an_lstm_approach_log_p_by_quadrature(tokenizer):
+    torch.manual_seed(0)
+    model = lstm_vae.LstmVae(60, 0, embedding=8, hidden=8, latent_dim=1)
+    for each in model.parameters():
+        each.mul_(3)  # so that z tells something
+    split, _, _ = tokenize(corpus(12, 0, 0)[0], tokenizer, 24, "here")
+    z = torch.linspace(-9, 9, 721)[:, None]
+    log_prior = -0.5 * z[:, 0].double() ** 2 - 0.5 * math.log(2 * math.pi)
+    exact, expected = [], {"rec": [], "kl": []}
+    for ids in split.rows(range(len(split))):
+        log_px_z = by_hand(model, ids, z)
+        exact.append(float(torch.logsumexp(log_px_z + log_prior, 0)) + math.log(18 / 720))
+        own = torch.from_numpy(ids)[None]
+        mean, logvar = model.encode(own, torch.tensor([len(ids)]))[0].double()
+        log_q = -0.5 * ((z[:, 0] - mean) ** 2 / logvar.exp() + logvar + math.log(2 * math.pi))
+        share = log_q.exp() * 18 / 720
+        expected["rec"].append(float(-(share * log_px_z).sum()))
+        expected["kl"].append(float((share * (log_q - log_prior)).sum()))
+    args = argparse.Namespace(iw_samples=20, draws=1000, draws_sentences=len(split))
+    found = lstm_vae.measure(model, split, split, args)
+    many, test = found["many_draws"], found["test"]
+    assert many["kl"] == test["kl"] == pytest.approx(np.mean(expected["kl"]), rel=1e-4)
+    assert many["nll_iw"] == pytest.approx(-np.mean(exact), abs=0.03)
+    gap = np.mean(expected["rec"]) + test["kl"] + np.mean(exact)
+    assert 0.03 < test["nll_iw"] + np.mean(exact) < 0.2 * gap
+    assert test["rec"] == pytest.approx(np.mean(expected["rec"]), abs=4 * test["se"]["rec"])
+
+
+@pytest.mark.parametrize("options", [["--latent_dim", "0"], ["--target", "2"]])
+def test_an_lstm_comes_to_the_entropy_or_to_its_kl(options, save, tmp_path, capsys):
+    files = []
+    for name, count, seed in (("train", 2000, 0), ("test", 200, 1)):
+        path = tmp_path / name
+        path.write_text("".join(f"{text}\n" for text in corpus(count, seed, 0)[0]))
+        files += [f"--{name}_file", str(path)]
+    if "--target" in options:
+        options += ["--latent_dim", "4", "--ae_steps", "100", "--draws", "20"]
+    sizes = ["--hidden", "32", "--embedding", "16", "--batch_size", "32", "--lr", "0.01"]
+    output = tmp_path / "out.json"
+    lstm_vae.main([save("t5"), *files, *sizes, *options, "--steps", "300", "--output", str(output)])
+    found = json.loads(output.read_text())
+    test = found["test"]
+    entropy = math.log(8 * 8 * 6)
+    if "--target" not in options:
+        assert entropy - 0.05 < test["rec"] < entropy + 0.4
+        assert test["kl"] == 0
+        return
+    assert test["kl"] == pytest.approx(2, abs=0.6)
+    assert test["rec"] < entropy - 0.3 < test["rec_shuffled"]
+    assert entropy - 0.05 < test["nll_iw"] < test["rec"] + test["kl"]
+    assert found["many_draws"]["iw_samples"] == 20
+    assert f"{found['parameters']:,} parameters" in capsys.readouterr().out
+
+
+def test_many_pairs_give_the_direction_of_the_label(tokenizer, files):
+    vae = SentenceVAE(make_vae(latent_dim=3), tokenizer)
+    train, test = read(files[1], files[3]), read(files[5], files[7])
+    targets = np.where(test.labels == "good", "bad", "good")
+    given = style_transfer.Given(vae, None, train, test, test, None, targets)
+    point = vae.encode(test.texts).point
+    found = analogies.analogies(given, point, [1, 4000], 300, 0)
+    assert set(found) == {f"{n}{k}" for n in ("1 pair", "4000 pairs") for k in ("", ", any label")}
+    toward = vae.attribute_vector(train.texts, train.labels.tolist(), "good")
+    expected = point + torch.from_numpy(np.where(targets == "good", 1.0, -1.0))[:, None] * toward
+    spread = float(vae.encode(train.texts).point.std(0).max())
+    close = 6 * spread * math.sqrt(2 / 4000)
+    torch.testing.assert_close(found["4000 pairs"].double(), expected, rtol=0, atol=close)
+    torch.testing.assert_close(found["4000 pairs, any label"], point, rtol=0, atol=2 * close)
+    assert (found["1 pair"] - expected).abs().max() > close
+
+
+def test_paths_of_copies_and_of_a_model(save, language_model, files, tmp_path, capsys):
+    model = save("paths", latent_dim=3)
+    output = tmp_path / "out.json"
+    arguments = [model, language_model, *files, "--sentences", "20"]
+    analogies.main([*arguments, "--pairs", "2", "--steps", "5", "--output", str(output)])
+    found = json.loads(output.read_text())
+    rows = found["paths"]
+    vae = SentenceVAE.from_pretrained(model, device="cpu")
+    for example in found["examples"]:
+        expected = vae.interpolate(example["sentence"], example["next"], steps=5)
+        assert example["path"] == expected
+    assert (rows["copy"]["distinct"], rows["copy"]["repeated"]) == (1 / 5, 1)
+    assert rows["copy"]["step bleu"] is None
+    assert rows["switch"]["distinct"] == pytest.approx(2 / 5, abs=0.05)  # two may be the same
+    assert rows["switch"]["repeated"] == pytest.approx(3 / 4, abs=0.05)
+    for name in ("copy", "switch"):
+        places = rows[name]["places"]
+        assert [place["t"] for place in places] == [0, 0.25, 0.5, 0.75, 1]
+        assert places[0]["bleu_a"] == places[2]["bleu_first"] == pytest.approx(100)
+    assert rows["switch"]["places"][-1]["bleu_b"] == pytest.approx(100)
+    assert rows["copy"]["places"][-1]["bleu_b"] < 60
+    for row in rows.values():
+        assert row["places"][0]["bleu_first"] == row["places"][-1]["bleu_last"]
+    assert found["analogies"]["copy"]["bleu"] == pytest.approx(100)
+    assert "2 pairs, any label" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        analogies.main([save("codes", family="categorical", latent_dim=2), *arguments[1:]])
+    assert "give another" in capsys.readouterr().err

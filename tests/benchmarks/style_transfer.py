@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.labelled import Labelled, longest, read, tokens
 
 from dsvae import pretrained
-from dsvae.data.tokenization import tokenize
+from dsvae.data.tokenization import TokenizedSplit, tokenize
 from dsvae.errors import UserError
 from dsvae.files import write_json
 from dsvae.generation import SentenceVAE
@@ -230,8 +231,24 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return markdown(columns, set(columns) - {"row"})
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All results, as in the JSON file."""
+@dataclass(frozen=True)
+class Given:
+    """What the arguments name."""
+
+    vae: SentenceVAE
+    language_model: tuple[T5VAE, Any]
+    train: Labelled
+    test: Labelled
+    chosen: Labelled
+    """The test sentences that are changed."""
+    split: TokenizedSplit
+    """Their tokens."""
+    targets: NDArray[np.str_]
+    """The other label of each."""
+
+
+def load(args: argparse.Namespace) -> Given:
+    """Raises UserError where the labels or the language model do not fit."""
     train = read(args.train_file, args.train_labels)
     test = read(args.test_file, args.test_labels)
     names = np.unique(train.labels).tolist()
@@ -242,10 +259,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     language_model = pretrained.load(args.language_model_dir)
     if language_model[0].config.injection != "none":
         raise UserError(f"{args.language_model_dir} has a latent: give a model of injection none")
-
     split, chosen = tokens(test.draw(args.sentences, args.seed), tokenizer, vae.inputs.max_tokens)
     targets = np.where(chosen.labels == names[0], names[1], names[0])
-    point = passes.encode(model, split, WORLD, BUDGET).posterior.point
+    return Given(vae, language_model, train, test, chosen, split, targets)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All results, as in the JSON file."""
+    given = load(args)
+    vae, train, test, chosen = given.vae, given.train, given.test, given.chosen
+    targets, language_model = given.targets, given.language_model
+    point = passes.encode(vae.model, given.split, WORLD, BUDGET).posterior.point
     deciding = train.draw(args.train_sentences, args.seed)
     moved, how = transfers(vae, deciding, point, targets, args.strengths)
 
@@ -259,7 +283,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": args.model_dir,
         "language_model": args.language_model_dir,
-        "family": model.config.family,
+        "family": vae.model.config.family,
         "sentences": len(chosen),
         "train_sentences": len(deciding),
         "seed": args.seed,
@@ -313,21 +337,27 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser of what `load` reads."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model_dir")
     parser.add_argument("language_model_dir")
     for name in ("train_file", "train_labels", "test_file", "test_labels"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--sentences", type=int, default=1000, help="test sentences to transfer")
+    parser.add_argument("--sentences", type=int, default=1000, help="test sentences to change")
+    parser.add_argument("--seed", type=int, default=0, help="of all random choices")
+    parser.add_argument("--output", help="JSON file to write")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument(
         "--train_sentences", type=int, default=20_000, help="that decide what is set"
     )
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 2.0, 3.0])
-    parser.add_argument("--seed", type=int, default=0, help="of all random choices")
-    parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
     try:
