@@ -20,7 +20,13 @@ from dsvae.engine import nvme
 from dsvae.engine.weights import freeze_decoder, frozen_digest, parameter_groups
 from dsvae.modeling.t5_vae import T5VAE, T5VAEOutput
 from dsvae.modeling.weight_source import Origin
-from dsvae.objective.elbo import Penalty, loss_share, reconstruction_nats, slopes
+from dsvae.objective.elbo import (
+    Penalty,
+    loss_share,
+    reconstruction_nats,
+    reconstruction_term,
+    slopes,
+)
 from dsvae.objective.schedules import lr_factor
 from dsvae.parallel.world import World
 from dsvae.phases import Phase
@@ -32,6 +38,8 @@ class StepSums:
 
     rec: Tensor
     """Scalar, nats."""
+    rec_term: Tensor
+    """Scalar, what the loss has of rec: rec itself, or by `reconstruction_term`."""
     statistics: Tensor
     """(S,), the statistics of the penalty; the first U are the KL of the units, nats."""
     sentences: int
@@ -40,11 +48,13 @@ class StepSums:
     """Whether the step was skipped on all ranks, because the loss or a gradient was not
     finite."""
 
-    def means(self, world: World) -> tuple[float, Tensor]:
-        """The means of (rec, statistics (S,)) over the global batch. Collective."""
-        sums = torch.cat([self.rec[None].double(), self.statistics.double()])
-        means = world.sum(sums).cpu() / self.sentences
-        return float(means[0]), means[1:]
+    def means(self, world: World) -> tuple[float, float, Tensor]:
+        """The means of (rec, rec_term, statistics (S,)) over the global batch.
+        Collective."""
+        rec = torch.stack([self.rec, self.rec_term])
+        means = world.sum(torch.cat([rec.double(), self.statistics.double()])).cpu()
+        means /= self.sentences
+        return float(means[0]), float(means[1]), means[2:]
 
 
 class PhaseEngine:
@@ -133,7 +143,7 @@ class PhaseEngine:
 
         Args:
             index: the optimizer step of the phase, from 0.
-            penalty: T of the loss (1/N) sum_i rec_i + T(mean statistics).
+            penalty: T of the loss (1/N) sum_i w_i rec_i + T(mean statistics).
 
         The gradient is that of the loss over all ranks and micro-batches. DeepSpeed
         averages over the W ranks, so each share is multiplied by W; DeepSpeed's scaling
@@ -147,6 +157,7 @@ class PhaseEngine:
             slope = slopes(penalty, self.world.sum(ahead) / step.sentences, self.units)
         self.world.heartbeat(f"step {index + 1}")
         rec_sum = torch.zeros((), device=self.world.device)
+        term_sum = torch.zeros((), device=self.world.device)
         statistics_sum = torch.zeros((), device=self.world.device)
         for i, batch in enumerate(batches):
             self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
@@ -154,6 +165,7 @@ class PhaseEngine:
             self._seed(index, i)
             out = self._forward(self.deepspeed, batch, noise, detach_prior=penalty.prior_alone)
             rec = reconstruction_nats(out.logits, batch.labels)
+            term = reconstruction_term(rec, batch.labels, self.phase.length_weighted)
             statistics = self._statistics(penalty, out)
             statistics_now = (batch.weight @ statistics).detach()
             if slope is None and penalty.active:
@@ -161,12 +173,14 @@ class PhaseEngine:
                 if not penalty.linear:
                     mean = self.world.sum(mean) / step.sentences
                 slope = slopes(penalty, mean, self.units)
-            share = loss_share(rec, statistics, batch.weight, slope, step.sentences)
+            share = loss_share(term, statistics, batch.weight, slope, step.sentences)
             self.deepspeed.backward(share * self.world.size, scale_wrt_gas=False)
             rec_sum += torch.dot(batch.weight, rec.detach())
+            term_sum += torch.dot(batch.weight, term.detach())
             statistics_sum = statistics_sum + statistics_now
             self.world.heartbeat(f"step {index + 1}, micro-batch {i + 1} of {len(batches)}")
-        return StepSums(rec_sum, statistics_sum, step.sentences, skipped=not self._update())
+        skipped = not self._update()
+        return StepSums(rec_sum, term_sum, statistics_sum, step.sentences, skipped)
 
     @torch.no_grad()
     def inspect(self, index: int, step: Step) -> list[dict[str, Any]]:

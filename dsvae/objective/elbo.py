@@ -1,21 +1,21 @@
 """The loss: reconstruction, and a penalty on the batch means of latent statistics.
 
-    loss = (1/N) sum_i rec_i + T(m),    m = (1/N) sum_i s_i
+    loss = (1/N) sum_i w_i rec_i + T(m),    m = (1/N) sum_i s_i
 
 over the N sentences of the global batch (all ranks, all micro-batches of an optimizer
 step). rec_i is -log p(x_i|z_i) in nats, summed over the tokens of sentence i, EOS
-included. s_i are statistics of sentence i (S numbers), of which the KL of each unit in
-nats comes first. T, the penalty, may be any differentiable function of their means. Here
-it is beta times the KL with free bits (Kingma et al. 2016), total correlation, and how
-decided and how even the clusters of a cluster head are. Where the KL has no weight, a
-learned prior has a term of its own.
+included. w_i is 1, or 1/T_i for the T_i tokens of sentence i. s_i are statistics of
+sentence i (S numbers), of which the KL of each unit in nats comes first. T, the penalty,
+may be any differentiable function of their means. Here it is beta times the KL with free
+bits (Kingma et al. 2016), total correlation, and how decided and how even the clusters of
+a cluster head are. Where the KL has no weight, a learned prior has a term of its own.
 
 The gradient is exact however the batch is split, because
 
-    d loss = (1/N) sum_i [d rec_i + <w, d s_i>],    w = dT/dm at m.
+    d loss = (1/N) sum_i [w_i d rec_i + <u, d s_i>],    u = dT/dm at m.
 
-Once m is known (one all-reduce of S numbers), w is constant, and each micro-batch can go
-backward separately. If T is linear, w does not depend on m, and nothing is reduced.
+Once m is known (one all-reduce of S numbers), u is constant, and each micro-batch can go
+backward separately. If T is linear, u does not depend on m, and nothing is reduced.
 """
 
 from __future__ import annotations
@@ -45,6 +45,18 @@ def reconstruction_nats(logits: Tensor, labels: Tensor) -> Tensor:
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
     )
     return nats.view(labels.shape).sum(1)
+
+
+def reconstruction_term(rec: Tensor, labels: Tensor, length_weighted: bool) -> Tensor:
+    """What the loss has of each sentence's reconstruction, (B,): w_i rec_i.
+
+    Args:
+        rec: (B,), nats.
+        labels: (B, T), `IGNORE` where there is no token.
+        length_weighted: divide by the predicted tokens of the sentence, EOS included, as
+            in the published command of Optimus (Li et al. 2020).
+    """
+    return rec / (labels != IGNORE).sum(1) if length_weighted else rec
 
 
 @dataclass(frozen=True)
@@ -256,7 +268,7 @@ def loss_share(
     Constant terms of the penalty have no gradient and are left out.
 
     Args:
-        rec: (B,) nats.
+        rec: (B,) nats, from `reconstruction_term`.
         statistics: (B, S) from `Penalty.statistics`.
         weight: (B,), 1 for a sentence, 0 for a filler that only keeps the ranks in step.
         slopes: (S,) from `slopes`; None if nothing is penalized.

@@ -16,6 +16,7 @@ from dsvae.objective.elbo import (
     pair_statistics,
     pairwise_total_correlation,
     reconstruction_nats,
+    reconstruction_term,
     slopes,
 )
 
@@ -73,6 +74,35 @@ def test_padding_changes_neither_the_reconstruction_nor_its_weight_against_the_k
         grads.append((rec.detach(), x.grad, kl.grad))
     for narrow, wide in zip(*grads, strict=True):
         torch.testing.assert_close(narrow, wide)
+
+
+def test_by_length_a_sentence_counts_with_the_mean_of_its_tokens():
+    """Two sentences of 3 and 1 tokens, EOS included, by hand: the first has probabilities
+    1/2, 1/4 and 1/8, the second 1/16."""
+    labels = torch.tensor([[2, 3, EOS], [EOS, IGNORE, IGNORE]])
+    p = torch.tensor([[1 / 2, 1 / 4, 1 / 8], [1 / 16, 0.3, 0.3]])
+    others = ((1 - p) / 4)[..., None].expand(-1, -1, 5).clone()
+    logits = others.scatter(-1, labels.clamp(min=0)[..., None], p[..., None]).log()
+    rec = reconstruction_nats(logits, labels)
+    kl, slope = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.full((2,), 0.5)
+    loss = [
+        loss_share(reconstruction_term(rec, labels, by_length), kl, torch.ones(2), slope, 2).item()
+        for by_length in (False, True)
+    ]
+    # 0.5 * (3 + 3) / 2 = 1.5 is the KL's part of both
+    assert loss[0] == pytest.approx((1 + 2 + 3 + 4) * math.log(2) / 2 + 1.5)
+    assert loss[1] == pytest.approx(((1 + 2 + 3) / 3 + 4) * math.log(2) / 2 + 1.5)
+    shares = [
+        loss_share(
+            reconstruction_term(rec[i : i + 1], labels[i : i + 1], True),
+            kl[i : i + 1],
+            torch.ones(1),
+            slope,
+            2,
+        )
+        for i in (0, 1)
+    ]
+    assert sum(shares).item() == pytest.approx(loss[1])
 
 
 def test_pad_positions_have_no_gradient():
