@@ -205,6 +205,10 @@ class Phase2Config(PhaseConfig):
 
     beta: BetaConfig = field(default_factory=BetaConfig)
     """Weight of the KL term."""
+    length_weighted: bool = False
+    """Divide the reconstruction of each sentence by its predicted tokens, EOS included, as
+    the published command of Optimus does. A beta of 1 is then about as strong as a beta
+    of one sentence's length without it. The logged rec stays in nats per sentence."""
     free_bits: float = 0.0
     """KL threshold in nats. Below it, the KL has no gradient. 0: no threshold."""
     total_correlation: float = 0.0

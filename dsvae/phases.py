@@ -47,6 +47,11 @@ class Phase:
         return self.config.phase1.freeze_decoder if self.number == 1 else False
 
     @property
+    def length_weighted(self) -> bool:
+        """Whether the loss divides each reconstruction by its number of tokens."""
+        return self.config.phase2.length_weighted if self.number == 2 else False
+
+    @property
     def controlled(self) -> bool:
         """Whether beta follows the KL instead of the step."""
         return self.number == 2 and self.config.phase2.beta.kind == "target"

@@ -259,13 +259,13 @@ def train_phase(
         stop = run.stopping.agreed(world)
         logged = done % config.log_every == 0 or last
         if logged or phase.controlled:
-            rec, statistics = sums.means(world)
+            rec, rec_term, statistics = sums.means(world)
             kl = statistics[: engine.units]
         if phase.controlled and not sums.skipped:
             beta = next_beta(beta, float(kl.sum()), config.phase2.beta)
         if logged:
             values = {
-                "loss": rec + float(penalty(statistics, engine.units)),
+                "loss": rec_term + float(penalty(statistics, engine.units)),
                 "rec": rec,
                 # does not depend on the length of this step's sentences
                 "rec_per_token": rec * step.sentences / step.tokens,

@@ -20,7 +20,7 @@ from dsvae.engine import nvme
 from dsvae.engine.weights import freeze_decoder, frozen_digest, parameter_groups
 from dsvae.modeling.t5_vae import T5VAE, T5VAEOutput
 from dsvae.modeling.weight_source import Origin
-from dsvae.objective.elbo import Penalty, loss_share, slopes
+from dsvae.objective.elbo import Penalty, loss_share, reconstruction_weights, slopes
 from dsvae.objective.schedules import lr_factor
 from dsvae.parallel.world import World
 from dsvae.phases import Phase
@@ -32,6 +32,8 @@ class StepSums:
 
     rec: Tensor
     """Scalar, nats."""
+    rec_term: Tensor
+    """Scalar, what the loss has of rec: rec itself, or with `reconstruction_weights`."""
     statistics: Tensor
     """(S,), the statistics of the penalty; the first U are the KL of the units, nats."""
     sentences: int
@@ -40,11 +42,13 @@ class StepSums:
     """Whether the step was skipped on all ranks, because the loss or a gradient was not
     finite."""
 
-    def means(self, world: World) -> tuple[float, Tensor]:
-        """The means of (rec, statistics (S,)) over the global batch. Collective."""
-        sums = torch.cat([self.rec[None].double(), self.statistics.double()])
-        means = world.sum(sums).cpu() / self.sentences
-        return float(means[0]), means[1:]
+    def means(self, world: World) -> tuple[float, float, Tensor]:
+        """The means of (rec, rec_term, statistics (S,)) over the global batch.
+        Collective."""
+        rec = torch.stack([self.rec, self.rec_term])
+        means = world.sum(torch.cat([rec.double(), self.statistics.double()])).cpu()
+        means /= self.sentences
+        return float(means[0]), float(means[1]), means[2:]
 
 
 class PhaseEngine:
@@ -133,7 +137,7 @@ class PhaseEngine:
 
         Args:
             index: the optimizer step of the phase, from 0.
-            penalty: T of the loss (1/N) sum_i rec_i + T(mean statistics).
+            penalty: T of the loss (1/N) sum_i w_i rec_i + T(mean statistics).
 
         The gradient is that of the loss over all ranks and micro-batches. DeepSpeed
         averages over the W ranks, so each share is multiplied by W; DeepSpeed's scaling
@@ -147,12 +151,16 @@ class PhaseEngine:
             slope = slopes(penalty, self.world.sum(ahead) / step.sentences, self.units)
         self.world.heartbeat(f"step {index + 1}")
         rec_sum = torch.zeros((), device=self.world.device)
+        term_sum = torch.zeros((), device=self.world.device)
         statistics_sum = torch.zeros((), device=self.world.device)
         for i, batch in enumerate(batches):
             self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
             noise = self._choose_noise(batch)
             self._seed(index, i)
-            out = self._forward(self.deepspeed, batch, noise, detach_prior=penalty.prior_alone)
+            weights = reconstruction_weights(batch.weight, batch.labels, self.phase.length_weighted)
+            out = self._forward(
+                self.deepspeed, batch, noise, weights, detach_prior=penalty.prior_alone
+            )
             statistics = self._statistics(penalty, out)
             statistics_now = (batch.weight @ statistics).detach()
             if slope is None and penalty.active:
@@ -163,9 +171,11 @@ class PhaseEngine:
             share = loss_share(out.loss, statistics, batch.weight, slope, step.sentences)
             self.deepspeed.backward(share * self.world.size, scale_wrt_gas=False)
             rec_sum += torch.dot(batch.weight, out.nats)
+            term_sum += torch.dot(weights, out.nats)
             statistics_sum = statistics_sum + statistics_now
             self.world.heartbeat(f"step {index + 1}, micro-batch {i + 1} of {len(batches)}")
-        return StepSums(rec_sum, statistics_sum, step.sentences, skipped=not self._update())
+        skipped = not self._update()
+        return StepSums(rec_sum, term_sum, statistics_sum, step.sentences, skipped)
 
     @torch.no_grad()
     def inspect(self, index: int, step: Step) -> list[dict[str, Any]]:
@@ -182,7 +192,7 @@ class PhaseEngine:
             noise = self._choose_noise(batch)
             self._seed(index, i)
             with self._autocast():
-                out = self._forward(self.module, batch, noise)
+                out = self._forward(self.module, batch, noise, batch.weight)
             rec = out.nats
             posterior, prior = self.module.distributions(out)
             kl = posterior.kl(prior)
@@ -275,14 +285,20 @@ class PhaseEngine:
         )
 
     def _forward(
-        self, model: Any, batch: MicroBatch, noise: Tensor, *, detach_prior: bool = False
+        self,
+        model: Any,
+        batch: MicroBatch,
+        noise: Tensor,
+        weights: Tensor,
+        *,
+        detach_prior: bool = False,
     ) -> Any:
         """One forward pass, through the engine or the bare model."""
         return model(
             batch.input_ids,
             batch.attention_mask,
             labels=batch.labels,
-            sentence_weights=batch.weight,
+            sentence_weights=weights,
             noise=noise,
             sample_latent=self.phase.sample_latent,
             **_records(batch),

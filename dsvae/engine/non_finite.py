@@ -42,7 +42,7 @@ class SkippedSteps:
         if not sums.skipped:
             self.in_a_row = 0
             return
-        rec, kl = sums.means(world)
+        rec, _, kl = sums.means(world)
         if engine.precision == "fp16" and math.isfinite(rec) and bool(kl.isfinite().all()):
             return  # the loss scale is still too high, and gradients overflowed
         self.in_a_row += 1

@@ -1,6 +1,6 @@
 """The loss: reconstruction, and a penalty on the batch means of latent statistics.
 
-    loss = (1/N) sum_i rec_i + T(m),    m = (1/N) sum_i s_i
+    loss = (1/N) sum_i w_i rec_i + T(m),    m = (1/N) sum_i s_i
 
 over the N sentences of the global batch (all ranks, all micro-batches of an optimizer
 step). rec_i is -log p(x_i|z_i) in nats, summed over the tokens of sentence i, EOS
@@ -12,10 +12,10 @@ learned prior has a term of its own.
 
 The gradient is exact however the batch is split, because
 
-    d loss = (1/N) sum_i [d rec_i + <w, d s_i>],    w = dT/dm at m.
+    d loss = (1/N) sum_i [w_i d rec_i + <t, d s_i>],    t = dT/dm at m.
 
-Once m is known (one all-reduce of S numbers), w is constant, and each micro-batch can go
-backward separately. If T is linear, w does not depend on m, and nothing is reduced.
+Once m is known (one all-reduce of S numbers), t is constant, and each micro-batch can go
+backward separately. If T is linear, t does not depend on m, and nothing is reduced.
 """
 
 from __future__ import annotations
@@ -27,9 +27,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.families import Distribution
 
 FreeBitsMode = Literal["dimension", "total", "sentence"]
+
+
+def reconstruction_weights(weight: Tensor, labels: Tensor, length_weighted: bool) -> Tensor:
+    """The weight w_i of each sentence's reconstruction in the loss, (B,).
+
+    Args:
+        weight: (B,), 1 for a sentence, 0 for a filler.
+        labels: (B, T), `IGNORE` where there is no token.
+        length_weighted: divide by the predicted tokens of the sentence, EOS included, as
+            in the published command of Optimus (Li et al. 2020).
+    """
+    return weight / (labels != IGNORE).sum(1) if length_weighted else weight
 
 
 @dataclass(frozen=True)
@@ -241,7 +254,7 @@ def loss_share(
     Constant terms of the penalty have no gradient and are left out.
 
     Args:
-        rec: the sum over the sentences, `loss` of `T5VAE.forward`, nats.
+        rec: the sum of w_i rec_i over the sentences, `loss` of `T5VAE.forward`.
         statistics: (B, S) from `Penalty.statistics`.
         weight: (B,), 1 for a sentence, 0 for a filler that only keeps the ranks in step.
         slopes: (S,) from `slopes`; None if nothing is penalized.

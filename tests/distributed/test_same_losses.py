@@ -40,6 +40,7 @@ SYSTEMS = {
 DRAWS = {"spike_slab": 3}
 TOTAL_CORRELATION = {"categorical": 2.0}
 FREE_BITS = {"categorical": 0.065, "spike_slab": 1.7}
+LENGTH_WEIGHTED = ("embedding",)
 
 
 def start_model(system, prepared, directory):
@@ -131,7 +132,8 @@ def reference(system, directory, prepared):
         beta = min(1.0, index / STEPS / 0.5)
         noise = best_noise(model, batch, DRAWS.get(system, 1))
         out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=noise)
-        rec = F.cross_entropy(out.logits.transpose(1, 2), batch.labels, reduction="sum") / 32
+        nats = F.cross_entropy(out.logits.transpose(1, 2), batch.labels, reduction="none").sum(1)
+        rec = (nats / (batch.labels >= 0).sum(1) if system in LENGTH_WEIGHTED else nats).mean()
         kl = kl_by_hand(model, out.posterior_parameters).mean(0)
         loss = rec + beta * torch.maximum(kl, torch.tensor(free_bits)).sum()
         if weight := TOTAL_CORRELATION.get(system):
@@ -253,6 +255,7 @@ def test_losses_and_weights_are_those_of_plain_torch(
             "free_bits": FREE_BITS.get(system, 0.2),
             "draws": DRAWS.get(system, 1),
             "total_correlation": TOTAL_CORRELATION.get(system, 0.0),
+            "length_weighted": system in LENGTH_WEIGHTED,
         },
         "phase": "2",
         "precision": "fp32",

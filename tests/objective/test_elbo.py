@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.families import Categorical, CategoricalFamily, Gaussian, GaussianFamily
 from dsvae.objective.elbo import (
     Penalty,
@@ -12,11 +13,29 @@ from dsvae.objective.elbo import (
     negative_entropy,
     pair_statistics,
     pairwise_total_correlation,
+    reconstruction_weights,
     slopes,
 )
 
 EOS = 1
 MEAN_KL = torch.tensor([0.1, 0.5, 2.0])
+
+
+def test_by_length_a_sentence_counts_with_the_mean_of_its_tokens():
+    """Two sentences of 3 and 1 tokens and a filler, by hand."""
+    labels = torch.tensor([[2, 3, EOS], [EOS, IGNORE, IGNORE], [EOS, IGNORE, IGNORE]])
+    rec, weight = torch.tensor([6.0, 4.0, 7.0]), torch.tensor([1.0, 1.0, 0.0])
+    kl, slope = torch.tensor([[1.0, 2.0], [3.0, 0.0], [9.0, 9.0]]), torch.full((2,), 0.5)
+    for by_length, expected in ((False, 6 + 4), (True, 6 / 3 + 4)):
+        weights = reconstruction_weights(weight, labels, by_length)
+        loss = loss_share(weights @ rec, kl, weight, slope, 2)
+        # 0.5 * (3 + 3) / 2 = 1.5 is the KL's part of both
+        assert loss.item() == pytest.approx(expected / 2 + 1.5)
+        parts = [
+            loss_share(weights[i : i + 1] @ rec[i : i + 1], kl[[i]], weight[[i]], slope, 2)
+            for i in range(3)
+        ]
+        assert sum(parts).item() == pytest.approx(loss.item())
 
 
 @pytest.mark.parametrize(

@@ -562,10 +562,9 @@ def test_an_old_bash_is_refused_by_every_script(version, tmp_path):
 
 
 def test_every_line_of_the_shipped_sweeps_is_a_run():
-    for path in ROOT.glob("slurm/sweeps/*.txt"):
-        lines = [
-            line for line in path.read_text().splitlines() if line and not line.startswith("#")
-        ]
-        assert len(lines) == len(set(lines)) == 18
+    for name, runs in {"park2021": 18, "paper_grid": 24}.items():
+        text = (ROOT / f"slurm/sweeps/{name}.txt").read_text()
+        lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+        assert len(lines) == len(set(lines)) == runs
         for line in lines:
             configuration.read([*words(line), "--config", "park2021", "--ds_config", "x.json"])
