@@ -207,6 +207,9 @@ class Phase2Config(PhaseConfig):
     """Weight of the KL term."""
     free_bits: float = 0.0
     """KL threshold in nats. Below it, the KL has no gradient. 0: no threshold."""
+    release: float = 0.0
+    """Share of the phase at its end in which `free_bits` is off. The KL then falls to what
+    the decoder has use for."""
     total_correlation: float = 0.0
     """Weight of the pairwise total correlation of the variables, for the categorical
     family. It adds to the share that is already part of the KL."""
@@ -617,6 +620,11 @@ def check(config: RunConfig) -> None:
         beta.kind != "target" or config.phase2.free_bits == 0,
         "phase2.free_bits holds the KL up, and phase2.beta.kind target holds it at a value: "
         "use one of them",
+    )
+    need(0 <= config.phase2.release < 1, "phase2.release is a share of the steps, in [0, 1)")
+    need(
+        config.phase2.release == 0 or config.phase2.free_bits > 0,
+        "phase2.release turns phase2.free_bits off, which is 0: set both, or neither",
     )
     need(
         beta.kind != "cyclic" or beta.cycles <= config.phase2.steps,
