@@ -55,6 +55,10 @@ class DataConfig:
     """The column that contains one tag per whitespace word: a list in .jsonl and
     .parquet, separated by white space in .csv and .tsv. Records may have none (null or
     empty). It needs a fast tokenizer, which ByT5 lacks."""
+    deduplicate: bool = False
+    """Drop the training sentences that are also validation or test sentences, with the same
+    condition where they have one. Sentences that occur several times in one split stay:
+    they say how common each is."""
     builtin_size: int = 20_000
     """Number of sentences of the built-in corpus: training, validation and test
     together."""
