@@ -535,6 +535,7 @@ def evaluate(
     output: str | None = None,
     samples: int = 1,
     iw_samples: int | None = None,
+    sentences: int | None = None,
     batch_tokens: int = 16384,
     text_column: str = "text",
     condition_column: str | None = None,
@@ -564,6 +565,8 @@ def evaluate(
         samples: samples of z per sentence for the ELBO.
         iw_samples: samples of z per sentence for the importance-weighted bound; without
             it, the bound is not measured.
+        sentences: measure only this many of the sentences, which are chosen by a hash of
+            their texts; by default all.
         batch_tokens: most padded tokens per forward pass on one rank; it changes only the
             speed.
         max_tokens: longest sentence in tokens, EOS included; longer ones are truncated

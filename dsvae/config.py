@@ -55,6 +55,10 @@ class DataConfig:
     """The column that contains one tag per whitespace word: a list in .jsonl and
     .parquet, separated by white space in .csv and .tsv. Records may have none (null or
     empty). It needs a fast tokenizer, which ByT5 lacks."""
+    deduplicate: bool = False
+    """Drop the training sentences that are also validation or test sentences, with the same
+    condition where they have one. Sentences that occur several times in one split stay:
+    they say how common each is."""
     builtin_size: int = 20_000
     """Number of sentences of the built-in corpus: training, validation and test
     together."""
@@ -211,6 +215,9 @@ class Phase2Config(PhaseConfig):
     of one sentence's length without it. The logged rec stays in nats per sentence."""
     free_bits: float = 0.0
     """KL threshold in nats. Below it, the KL has no gradient. 0: no threshold."""
+    release: float = 0.0
+    """Share of the phase at its end in which `free_bits` is off. The KL then falls to what
+    the decoder has use for."""
     total_correlation: float = 0.0
     """Weight of the pairwise total correlation of the variables, for the categorical
     family. It adds to the share that is already part of the KL."""
@@ -621,6 +628,11 @@ def check(config: RunConfig) -> None:
         beta.kind != "target" or config.phase2.free_bits == 0,
         "phase2.free_bits holds the KL up, and phase2.beta.kind target holds it at a value: "
         "use one of them",
+    )
+    need(0 <= config.phase2.release < 1, "phase2.release is a share of the steps, in [0, 1)")
+    need(
+        config.phase2.release == 0 or config.phase2.free_bits > 0,
+        "phase2.release turns phase2.free_bits off, which is 0: set both, or neither",
     )
     need(
         beta.kind != "cyclic" or beta.cycles <= config.phase2.steps,

@@ -8,7 +8,7 @@ from typing import Any
 
 from dsvae.config import PhaseConfig, RunConfig
 from dsvae.objective.elbo import Penalty
-from dsvae.objective.schedules import beta_at
+from dsvae.objective.schedules import beta_at, free_bits_at
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Phase:
         """Whether beta follows the KL instead of the step."""
         return self.number == 2 and self.config.phase2.beta.kind == "target"
 
+    @property
+    def released(self) -> bool:
+        """Whether the KL threshold changes within the phase."""
+        return self.number == 2 and self.config.phase2.release > 0
+
     def penalty(self, step: int, controlled_beta: float) -> Penalty:
         """What optimizer step `step` of the phase (from 0) adds to the reconstruction.
 
@@ -78,7 +83,7 @@ class Phase:
         return Penalty(
             beta,
             # Without a latent, the threshold would be a constant in the logged loss.
-            vae.free_bits if config.model.injection != "none" else 0.0,
+            free_bits_at(step, vae) if config.model.injection != "none" else 0.0,
             vae.free_bits_mode,
             vae.total_correlation,
             # Before beta rises, the KL does not train the prior.

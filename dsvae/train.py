@@ -272,6 +272,7 @@ def train_phase(
                 "kl": float(kl.sum()),
                 **penalty.head_losses(statistics, engine.units),
                 "beta": penalty.beta,
+                **({"free_bits": penalty.free_bits} if phase.released else {}),
                 "lr": lr,
                 "grad_norm": engine.grad_norm,
                 "skipped_steps": float(engine.skipped_steps),

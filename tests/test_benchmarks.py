@@ -5,6 +5,7 @@ import argparse
 import json
 import math
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from benchmarks import (
     analogies,
     conditional,
+    levers,
     lstm_vae,
     relations,
     sparse,
@@ -482,3 +484,40 @@ def test_paths_of_copies_and_of_a_model(save, language_model, files, tmp_path, c
     with pytest.raises(SystemExit):
         analogies.main([save("codes", family="categorical", latent_dim=2), *arguments[1:]])
     assert "give another" in capsys.readouterr().err
+
+
+def test_weights_become_their_moving_average_in_the_last_step(monkeypatch):
+    monkeypatch.setattr(levers.deepspeed, "initialize", lambda **given: None)
+    monkeypatch.setattr(levers.now, "phase", SimpleNamespace(number=2, steps=5))
+    levers.ema(0.75)
+    plain, averaged = (torch.nn.Parameter(torch.arange(3.0)) for _ in range(2))
+    optimizers = [torch.optim.AdamW([weight], lr=0.1) for weight in (plain, averaged)]
+    levers.deepspeed.initialize(optimizer=optimizers[1], lr_scheduler=None)
+    seen = []
+    for step in range(5):
+        monkeypatch.setattr(levers.now, "step", step)
+        if step:
+            assert torch.equal(plain, averaged)
+        for weight, optimizer in zip((plain, averaged), optimizers, strict=True):
+            weight.grad = torch.tensor([1.0, -2.0, 0.5 * step])
+            optimizer.step()
+        seen.append(plain.detach().clone())
+    shares = [0.75**4, *(0.25 * 0.75 ** (4 - i) for i in range(1, 5))]
+    torch.testing.assert_close(
+        averaged.detach(), sum(share * each for share, each in zip(shares, seen, strict=True))
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("emma=1", "did you mean ema"),
+        ("ema", "ema takes decay"),
+        ("ema=much", "ema takes decay"),
+        ("refit=2", "refit takes no value"),
+    ],
+)
+def test_levers_that_are_none(word, message):
+    with pytest.raises(UserError, match=message):
+        levers.pull([word, "--seed", "1"])
+    assert all(name in levers.usage() for name in levers.LEVERS)

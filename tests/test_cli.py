@@ -422,6 +422,7 @@ def test_evaluate_hands_everything_over(run, monkeypatch):
         "output": None,
         "samples": 1,
         "iw_samples": 8,
+        "sentences": None,
         "batch_tokens": 16384,
         "text_column": "text",
         "condition_column": None,

@@ -314,6 +314,8 @@ def test_the_recipes_that_are_compared_differ_in_what_they_are_compared_for():
         ({"phase1": {"max_grad_norm": -1}}, r"phase1\.max_grad_norm must not be negative"),
         ({"phase2": {"beta": {"max": -1}}}, r"phase2\.beta\.max"),
         ({"phase2": {"free_bits": -1}}, r"phase2\.free_bits"),
+        ({"phase2": {"free_bits": 1, "release": 1.0}}, r"phase2\.release is a share"),
+        ({"phase2": {"release": 0.2}}, r"phase2\.release turns phase2\.free_bits off"),
         ({"phase2": {"beta": {"zero": 0.6, "rise": 0.5}}}, r"phase2\.beta\.zero"),
         ({"phase2": {"beta": {"cycles": 0}}}, r"phase2\.beta\.cycles"),
     ],

@@ -58,7 +58,9 @@ class Corpus:
     conditions are equal if their conditions are equal too."""
     in_train: dict[str, int]
     """By valid and test split, the sentences that are also training sentences. A
-    held-out split has 0."""
+    held-out split has 0, and so has each of them with `data.deduplicate`."""
+    dropped: int
+    """Training sentences that `data.deduplicate` left out."""
     held_out: tuple[str, ...]
     """The splits that had no source and were cut from the training sentences."""
     source: str
@@ -88,11 +90,23 @@ def load_corpus(data: DataConfig, seed: int, work_dir: Path) -> Corpus:
     if held_out:
         _hold_out(splits, held_out, seed, data.dataset or data.train_file or "the built-in corpus")
     keys = {split: _content_keys(splits[split]) for split in SPLITS}
+    dropped = 0
+    if data.deduplicate:
+        own = ~np.isin(keys["train"], np.concatenate([keys["valid"], keys["test"]]))
+        if not own.any():
+            raise UserError(
+                f"{describe(data)}: every training sentence is also a validation or test "
+                f"sentence: give others, or leave --data.deduplicate out"
+            )
+        dropped = len(own) - int(own.sum())
+        splits["train"] = splits["train"].select(np.flatnonzero(own))
+        keys["train"] = keys["train"][own]
     return Corpus(
         {split: splits[split] for split in SPLITS},
         skipped_blank,
         {split: len(keys[split]) - len(np.unique(keys[split])) for split in SPLITS},
         {split: int(np.isin(keys[split], keys["train"]).sum()) for split in SPLITS[1:]},
+        dropped,
         held_out,
         describe(data),
     )
@@ -132,7 +146,11 @@ def fingerprint(data: DataConfig, seed: int) -> dict[str, Any]:
         }
         cut = True
     # Only where they are named: caches and runs of text alone keep their identity.
-    extra = {f"{kind}_column": name for kind, name in Columns.of(data).extra.items()}
+    extra: dict[str, Any] = {
+        f"{kind}_column": name for kind, name in Columns.of(data).extra.items()
+    }
+    if data.deduplicate:
+        extra["deduplicate"] = True
     return identity | extra | {"held_out_seed": seed if cut else None}
 
 

@@ -212,6 +212,7 @@ def _tokenize(
         "skipped_blank": corpus.skipped_blank[name] + figures["blank"],
         "repeated": corpus.repeated[name],
         **({"in_train": corpus.in_train[name]} if name in corpus.in_train else {}),
+        **({"dropped": corpus.dropped} if name == "train" and corpus.dropped else {}),
         "held_out": name in corpus.held_out,
         **{figure: figures[figure] for kind in kinds for figure in _FIGURES.get(kind, ())},
     }

@@ -366,6 +366,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("au_curve", "units", "active units over thresholds", latent=True),
     Metric("max_tokens", "tokens", "longest sentence, EOS included", None, NO_CHART),
     Metric("rec_per_token", "nats/token", "rec per predicted token"),
+    Metric("free_bits", "nats", "KL threshold, where it changes (phase2.release)"),
     Metric("lr", "", "learning rate"),
     Metric("grad_norm", "", "norm of the gradient before clipping"),
     Metric("skipped_steps", "steps", "steps without an update since the start of the phase"),

@@ -1,10 +1,11 @@
-"""beta and the learning rate by the optimizer step of a phase, counted from 0."""
+"""beta, free bits and the learning rate by the optimizer step of a phase, counted from
+0."""
 
 from __future__ import annotations
 
 import math
 
-from dsvae.config import BetaConfig, PhaseConfig
+from dsvae.config import BetaConfig, Phase2Config, PhaseConfig
 
 
 def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
@@ -40,6 +41,12 @@ def next_beta(beta: float, kl: float, settings: BetaConfig) -> float:
     assert settings.target is not None  # checked with the configuration
     moved = beta + settings.gain * (kl - settings.target)
     return min(max(moved, 0.0), settings.max)
+
+
+def free_bits_at(step: int, phase: Phase2Config) -> float:
+    """The KL threshold in nats at optimizer step `step`: `free_bits`, then 0 in the last
+    share `release` of the steps."""
+    return phase.free_bits if step < phase.steps - round(phase.release * phase.steps) else 0.0
 
 
 def lr_factor(step: int, phase: PhaseConfig) -> float:

@@ -1,11 +1,11 @@
-"""A plot of rec against kl with one point per run."""
+"""A plot of rec against kl, distortion against rate, with one point per run."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import matplotlib
-import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from dsvae.reports.compare import Comparison, grouped
 from dsvae.reports.figures import COLOR, STYLE, new_figure, short, svg
@@ -13,14 +13,17 @@ from dsvae.reports.runs import Run
 from dsvae.reports.table import number
 
 _LINES = 9
-"""Number of lines of equal rec + kl."""
+"""Most lines of equal rec + kl, at round numbers."""
+_COLORS = {"memory": COLOR, "embedding": "#c1662f", "both": "#3c8d5a", "none": "#444444"}
+"""By injection."""
 _NEAR = 0.025
 """Share of an axis within which two labels would overlap."""
 
 
 def plot(comparison: Comparison) -> str | None:
     """The plot as SVG; None if no run has both values. A model without a latent is drawn
-    at kl 0.
+    at kl 0, with the line on which rec + kl is its -log p(x): below it, a latent pays.
+    Rows of several seeds have their standard deviations as bars.
 
     Phase 1 does not train the KL, which is then many times that of phase 2. So runs in
     phase 1 are drawn only if there are no others.
@@ -33,15 +36,27 @@ def plot(comparison: Comparison) -> str | None:
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(8.4, max(4.0, 0.6 + 0.26 * len(runs)))
         points = [(run.metrics.get("kl", 0.0), run.metrics["rec"]) for run in runs]
+        several = len({_injection(run) for run in runs if run.latent}) > 1
         for index, (run, (kl, rec)) in enumerate(zip(runs, points, strict=True), 1):
+            color = _COLORS.get(_injection(run), COLOR)
             style: dict[str, Any] = {"marker": "o" if run.latent else "D", "markersize": 6}
-            style["markerfacecolor"] = COLOR if run.split == "test" else "none"
-            label = f"{index}  {short(run.name, 28)}: {_about(run)}"
-            axes.plot(kl, rec, color=COLOR, linestyle="none", label=label, **style)
+            style["markerfacecolor"] = color if run.split == "test" else "none"
+            how = f"{_injection(run)}, " if several and run.latent else ""
+            label = f"{index}  {short(run.name, 28)}: {how}{_about(run)}"
+            axes.plot(kl, rec, color=color, linestyle="none", label=label, **style)
+            up, across = (run.metrics.get(f"sd.{name}", 0.0) for name in ("rec", "kl"))
+            axes.errorbar(kl, rec, yerr=up, xerr=across, fmt="none", color=color, linewidth=1)
         axes.margins(0.12)
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-        for total in np.linspace(left + low, right + high, _LINES + 2)[1:-1]:
-            axes.axline((0, total), slope=-1, color="black", alpha=0.12, linewidth=0.8, zorder=0)
+        line: dict[str, Any] = {"slope": -1, "linewidth": 0.8, "zorder": 0}
+        for total in MaxNLocator(_LINES + 1).tick_values(left + low, right + high):
+            axes.axline((0, total), color="black", alpha=0.12, **line)
+            kl = min(right, total - low)  # where it leaves the plot at the bottom or right
+            if left < kl and low <= total - kl < high:
+                axes.text(kl, total - kl, f"{total:g}", fontsize=6, alpha=0.6, va="bottom")
+        for run, (kl, rec) in zip(runs, points, strict=True):
+            if not run.latent:
+                axes.axline((kl, rec), color=_COLORS["none"], linestyle="--", **line)
         axes.set(xlim=(left, right), ylim=(low, high))
         width, height = right - left, high - low
 
@@ -55,12 +70,18 @@ def plot(comparison: Comparison) -> str | None:
             axes.annotate(label, where, xytext=(5, 4), textcoords="offset points", fontsize=8)
         axes.set(xlabel="kl (nats/sentence)", ylabel="rec (nats/sentence)")
         title = "down and left is better; along a line rec + kl is the same"
+        if not all(run.latent for run in runs):
+            title += "; dashed: -log p(x) without a latent"
         if any(run.split != "test" for run in runs):
             title += "; hollow: not final, on validation"
         axes.set_title(title, fontsize=8)
         place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
         axes.legend(fontsize=7.5, frameon=False, handletextpad=0.2, **place)
         return svg(figure)
+
+
+def _injection(run: Run) -> str:
+    return str(run.settings.get("model.injection"))
 
 
 def _about(run: Run) -> str:

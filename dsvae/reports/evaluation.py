@@ -45,10 +45,9 @@ from dsvae.metrics.text import samples as text_samples
 from dsvae.modeling.families import ACTIVE, Distribution
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.world import World, joined
-from dsvae.reports import sentences
 from dsvae.reports.html import write_report
 from dsvae.reports.projector import write_projector
-from dsvae.reports.sentences import Sentences
+from dsvae.reports.sentences import Sentences, check_factors, input_hashes, read
 from dsvae.reports.table import table
 
 SHOWN = 20
@@ -84,6 +83,7 @@ def evaluate_model(
     condition_column: str | None = None,
     label_column: str | None = None,
     tags_column: str | None = None,
+    sentences: int | None = None,
 ) -> dict[str, Any]:
     """Measures a finished model on sentences, prints a table, and writes metrics.json,
     report.html and the projector's files.
@@ -103,7 +103,7 @@ def evaluate_model(
     Raises:
         UserError: on every rank, before anything is written.
     """
-    _check(samples, iw_samples, batch_tokens, max_tokens, seed)
+    _check(samples, iw_samples, batch_tokens, max_tokens, seed, sentences)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     with joined() as world:
@@ -112,10 +112,12 @@ def evaluate_model(
         columns = Columns(text_column, condition_column, label_column, tags_column)
         text = _main_first(
             world,
-            lambda: sentences.read(test_file, labels_file, columns, model.config, tokenizer, limit),
+            lambda: read(
+                test_file, labels_file, columns, model.config, tokenizer, limit, sentences
+            ),
         )
         if model.config.latent_dim:
-            world.run_on_rank0(lambda: sentences.check_factors(text))
+            world.run_on_rank0(lambda: check_factors(text))
         directory = _default_output(model_dir) if output is None else Path(output).expanduser()
         world.run_on_rank0(lambda: make_writable(directory, "--output"))
         nn.Module.to(model, world.device)  # transformers' own `to` is not annotated
@@ -228,7 +230,7 @@ def _use_of_latents(
     means, drawn = (z.double().numpy()[:, columns] for z in (posterior.point, draws))
     # Random numbers below follow the order of the rows, which must not be that of the file.
     keys = text.split.content_keys
-    hashes = sentences.input_hashes(text.split, model.config)
+    hashes = input_hashes(text.split, model.config)
     results: dict[str, Any] = {}
     if text.labels:
         # Sentences that the encoder reads alike have the same posterior. Which of their
@@ -344,10 +346,19 @@ def _main_first(world: World, load: Callable[[], T]) -> T:
 
 
 def _check(
-    samples: int, iw_samples: int | None, batch_tokens: int, max_tokens: int | None, seed: int
+    samples: int,
+    iw_samples: int | None,
+    batch_tokens: int,
+    max_tokens: int | None,
+    seed: int,
+    sentences: int | None,
 ) -> None:
     numbers = {"samples": (samples, 1), "batch_tokens": (batch_tokens, 1), "seed": (seed, 0)}
-    optional = {"iw_samples": (iw_samples, 1), "max_tokens": (max_tokens, 2)}
+    optional = {
+        "iw_samples": (iw_samples, 1),
+        "max_tokens": (max_tokens, 2),
+        "sentences": (sentences, 1),
+    }
     given = {name: pair for name, pair in optional.items() if pair[0] is not None}
     for name, (value, least) in (numbers | given).items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

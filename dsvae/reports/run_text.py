@@ -35,11 +35,16 @@ def data_text(report: dict[str, Any], ranks: int) -> str:
         f"{report['max_tokens']} tokens, {unk:,} unknown tokens, {repeated:,} repeated sentences",
         *_columns_lines(report),
     ]
+    if dropped := splits["train"].get("dropped"):
+        lines.append(
+            f"      {dropped:,} training sentences dropped that are also validation or test "
+            f"sentences"
+        )
     for name in ("valid", "test"):
         if copies := splits.get(name, {}).get("in_train"):
             lines.append(
                 f"warning: {copies} of the {splits[name]['sentences']} {name} sentences are also "
-                f"training sentences"
+                f"training sentences; --data.deduplicate drops those from training"
             )
     return "\n".join(lines)
 

@@ -194,7 +194,8 @@ def _unused(config: RunConfig) -> tuple[str, ...]:
     if config.data.train_file is not None or config.data.dataset is not None:
         names.append("data.builtin_")
     if config.model.injection == "none":
-        names += ["model.latent_dim", "model.pooling", "phase2.beta.", "phase2.free_bits"]
+        names += ["model.latent_dim", "model.pooling"]
+        names += ["phase2.beta.", "phase2.free_bits", "phase2.release"]
     if config.model.injection in ("none", "embedding"):
         names.append("model.memory_slots")
     return tuple(names)

@@ -4,6 +4,7 @@ from."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def read(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
+    most: int | None = None,
 ) -> Sentences:
     """The sentences of a file, with what belongs to them in `columns` or another file;
     without a file those of the built-in corpus.
@@ -63,6 +65,8 @@ def read(
     Args:
         config: of the model, which knows its classes and tags. Without classes, the
             labels are those of the file.
+        most: take this many of the sentences, chosen by a hash of their texts, which is the
+            same choice in every order of the file. None: all.
 
     Raises:
         UserError: a file is missing, empty or not what it should be, the labels do not
@@ -70,11 +74,16 @@ def read(
     """
     _check_columns(test_file, labels_file, columns, config)
     if test_file is None:
-        return _builtin(tokenizer, max_tokens)
+        return _builtin(tokenizer, max_tokens, min(most or BUILTIN_SENTENCES, BUILTIN_SENTENCES))
     path = Path(test_file).expanduser()
     records = list(read_records(path, "--test_file", columns))
     texts = [record.text for record in records]
     labels = None if labels_file is None else _labels(Path(labels_file).expanduser(), path, texts)
+    source, rows = path.name, _chosen(records, most)
+    if len(rows) < len(records):
+        source = f"{most:,} sentences of {source}, chosen by hash"
+        records, texts = [records[i] for i in rows], [texts[i] for i in rows]
+        labels = None if labels is None else labels[rows]
     known = tuple(config.classes) or tuple(sorted({r.label for r in records if r.label}))
     names = Names(known, tuple(config.tags))
     split, kept, figures = tokenize_records(
@@ -86,7 +95,7 @@ def read(
     found = Sentences(
         split,
         _as_seen([texts[i] for i in kept], split, tokenizer),
-        path.name,
+        source,
         {name: figures[name] for name in counted},
         conditions=None if columns.condition is None else [str(records[i].condition) for i in kept],
     )
@@ -97,6 +106,20 @@ def read(
     elif columns.label is not None:
         _probe_column(found, [records[i] for i in kept], config, f"{path}, {columns.label}")
     return found
+
+
+def _chosen(records: list[Record], most: int | None) -> list[int]:
+    """The places of `most` records whose hashes are the smallest, and of the blank ones,
+    which are counted."""
+
+    def key(i: int) -> bytes:
+        content = f"{records[i].text.strip()}\0{records[i].condition or ''}"
+        return hashlib.sha256(content.encode()).digest()
+
+    blank = [i for i, record in enumerate(records) if not record.text.strip()]
+    if most is None or most >= len(records) - len(blank):
+        return list(range(len(records)))
+    return sorted(blank + sorted(set(range(len(records))) - set(blank), key=key)[:most])
 
 
 def input_hashes(split: TokenizedSplit, config: PreTrainedConfig) -> NDArray[np.uint64]:
@@ -192,9 +215,9 @@ def _as_seen(
     return texts
 
 
-def _builtin(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Sentences:
-    drawn = grammar.generate(BUILTIN_SENTENCES, BUILTIN_SEED)
-    source = f"the built-in corpus ({BUILTIN_SENTENCES} sentences, seed {BUILTIN_SEED})"
+def _builtin(tokenizer: PreTrainedTokenizerBase, max_tokens: int, count: int) -> Sentences:
+    drawn = grammar.generate(count, BUILTIN_SEED)
+    source = f"the built-in corpus ({count} sentences, seed {BUILTIN_SEED})"
     texts = [item.text for item in drawn]
     split, kept, counts = tokenize(texts, tokenizer, max_tokens, source)
     seen = _as_seen([texts[i] for i in kept], split, tokenizer)

@@ -233,6 +233,42 @@ def test_copies_between_named_files_are_counted(tmp_path):
     assert corpus.in_train == {"valid": 2, "test": 0}
 
 
+def test_training_sentences_that_are_held_out_elsewhere_are_dropped(tmp_path):
+    files = {
+        "train_file": write(tmp_path / "a.txt", "a\nb\nc\na\nb\nd"),
+        "valid_file": write(tmp_path / "v.txt", "c\nx\nc"),
+        "test_file": write(tmp_path / "t.txt", "y\na"),
+    }
+    data = DataConfig(**files, deduplicate=True)
+    corpus = load_corpus(data, seed=0)
+    assert corpus.splits["train"]["text"][:] == ["b", "b", "d"]  # what only train repeats stays
+    assert corpus.splits["valid"]["text"][:] == ["c", "x", "c"]
+    assert corpus.dropped == 3
+    assert corpus.repeated == {"train": 1, "valid": 1, "test": 0}
+    assert corpus.in_train == {"valid": 0, "test": 0}
+    plain = DataConfig(**files)
+    assert load_corpus(plain, seed=0).dropped == 0
+    assert fingerprint(data, 0) == {**fingerprint(plain, 0), "deduplicate": True}
+    assert "deduplicate" not in fingerprint(plain, 0)
+    assert "every training sentence" in error_of(three(files["train_file"], deduplicate=True))
+
+
+def test_only_records_with_the_same_condition_are_dropped(tmp_path):
+    def records(name, *pairs):
+        lines = (json.dumps({"text": text, "c": c}) for text, c in pairs)
+        return write(tmp_path / name, "\n".join(lines))
+
+    data = DataConfig(
+        train_file=records("a.jsonl", ("a", "1"), ("a", "2"), ("b", "1")),
+        valid_file=records("v.jsonl", ("a", "2")),
+        test_file=records("t.jsonl", ("b", "2")),
+        condition_column="c",
+        deduplicate=True,
+    )
+    train = load_corpus(data, seed=0).splits["train"]
+    assert list(zip(train["text"], train["condition"], strict=True)) == [("a", "1"), ("b", "1")]
+
+
 def test_only_the_missing_split_is_held_out(tmp_path):
     data = DataConfig(
         train_file=write(tmp_path / "a.txt", "\n".join(LINES)),

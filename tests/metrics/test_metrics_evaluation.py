@@ -670,6 +670,24 @@ def test_labels_stay_with_their_sentences(tmp_path, tokenizer):
     assert found.counts["skipped_blank"] == 60
 
 
+def test_some_sentences_are_the_same_in_every_order(tmp_path, tokenizer):
+    model, orders = make_vae(), [np.arange(60), np.random.default_rng(0).permutation(60)]
+    found = []
+    for order in orders:
+        (tmp_path / "t.txt").write_text("".join(f"{SENTENCES[i]}\n\n" for i in order))
+        (tmp_path / "t.labels").write_text("".join(f"{LABELS[i]}\n\n" for i in order))
+        files = (str(tmp_path / "t.txt"), str(tmp_path / "t.labels"))
+        found.append(read(*files, Columns(), model.config, tokenizer, 64, 40))
+    pairs = [list(zip(each.texts, each.labels["label"], strict=True)) for each in found]
+    assert len(pairs[0]) == len(found[0].split) == 40
+    assert sorted(text for text, _ in pairs[0]) == sorted(text for text, _ in pairs[1])
+    assert set(pairs[0]) <= set(zip(SENTENCES, LABELS, strict=True))
+    assert found[0].counts["skipped_blank"] == 60
+    everything = read(*files, Columns(), model.config, tokenizer, 64, 60)
+    assert len(everything.split) == 60
+    assert everything.source == "t.txt"
+
+
 def test_truncation_is_counted(directory, tmp_path):
     found = run(directory, tmp_path / "out", max_tokens=6, iw_samples=None)
     assert found["truncated"] == 60

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from dsvae.config import BetaConfig, PhaseConfig
-from dsvae.objective.schedules import beta_at, lr_factor, next_beta
+from dsvae.config import BetaConfig, Phase2Config, PhaseConfig
+from dsvae.objective.schedules import beta_at, free_bits_at, lr_factor, next_beta
 
 
 def betas(steps, **fields):
@@ -83,6 +83,16 @@ def test_beta_stays_within_0_and_max(kind, zero, rise):
     for steps in (1, 2, 7, 10, 333):
         for value in betas(steps, kind=kind, max=0.3, zero=zero, rise=rise, cycles=3):
             assert 0 <= value <= 0.3 + 1e-15
+
+
+@pytest.mark.parametrize("steps", [1, 7, 100, 1300])
+@pytest.mark.parametrize("percent", range(0, 100, 7))
+def test_free_bits_are_off_in_the_last_share_of_the_steps(steps, percent):
+    """In floating point, 0.29 * 100 is less than 29."""
+    phase = Phase2Config(steps=steps, free_bits=0.5, release=percent / 100)
+    values = [free_bits_at(step, phase) for step in range(steps)]
+    off = round(Fraction(percent * steps, 100))
+    assert values == [0.5] * (steps - off) + [0.0] * off
 
 
 def test_warm_up_begins_above_0_and_ends_at_the_peak():

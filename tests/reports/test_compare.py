@@ -7,6 +7,8 @@ import re
 import pytest
 import yaml
 from launch import CONFIGS, start, train
+from matplotlib.colors import to_hex
+from matplotlib.text import Annotation
 
 import dsvae.reports.compare_plot as plot_module
 from dsvae.cli import main
@@ -635,7 +637,7 @@ def drawn(monkeypatch, directories):
         )
         for line in points
     }
-    return found, [each.get_text() for each in axes.texts]
+    return found, [each.get_text() for each in axes.texts if isinstance(each, Annotation)]
 
 
 def test_plot_has_a_point_a_run(monkeypatch, tmp_path):
@@ -655,6 +657,31 @@ def test_plot_has_a_point_a_run(monkeypatch, tmp_path):
     assert labels == ["1, 4", "2", "3"]
     found, _ = drawn(monkeypatch, [tmp_path / "first"])  # phase 1 alone is better than nothing
     assert list(found) == [(130.0, 3.0)]
+
+
+def test_plot_tells_injections_apart_and_shows_deviations_and_the_line_of_a_language_model(
+    monkeypatch, tmp_path
+):
+    for name, injection in (("m", "memory"), ("e", "embedding")):
+        for seed, (rec, kl) in enumerate(((30.0, 10.0), (32.0, 9.0), (34.0, 11.0))):
+            config = {"seed": seed, "model": {"injection": injection}}
+            make(tmp_path / f"{name}_s{seed}", evaluation(rec, kl), config=merged(CONFIG, config))
+    none = merged(CONFIG, {"model": {"injection": "none"}})
+    make(tmp_path / "lm", evaluation(40.0, **NO_LATENT), config=none)
+    kept = []
+    monkeypatch.setattr(plot_module, "svg", kept.append)
+    plot_module.plot(compare_runs(sorted(tmp_path.iterdir()), group=True))
+    axes = kept[0].axes[0]
+    points = {line.get_label(): line for line in axes.lines if line.get_linestyle() == "None"}
+    assert [label.split(": ")[1].split(",")[0] for label in points] == [
+        *("embedding", "no latent", "memory")
+    ]
+    assert len({to_hex(line.get_color()) for line in points.values()}) == 3
+    (line,) = [each for each in axes.lines if each.get_linestyle() == "--"]
+    assert (line.get_xy1(), line.get_slope()) == ((0.0, 40.0), -1)
+    bars = [segment for each in axes.collections for segment in each.get_segments() if len(segment)]
+    spans = sorted({tuple(abs(segment[1] - segment[0]).round(6)) for segment in bars})
+    assert spans == [(0, 0), (0, 4), (2, 0)]  # twice the deviations of 30, 32, 34 and 9, 10, 11
 
 
 def test_without_values_there_is_no_plot(compare, tmp_path):

@@ -422,6 +422,14 @@ def test_the_data_in_lines_for_people():
         "3 blank lines skipped, 1,035 sentences truncated to 64 tokens, 2 unknown tokens, "
         "7 repeated sentences",
     ]
+    report["splits"]["train"]["dropped"] = 1200
+    report["splits"]["valid"]["in_train"] = 5
+    more = data_text(report, 2).splitlines()[len(lines) :]
+    assert [line.strip() for line in more] == [
+        "1,200 training sentences dropped that are also validation or test sentences",
+        "warning: 5 of the 650 valid sentences are also training sentences; --data.deduplicate "
+        "drops those from training",
+    ]
 
 
 NAMES = (
