@@ -32,7 +32,7 @@ def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
             release of transformers does not fit.
     """
     private_names.check(private_names.TRANSFORMERS)
-    directory = _directory(str(model_dir))
+    directory = find_directory(str(model_dir))
     kind = _model_type(directory)
     if kind != T5VAEConfig.model_type:
         raise UserError(
@@ -73,7 +73,7 @@ def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
-def _directory(name: str) -> Path:
+def find_directory(name: str) -> Path:
     """The directory of that name, or that of a downloaded hub model."""
     directory = Path(name).expanduser()
     is_path = directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1

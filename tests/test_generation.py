@@ -448,14 +448,22 @@ def test_a_latents_file_holds_the_posteriors(vae, tmp_path):
     path = tmp_path / "new" / "latents.safetensors"
     check_place(str(path))
     assert not path.exists()
-    write_latents(str(path), list(vae.encode_stream([TEXTS[0], "", *TEXTS[1:]])))
+    write_latents(str(path), list(vae.latents_stream([TEXTS[0], "", *TEXTS[1:]])))
     found = load_file(path)
     whole = vae.encode(TEXTS)
-    assert set(found) == {"line", "mean", "logvar"}
+    normalizer = {"normalizer_mean", "normalizer_std"}
+    assert set(found) == {"line", "mean", "logvar", "scale", *normalizer}
     assert found["line"].tolist() == [1, 3, 4, 5, 6, 7, 8]
     assert found["mean"].dtype == torch.float32
     torch.testing.assert_close(found["mean"], whole.mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["logvar"], whole.logvar, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["scale"], whole.logvar.exp().sqrt(), rtol=1e-4, atol=1e-5)
+    # Against many draws of every posterior.
+    noise = torch.randn(100_000, 6, generator=torch.Generator().manual_seed(0))
+    z = torch.cat([m + s * noise for m, s in zip(found["mean"], found["scale"], strict=True)])
+    close = {"rtol": 0.01, "atol": 0.01}
+    torch.testing.assert_close(found["normalizer_mean"], z.mean(0), **close)
+    torch.testing.assert_close(found["normalizer_std"], z.std(0), **close)
     with safe_open(path, "np") as file:
         assert file.metadata() == {"format": "pt", "dsvae": version("dsvae")}
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -471,7 +479,7 @@ def test_a_latents_file_that_cannot_be_written_leaves_what_was_there(vae, tmp_pa
 
     monkeypatch.setattr(latents_file, "save_file", full)
     with pytest.raises(UserError, match="cannot write .*: No space left on device"):
-        write_latents(str(path), list(vae.encode_stream(TEXTS)))
+        write_latents(str(path), list(vae.latents_stream(TEXTS)))
     assert path.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [path]
 

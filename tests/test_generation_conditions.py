@@ -428,6 +428,11 @@ def test_commands_that_read_a_file_take_the_column_of_the_condition(
     found = load_file(tmp_path / "z.safetensors")
     assert found["line"].tolist() == numbers
     torch.testing.assert_close(found["mean"], vae.encode(TEXTS, CONDITIONS).mean, **CLOSE)
+    priors = [prior_of(vae, condition) for condition in CONDITIONS]
+    mean, scale = (torch.cat([p.mean for p in priors]), torch.cat([p.logvar for p in priors]))
+    torch.testing.assert_close(found["prior_mean"], mean, **CLOSE)
+    torch.testing.assert_close(found["prior_logvar"], scale, **CLOSE)
+    torch.testing.assert_close(found["prior_scale"], scale.exp().sqrt(), **CLOSE)
     rows = objects(
         run(
             *("sample", model_dir, "--source", "aggregate", "--file", *source),

@@ -1,16 +1,17 @@
-"""The posteriors of sentences in one safetensors file."""
+"""Latents in one safetensors file: the posteriors of sentences, or a fitted prior."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dsvae.errors import UserError
 from dsvae.generation.reading import Line
@@ -33,26 +34,55 @@ def check_place(path: str) -> None:
         raise _failure(place, error.strerror) from error
 
 
-def write_latents(path: str, batches: Sequence[tuple[Sequence[Line], Distribution]]) -> None:
+def write_latents(
+    path: str, batches: Sequence[tuple[Sequence[Line], Distribution, Distribution | None]]
+) -> None:
     """Writes posteriors to a file, which appears whole or not at all.
 
     Its tensors have a row per sentence: `line` (N,) int64, the number of the sentence in
-    its source, and the parameters of the posterior by their names, float32; for the
-    Gaussian `mean` and `logvar` (N, Z).
+    its source; the parameters of the posterior by their names, float32, for the Gaussian
+    `mean` and `logvar` (N, Z); `scale` (N, Z), the standard deviations of z. Those of a
+    learned prior begin with `prior_`. `normalizer_mean` and `normalizer_std` (Z,) are those
+    of z over all sentences: (z - normalizer_mean) / normalizer_std has mean 0 and variance 1.
 
     Args:
-        batches: at least one.
+        batches: at least one: sentences, their posteriors, and their priors where these
+            are learned.
 
     Raises:
         UserError: the place cannot be written, or is full.
     """
-    place = Path(path).expanduser()
-    parts = [posterior.tensors() for _, posterior in batches]
-    tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
-    tensors["line"] = torch.tensor([line.line for lines, _ in batches for line in lines])
+    parts = [_rows(posterior, prior) for _, posterior, prior in batches]
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    tensors["line"] = torch.tensor([line.line for lines, _, _ in batches for line in lines])
+    mean = torch.cat([posterior.moments()[0] for _, posterior, _ in batches]).double()
+    # Var[z] = E Var[z|x] + Var E[z|x]
+    variance = tensors["scale"].double().square().mean(0) + mean.var(0, correction=0)
+    tensors["normalizer_mean"] = mean.mean(0).float()
+    tensors["normalizer_std"] = variance.sqrt().float()
+    write_tensors(Path(path).expanduser(), tensors)
+
+
+def _rows(posterior: Distribution, prior: Distribution | None) -> dict[str, Tensor]:
+    """What a batch has in the file."""
+    found: dict[str, Tensor] = {}
+    for prefix, each in (("", posterior), ("prior_", prior)):
+        if each is not None:
+            named = {**each.tensors(), "scale": each.moments()[1].sqrt()}
+            found |= {f"{prefix}{name}": tensor for name, tensor in named.items()}
+    return found
+
+
+def write_tensors(
+    place: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file, which appears whole or not at all. Raises UserError where
+    it cannot."""
+    rows = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    known = {"format": "pt", "dsvae": version("dsvae"), **(metadata or {})}
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", "dsvae": version("dsvae")})
+        save_file(rows, temporary, metadata=known)
         temporary.replace(place)
     except (OSError, SafetensorError) as error:
         raise _failure(place, getattr(error, "strerror", None) or str(error)) from error

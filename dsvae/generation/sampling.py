@@ -1,5 +1,5 @@
-"""What `dsvae sample` does: sentences from the prior, under conditions, or from the
-aggregate posterior of a file."""
+"""What `dsvae sample` does: sentences from the prior, the model's or a fitted one, under
+conditions, or from the aggregate posterior of a file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dsvae.console import say
 from dsvae.errors import UserError
 from dsvae.generation.reading import draw_sentences, read_conditions, read_records
 from dsvae.generation.sentence_vae import SentenceVAE
+from dsvae.modeling.densities import Density
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Request:
     count: int
     condition: str | None
     conditions_file: str | None
-    aggregate: bool
+    source: str
     file: str | None
     text_column: str
     condition_column: str | None
@@ -34,7 +35,7 @@ class Request:
     def check(self) -> None:
         """Raises UserError, without a model, for flags that do not belong together and
         files that cannot be used."""
-        if self.aggregate != (self.file is not None):
+        if (self.source == "aggregate") != (self.file is not None):
             raise UserError(
                 "--source aggregate and --file belong together: the file's sentences are encoded "
                 "and their z sampled"
@@ -62,20 +63,30 @@ class Request:
 
 
 def rows(
-    vae: SentenceVAE, request: Request, seed: int, options: Mapping[str, Any]
+    vae: SentenceVAE,
+    request: Request,
+    prior: Density | None,
+    seed: int,
+    options: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """The samples as `dsvae sample --json` prints them."""
+    """The samples as `dsvae sample --json` prints them.
+
+    Args:
+        prior: in place of the model's own.
+    """
     if vae.latent_dim == 0 and not options.get("do_sample"):
         say("the model has no latent: without --do_sample, a condition has one sentence")
     if request.conditions_file is not None:
         conditions = read_conditions(request.conditions_file, request.condition_column)
-        drawn = vae.conditional_stream(conditions, request.count, seed=seed, **options)
+        drawn = vae.conditional_stream(conditions, request.count, seed=seed, prior=prior, **options)
         for i, (line, text) in enumerate(drawn):
             sample = i % request.count + 1
             yield {"sample": sample, "line": line.line, "condition": line.text, "sentence": text}
     elif request.file is None:
         condition = {} if request.condition is None else {"condition": request.condition}
-        texts = vae.prior_stream(request.count, seed=seed, condition=request.condition, **options)
+        texts = vae.prior_stream(
+            request.count, seed=seed, condition=request.condition, prior=prior, **options
+        )
         for i, text in enumerate(texts, 1):
             yield {"sample": i, **condition, "sentence": text}
     else:

@@ -23,6 +23,7 @@ from dsvae.generation.inputs import Counts, Input, InputReader, by_length, padde
 from dsvae.generation.options import refusal
 from dsvae.generation.reading import Line, windows
 from dsvae.modeling.crf import IGNORE
+from dsvae.modeling.densities import Density
 from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
 
@@ -144,6 +145,17 @@ class SentenceVAE:
         for lines, inputs in self.inputs.stream(texts, self.batch_size):
             yield lines, self._encode(inputs)
 
+    def latents_stream(
+        self, texts: Iterable[str | Record]
+    ) -> Iterator[tuple[list[Line], Distribution, Distribution | None]]:
+        """(sentences, their posteriors, their priors) window by window, on CPU. The priors
+        p(z|c) are None unless they are learned."""
+        learned = self.model.config.prior == "learned"
+        for lines, inputs in self.inputs.stream(texts, self.batch_size):
+            names = ("posterior_parameters", *["prior_parameters"] * learned)
+            found = [self.model.family.of(torch.stack(self.read(inputs, name))) for name in names]
+            yield lines, found[0], found[1] if learned else None
+
     def reconstruct_stream(
         self, texts: Iterable[str | Record], **options: Any
     ) -> Iterator[tuple[Line, str]]:
@@ -165,6 +177,7 @@ class SentenceVAE:
         condition: str | None = None,
         texts: Sequence[str] | None = None,
         conditions: Sequence[str] | None = None,
+        prior: Density | None = None,
         seed: int | None = None,
         **options: Any,
     ) -> list[str]:
@@ -173,6 +186,7 @@ class SentenceVAE:
 
         Args:
             condition: of all sentences from the prior.
+            prior: in place of the model's own, such as `fitted_prior.load_prior` gives.
             texts: z comes from q(z|x) of one of these, drawn uniformly with replacement.
                 This is the aggregate posterior (1/N) sum_i q(z|x_i) (Makhzani et al.
                 2016): where the decoder was trained, which may differ from the prior.
@@ -186,9 +200,13 @@ class SentenceVAE:
         if texts is None:
             if conditions is not None:
                 raise UserError("conditions are those of texts: give condition, or texts, too")
-            return list(self.prior_stream(count, seed=seed, condition=condition, **options))
+            return list(
+                self.prior_stream(count, seed=seed, condition=condition, prior=prior, **options)
+            )
         if condition is not None:
             raise UserError("condition is for samples from the prior: give conditions for texts")
+        if prior is not None:
+            raise UserError("z comes from texts or from a prior: give one of them")
         self._need_latent()
         self.inputs.sentences(texts, conditions)
         drawn = generator(seed, ORDER, 0, 0).integers(len(texts), size=count).tolist()
@@ -198,15 +216,28 @@ class SentenceVAE:
         return [text for _, text in self.posterior_stream(lines, seed=seed, **options)]
 
     def prior_stream(
-        self, count: int, *, seed: int, condition: str | None = None, **options: Any
+        self,
+        count: int,
+        *,
+        seed: int,
+        condition: str | None = None,
+        prior: Density | None = None,
+        **options: Any,
     ) -> Iterator[str]:
-        """Sentences of `count` z from the prior, one by one."""
+        """Sentences of `count` z from the prior, the model's own or another one, one by
+        one."""
         read = self.inputs.conditions(None if condition is None else [condition], 1)
         pairs = ((i, None if read is None else read[0]) for i in range(count))
-        return self._draw(pairs, seed, options)
+        return self._draw(pairs, seed, prior, options)
 
     def conditional_stream(
-        self, conditions: Iterable[str], count: int, *, seed: int, **options: Any
+        self,
+        conditions: Iterable[str],
+        count: int,
+        *,
+        seed: int,
+        prior: Density | None = None,
+        **options: Any,
     ) -> Iterator[tuple[Line, str]]:
         """(condition, sentence of one z from its prior), one by one: `count` for each
         condition of a stream.
@@ -218,7 +249,7 @@ class SentenceVAE:
         for lines, read in self.inputs.condition_stream(conditions, self.batch_size):
             pairs = ((i, each) for each in read for i in range(count))
             repeated = (line for line in lines for _ in range(count))
-            yield from zip(repeated, self._draw(pairs, seed, options), strict=True)
+            yield from zip(repeated, self._draw(pairs, seed, prior, options), strict=True)
 
     def posterior_stream(
         self, lines: Iterable[Line], *, seed: int, **options: Any
@@ -227,23 +258,35 @@ class SentenceVAE:
         done = 0
         for window in windows(lines, self.batch_size):
             inputs = self.inputs.of_lines(window)
-            latent = self._encode(inputs).sample(
-                self._noise(seed, LATENT, range(done, done + len(window)))
-            )
+            numbers, width = range(done, done + len(window)), self.model.family.noise_width
+            latent = self._encode(inputs).sample(_noise(seed, LATENT, numbers, width))
             done += len(window)
             texts = self._decode(latent, _conditions_of(inputs), options)
             yield from zip(window, texts, strict=True)
 
     def _draw(
-        self, pairs: Iterable[tuple[int, list[int] | None]], seed: int, options: dict[str, Any]
+        self,
+        pairs: Iterable[tuple[int, list[int] | None]],
+        seed: int,
+        prior: Density | None,
+        options: dict[str, Any],
     ) -> Iterator[str]:
         """Sentences of z from the prior, one for each pair of the number of its noise and
-        the ids of its condition."""
+        the ids of its condition.
+
+        Raises:
+            UserError: another prior than the model's that has another number of
+                dimensions, or that takes the place of a learned one.
+        """
+        if prior is not None:
+            self._check_prior(prior)
+        width = (self.model.family if prior is None else prior).noise_width
         pairs = iter(pairs)
         while part := list(islice(pairs, self.batch_size)):
             numbers, conditions = zip(*part, strict=True)
             read = None if conditions[0] is None else list(conditions)
-            latent = self._prior(read).sample(self._noise(seed, PRIOR, numbers))
+            own = self._prior(read) if prior is None else prior
+            latent = own.sample(_noise(seed, PRIOR, numbers, width))
             yield from self._decode_batch(latent, read, options)
 
     # Paths and directions
@@ -455,6 +498,15 @@ class SentenceVAE:
                 f"{self.model.config.family}: use traverse, or edit with --set"
             )
 
+    def _check_prior(self, prior: Density) -> None:
+        if self.model.config.prior == "learned":
+            raise UserError("the model's prior p(z|c) is learned: another one knows no condition")
+        if prior.latent_width != self.latent_dim:
+            raise UserError(
+                f"the prior was fitted to a z of {prior.latent_width} numbers, and the model's "
+                f"has {self.latent_dim}: repeat dsvae fit_prior"
+            )
+
     def _check_unit(self, unit: int) -> None:
         self._need_latent()
         family = self.model.family
@@ -547,14 +599,14 @@ class SentenceVAE:
         ids, mask = padded(conditions, self.model.config.pad_token_id, self.model.device)
         return {"condition_ids": ids, "condition_mask": mask}
 
-    def _noise(self, seed: int, purpose: int, numbers: Iterable[int]) -> Tensor:
-        """Standard normal noise of samples by their numbers, (N, E). Each has its own
-        stream, whatever the batch."""
-        width = self.model.family.noise_width
-        rows = [
-            generator(seed, purpose, 0, i).standard_normal(width, dtype=np.float32) for i in numbers
-        ]
-        return torch.from_numpy(np.stack(rows))
+
+def _noise(seed: int, purpose: int, numbers: Iterable[int], width: int) -> Tensor:
+    """Standard normal noise of samples by their numbers, (N, width). Each has its own
+    stream, whatever the batch."""
+    rows = [
+        generator(seed, purpose, 0, i).standard_normal(width, dtype=np.float32) for i in numbers
+    ]
+    return torch.from_numpy(np.stack(rows))
 
 
 def _conditions_of(inputs: Sequence[Input]) -> list[list[int]] | None:

@@ -62,6 +62,9 @@ class Distribution(Protocol):
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
         """log q(z_j|x_i) in nats of each pair, (J, B) float64, for z (J, Z)."""
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each number of z, (B, Z) both."""
+
     def activity(self) -> Tensor:
         """How much each unit varies over the batch, (U,) float64; compare with
         `ACTIVE`."""
@@ -173,6 +176,9 @@ class Gaussian:
         constant = constant + mean.shape[-1] * math.log(2 * math.pi)
         squared = z.square() @ precision.T - 2 * (z @ (mean * precision).T)  # (J, B)
         return -0.5 * (squared + constant)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        return self.mean, self.logvar.exp()
 
     def activity(self) -> Tensor:
         """Var_x[E q(z|x)] of each dimension (sample variance), (Z,) float64. It is zero
@@ -345,9 +351,14 @@ class SpikeSlab:
                 total[:, block] += density.log_()  # -inf below e^-745: no share in any sum
         return total - 0.5 * math.log(2 * math.pi) * len(rows)
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        mean, variance = self.slab.moments()
+        inside = self.spike * SPIKE**2 + (1 - self.spike) * variance
+        return (1 - self.spike) * mean, inside + self.spike * (1 - self.spike) * mean.square()
+
     def activity(self) -> Tensor:
         """Var_x[E q(z|x)] of each dimension (sample variance), (Z,) float64."""
-        mean = (1 - self.spike) * self.slab.mean
+        mean, _ = self.moments()
         return Gaussian(mean, torch.zeros_like(mean)).activity()
 
     def to(self, device: torch.device | str) -> SpikeSlab:
@@ -477,6 +488,10 @@ class Categorical:
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
         """log q(z_j|x_i) in nats of every pair, (J, B) float64, for z (J, D * K)."""
         return z.double() @ self.logits.double().log_softmax(-1).flatten(1).T
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        chances = self.probabilities.flatten(1)
+        return chances, chances * (1 - chances)
 
     def activity(self) -> Tensor:
         """The information of each variable about the sentence, H(mean q) - mean H(q), in

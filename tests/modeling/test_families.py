@@ -223,3 +223,24 @@ def test_every_parameter_gets_a_gradient_through_the_draw_and_the_kl(family):
     for value in (q.sample(torch.randn(50, family.noise_width)) @ weight, q.kl(family.prior())):
         (gradient,) = torch.autograd.grad(value.sum(), parameters, retain_graph=True)
         assert (gradient.abs().sum(0) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "q",
+    [
+        gaussian(3),
+        spike_slab(3, 4),
+        Categorical(torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))),
+    ],
+)
+def test_moments_are_those_of_draws(q):
+    """Of 100,000 draws from each of three distributions."""
+    count = 100_000
+    mean, variance = q.moments()
+    for row in range(3):
+        one = type(q)(*(value[row : row + 1] for value in vars(q).values()))
+        many = type(q)(*(value.expand(count, *value.shape[1:]) for value in vars(one).values()))
+        width = many.parameters.shape[1] // (1 if isinstance(q, Categorical) else 2)
+        z = many.sample(torch.randn(count, width, generator=torch.Generator().manual_seed(row)))
+        torch.testing.assert_close(mean[row], z.mean(0), atol=0.03, rtol=0.01)
+        torch.testing.assert_close(variance[row], z.var(0), atol=0.01, rtol=0.03)
