@@ -116,14 +116,16 @@ class LstmVae(nn.Module):
         labels: Tensor | None = None,
         latent: Tensor | None = None,
         encode_only: bool = False,
-        **_: None,
+        **_: Any,
     ) -> Any:
-        """`posterior_parameters` (B, 2Z) of sentences, or `logits` (B, T, V) under z."""
+        """`posterior_parameters` (B, 2Z) of sentences, or their `nats` (B,) under z."""
         if encode_only:
             return {"posterior_parameters": self.encode(input_ids, attention_mask.sum(1))}
         previous = labels.roll(1, 1).clamp(min=0)
         previous[:, 0] = self.config.pad_token_id
-        return SimpleNamespace(logits=self.logits(self.states(previous, latent)))
+        logits = self.logits(self.states(previous, latent))
+        nats = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return SimpleNamespace(nats=nats.sum(1))
 
     def encode(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Means and log-variances (B, 2Z) of sentences (B, T)."""
