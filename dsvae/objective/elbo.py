@@ -4,11 +4,11 @@
 
 over the N sentences of the global batch (all ranks, all micro-batches of an optimizer
 step). rec_i is -log p(x_i|z_i) in nats, summed over the tokens of sentence i, EOS
-included; w_i is 1, or of `reconstruction_weights`. s_i are statistics of sentence i (S numbers), of which the KL of each unit in
-nats comes first. T, the penalty, may be any differentiable function of their means. Here
-it is beta times the KL with free bits (Kingma et al. 2016), total correlation, and how
-decided and how even the clusters of a cluster head are. Where the KL has no weight, a
-learned prior has a term of its own.
+included. w_i is 1, or 1 / its tokens (`reconstruction_weights`). s_i are statistics of
+sentence i (S numbers), of which the KL of each unit in nats comes first. T, the penalty,
+may be any differentiable function of their means. Here it is beta times the KL with free
+bits (Kingma et al. 2016), total correlation, and how decided and how even the clusters of
+a cluster head are. Where the KL has no weight, a learned prior has a term of its own.
 
 The gradient is exact however the batch is split, because
 
