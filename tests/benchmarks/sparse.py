@@ -135,8 +135,11 @@ def table(runs: dict[str, dict[str, float]], names: Sequence[str] = COLUMNS) -> 
         for group in groups.values():
             values = [float(found.get(name, math.nan)) for found in group]
             mean = statistics.fmean(values)
+            if math.isnan(mean):
+                columns[name].append("-")
+                continue
             deviation = f" ± {error(mean, statistics.stdev(values))}" if len(values) > 1 else ""
-            columns[name].append("-" if math.isnan(mean) else number(mean) + deviation)
+            columns[name].append(number(mean) + deviation)
     return markdown(columns, {"number", *names})
 
 
@@ -160,10 +163,10 @@ def main(argv: list[str] | None = None) -> None:
         runs = {name: measure(run, train, test) for name, run in directories.items()}
     except (UserError, OSError) as problem:
         parser.error(str(problem))
-    print(table(runs))
-    print(f"\n{len(train):,} training and {len(test):,} test sentences.")
     if args.output:
         write_json(Path(args.output), runs)
+    print(table(runs))
+    print(f"\n{len(train):,} training and {len(test):,} test sentences.")
 
 
 if __name__ == "__main__":
