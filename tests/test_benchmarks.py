@@ -516,7 +516,7 @@ def test_weights_become_their_moving_average_in_the_last_step(monkeypatch):
         ("emma=1", "did you mean ema"),
         ("ema", "ema takes decay"),
         ("ema=much", "ema takes decay"),
-        ("refit=2", "refit takes no value"),
+        ("refit", "refit takes share"),
     ],
 )
 def test_levers_that_are_none(word, message):

@@ -1,6 +1,6 @@
 """Changes to training that are no options: the real command with a patch.
 
-    python tests/benchmarks/levers.py LEVER[=VALUE] ... --ds_config ... (the flags of train.py)
+    python tests/benchmarks/levers.py LEVER=VALUE ... --ds_config ... (the flags of train.py)
 
 It runs under deepspeed, torchrun and srun like train.py. `--help` lists the levers. A run
 writes them into OUTPUT_DIR/ds_config.json, so that `dsvae compare` shows them as a column.
@@ -35,7 +35,6 @@ from dsvae.errors import UserError, did_you_mean
 from dsvae.failures import end_process
 from dsvae.modeling.posterior import Float32Linear, PosteriorHead
 from dsvae.modeling.t5_vae import T5VAE
-from dsvae.objective.schedules import free_bits_at
 from dsvae.phases import Phase
 
 UNKNOWN = 2
@@ -73,15 +72,9 @@ def ema(decay: float) -> None:
     before_engine(register)
 
 
-def refit() -> None:
-    """While free bits are off (phase2.release), only the encoder and the posterior train."""
-
-    def share(step: int, phase: Phase) -> float:
-        if not phase.released:
-            raise UserError("the lever refit needs --phase2.release")
-        return float(free_bits_at(step, phase.config.phase2) > 0)
-
-    hold_decoder(share)
+def refit(share: float) -> None:
+    """In the last SHARE of phase 2 only the encoder and the posterior train."""
+    hold_decoder(lambda step, phase: float(step < round((1 - share) * phase.steps)))
 
 
 def lagging(period: float) -> None:
@@ -216,7 +209,7 @@ def keep_time() -> None:
     PhaseEngine.train_step = timed  # type: ignore[method-assign]
 
 
-LEVERS: dict[str, Callable[..., None]] = {
+LEVERS: dict[str, Callable[[float], None]] = {
     lever.__name__: lever
     for lever in (
         *(ema, refit, lagging, decoder_lr),
@@ -237,9 +230,9 @@ def pull(words: list[str]) -> list[str]:
         if name not in LEVERS:
             raise UserError(f"{name} is no lever{did_you_mean(name, LEVERS)}; --help lists them")
         try:
-            LEVERS[name](*([float(value)] if value else []))
-        except (TypeError, ValueError):
-            usage = " ".join(inspect.signature(LEVERS[name]).parameters) or "no value"
+            LEVERS[name](float(value))
+        except ValueError:
+            usage = " ".join(inspect.signature(LEVERS[name]).parameters)
             raise UserError(f"{word}: the lever {name} takes {usage}") from None
     keep_time()
     write_down = train.write_down
@@ -255,8 +248,8 @@ def usage() -> str:
     """What the levers do."""
     lines = [str(__doc__)]
     for name, lever in LEVERS.items():
-        value = "".join(f"={each.upper()}" for each in inspect.signature(lever).parameters)
-        lines += [name + value, textwrap.indent(str(inspect.getdoc(lever)), "    ")]
+        (value,) = inspect.signature(lever).parameters
+        lines += [f"{name}={value.upper()}", textwrap.indent(str(inspect.getdoc(lever)), "    ")]
     return "\n".join(lines)
 
 
