@@ -165,6 +165,9 @@ class PhaseConfig:
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the learning rate does after the warm-up: it stays constant, or falls to
     zero along a line or a cosine. The step after the last one would have zero."""
+    lr_decay: float = 1.0
+    """Share of the steps after the warm-up, the last ones, in which a linear or cosine
+    schedule falls. Before them the learning rate is constant."""
     warmup_steps: int = 0
     """Number of steps over which the learning rate rises linearly. The first step is
     already above 0."""
@@ -598,6 +601,11 @@ def check(config: RunConfig) -> None:
             0 <= phase.warmup_steps <= phase.steps,
             f"{name}.warmup_steps ({phase.warmup_steps}) must lie between 0 and {name}.steps "
             f"({phase.steps})",
+        )
+        need(0 < phase.lr_decay <= 1, f"{name}.lr_decay is a share of the steps, in (0, 1]")
+        need(
+            phase.lr_decay == 1 or phase.lr_schedule != "constant",
+            f"{name}.lr_decay needs {name}.lr_schedule linear or cosine",
         )
         need(
             0 <= phase.deletion < 1,

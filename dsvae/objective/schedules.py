@@ -52,14 +52,16 @@ def free_bits_at(step: int, phase: Phase2Config) -> float:
 def lr_factor(step: int, phase: PhaseConfig) -> float:
     """The learning rate at optimizer step `step` as a share of `phase.lr`.
 
-    First a linear warm-up, whose first step is not zero. Then the rate is constant, or it
-    falls along a line or a cosine, and would reach zero one step after the last.
+    First a linear warm-up, whose first step is not zero. Then the rate is constant. In a
+    share `lr_decay` of the steps after the warm-up, the last ones, it falls along a line
+    or a cosine if the schedule says so, and would reach zero one step after the last.
     """
     if step < phase.warmup_steps:
         return (step + 1) / (phase.warmup_steps + 1)
     if phase.lr_schedule == "constant":
         return 1.0
-    progress = (step - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
+    decay = max(1, round(phase.lr_decay * (phase.steps - phase.warmup_steps)))
+    progress = max(0.0, (step - phase.steps + decay) / decay)
     if phase.lr_schedule == "linear":
         return max(0.0, 1.0 - progress)
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

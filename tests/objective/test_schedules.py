@@ -112,6 +112,17 @@ def test_linear_fall_reaches_0_one_step_behind_the_last():
     assert lr_factor(6, PhaseConfig(steps=6, warmup_steps=2, lr_schedule="linear")) == 0
 
 
+def test_fall_in_a_share_of_the_steps():
+    late = {"steps": 10, "warmup_steps": 2, "lr_decay": 0.5}
+    assert factors(lr_schedule="linear", **late) == pytest.approx(
+        [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    )
+    half = math.sqrt(0.5) / 2
+    assert factors(lr_schedule="cosine", **late)[-4:] == pytest.approx(
+        [1, 0.5 + half, 0.5, 0.5 - half]
+    )
+
+
 def test_cosine_fall_by_hand():
     half = math.sqrt(0.5) / 2
     assert factors(steps=4, lr_schedule="cosine") == pytest.approx([1, 0.5 + half, 0.5, 0.5 - half])
