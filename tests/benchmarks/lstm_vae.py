@@ -19,7 +19,8 @@ draw the decoder again after these, as `--reset_decoder` does. Then `--steps` fo
 - `--free_bits`: beta * max(free bits, KL), the KL in total, the mean of the batch; beta
   rises linearly to 1 in the first half of the steps.
 
-Optimizer, learning rate and clipping are those of `yelp_cpu`.
+The optimizer and its clipping are those of `yelp_cpu`. With `--lr_decay` the learning rate
+falls along a line at the end of `--steps`.
 
 The evaluation is that of dsvae, in float32: the same code, names, and draws. In the JSON
 file it is `test`. Its nll_iw has `--iw_samples` draws per sentence. `many_draws` has
@@ -198,6 +199,9 @@ def train(model: LstmVae, split: TokenizedSplit, unk: int, args: argparse.Namesp
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
         beta = 0.0
         for step in range(steps):
+            if phase == "vae" and args.lr_decay:
+                falling = (steps - step) / (args.lr_decay * steps)
+                optimizer.param_groups[0]["lr"] = args.lr * min(1.0, falling)
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
                 rec, kl = loss_of(model, next(source), args.word_dropout, unk)
             penalty = kl
@@ -274,6 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--reset_decoder", action="store_true", help="after ae_steps")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr_decay", type=float, help="share of --steps in which lr falls to 0")
     parser.add_argument("--word_dropout", type=float, default=0.0, help="share of decoder inputs")
     parser.add_argument("--bf16", action="store_true", help="autocast in training")
     parser.add_argument("--iw_samples", type=int, default=10)
