@@ -276,6 +276,8 @@ def test_the_recipes_that_are_compared_differ_in_what_they_are_compared_for():
         for phase in ("phase1", "phase2"):
             found[f"{phase}.lr"] = 1e-3
             del found[f"{phase}.warmup_steps"]
+        found |= {"phase1.steps": 700, "phase2.steps": 1300}
+        del found["phase2.lr_schedule"], found["phase2.lr_decay"]
         new = ("feed_forward_proj", "tie_word_embeddings")
         found["model.t5"] = {k: v for k, v in found["model.t5"].items() if k not in new}
         return found

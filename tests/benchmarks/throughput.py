@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 SIZES = {
-    # as yelp_cpu
+    # as the recipe speculative
     "small": {
         "d_model": 128,
         "d_kv": 32,
