@@ -679,6 +679,38 @@ def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -
     print(directory)
 
 
+def package(model_dir: str, *, output: str) -> None:
+    """Writes a model with its code, to load with transformers where dsvae is not
+    installed.
+
+    AutoModel.from_pretrained(DIR, trust_remote_code=True) and AutoTokenizer load it.
+    Weights are hard links where the disk allows it. The directory appears whole or not at
+    all, and its name is printed.
+
+    Args:
+        output: the directory to write, which must not exist.
+    """
+    from dsvae import hub
+
+    print(hub.package(model_dir, output))
+
+
+def push(model_dir: str, repo: str, *, private: bool = False, revision: str | None = None) -> None:
+    """Uploads a model with its code to the Hugging Face hub, and prints its address.
+
+    What is uploaded is what dsvae package writes. Log in first (hf auth login), or set
+    HF_TOKEN. The model card names the files and data of the training: read it before.
+
+    Args:
+        repo: USER/NAME or ORGANIZATION/NAME; it is made where it does not exist.
+        private: make it private; a public one that exists is refused.
+        revision: the branch, main by default; it is made where it does not exist.
+    """
+    from dsvae import hub
+
+    print(hub.push(model_dir, repo, private, revision))
+
+
 def compare(
     runs: list[str],
     *,
@@ -788,7 +820,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _GENERATION = (sample, reconstruct, interpolate, analogy, traverse, edit, encode, fit_prior)
 _LABELLING = (cluster, classify, tag)
 COMMANDS = commands(
-    (evaluate, export, compare, *_GENERATION, *_LABELLING, corpus, plan), OPTIONS, SHARED
+    (evaluate, export, package, push, compare, *_GENERATION, *_LABELLING, corpus, plan),
+    OPTIONS,
+    SHARED,
 )
 
 

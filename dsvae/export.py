@@ -25,7 +25,7 @@ from dsvae.engine.checkpoint import COMPLETE, Checkpoint
 from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
 from dsvae.engine.weights import freeze_decoder
 from dsvae.errors import UserError
-from dsvae.files import make_writable, no_output
+from dsvae.files import make_place, no_output
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.modeling.weight_source import Origin
 from dsvae.reports.card import write_checkpoint_card
@@ -62,9 +62,7 @@ def export_checkpoint(
     config = _read_config(run)
     found = _find(run, which, report)
     directory = run.exports / found.directory.name if output is None else Path(output).expanduser()
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise UserError(f"{directory} already exists; choose another --output, or remove it")
-    make_writable(directory.absolute().parent, "--output")
+    make_place(directory)
 
     def extras(target: Path) -> None:
         shutil.copytree(run.tokenizer, target, dirs_exist_ok=True)

@@ -696,5 +696,6 @@ def _no_padding_warning() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-AutoConfig.register(T5VAEConfig.model_type, T5VAEConfig)
-AutoModel.register(T5VAEConfig, T5VAE)
+if __name__ == "dsvae.modeling.t5_vae":  # the copy in a package (dsvae/hub.py) has an auto_map
+    AutoConfig.register(T5VAEConfig.model_type, T5VAEConfig)
+    AutoModel.register(T5VAEConfig, T5VAE)
