@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.mt5.modeling_mt5 import MT5Stack
-from transformers.models.t5.modeling_t5 import T5Stack
+from transformers.models.t5.modeling_t5 import T5LayerNorm, T5Stack
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
 from dsvae.modeling.attention import LATENT_ATTENTION
@@ -40,6 +40,8 @@ class T5Backbone:
     )
     """Names that a pretrained file may have for the input embedding. A file holds tied
     weights only once."""
+    norm_key = "encoder.final_layer_norm.weight"
+    """The name that the weight of `norm` has in a pretrained model."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -128,6 +130,10 @@ class T5Backbone:
         """A fresh encoder stack without an embedding; it is called with
         `inputs_embeds`."""
         return self._stack(is_decoder=False)
+
+    def norm(self) -> nn.Module:
+        """A fresh norm, as the encoder applies it to its states last."""
+        return T5LayerNorm(self.encoder_width, eps=self.config.layer_norm_epsilon)
 
     def decoder(self, *, cross_attention: bool = False) -> nn.Module:
         """A fresh decoder stack that attends to memory slots (`dsvae.modeling.attention`),

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.utils import can_return_tuple
 
 from dsvae.modeling.backbone import BACKBONES, T5Backbone, backbone
@@ -85,9 +86,11 @@ class T5VAEConfig(PreTrainedConfig):
         spike_prior: a and b of the prior Beta(a, b) of the spike's weight, for
             spike_slab.
         pooling: mean, max, first or attention.
-        injection: memory, embedding or both; none for a model without a latent (Z = 0):
-            a language model without an encoder, or a plain T5 where there is a condition.
-        memory_slots: key/value slots per decoder layer, for injection by memory.
+        injection: memory, embedding, both, or cross; none for a model without a latent
+            (Z = 0): a language model without an encoder, or a plain T5 where there is a
+            condition.
+        memory_slots: key/value slots per decoder layer, for injection by memory; vectors
+            that cross-attention reads, for cross.
         conditional: whether the decoder also reads a condition c: a text that goes
             through the encoder, to the decoder's cross-attention.
         posterior_reads: what the encoder makes z of, where sentences have conditions, for
@@ -163,6 +166,11 @@ class T5VAEConfig(PreTrainedConfig):
         """
         return backbone(self.t5)
 
+    @property
+    def cross_attention(self) -> bool:
+        """Whether the decoder keeps its cross-attention, for a condition or for z."""
+        return self.conditional or self.injection == "cross"
+
     # `generate` reads these to set the size of its cache.
     @property
     def vocab_size(self) -> int:
@@ -219,10 +227,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     """A T5 as a variational autoencoder of sentences.
 
     encoder -> masked pooling -> q(z|x) -> z -> injection -> decoder. The decoder has no
-    cross-attention, so z is the only way from the sentence to it.
+    cross-attention to the sentence, so z is the only way from there.
 
     With a condition c, the same encoder also reads c alone. The decoder attends to these
-    states with T5's own cross-attention, and their pooling gives the learned prior
+    states with T5's own cross-attention (behind the vectors made of z, where z enters
+    there too), and their pooling gives the learned prior
     p(z|c). The posterior reads the packed text `c EOS x EOS`. So z stays the only way
     from x.
     """
@@ -259,7 +268,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         self.injection = make_injection(
             config.injection, base, self.family.latent_width, config.memory_slots
         )
-        self.decoder = base.decoder(cross_attention=config.conditional)
+        self.decoder = base.decoder(cross_attention=config.cross_attention)
         self.lm_head = VocabularyHead(base.decoder_width, base.vocabulary)
         self.output_scale = base.output_scale(bool(config.tie_word_embeddings))
         self.post_init()
@@ -312,9 +321,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         def key_of(name: str) -> str | None:
             if name == "shared.weight":
                 return embedding
+            if name == "injection.layer_norm.weight":
+                return base.norm_key
             if name.startswith(LATENT_PATH):
                 return None
-            return base.pretrained_key(name, cross_attention=config.conditional)
+            return base.pretrained_key(name, cross_attention=config.cross_attention)
 
         return Origin(lambda: cls(copy.deepcopy(config)), seed, files, key_of)
 
@@ -377,6 +388,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             module.weight.normal_(0.0, factor * module.in_features**-0.5)
             if module.bias is not None:
                 module.bias.zero_()
+        elif isinstance(module, T5LayerNorm):
+            module.weight.fill_(1.0)
         elif isinstance(module, CRF):
             module.reset_parameters()
 
@@ -569,13 +582,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
         embeddings, attention_kwargs = self.injection(latent, self.shared(decoder_input_ids))
         cache = past_key_values if cache is None else cache
-        if condition_states is not None:
-            if len(condition_states) != len(latent):
-                raise ValueError(f"{len(condition_states)} conditions for {len(latent)} latents")
-            attention_kwargs |= {
-                "encoder_hidden_states": condition_states,
-                "encoder_attention_mask": _mask_of(condition_states[..., 0], condition_mask),
-            }
+        if condition_states is not None and len(condition_states) != len(latent):
+            raise ValueError(f"{len(condition_states)} conditions for {len(latent)} latents")
+        if self.config.cross_attention:
+            attention_kwargs |= _cross_attended(
+                attention_kwargs.get("encoder_hidden_states"), condition_states, condition_mask
+            )
             cache = _with_cross_attention(cache, use_cache)
         decoded = self.decoder(
             inputs_embeds=embeddings, use_cache=use_cache, **{CACHE: cache}, **attention_kwargs
@@ -670,6 +682,22 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 def _mask_of(ids: Tensor, mask: Tensor | None) -> Tensor:
     """The mask of a batch of texts, (B, S); None means that there is no padding."""
     return torch.ones_like(ids, dtype=torch.long) if mask is None else mask
+
+
+def _cross_attended(
+    vectors: Tensor | None, condition: Tensor | None, condition_mask: Tensor | None
+) -> dict[str, Tensor]:
+    """What cross-attention reads: the vectors made of z (B, M, d), and behind them the
+    states of the condition (B, C, d) with its mask."""
+    given = ((vectors, None), (condition, condition_mask))
+    parts = [
+        (states, _mask_of(states[..., 0], mask)) for states, mask in given if states is not None
+    ]
+    states, masks = zip(*parts, strict=True)
+    return {
+        "encoder_hidden_states": states[0] if len(states) == 1 else torch.cat(states, dim=1),
+        "encoder_attention_mask": masks[0] if len(masks) == 1 else torch.cat(masks, dim=1),
+    }
 
 
 def _with_cross_attention(cache: Cache | None, use_cache: bool) -> Cache | None:
