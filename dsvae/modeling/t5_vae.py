@@ -23,7 +23,6 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.utils import can_return_tuple
 
 from dsvae.modeling.backbone import BACKBONES, T5Backbone, backbone
@@ -70,7 +69,7 @@ def read_config(name_or_path: str) -> PreTrainedConfig:
             return type(AutoConfig.for_model(kind)).from_dict(fields)
     raise ValueError(
         f'the config.json of {name_or_path} has no "model_type": copy the model to a directory '
-        f'and add "model_type": "t5", "mt5" or "umt5" there'
+        f'and add "model_type": "t5", "mt5", "umt5" or "t5gemma" there'
     )
 
 
@@ -148,12 +147,20 @@ class T5VAEConfig(PreTrainedConfig):
             raise ValueError("a learned prior needs a condition")
         if self.injection == "none" and (self.clusters or self.classes or self.tags):
             raise ValueError("clusters, classes and tags need an injection other than none")
+        if self.backbone.needs_cross_attention and (
+            self.injection not in ("cross", "none") or not self.cross_attention
+        ):
+            raise ValueError(
+                f"injection {self.injection} does not work with a {self.t5.model_type}, whose "
+                f"decoder has no memory slots and always reads encoder states: use injection cross"
+            )
         # as in config.json
         self.spike_prior, self.classes, self.tags = (
             list(each) for each in (self.spike_prior, self.classes, self.tags)
         )
         kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
-        kwargs.setdefault("eos_token_id", self.t5.eos_token_id)
+        end = self.t5.eos_token_id
+        kwargs.setdefault("eos_token_id", end[0] if isinstance(end, list) else end)
         kwargs.setdefault("decoder_start_token_id", self.backbone.start_token)
         super().__post_init__(**kwargs)
 
@@ -242,7 +249,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the Trainer need not pass `num_items_in_batch`
     _supports_sdpa = True
-    _no_split_modules = [each.block for each in BACKBONES.values()]
+    _no_split_modules = [name for each in BACKBONES.values() for name in each.blocks]
     _keep_in_fp32_modules = ["wo"]
     _keep_in_fp32_modules_strict = ["posterior", "prior_head", "class_head", "tag_head"]
     _tied_weights_keys = {"lm_head.weight": "shared.weight"}
@@ -255,6 +262,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         self.shared = nn.Embedding(base.vocabulary, base.decoder_width)
         if config.injection != "none" or config.conditional:
             self.encoder = base.encoder()
+            if base.own_embeddings:
+                self.encoder_embedding = nn.Embedding(base.vocabulary, base.encoder_width)
         if config.injection != "none":
             self.posterior = PosteriorHead(
                 base.encoder_width, self.family.parameter_width, config.pooling, config.clusters
@@ -269,7 +278,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             config.injection, base, self.family.latent_width, config.memory_slots
         )
         self.decoder = base.decoder(cross_attention=config.cross_attention)
-        self.lm_head = VocabularyHead(base.decoder_width, base.vocabulary)
+        self.lm_head = VocabularyHead(base.decoder_width, base.vocabulary, base.logit_cap)
         self.output_scale = base.output_scale(bool(config.tie_word_embeddings))
         self.post_init()
 
@@ -286,7 +295,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
         Raises:
             OSError: no such model, or no safetensors in it.
-            ValueError: it is no T5, mT5 or umT5, or weights are missing or have another
+            ValueError: it is no T5, mT5, umT5 or T5Gemma, or weights are missing or have another
                 shape.
         """
         # The seed of the latent path comes from torch's generator, as for any new module.
@@ -313,7 +322,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         # Only the weights say whether lm_head is tied. transformers reads "tied" for
         # every T5, and would tie v1.1 silently when it loads a state dict.
         embedding = base.embedding_key(files)
-        tied = "lm_head.weight" not in files or files.equal(embedding, "lm_head.weight")
+        head = base.head_key
+        tied = head not in files or files.equal(embedding, head)
         if dropout_rate is not None:
             t5_config.dropout_rate = dropout_rate
         config = cls.config_class(t5=t5_config, tie_word_embeddings=tied, **latent)
@@ -370,6 +380,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         return self.shared
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        if self.config.backbone.own_embeddings:
+            raise ValueError(f"the vocabulary of a {self.config.t5.model_type} keeps its size")
         self.shared = cast(nn.Embedding, value)
 
     @torch.no_grad()
@@ -377,8 +389,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         """Draws the weights of one module. transformers calls it for what a checkpoint
         does not contain; the stacks have their own."""
         factor = self.config.backbone.initializer_factor
-        if module is self.shared:
-            module.weight.normal_(0.0, factor)
+        if isinstance(module, nn.Embedding):
+            module.weight.normal_(0.0, self.config.backbone.embedding_deviation)
         elif module is self.lm_head:
             # Logits of unit scale. (transformers draws every untied head with deviation
             # 1, so that the logits of v1.1 start at sqrt(d).)
@@ -388,15 +400,15 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             module.weight.normal_(0.0, factor * module.in_features**-0.5)
             if module.bias is not None:
                 module.bias.zero_()
-        elif isinstance(module, T5LayerNorm):
-            module.weight.fill_(1.0)
+        elif module is getattr(self.injection, "layer_norm", None):
+            module.weight.copy_(self.config.backbone.norm().weight)
         elif isinstance(module, CRF):
             module.reset_parameters()
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Takes the linear layer that `resize_token_embeddings` has made."""
         size, width = new_embeddings.weight.shape
-        self.lm_head = VocabularyHead(width, size, device="meta")
+        self.lm_head = VocabularyHead(width, size, self.lm_head.cap, device="meta")
         self.lm_head.weight = new_embeddings.weight
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Distribution:
@@ -439,8 +451,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
     def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The encoder's states, (B, S, d)."""
+        own = self.config.backbone.own_embeddings
+        embeddings = (self.encoder_embedding if own else self.shared)(input_ids)
         return self.encoder(
-            inputs_embeds=self.shared(input_ids), attention_mask=attention_mask
+            inputs_embeds=embeddings, attention_mask=attention_mask
         ).last_hidden_state
 
     def _read(
