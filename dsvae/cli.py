@@ -773,7 +773,7 @@ def plan(
     batch_size: int | None = None,
     phase: Literal["all", "1", "2"] | None = None,
     freeze_decoder: bool | None = None,
-    injection: Literal["memory", "embedding", "both", "none"] | None = None,
+    injection: Literal["memory", "embedding", "both", "cross", "none"] | None = None,
     latent_dim: int | None = None,
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
     json: bool = False,

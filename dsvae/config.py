@@ -117,12 +117,15 @@ class ModelConfig:
     clusters: int = 0
     """Number of clusters of sentences, through which the posterior reads a sentence
     (after Yuan & Eldardiry 2021). 0: none."""
-    injection: Literal["memory", "embedding", "both", "none"] = "memory"
-    """How z enters the decoder. With none, the model has no latent: it is a language
+    injection: Literal["memory", "embedding", "both", "cross", "none"] = "memory"
+    """How z enters the decoder. memory: slots in self-attention. embedding: added to its
+    input. both: these two. cross: vectors for its pretrained cross-attention, before the
+    condition where there is one. With none, the model has no latent: it is a language
     model of the same decoder without encoder, or a plain T5 where sentences have
     conditions."""
     memory_slots: int = 1
-    """Key/value slots per decoder layer, for injection by memory."""
+    """Key/value slots per decoder layer, for injection by memory. Vectors that z becomes,
+    for cross: with one, every position reads the same; with more it can choose."""
     gradient_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass. It saves memory and
     takes about a third more time."""

@@ -34,7 +34,7 @@ T5_CONFIGS = {
     "mt5": lambda: MT5Config(**SMALL, feed_forward_proj="gated-gelu"),
     "umt5": lambda: UMT5Config(**SMALL, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
-INJECTIONS = ("memory", "embedding", "both")
+INJECTIONS = ("memory", "embedding", "both", "cross")
 POOLINGS = ("mean", "max", "first", "attention")
 
 

@@ -181,6 +181,11 @@ def _origin(
         return T5VAE.origin_in(str(weights))
     if settings.name is None:
         t5 = {"model_type": "t5", **settings.t5, "vocab_size": len(tokenizer)}
+        if t5["model_type"] == "t5gemma":
+            raise ValueError(
+                "a new t5gemma needs sizes for each side: make it with transformers, save it, and "
+                "name its directory in --model"
+            )
         # transformers accepts and keeps any name.
         known = {
             *AutoConfig.for_model(t5["model_type"]).to_dict(),

@@ -22,6 +22,9 @@ from dsvae.modeling.weight_source import Origin
 if TYPE_CHECKING:
     from dsvae.parallel.world import World
 
+EMBEDDINGS = ("shared", "encoder_embedding", "relative_attention_bias")
+"""Words in the names of embeddings and position biases, which do not decay."""
+
 PUT_BACK = "put it back, and repeat the command, which continues from the last checkpoint"
 
 
@@ -51,7 +54,7 @@ def parameter_names(model: nn.Module) -> list[list[str]]:
             continue
         # ZeRO 3 leaves parameters without their elements
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        matrix = len(shape) >= 2 and "shared" not in name and "relative_attention_bias" not in name
+        matrix = len(shape) >= 2 and not any(each in name for each in EMBEDDINGS)
         (matrices if matrix else others).append(name)
     return [matrices, others]
 

@@ -33,6 +33,7 @@ SYSTEMS = {
     "memory": {},
     "embedding": {"injection": "embedding"},
     "both": {"injection": "both"},
+    "cross": {"injection": "cross"},
     "spike_slab": {"family": "spike_slab"},
     "categorical": {"family": "categorical", "categories": 3},
 }
@@ -223,6 +224,10 @@ SPLITS = [
     ("embedding", "zero3", 2, 150),
     ("both", "zero2", 2, 150),
     ("both", "zero3", 2, 150),
+    ("cross", "zero0", 2, 150),
+    ("cross", "zero1", 2, 150),
+    ("cross", "zero2", 2, 150),
+    ("cross", "zero3", 2, 150),
     ("spike_slab", "zero0", 1, 10**6),
     ("spike_slab", "zero2", 2, 150),
     ("spike_slab", "zero3", 2, 150),

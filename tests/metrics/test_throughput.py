@@ -4,7 +4,7 @@ kernel's count of memory."""
 import numpy as np
 import pytest
 import torch
-from small_models import make_vae
+from small_models import INJECTIONS, make_vae
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +43,7 @@ def counted_by_torch(model, batch):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
-@pytest.mark.parametrize("injection", ["memory", "embedding", "both", "none"])
+@pytest.mark.parametrize("injection", [*INJECTIONS, "none"])
 @pytest.mark.parametrize("kind", ["t5 v1.0", "t5 v1.1", "umt5"])
 def test_everything_trains(kind, injection, pooling):
     model = make_vae(kind, injection=injection, pooling=pooling).train()
@@ -51,19 +51,23 @@ def test_everything_trains(kind, injection, pooling):
     assert ModelFlops.of(model).count(batch) == counted_by_torch(model, batch)
 
 
-@pytest.mark.parametrize("injection", ["memory", "embedding", "both"])
+@pytest.mark.parametrize("injection", INJECTIONS)
 def test_the_decoder_is_frozen(injection):
     """Its weights have no gradient, but z has one through it. With z in the memory
-    slots alone, nothing needs the gradients of the first layer's queries and input;
-    the formula counts them all the same."""
+    slots or in cross-attention alone, nothing needs the gradients of the first layer's
+    queries and input there; the formula counts them all the same."""
     model = make_vae(injection=injection).train()
     freeze_decoder(model)
     batch = batch_of([SOURCE] * 3, [TARGET] * 3, 6)
     t5, slots, not_needed = model.config.t5, 2, 0
+    width = t5.num_heads * t5.d_kv
     if injection == "memory":
-        width = t5.num_heads * t5.d_kv
         projections, scores = 3 * t5.d_model * width, (TARGET + slots) * width
         not_needed = 2 * TARGET * (projections + scores)
+    if injection == "cross":
+        # all of self-attention, and the queries of cross-attention
+        own = 4 * t5.d_model * width + 4 * TARGET * width
+        not_needed = 2 * TARGET * (own + t5.d_model * width + slots * width)
     formula = ModelFlops.of(model).count(batch)
     assert formula - 3 * not_needed == counted_by_torch(model, batch)
     assert formula < ModelFlops.of(make_vae(injection=injection)).count(batch)

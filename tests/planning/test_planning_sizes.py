@@ -59,6 +59,15 @@ def test_a_t5vae_has_its_t5_without_cross_attention_and_the_latent_path(name):
     assert sum(w.numel for w in weights) == PUBLISHED[name] - cross + posterior + memory
 
 
+def test_injection_by_cross_has_every_weight_of_its_t5():
+    c, slots = configuration_of("t5-base"), 8
+    config = T5VAEConfig(t5=c, latent_dim=32, injection="cross", memory_slots=slots)
+    d_model = c["d_model"]
+    latent_path = (d_model + 1) * 64 + (32 + 1) * slots * d_model + d_model
+    found = sum(w.numel for w in weights_of(build(config, False)))
+    assert found == PUBLISHED["google-t5/t5-base"] + latent_path
+
+
 def test_a_frozen_decoder_trains_encoder_and_latent_path_only():
     weights = weights_of(build(T5VAEConfig(t5=configuration_of("t5-small")), freeze_decoder=True))
     assert {w.name.split(".")[0] for w in weights if w.trains} == {
