@@ -773,6 +773,7 @@ def plan(
     batch_size: int | None = None,
     phase: Literal["all", "1", "2"] | None = None,
     freeze_decoder: bool | None = None,
+    lora_rank: int | None = None,
     injection: Literal["memory", "embedding", "both", "cross", "none"] | None = None,
     latent_dim: int | None = None,
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
@@ -802,6 +803,7 @@ def plan(
         batch_size: data.batch_size, sentences per step.
         phase: which phases to run.
         freeze_decoder: phase1.freeze_decoder.
+        lora_rank: model.lora.rank, adapters that train in place of the T5.
         injection: how z enters the decoder.
         latent_dim: dimensions of z.
         precision: that of the run.

@@ -79,6 +79,22 @@ class DataConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters of the T5 (LoRA, Hu et al. 2021). With them the T5 is frozen in both
+    phases, and the adapters and the latent path train."""
+
+    rank: int = 0
+    """Rank r of the adapters. 0: no adapters, and the whole T5 trains."""
+    alpha: float = 16.0
+    """The change of a matrix is alpha / r times the product of its adapter."""
+    targets: list[Literal["q", "k", "v", "o", "wi", "wo"]] = field(
+        default_factory=lambda: ["q", "v"]
+    )
+    """The projections that have adapters: q, k, v and o of every attention, wi and wo of
+    every feed-forward."""
+
+
+@dataclass
 class ModelConfig:
     """Which T5, and which latent path is added to it."""
 
@@ -129,6 +145,8 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass. It saves memory and
     takes about a third more time."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters that train in place of the T5."""
 
 
 @dataclass
@@ -499,6 +517,7 @@ _LEAST = {
     "phase1.max_grad_norm phase1.weight_decay phase1.adam_eps": 0,
     "phase2.max_grad_norm phase2.weight_decay phase2.adam_eps": 0,
     "phase2.beta.max phase2.free_bits phase2.total_correlation model.clusters": 0,
+    "model.lora.rank": 0,
     "heads.class_weight heads.tag_weight": 0,
     "phase1.skewness phase1.dispersion phase2.skewness phase2.dispersion": 0,
 }
@@ -558,6 +577,15 @@ def check(config: RunConfig) -> None:
     need(
         model.posterior_reads == "both" or latent and data.condition_column is not None,
         "model.posterior_reads condition needs data.condition_column, and a latent",
+    )
+    need(
+        model.lora.rank == 0 or model.name is not None,
+        "model.lora.rank freezes the T5, and a new one would learn nothing: name a pretrained "
+        "one with --model",
+    )
+    need(
+        model.lora.alpha > 0 and bool(model.lora.targets),
+        "model.lora.alpha must be positive, and model.lora.targets not empty",
     )
     need(model.clusters != 1, "model.clusters must be 0 (none) or at least 2")
     need(

@@ -23,9 +23,10 @@ from dsvae.engine import checkpoint
 from dsvae.engine.build import Columns, find_origin
 from dsvae.engine.checkpoint import COMPLETE, Checkpoint
 from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
-from dsvae.engine.weights import freeze_decoder
+from dsvae.engine.weights import freeze_decoder, freeze_pretrained
 from dsvae.errors import UserError
 from dsvae.files import make_place, no_output
+from dsvae.modeling.lora import merged
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.modeling.weight_source import Origin
 from dsvae.reports.card import write_checkpoint_card
@@ -85,13 +86,16 @@ def export_checkpoint(
     origin = find_origin(config.model, tokenizer, began, config.seed, columns)
     model = cast(T5VAE, origin.skeleton())
     model.config.max_tokens = config.data.max_tokens  # as the run itself exports it
+    freeze_pretrained(model)
     if found.phase == 1 and config.phase1.freeze_decoder:
         freeze_decoder(model)
     writer = ModelDirectory(directory.absolute(), max_shard_bytes)
     try:
         writer.begin()
-        for name, tensor in _weights(found, saved, model, origin):
-            writer.add(name, tensor)
+        weights = _weights(found, saved, model, origin)
+        lora = model.config.lora
+        for name, tensor in merged(weights, lora) if lora else weights:
+            writer.add(name, cast(Tensor, tensor))
         writer.finish(model, extras)
     except OSError as error:
         advice = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""

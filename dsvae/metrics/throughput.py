@@ -18,6 +18,7 @@ from torch import nn
 
 from dsvae.data.batches import MicroBatch, Step
 from dsvae.modeling.crf import IGNORE
+from dsvae.modeling.lora import LoraLinear
 from dsvae.modeling.t5_vae import T5VAE
 
 PEAKS = {
@@ -75,9 +76,10 @@ class ModelFlops:
         per: Counter[str] = Counter()
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                weight = module.weight
-                size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 leaves an empty one
-                per[_grows_with(name)] += size * (6 if weight.requires_grad else 4)
+                adapter = (module.lora_a, module.lora_b) if isinstance(module, LoraLinear) else ()
+                for weight in (module.weight, *adapter):
+                    size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 leaves an empty one
+                    per[_grows_with(name)] += size * (6 if weight.requires_grad else 4)
         backbone, kind = model.config.backbone, model.config.injection
         # queries times keys, and the weights times values; each also twice backward
         pair = 12 * backbone.query_heads * backbone.head_width

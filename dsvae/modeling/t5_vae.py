@@ -29,6 +29,7 @@ from dsvae.modeling.backbone import BACKBONES, T5Backbone, backbone
 from dsvae.modeling.crf import CRF, IGNORE, TagHead
 from dsvae.modeling.families import Distribution, Family, make_family
 from dsvae.modeling.injection import make_injection
+from dsvae.modeling.lora import add_adapters, checked, is_adapter
 from dsvae.modeling.posterior import Float32Linear, PosteriorHead
 from dsvae.modeling.vocabulary import VocabularyHead
 from dsvae.modeling.weight_source import Origin, SafetensorsFiles, refuse_pickles
@@ -101,6 +102,9 @@ class T5VAEConfig(PreTrainedConfig):
             (see `ClusterHead`); 0: none.
         classes: the names of the classes of a class head; empty: no such head.
         tags: the names of the tags of a tag head, in IOB2; empty: no such head.
+        lora: rank, alpha and targets of the adapters of the T5 (see
+            `dsvae.modeling.lora`); None: no adapters. The final model of
+            a run has none: they are added to their matrices.
         tie_word_embeddings: whether the output projection is the input embedding (T5
             v1.0) or another matrix (v1.1, flan, mT5, umT5). None: what the T5's
             configuration implies. `T5VAE.from_t5` sets it by the weights.
@@ -125,6 +129,7 @@ class T5VAEConfig(PreTrainedConfig):
     clusters: int = 0
     classes: Any = ()
     tags: Any = ()
+    lora: Any = None
     tie_word_embeddings: bool | None = None
     max_tokens: int | None = None
     # For `generate`, this is a decoder conditioned on z, and on encoder states that are
@@ -154,6 +159,7 @@ class T5VAEConfig(PreTrainedConfig):
                 f"injection {self.injection} does not work with a {self.t5.model_type}, whose "
                 f"decoder has no memory slots and always reads encoder states: use injection cross"
             )
+        self.lora = checked(self.lora) if self.lora else None
         # as in config.json
         self.spike_prior, self.classes, self.tags = (
             list(each) for each in (self.spike_prior, self.classes, self.tags)
@@ -280,6 +286,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         self.decoder = base.decoder(cross_attention=config.cross_attention)
         self.lm_head = VocabularyHead(base.decoder_width, base.vocabulary, base.logit_cap)
         self.output_scale = base.output_scale(bool(config.tie_word_embeddings))
+        if config.lora:
+            for name in ("encoder", "decoder"):
+                if stack := getattr(self, name, None):
+                    add_adapters(stack, config.lora)
         self.post_init()
 
     @classmethod
@@ -333,18 +343,21 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 return embedding
             if name == "injection.layer_norm.weight":
                 return base.norm_key
-            if name.startswith(LATENT_PATH):
+            if name.startswith(LATENT_PATH) or is_adapter(name):
                 return None
             return base.pretrained_key(name, cross_attention=config.cross_attention)
 
         return Origin(lambda: cls(copy.deepcopy(config)), seed, files, key_of)
 
     @classmethod
-    def origin_in(cls, name_or_path: str, config: T5VAEConfig | None = None) -> Origin:
+    def origin_in(
+        cls, name_or_path: str, config: T5VAEConfig | None = None, *, seed: int = 0
+    ) -> Origin:
         """The weights of a saved T5VAE, tensor by tensor.
 
         Args:
             config: replaces that of the directory.
+            seed: of adapters that `config` has and the directory lacks.
 
         Raises:
             OSError: no such model, or no weights in it.
@@ -360,7 +373,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 model.generation_config = GenerationConfig.from_pretrained(name_or_path)
             return model
 
-        return Origin(make, 0, SafetensorsFiles(name_or_path))
+        files = SafetensorsFiles(name_or_path)
+
+        def key_of(name: str) -> str | None:
+            return None if is_adapter(name) and name not in files else name
+
+        return Origin(make, seed, files, key_of)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

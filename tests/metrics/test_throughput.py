@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsvae.data.batches import Step, collate
-from dsvae.engine.weights import freeze_decoder
+from dsvae.engine.weights import freeze_decoder, freeze_pretrained
 from dsvae.metrics import throughput
 from dsvae.metrics.throughput import ModelFlops, Speed, peak_flops, peak_memory
 
@@ -71,6 +71,21 @@ def test_the_decoder_is_frozen(injection):
     formula = ModelFlops.of(model).count(batch)
     assert formula - 3 * not_needed == counted_by_torch(model, batch)
     assert formula < ModelFlops.of(make_vae(injection=injection)).count(batch)
+
+
+def test_adapters_are_counted_beside_their_frozen_matrices():
+    lora = {"rank": 2, "alpha": 16, "targets": ["k", "wo"]}
+    flops = []
+    for given in (None, lora):
+        model = make_vae(lora=given)
+        freeze_pretrained(model)
+        flops.append(ModelFlops.of(model))
+    plain, adapted = flops
+    # q, k, v, o: 32 x 48; wi, wo: 32 x 48; adapters of k: 2 x (32 + 48), of wo alike
+    assert plain.encoder_token == 2 * 6 * (6 * 32 * 48)
+    assert adapted.encoder_token == 2 * (4 * (6 * 32 * 48) + 6 * 2 * (2 * 80))
+    assert adapted.decoder_token == 3 / 2 * adapted.encoder_token + 4 * 60 * 32
+    assert adapted.sentence == plain.sentence
 
 
 def test_padding_and_fillers_are_no_work():

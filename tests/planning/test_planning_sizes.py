@@ -78,6 +78,17 @@ def test_a_frozen_decoder_trains_encoder_and_latent_path_only():
     assert {w.name.split(".")[0] for w in weights if not w.trains} == {"shared", "decoder"}
 
 
+def test_adapters_train_in_place_of_the_t5():
+    lora = {"rank": 4, "alpha": 16, "targets": ["o", "wi"]}
+    config = configuration_of("t5-3b")
+    weights = weights_of(build(T5VAEConfig(t5=config, lora=lora), freeze_decoder=False))
+    latent = ("posterior.", "injection.")
+    trained = [w for w in weights if w.trains and not w.name.startswith(latent)]
+    # 24 + 24 layers; o: 32 x 128 to 1024, wi: 1024 to 16384
+    assert sum(w.numel for w in trained) == 48 * 4 * ((4096 + 1024) + (1024 + 16384))
+    assert all(w.trains for w in weights if w.name.startswith(latent))
+
+
 def test_short_names_and_the_whole_family_are_known():
     assert configuration_of("t5-base") == configuration_of("google-t5/t5-base")
     assert configuration_of("flan-t5-xl") == configuration_of("google/t5-v1_1-xl")
