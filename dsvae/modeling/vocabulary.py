@@ -108,7 +108,10 @@ class _Nats(torch.autograd.Function):
                 if d_hidden is not None:
                     d_hidden[part] = d_logits @ weight
                 if d_weight is not None:
-                    d_weight += d_logits.T @ hidden[part]
+                    if d_logits.dtype == torch.float32:
+                        d_weight.addmm_(d_logits.T, hidden[part])
+                    else:
+                        d_weight += d_logits.T @ hidden[part]
         ctx.d_hidden, ctx.d_weight, ctx.dtype = d_hidden, d_weight, weight.dtype
         ctx.mark_non_differentiable(nats)
         return nats, nats @ scale
