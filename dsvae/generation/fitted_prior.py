@@ -85,15 +85,16 @@ def draw(vae: SentenceVAE, records: Iterable[str | Record], seed: int = 0) -> Dr
     keys: list[tuple[int, int]] = []
     parts = []
     for _, inputs in vae.inputs.stream(records, vae.batch_size):
-        rows = []
+        noise = []
         for each in inputs:
             key = hash_of(each.ids)
             keys.append((key, seen[key]))
             seen[key] += 1
             rng = generator(seed, LATENT, *reversed(keys[-1]))
-            rows.append(rng.standard_normal(family.noise_width, dtype=np.float32))
-        posterior = family.of(torch.stack(vae.read(inputs, "posterior_parameters")))
-        parts.append(posterior.sample(torch.from_numpy(np.stack(rows))))
+            noise.append(rng.standard_normal(family.noise_width, dtype=np.float32))
+        (rows,) = vae.read(inputs, "posterior_parameters")
+        posterior = family.of(torch.stack(rows))
+        parts.append(posterior.sample(torch.from_numpy(np.stack(noise))))
     order = sorted(range(len(keys)), key=keys.__getitem__)
     latent = torch.cat(parts)[order] if parts else torch.empty(0, family.latent_width)
     tenth = torch.tensor([keys[i][0] % 10 for i in order])

@@ -48,7 +48,7 @@ def cluster_stream(vae: SentenceVAE, texts: Records) -> Iterator[tuple[Line, int
     """(sentence, its most probable cluster from 0, its probability)."""
     _need(vae, vae.model.config.clusters, "clusters", "model.clusters")
     for lines, inputs in vae.inputs.stream(texts, vae.batch_size):
-        rows = vae.read(inputs, "clusters")
+        (rows,) = vae.read(inputs, "clusters")
         for line, row in zip(lines, rows, strict=True):
             yield line, *_best(row)
 
@@ -58,7 +58,7 @@ def classify_stream(vae: SentenceVAE, texts: Records) -> Iterator[tuple[Line, st
     names = vae.model.config.classes
     _need(vae, names, "classes", "data.label_column")
     for lines, inputs in vae.inputs.stream(texts, vae.batch_size):
-        rows = vae.read(inputs, "class_logits")
+        (rows,) = vae.read(inputs, "class_logits")
         for line, row in zip(lines, rows, strict=True):
             best, probability = _best(row.softmax(0))
             yield line, names[best], probability
@@ -72,7 +72,7 @@ def tag_stream(vae: SentenceVAE, texts: Records) -> Iterator[tuple[Line, Tagged]
         words = [each.words or [] for each in inputs]
         # The tags are not known: any label but -100 says that a word begins there.
         labels = [[IGNORE if word == IGNORE else 0 for word in row] for row in words]
-        found = vae.read(inputs, "tags", labels)
+        (found,) = vae.read(inputs, "tags", tag_labels=labels)
         for line, numbers, row in zip(lines, words, found, strict=True):
             text = line.text.split()
             places = [number for number in numbers if number != IGNORE]

@@ -151,9 +151,11 @@ class SentenceVAE:
         """(sentences, their posteriors, their priors) window by window, on CPU. The priors
         p(z|c) are None unless they are learned."""
         learned = self.model.config.prior == "learned"
+        names = (
+            ("posterior_parameters", "prior_parameters") if learned else ("posterior_parameters",)
+        )
         for lines, inputs in self.inputs.stream(texts, self.batch_size):
-            names = ("posterior_parameters", *["prior_parameters"] * learned)
-            found = [self.model.family.of(torch.stack(self.read(inputs, name))) for name in names]
+            found = [self.model.family.of(torch.stack(rows)) for rows in self.read(inputs, *names)]
             yield lines, found[0], found[1] if learned else None
 
     def reconstruct_stream(
@@ -522,17 +524,17 @@ class SentenceVAE:
     def read(
         self,
         inputs: Sequence[Input],
-        name: str,
+        *names: str,
         tag_labels: Sequence[Sequence[int]] | None = None,
-    ) -> list[Tensor]:
-        """What the encoder's heads make of N sentences, a row for each, on CPU.
+    ) -> list[list[Tensor]]:
+        """What the encoder's heads make of N sentences: for each name N rows, on CPU.
 
         Args:
-            name: of the field of `T5VAEOutput`.
+            names: of fields of `T5VAEOutput`.
             tag_labels: as the model reads them, of each sentence.
         """
         self._need_latent()
-        rows: list[Tensor] = [torch.empty(0)] * len(inputs)
+        found = [[torch.empty(0)] * len(inputs) for _ in names]
         pad, device = self.model.config.pad_token_id, self.model.device
         for part in by_length(inputs, self.batch_size):
             ids, mask = padded([inputs[i].ids for i in part], pad, device)
@@ -540,12 +542,14 @@ class SentenceVAE:
             if tag_labels is not None:
                 given["tag_labels"], _ = padded([tag_labels[i] for i in part], IGNORE, device)
             out = self.model(ids, mask, encode_only=True, **given)
-            for i, row in zip(part, out[name].cpu(), strict=True):
-                rows[i] = row
-        return rows
+            for name, rows in zip(names, found, strict=True):
+                for i, row in zip(part, out[name].cpu(), strict=True):
+                    rows[i] = row
+        return found
 
     def _encode(self, inputs: Sequence[Input]) -> Distribution:
-        return self.model.family.of(torch.stack(self.read(inputs, "posterior_parameters")))
+        (rows,) = self.read(inputs, "posterior_parameters")
+        return self.model.family.of(torch.stack(rows))
 
     def _reconstruct(self, inputs: Sequence[Input], options: dict[str, Any]) -> list[str]:
         point = self._encode(inputs).point

@@ -628,6 +628,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         logits = nats = loss = None
         if sentence_weights is None:
             logits = self.lm_head(hidden)
+        elif labels is None:
+            raise ValueError("sentence_weights weigh the nats of labels, and there are none")
         else:
             nats, loss = self.lm_head(hidden, labels, sentence_weights)
         return T5VAEOutput(

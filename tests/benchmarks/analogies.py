@@ -46,16 +46,15 @@ import torch
 from numpy.typing import NDArray
 from sacrebleu.metrics import BLEU
 from torch import Tensor
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import style_transfer
+from benchmarks.command import run
 from benchmarks.style_transfer import Given
 
 from dsvae.errors import UserError
-from dsvae.files import write_json
 from dsvae.generation import geometry
 from dsvae.metrics import likelihood, passes
 from dsvae.metrics.diversity import bleu
@@ -243,14 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.steps < 3:
         parser.error("--steps: give at least 3, so that there is a place between the ends")
-    logging.disable_progress_bar()
-    try:
-        results = measure(args)
-    except UserError as problem:
-        parser.error(str(problem))
-    print(report(results))
-    if args.output:
-        write_json(Path(args.output), results)
+    run(parser, args, measure, report)
 
 
 if __name__ == "__main__":

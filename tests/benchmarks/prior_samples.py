@@ -38,18 +38,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.command import run
 from benchmarks.labelled import longest
 from benchmarks.style_transfer import perplexity
 
 from dsvae import pretrained
 from dsvae.data.readers import read_file
 from dsvae.errors import UserError
-from dsvae.files import write_json
 from dsvae.generation import SentenceVAE, fitted_prior
 from dsvae.generation.reading import draw_sentences
 from dsvae.metrics import likelihood
@@ -201,14 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all random choices")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
-    logging.disable_progress_bar()
-    try:
-        results = measure(args)
-    except UserError as problem:
-        parser.error(str(problem))
-    print(report(results))
-    if args.output:
-        write_json(Path(args.output), results)
+    run(parser, args, measure, report)
 
 
 if __name__ == "__main__":

@@ -47,17 +47,16 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import mutual_info_score
 from sklearn.pipeline import Pipeline, make_pipeline
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.command import run
 from benchmarks.labelled import Labelled, longest, read, tokens
 
 from dsvae import pretrained
 from dsvae.data.tokenization import TokenizedSplit, tokenize
 from dsvae.errors import UserError
-from dsvae.files import write_json
 from dsvae.generation import SentenceVAE
 from dsvae.metrics import likelihood, passes
 from dsvae.modeling.t5_vae import T5VAE
@@ -359,14 +358,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 2.0, 3.0])
     args = parser.parse_args(argv)
-    logging.disable_progress_bar()
-    try:
-        results = measure(args)
-    except UserError as problem:
-        parser.error(str(problem))
-    print(report(results))
-    if args.output:
-        write_json(Path(args.output), results)
+    run(parser, args, measure, report)
 
 
 if __name__ == "__main__":

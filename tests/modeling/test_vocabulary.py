@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import plain_nats
+from small_models import make_vae, plain_nats
 from torch.nn import functional as F
 
 from dsvae.modeling import vocabulary
@@ -141,3 +141,12 @@ def test_the_logits_are_never_all_in_memory(monkeypatch):
                 head(hidden, labels, torch.ones(4))[1].backward()
             peaks.append(live.restart())
     assert peaks[1] < peaks[0] / 4
+
+
+def test_weights_without_labels_are_refused():
+    with pytest.raises(ValueError, match="sentence_weights weigh the nats of labels"):
+        make_vae()(
+            latent=torch.zeros(1, 6),
+            decoder_input_ids=torch.zeros(1, 3, dtype=torch.long),
+            sentence_weights=torch.ones(1),
+        )
