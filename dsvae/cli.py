@@ -647,7 +647,9 @@ def evaluate(
     evaluate_model(**given)
 
 
-def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -> None:
+def export(
+    run: str, *, checkpoint: str = "latest", output: str | None = None, adapters: bool = False
+) -> None:
     """Writes the model of a checkpoint as a transformers directory like OUTPUT_DIR/model.
 
     The weights are float32 for every precision, ZeRO stage and number of ranks. It takes
@@ -661,6 +663,8 @@ def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -
             or a name as in OUTPUT_DIR/checkpoints, such as phase2-step00001000.
         output: the directory to write, which must not exist; RUN/exports/CHECKPOINT by
             default.
+        adapters: write the adapters (model.lora) and the latent path alone, as the package
+            peft reads them.
     """
     import logging
 
@@ -673,7 +677,7 @@ def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -
         with contextlib.redirect_stdout(sys.stderr):
             from dsvae.export import export_checkpoint
 
-            directory = export_checkpoint(run, checkpoint, output, say)
+            directory = export_checkpoint(run, checkpoint, output, say, adapters=adapters)
     finally:
         logging.disable(logging.NOTSET)
     print(directory)

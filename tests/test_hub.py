@@ -24,6 +24,7 @@ MODELS = {
     "embedding": {"kind": "mt5", "injection": "embedding", "pooling": "attention"},
     "learned": {"kind": "t5 v1.1", "conditional": True, "prior": "learned"},
     "categorical": {"kind": "umt5", "family": "categorical", "latent_dim": 3, "categories": 4},
+    "t5gemma": {"kind": "t5gemma"},
     "tagger": {"tags": ("O", "B-x", "I-x"), "classes": ("a", "b"), "injection": "both"},
 }
 CARD = "# A sentence VAE\n\n## Measured\n\nrec 3.337\n\n## Use\n\nthe rest\n"

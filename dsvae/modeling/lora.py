@@ -10,7 +10,7 @@ name, by which it is read, partitioned, frozen and exported like any other weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TARGETS = ("q", "k", "v", "o", "wi", "wo")
-"""The projections of a T5 that may have adapters: of all its attentions, and of its
-feed-forwards, where wi is also wi_0 and wi_1."""
+"""The projections that may have adapters: of all attentions, and of the feed-forwards,
+where wi is also wi_0 and wi_1."""
+_IN_GEMMA = {"gate": "wi", "up": "wi", "down": "wo"}
+"""What a T5Gemma calls the projections of its feed-forwards, without their ending."""
 
 _A, _B = "lora_a", "lora_b"
 
@@ -33,6 +35,7 @@ class LoraLinear(nn.Linear):
     """
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        assert getattr(base, "bias", None) is None
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight = base.weight
         self.lora_a = nn.Parameter(base.weight.new_empty(rank, base.in_features))
@@ -62,10 +65,11 @@ def checked(lora: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_adapters(stack: nn.Module, lora: dict[str, Any]) -> None:
-    """Gives the linear layers of a T5 stack that `lora` names fresh adapters."""
+    """Gives the linear layers of a stack that `lora` names fresh adapters."""
     for module in list(stack.modules()):
         for key, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and key.partition("_")[0] in lora["targets"]:
+            kind = key.partition("_")[0]
+            if isinstance(child, nn.Linear) and _IN_GEMMA.get(kind, kind) in lora["targets"]:
                 setattr(module, key, LoraLinear(child, lora["rank"], scale_of(lora)))
 
 
@@ -84,6 +88,34 @@ def draw(name: str, out: Tensor) -> Tensor:
     """Fills a parameter of an adapter with its first value, and returns it: A has unit
     scale for unit-scale input."""
     return out.zero_() if name.endswith(_B) else out.normal_(0.0, out.shape[1] ** -0.5)
+
+
+def in_peft(name: str) -> str:
+    """The name that a parameter of a T5VAE has in a file of the package peft."""
+    for ours, theirs in ((_A, "lora_A.weight"), (_B, "lora_B.weight")):
+        if name.endswith(ours):
+            name = name.removesuffix(ours) + theirs
+    return f"base_model.model.{name}"
+
+
+def peft_config(names: Sequence[str], lora: dict[str, Any], base: str) -> dict[str, Any]:
+    """What an adapter_config.json of peft says.
+
+    Args:
+        names: of the adapters' parameters, and of others that are saved with them.
+        base: the pretrained model.
+    """
+    adapted = {name.split(".")[-2] for name in names if is_adapter(name)}
+    others = {name.partition(".")[0] for name in names if not is_adapter(name)}
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "target_modules": sorted(adapted),
+        "modules_to_save": sorted(others),
+        "inference_mode": True,
+    }
 
 
 def merged(

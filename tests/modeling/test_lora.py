@@ -42,7 +42,7 @@ def by_hand(model):
 
 
 @pytest.mark.parametrize("conditional", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "t5gemma"])
 def test_the_model_is_that_of_the_changed_matrices(kind, conditional, tmp_path):
     model = make_vae(kind, conditional=conditional, lora=ALL)  # every weight is drawn, B too
     plain = make_vae(kind, conditional=conditional)

@@ -3,12 +3,9 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import make_t5gemma, t5gemma_config
 from torch.nn import functional as F
-from transformers import (
-    T5GemmaConfig,
-    T5GemmaForConditionalGeneration,
-    T5GemmaModuleConfig,
-)
+from transformers import T5GemmaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from dsvae import T5VAE, T5VAEConfig
@@ -18,34 +15,12 @@ from dsvae.modeling.vocabulary import VocabularyHead
 from dsvae.modeling.weight_source import Origin
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
-SIDE = {
-    "vocab_size": 60,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "query_pre_attn_scalar": 12,
-    "sliding_window": 4,  # shorter than the sentences
-    "final_logit_softcapping": 3.0,
-    "attn_logit_softcapping": 2.0,
-}
-
-
-def small_config():
-    """An encoder that is larger than the decoder, as in 9b-2b."""
-    encoder = T5GemmaModuleConfig(**SIDE, hidden_size=40, intermediate_size=56, num_hidden_layers=2)
-    decoder = T5GemmaModuleConfig(**SIDE, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
-    return T5GemmaConfig(encoder=encoder, decoder=decoder, vocab_size=60)
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def directory(request, tmp_path_factory):
     """A random T5Gemma as the hub has it."""
-    path = tmp_path_factory.mktemp("t5gemma")
-    torch.manual_seed(7)
-    model = T5GemmaForConditionalGeneration(small_config())
-    for name, weight in model.named_parameters():
-        weight.data.normal_(0, 0.1 if "norm" in name else 0.3)
-    model.save_pretrained(path)
+    path = make_t5gemma(tmp_path_factory.mktemp("t5gemma"))
     if request.param == "untied":
         state = load_file(path / "model.safetensors")
         state["lm_head.out_proj.weight"] = torch.randn(60, 32)
@@ -215,7 +190,7 @@ def test_a_frozen_decoder_trains_the_encoder_with_its_embedding(directory):
 
 
 def test_a_new_model_draws_every_weight():
-    config = T5VAEConfig(t5=small_config(), injection="cross")
+    config = T5VAEConfig(t5=t5gemma_config(), injection="cross")
     model = Origin(lambda: T5VAE(config), 3).build()
     for name, weight in model.named_parameters():
         assert weight.isfinite().all(), name
@@ -226,4 +201,4 @@ def test_a_new_model_draws_every_weight():
 @pytest.mark.parametrize("injection_", ["memory", "embedding", "both", "none"])
 def test_other_injections_are_refused(injection_):
     with pytest.raises(ValueError, match=f"injection {injection_} does not work with a t5gemma"):
-        T5VAEConfig(t5=small_config(), injection=injection_)
+        T5VAEConfig(t5=t5gemma_config(), injection=injection_)

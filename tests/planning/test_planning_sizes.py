@@ -29,6 +29,15 @@ PUBLISHED = {
     "google/byt5-small": 299_637_760,
     "google/umt5-small": 306_601_984,
 }
+# Likewise. Of l-l and 2b-2b no total was found; the sides of 2b-2b are in the others.
+PUBLISHED_T5GEMMA = {
+    "google/t5gemma-s-s-prefixlm": 312_517_632,
+    "google/t5gemma-b-b-prefixlm": 591_490_560,
+    "google/t5gemma-ml-ml-prefixlm": 2_200_345_344,
+    "google/t5gemma-xl-xl-prefixlm": 3_766_980_608,
+    "google/t5gemma-9b-2b-ul2": 12_292_375_296,
+    "google/t5gemma-9b-9b-ul2": 20_333_401_088,
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -43,6 +52,19 @@ def test_the_t5_of_a_known_configuration_has_the_published_number_of_parameters(
     tied = "lm_head.weight" not in dict(model.named_parameters())
     head = config["vocab_size"] * config["d_model"] if own_head and tied else 0
     assert sum(p.numel() for p in model.parameters()) + head == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_T5GEMMA)
+def test_a_known_t5gemma_has_the_published_number_of_parameters(name):
+    config = configuration_of(name)
+    vae = T5VAEConfig(t5=config, latent_dim=32, injection="cross", memory_slots=8)
+    with torch.device("meta"):
+        theirs = AutoModelForSeq2SeqLM.from_config(vae.t5)
+    assert sum(p.numel() for p in theirs.parameters()) == PUBLISHED_T5GEMMA[name]
+    width = config["encoder"]["hidden_size"]
+    latent_path = (width + 1) * 64 + (32 + 1) * 8 * width + width
+    found = sum(w.numel for w in weights_of(build(vae, False)))
+    assert found == PUBLISHED_T5GEMMA[name] + latent_path
 
 
 @pytest.mark.parametrize("name", ["google-t5/t5-base", "google/t5-v1_1-base", "google-t5/t5-3b"])
@@ -93,4 +115,4 @@ def test_short_names_and_the_whole_family_are_known():
     assert configuration_of("t5-base") == configuration_of("google-t5/t5-base")
     assert configuration_of("flan-t5-xl") == configuration_of("google/t5-v1_1-xl")
     assert configuration_of("t5-medium") is None
-    assert len(KNOWN) == 5 * 5 + 4 + 2
+    assert len(KNOWN) == 5 * 5 + 4 + 2 + 8 * 4
