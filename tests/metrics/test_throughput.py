@@ -1,6 +1,8 @@
 """Operations, memory and speed, compared with torch's count of operations and the
 kernel's count of memory."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -42,9 +44,11 @@ def counted_by_torch(model, batch):
     return counter.get_total_flops()
 
 
+KINDS = itertools.product(("t5 v1.0", "t5 v1.1", "umt5"), (*INJECTIONS, "none"))
+
+
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
-@pytest.mark.parametrize("injection", [*INJECTIONS, "none"])
-@pytest.mark.parametrize("kind", ["t5 v1.0", "t5 v1.1", "umt5"])
+@pytest.mark.parametrize(("kind", "injection"), [*KINDS, ("t5gemma", "cross")])
 def test_everything_trains(kind, injection, pooling):
     model = make_vae(kind, injection=injection, pooling=pooling).train()
     batch = batch_of([SOURCE] * 3, [TARGET] * 3, model.config.latent_dim)
