@@ -43,7 +43,7 @@ def run(directory, model, ds_config, ranks, budget, cache_dir, precision="fp32",
 
 def same(found, expected, rel):
     # the large random weights amplify rounding in later gradients
-    for name, within in (("loss", rel), ("rec", rel), ("kl", rel), ("grad_norm", 0.02 + rel)):
+    for name, within in (("loss", rel), ("rec", rel), ("kl", rel), ("grad_norm", 5e-3 + rel)):
         values = [[row[name] for row in rows(out)] for out in (found, expected)]
         assert values[0] == pytest.approx(values[1], rel=within), name
 
@@ -52,7 +52,7 @@ def test_adapters_with_a_decoder_that_is_frozen_in_phase_1(pretrained_t5, cache_
     model = {"name": str(pretrained_t5), "injection": "both", "lora": LORA}
     found = [run(tmp_path, model, *split, cache_dir, freeze_decoder=True) for split in SPLITS]
     for other in found[1:]:
-        same(other, found[0], 2e-4)
+        same(other, found[0], 2e-5)
     before = dict(T5VAE.from_t5(str(pretrained_t5), injection="both").named_parameters())
     for out in found:
         after = load_file(out / "phase1" / "model" / "model.safetensors")
@@ -98,7 +98,7 @@ def test_a_t5gemma(pretrained_t5, cache_dir, tmp_path):
     model = {"name": str(start), "injection": "cross"}
     found = [run(tmp_path, model, *split, cache_dir) for split in SPLITS]
     for other in found[1:]:
-        same(other, found[0], 2e-4)
+        same(other, found[0], 2e-5)
     rounded = [run(tmp_path, model, *split, cache_dir, precision="bf16") for split in SPLITS[1:]]
     for out in rounded:
         same(out, found[0], 0.05)
