@@ -48,7 +48,7 @@ def test_the_model_is_that_of_the_changed_matrices(kind, conditional, tmp_path):
     plain = make_vae(kind, conditional=conditional)
     weights = by_hand(model)
     adapted = {n.rpartition(".")[0] for n, _ in model.named_parameters() if "lora_a" in n}
-    linear = {n.removesuffix(".weight") for n in weights if n.startswith(("encoder", "decoder"))}
+    linear = {n.removesuffix(".weight") for n in weights if n.startswith(("encoder.", "decoder."))}
     bare = ("norm", "relative_attention_bias")
     assert adapted == {name for name in linear if not name.endswith(bare)}
 
