@@ -647,7 +647,9 @@ def evaluate(
     evaluate_model(**given)
 
 
-def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -> None:
+def export(
+    run: str, *, checkpoint: str = "latest", output: str | None = None, adapters: bool = False
+) -> None:
     """Writes the model of a checkpoint as a transformers directory like OUTPUT_DIR/model.
 
     The weights are float32 for every precision, ZeRO stage and number of ranks. It takes
@@ -661,6 +663,8 @@ def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -
             or a name as in OUTPUT_DIR/checkpoints, such as phase2-step00001000.
         output: the directory to write, which must not exist; RUN/exports/CHECKPOINT by
             default.
+        adapters: write the adapters (model.lora) and the latent path alone, as the package
+            peft reads them.
     """
     import logging
 
@@ -673,10 +677,42 @@ def export(run: str, *, checkpoint: str = "latest", output: str | None = None) -
         with contextlib.redirect_stdout(sys.stderr):
             from dsvae.export import export_checkpoint
 
-            directory = export_checkpoint(run, checkpoint, output, say)
+            directory = export_checkpoint(run, checkpoint, output, say, adapters=adapters)
     finally:
         logging.disable(logging.NOTSET)
     print(directory)
+
+
+def package(model_dir: str, *, output: str) -> None:
+    """Writes a model with its code, to load with transformers where dsvae is not
+    installed.
+
+    AutoModel.from_pretrained(DIR, trust_remote_code=True) and AutoTokenizer load it.
+    Weights are hard links where the disk allows it. The directory appears whole or not at
+    all, and its name is printed.
+
+    Args:
+        output: the directory to write, which must not exist.
+    """
+    from dsvae import hub
+
+    print(hub.package(model_dir, output))
+
+
+def push(model_dir: str, repo: str, *, private: bool = False, revision: str | None = None) -> None:
+    """Uploads a model with its code to the Hugging Face hub, and prints its address.
+
+    What is uploaded is what dsvae package writes. Log in first (hf auth login), or set
+    HF_TOKEN. The model card names the files and data of the training: read it before.
+
+    Args:
+        repo: USER/NAME or ORGANIZATION/NAME; it is made where it does not exist.
+        private: make it private; a public one that exists is refused.
+        revision: the branch, main by default; it is made where it does not exist.
+    """
+    from dsvae import hub
+
+    print(hub.push(model_dir, repo, private, revision))
 
 
 def compare(
@@ -741,7 +777,8 @@ def plan(
     batch_size: int | None = None,
     phase: Literal["all", "1", "2"] | None = None,
     freeze_decoder: bool | None = None,
-    injection: Literal["memory", "embedding", "both", "none"] | None = None,
+    lora_rank: int | None = None,
+    injection: Literal["memory", "embedding", "both", "cross", "none"] | None = None,
     latent_dim: int | None = None,
     precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
     json: bool = False,
@@ -770,6 +807,7 @@ def plan(
         batch_size: data.batch_size, sentences per step.
         phase: which phases to run.
         freeze_decoder: phase1.freeze_decoder.
+        lora_rank: model.lora.rank, adapters that train in place of the T5.
         injection: how z enters the decoder.
         latent_dim: dimensions of z.
         precision: that of the run.
@@ -788,7 +826,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _GENERATION = (sample, reconstruct, interpolate, analogy, traverse, edit, encode, fit_prior)
 _LABELLING = (cluster, classify, tag)
 COMMANDS = commands(
-    (evaluate, export, compare, *_GENERATION, *_LABELLING, corpus, plan), OPTIONS, SHARED
+    (evaluate, export, package, push, compare, *_GENERATION, *_LABELLING, corpus, plan),
+    OPTIONS,
+    SHARED,
 )
 
 

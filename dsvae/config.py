@@ -79,6 +79,22 @@ class DataConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters of the T5 (LoRA, Hu et al. 2021). With them the T5 is frozen in both
+    phases, and the adapters and the latent path train."""
+
+    rank: int = 0
+    """Rank r of the adapters. 0: no adapters, and the whole T5 trains."""
+    alpha: float = 16.0
+    """The change of a matrix is alpha / r times the product of its adapter."""
+    targets: list[Literal["q", "k", "v", "o", "wi", "wo"]] = field(
+        default_factory=lambda: ["q", "v"]
+    )
+    """The projections that have adapters: q, k, v and o of every attention, wi and wo of
+    every feed-forward."""
+
+
+@dataclass
 class ModelConfig:
     """Which T5, and which latent path is added to it."""
 
@@ -117,15 +133,20 @@ class ModelConfig:
     clusters: int = 0
     """Number of clusters of sentences, through which the posterior reads a sentence
     (after Yuan & Eldardiry 2021). 0: none."""
-    injection: Literal["memory", "embedding", "both", "none"] = "memory"
-    """How z enters the decoder. With none, the model has no latent: it is a language
+    injection: Literal["memory", "embedding", "both", "cross", "none"] = "memory"
+    """How z enters the decoder. memory: slots in self-attention. embedding: added to its
+    input. both: these two. cross: vectors for its pretrained cross-attention, before the
+    condition where there is one. With none, the model has no latent: it is a language
     model of the same decoder without encoder, or a plain T5 where sentences have
     conditions."""
     memory_slots: int = 1
-    """Key/value slots per decoder layer, for injection by memory."""
+    """Key/value slots per decoder layer, for injection by memory. Vectors that z becomes,
+    for cross: with one, every position reads the same; with more it can choose."""
     gradient_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass. It saves memory and
     takes about a third more time."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters that train in place of the T5."""
 
 
 @dataclass
@@ -499,6 +520,7 @@ _LEAST = {
     "phase1.max_grad_norm phase1.weight_decay phase1.adam_eps": 0,
     "phase2.max_grad_norm phase2.weight_decay phase2.adam_eps": 0,
     "phase2.beta.max phase2.free_bits phase2.total_correlation model.clusters": 0,
+    "model.lora.rank": 0,
     "heads.class_weight heads.tag_weight": 0,
     "phase1.skewness phase1.dispersion phase2.skewness phase2.dispersion": 0,
 }
@@ -558,6 +580,15 @@ def check(config: RunConfig) -> None:
     need(
         model.posterior_reads == "both" or latent and data.condition_column is not None,
         "model.posterior_reads condition needs data.condition_column, and a latent",
+    )
+    need(
+        model.lora.rank == 0 or model.name is not None,
+        "model.lora.rank freezes the T5, and a new one would learn nothing: name a pretrained "
+        "one with --model",
+    )
+    need(
+        model.lora.alpha > 0 and bool(model.lora.targets),
+        "model.lora.alpha must be positive, and model.lora.targets not empty",
     )
     need(model.clusters != 1, "model.clusters must be 0 (none) or at least 2")
     need(

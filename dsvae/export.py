@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,11 @@ from dsvae.engine import checkpoint
 from dsvae.engine.build import Columns, find_origin
 from dsvae.engine.checkpoint import COMPLETE, Checkpoint
 from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
-from dsvae.engine.weights import freeze_decoder
+from dsvae.engine.weights import freeze_decoder, freeze_pretrained
 from dsvae.errors import UserError
-from dsvae.files import make_writable, no_output
-from dsvae.modeling.t5_vae import T5VAE
+from dsvae.files import make_place, no_output, write_json
+from dsvae.modeling.lora import in_peft, is_adapter, merged, peft_config
+from dsvae.modeling.t5_vae import LATENT_PATH, T5VAE
 from dsvae.modeling.weight_source import Origin
 from dsvae.reports.card import write_checkpoint_card
 from dsvae.run_directory import RunDirectory
@@ -38,6 +40,8 @@ def export_checkpoint(
     output: str | Path | None,
     report: Callable[[str], Any],
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    adapters: bool = False,
 ) -> Path:
     """Writes the model of a checkpoint, and returns its directory. The run is only read,
     and may still train.
@@ -51,6 +55,7 @@ def export_checkpoint(
             text), or the name of a checkpoint.
         output: the directory; None: `exports/NAME_OF_THE_CHECKPOINT` in the run.
         report: gets a line for every damaged checkpoint that is skipped.
+        adapters: write only the adapters and the latent path, as files of the package peft.
 
     Raises:
         UserError: no run or no such checkpoint; one that is damaged or was removed
@@ -62,11 +67,16 @@ def export_checkpoint(
     config = _read_config(run)
     found = _find(run, which, report)
     directory = run.exports / found.directory.name if output is None else Path(output).expanduser()
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise UserError(f"{directory} already exists; choose another --output, or remove it")
-    make_writable(directory.absolute().parent, "--output")
+    if adapters and not config.model.lora.rank:
+        raise UserError(f"{run.path} has no adapters (model.lora.rank): leave out --adapters")
+    make_place(directory)
+    names: list[str] = []
 
     def extras(target: Path) -> None:
+        if adapters:
+            (target / "model.safetensors").rename(target / "adapter_model.safetensors")
+            described = peft_config(names, model.config.lora, str(config.model.name))
+            write_json(target / "adapter_config.json", described)
         shutil.copytree(run.tokenizer, target, dirs_exist_ok=True)
         write_checkpoint_card(
             target / "README.md",
@@ -87,13 +97,21 @@ def export_checkpoint(
     origin = find_origin(config.model, tokenizer, began, config.seed, columns)
     model = cast(T5VAE, origin.skeleton())
     model.config.max_tokens = config.data.max_tokens  # as the run itself exports it
+    freeze_pretrained(model)
     if found.phase == 1 and config.phase1.freeze_decoder:
         freeze_decoder(model)
-    writer = ModelDirectory(directory.absolute(), max_shard_bytes)
+    # peft reads one file
+    writer = ModelDirectory(directory.absolute(), sys.maxsize if adapters else max_shard_bytes)
     try:
         writer.begin()
-        for name, tensor in _weights(found, saved, model, origin):
-            writer.add(name, tensor)
+        weights = _weights(found, saved, model, origin)
+        lora = None if adapters else model.config.lora
+        for name, tensor in merged(weights, lora) if lora else weights:
+            if not adapters:
+                writer.add(name, cast(Tensor, tensor))
+            elif is_adapter(name) or name.startswith(LATENT_PATH):
+                names.append(name)
+                writer.add(in_peft(name), cast(Tensor, tensor))
         writer.finish(model, extras)
     except OSError as error:
         advice = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""

@@ -70,6 +70,14 @@ def make_writable(directory: Path, flag: str) -> None:
         ) from error
 
 
+def make_place(directory: Path) -> None:
+    """Makes the parent of a directory that a command is going to write; raises UserError
+    where there already are files, or no right to write."""
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UserError(f"{directory} already exists; choose another --output, or remove it")
+    make_writable(directory.absolute().parent, "--output")
+
+
 def finite(value: Any) -> Any:
     """The same value with None for infinities and NaN, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):

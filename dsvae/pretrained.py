@@ -32,17 +32,7 @@ def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
             release of transformers does not fit.
     """
     private_names.check(private_names.TRANSFORMERS)
-    directory = find_directory(str(model_dir))
-    kind = _model_type(directory)
-    if kind != T5VAEConfig.model_type:
-        raise UserError(
-            f"{directory} contains a {kind} model, not one that dsvae trained: train from it with "
-            f"--model {directory} first"
-        )
-    try:
-        refuse_pickles(directory)
-    except OSError as error:
-        raise UserError(str(error)) from error
+    directory = find_model(model_dir)
     pair: Any  # because of `output_loading_info`; the annotation of transformers says a model
     try:
         pair = T5VAE.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
@@ -71,6 +61,22 @@ def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
             f"vocabulary of {model.config.vocab_size}: copy both from the same model"
         )
     return model.eval(), tokenizer
+
+
+def find_model(model_dir: str | Path) -> Path:
+    """The directory of a T5VAE, by its config.json; arguments and errors as of `load`."""
+    directory = find_directory(str(model_dir))
+    kind = _model_type(directory)
+    if kind != T5VAEConfig.model_type:
+        raise UserError(
+            f"{directory} contains a {kind} model, not one that dsvae trained: train from it with "
+            f"--model {directory} first"
+        )
+    try:
+        refuse_pickles(directory)
+    except OSError as error:
+        raise UserError(str(error)) from error
+    return directory
 
 
 def find_directory(name: str) -> Path:

@@ -113,6 +113,17 @@ TRANSFORMERS = (
         )
         for model in _MODELS
     ),
+    # modeling/backbone.py: T5Gemma, whose frequencies stay float32
+    _name(
+        "transformers.models.t5gemma.modeling_t5gemma:T5GemmaEncoder.forward",
+        takes="self inputs_embeds attention_mask",
+        uses="rotary_emb",
+    ),
+    _name(
+        "transformers.models.t5gemma.modeling_t5gemma:T5GemmaDecoder.forward",
+        takes="self inputs_embeds use_cache encoder_hidden_states encoder_attention_mask",
+        uses="rotary_emb",
+    ),
     _name("transformers:PreTrainedConfig._attn_implementation"),
     _name(
         "transformers.integrations.sdpa_attention:sdpa_attention_forward",

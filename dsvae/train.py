@@ -197,7 +197,12 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
             if number == 1:
                 weights_from = directory.phase1_model
                 weights.export(
-                    engine.module, engine.origin, world, weights_from, _save_tokenizer(data)
+                    engine.module,
+                    engine.origin,
+                    world,
+                    weights_from,
+                    _save_tokenizer(data),
+                    merge=False,
                 )
             else:
                 metrics = finish(this, phase, engine)

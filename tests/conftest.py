@@ -65,3 +65,17 @@ def tiny(tmp_path_factory, cache_dir):
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "cache_dir": str(cache_dir)}}))
     return path
+
+
+@pytest.fixture(scope="session")
+def pretrained_t5(tmp_path_factory):
+    """A random T5 v1.1 as the hub has it, with a tokenizer for the built-in corpus."""
+    from small_models import small_tokenizer
+
+    from dsvae.config import DataConfig
+    from dsvae.data.corpora import load_corpus
+
+    directory = make_t5("t5 v1.1", tmp_path_factory.mktemp("pretrained"))
+    texts = load_corpus(DataConfig(builtin_size=300), 0, directory).splits["train"]["text"]
+    small_tokenizer(texts).save_pretrained(directory)
+    return directory

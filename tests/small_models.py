@@ -9,6 +9,8 @@ from transformers import (
     MT5Config,
     PreTrainedTokenizerFast,
     T5Config,
+    T5GemmaConfig,
+    T5GemmaModuleConfig,
     UMT5Config,
 )
 
@@ -34,8 +36,40 @@ T5_CONFIGS = {
     "mt5": lambda: MT5Config(**SMALL, feed_forward_proj="gated-gelu"),
     "umt5": lambda: UMT5Config(**SMALL, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
-INJECTIONS = ("memory", "embedding", "both")
+GEMMA_SIDE = {
+    "vocab_size": 60,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 4,  # shorter than the sentences
+    "final_logit_softcapping": 3.0,
+    "attn_logit_softcapping": 2.0,
+}
+INJECTIONS = ("memory", "embedding", "both", "cross")
 POOLINGS = ("mean", "max", "first", "attention")
+
+
+def t5gemma_config(**side):
+    """An encoder that is larger than the decoder, as in 9b-2b.
+
+    Args:
+        side: takes the place of fields of both stacks.
+    """
+    side = GEMMA_SIDE | side
+    encoder = T5GemmaModuleConfig(**side, hidden_size=40, intermediate_size=56, num_hidden_layers=2)
+    decoder = T5GemmaModuleConfig(**side, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+    return T5GemmaConfig(encoder=encoder, decoder=decoder, vocab_size=side["vocab_size"])
+
+
+def make_t5gemma(directory):
+    """Saves a random T5Gemma as the hub has it."""
+    torch.manual_seed(7)
+    model = AutoModelForSeq2SeqLM.from_config(t5gemma_config())
+    for name, weight in model.named_parameters():
+        weight.data.normal_(0, 0.1 if "norm" in name else 0.3)
+    model.save_pretrained(directory)
+    return directory
 
 
 def plain_nats(logits, labels):
@@ -75,9 +109,12 @@ def make_t5(kind, directory):
 def make_vae(kind="t5 v1.0", seed=0, **latent):
     """A small T5VAE with weights large enough for every path to matter."""
     torch.manual_seed(seed)
-    model = T5VAE(
-        T5VAEConfig(t5=T5_CONFIGS[kind](), **{"latent_dim": 6, "memory_slots": 2, **latent})
-    )
+    options = {"latent_dim": 6, "memory_slots": 2, **latent}
+    if kind == "t5gemma":
+        t5, options = t5gemma_config(), {"injection": "cross", **options}
+    else:
+        t5 = T5_CONFIGS[kind]()
+    model = T5VAE(T5VAEConfig(t5=t5, **options))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "layer_norm" not in name:

@@ -454,6 +454,9 @@ def test_a_warm_up_longer_than_the_phase_is_told_with_both_numbers():
             ["--config", "park2021", "--injection", "none"],
             r"phase1\.freeze_decoder leaves nothing to train.*--phase 2",
         ),
+        (["--model.lora.rank", "8"], r"model\.lora\.rank freezes the T5.*--model"),
+        (["--model", "t5-small", "--model.lora.targets", "[]"], r"model\.lora\.targets not empty"),
+        (["--model", "t5-small", "--model.lora.targets", "[q, x]"], r"targets is 'x', not one of"),
     ],
 )
 def test_values_that_leave_nothing_to_run(flags, message):

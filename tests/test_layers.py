@@ -21,7 +21,7 @@ LAYERS = (
     ("engine", "planning"),
     ("start",),
     ("reports",),
-    ("export", "failures", "usage", "command_line"),
+    ("export", "hub", "failures", "usage", "command_line"),
     ("train", "cli"),
 )
 

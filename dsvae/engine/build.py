@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from dsvae.config import ModelConfig
 from dsvae.engine import nvme
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
 from dsvae.errors import UserError, did_you_mean, first_line
+from dsvae.modeling.lora import checked
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig, read_config
 from dsvae.modeling.weight_source import Origin, slots
 from dsvae.parallel.world import World
@@ -56,6 +58,7 @@ def latent_fields(settings: ModelConfig, columns: Columns) -> dict[str, Any]:
     given: dict[str, Any] = {name: getattr(settings, name) for name in LATENT_FIELDS}
     given["conditional"] = columns.conditional
     given["prior"] = settings.prior or ("learned" if columns.conditional else "fixed")
+    given["lora"] = checked(dataclasses.asdict(settings.lora)) if settings.lora.rank else None
     if settings.injection == "none":
         given |= {"latent_dim": 0, "prior": "fixed"}
     return given | {"classes": list(columns.classes), "tags": list(columns.tags)}
@@ -181,6 +184,11 @@ def _origin(
         return T5VAE.origin_in(str(weights))
     if settings.name is None:
         t5 = {"model_type": "t5", **settings.t5, "vocab_size": len(tokenizer)}
+        if t5["model_type"] == "t5gemma":
+            raise ValueError(
+                "a new t5gemma needs sizes for each side: make it with transformers, save it, and "
+                "name its directory in --model"
+            )
         # transformers accepts and keeps any name.
         known = {
             *AutoConfig.for_model(t5["model_type"]).to_dict(),
@@ -206,6 +214,7 @@ def _origin(
             if config.conditional
             else "it reads no conditions, and --data.condition_column is set"
         )
+    config.lora = config.lora or latent["lora"]  # adapters may be added, not lost
     for name, wanted in latent.items():
         has = getattr(config, name)
         if has != wanted and name in ("classes", "tags"):
@@ -213,6 +222,11 @@ def _origin(
                 f"its {name} are {', '.join(has) or 'none'}, and those of the training records "
                 f"are {', '.join(wanted) or 'none'}: give records that have the same ones"
             )
+        if has != wanted and name == "lora":
+            raise ValueError(
+                f"its lora is {has}, not {wanted}: set --model.lora.rank, --model.lora.alpha and "
+                f"--model.lora.targets"
+            )
         if has != wanted:
             raise ValueError(f"its {name} is {has}, not {wanted}: set --model.{name}")
-    return T5VAE.origin_in(settings.name, config)
+    return T5VAE.origin_in(settings.name, config, seed=seed)

@@ -17,7 +17,12 @@ from torch import Tensor
 from dsvae.data.batches import MicroBatch, Step
 from dsvae.engine import ds_config as ds_configs
 from dsvae.engine import nvme
-from dsvae.engine.weights import freeze_decoder, frozen_digest, parameter_groups
+from dsvae.engine.weights import (
+    freeze_decoder,
+    freeze_pretrained,
+    frozen_digest,
+    parameter_groups,
+)
 from dsvae.modeling.t5_vae import T5VAE, T5VAEOutput
 from dsvae.modeling.weight_source import Origin
 from dsvae.objective.elbo import Penalty, loss_share, reconstruction_weights, slopes
@@ -81,6 +86,7 @@ class PhaseEngine:
         self.ds_config = ds_config
         self.units = model.family.units
         model.requires_grad_(True)
+        freeze_pretrained(model)
         if phase.freeze_decoder:
             freeze_decoder(model)
         self.frozen = frozen_digest(model, origin, world)

@@ -72,9 +72,12 @@ class ModelDirectory:
         self._shards.append(list(self._pending))
         self._pending.clear()
 
-    def finish(self, model: T5VAE, extras: Callable[[Path], None]) -> None:
+    def finish(self, model: T5VAE, extras: Callable[[Path], None], *, merge: bool = True) -> None:
         """Adds the configurations of `model`, calls `extras` with the directory, and moves
         it to its place.
+
+        Args:
+            merge: the weights are without adapters, which were added to their matrices.
 
         Raises:
             OSError: the disk is full; nothing is left.
@@ -102,6 +105,7 @@ class ModelDirectory:
             (self._temporary / f"{i}.safetensors").rename(self._temporary / name)
         # The file's own class name and dtype, not those of the running model.
         config = type(model.config).from_dict(model.config.to_dict())
+        config.lora = None if merge else config.lora
         config.architectures = [type(model).__name__]
         config.dtype = config.t5.dtype = torch.float32
         config.save_pretrained(self._temporary)

@@ -16,20 +16,33 @@ from torch import Tensor, nn
 
 from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
 from dsvae.errors import UserError
-from dsvae.modeling.t5_vae import T5VAE
+from dsvae.modeling.lora import is_adapter, merged
+from dsvae.modeling.t5_vae import LATENT_PATH, T5VAE
 from dsvae.modeling.weight_source import Origin
 
 if TYPE_CHECKING:
     from dsvae.parallel.world import World
 
+EMBEDDINGS = ("shared", "encoder_embedding", "relative_attention_bias")
+"""Words in the names of embeddings and position biases, which do not decay."""
+
 PUT_BACK = "put it back, and repeat the command, which continues from the last checkpoint"
+
+
+def freeze_pretrained(model: T5VAE) -> None:
+    """Freezes everything but the adapters and the latent path, where the T5 has
+    adapters."""
+    for name, parameter in model.named_parameters():
+        if model.config.lora and not is_adapter(name) and not name.startswith(LATENT_PATH):
+            parameter.requires_grad_(False)
 
 
 def freeze_decoder(model: T5VAE) -> None:
     """Freezes everything but the encoder and the latent path: the posterior, the head of
     a learned prior, and the injection with its random projection.
 
-    Cross-attention to a condition is part of the decoder, and stays as pretrained.
+    Cross-attention to a condition is part of the decoder, and stays as pretrained. So do
+    the adapters of the decoder.
 
     The embedding that encoder and decoder share is frozen too: it is the decoder's
     input, and in T5 v1.0 its output.
@@ -51,7 +64,7 @@ def parameter_names(model: nn.Module) -> list[list[str]]:
             continue
         # ZeRO 3 leaves parameters without their elements
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        matrix = len(shape) >= 2 and "shared" not in name and "relative_attention_bias" not in name
+        matrix = len(shape) >= 2 and not any(each in name for each in EMBEDDINGS)
         (matrices if matrix else others).append(name)
     return [matrices, others]
 
@@ -169,6 +182,8 @@ def export(
     directory: Path,
     extras: Callable[[Path], None],
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    merge: bool = True,
 ) -> None:
     """Writes the model as a transformers directory. Rank 0 never holds more than one
     shard.
@@ -178,6 +193,7 @@ def export(
             weights are frozen.
         extras: called on rank 0 with the directory, to add the tokenizer and the model
             card.
+        merge: add the adapters to their matrices, and write a model without them.
 
     Collective. The directory appears whole or not at all.
 
@@ -188,11 +204,13 @@ def export(
     writer = ModelDirectory(directory, max_shard_bytes)
     world.run_on_rank0(writer.begin)
     try:
-        for name, tensor in full_weights(model, origin, world):
+        weights = full_weights(model, origin, world)
+        lora = model.config.lora if merge else None
+        for name, tensor in merged(weights, lora) if lora else weights:
             if tensor is not None:
                 with world.suspend_hang_detection():  # a whole shard may go to a slow disk
                     writer.add(name, tensor)
     except UserError:
         world.run_on_rank0(writer.abandon)
         raise
-    world.run_on_rank0(lambda: writer.finish(model, extras))
+    world.run_on_rank0(lambda: writer.finish(model, extras, merge=merge))

@@ -18,6 +18,7 @@ from torch import nn
 
 from dsvae.data.batches import MicroBatch, Step
 from dsvae.modeling.crf import IGNORE
+from dsvae.modeling.lora import LoraLinear
 from dsvae.modeling.t5_vae import T5VAE
 
 PEAKS = {
@@ -41,6 +42,15 @@ PEAKS = {
 data sheet. The first entry that matches is used."""
 
 
+CROSS_KEYS = (
+    ".EncDecAttention.k",
+    ".EncDecAttention.v",
+    ".cross_attn.k_proj",
+    ".cross_attn.v_proj",
+)
+"""How the names of the layers end that make keys and values of encoder states."""
+
+
 @dataclass(frozen=True)
 class ModelFlops:
     """Floating-point operations of a forward and backward pass, by what they grow
@@ -57,7 +67,7 @@ class ModelFlops:
     decoder_token: float
     decoder_pair: float
     memory_slots: int
-    """Keys per decoder layer that are not tokens."""
+    """Keys per decoder layer that are made of z."""
     sentence: float
 
     @classmethod
@@ -66,19 +76,24 @@ class ModelFlops:
         per: Counter[str] = Counter()
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                weight = module.weight
-                size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 leaves an empty one
-                per[_grows_with(name)] += size * (6 if weight.requires_grad else 4)
+                adapter = (module.lora_a, module.lora_b) if isinstance(module, LoraLinear) else ()
+                for weight in (module.weight, *adapter):
+                    size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 leaves an empty one
+                    per[_grows_with(name)] += size * (6 if weight.requires_grad else 4)
         backbone, kind = model.config.backbone, model.config.injection
         # queries times keys, and the weights times values; each also twice backward
         pair = 12 * backbone.query_heads * backbone.head_width
+        encoder_pair = 12 * backbone.encoder_heads * backbone.head_width
+        slots = 0 if kind in ("embedding", "none") else model.config.memory_slots
+        # Cross-attention makes keys and values of the vectors that z became.
+        of_slots, of_token = (slots, 0) if kind == "cross" else (0, 1)
         return cls(
             encoder_token=per["encoder token"],
-            encoder_pair=0 if kind == "none" else pair * backbone.encoder_layers,
-            decoder_token=per["decoder token"],
+            encoder_pair=0 if kind == "none" else encoder_pair * backbone.encoder_layers,
+            decoder_token=per["decoder token"] + of_token * per["cross key"],
             decoder_pair=pair * backbone.decoder_layers,
-            memory_slots=model.config.memory_slots if kind in ("memory", "both") else 0,
-            sentence=per["sentence"],
+            memory_slots=slots,
+            sentence=per["sentence"] + of_slots * per["cross key"],
         )
 
     def count(self, batch: MicroBatch) -> float:
@@ -101,6 +116,8 @@ def _grows_with(name: str) -> str:
     """What a linear layer of this name is applied to."""
     if name.startswith(("encoder.", "posterior.pooling.")):
         return "encoder token"
+    if name.endswith(CROSS_KEYS):
+        return "cross key"
     return "decoder token" if name.startswith(("decoder.", "lm_head")) else "sentence"
 
 

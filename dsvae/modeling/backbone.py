@@ -10,10 +10,17 @@ import copy
 from collections.abc import Container
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.mt5.modeling_mt5 import MT5Stack
-from transformers.models.t5.modeling_t5 import T5Stack
+from transformers.models.t5.modeling_t5 import T5LayerNorm, T5Stack
+from transformers.models.t5gemma.modeling_t5gemma import (
+    T5GemmaDecoder,
+    T5GemmaEncoder,
+    T5GemmaRMSNorm,
+    T5GemmaRotaryEmbedding,
+)
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
 from dsvae.modeling.attention import LATENT_ATTENTION
@@ -28,18 +35,26 @@ class T5Backbone:
 
     architecture = "T5ForConditionalGeneration"
     """The architecture that a config.json names."""
-    block = "T5Block"
-    """The class of a layer, which is never split over devices."""
+    blocks: tuple[str, ...] = ("T5Block",)
+    """The classes of the layers, which are never split over devices."""
     stack: type[PreTrainedModel] = T5Stack
 
-    embedding_keys = (
+    own_embeddings = False
+    """Whether encoder and decoder have an input embedding each."""
+    needs_cross_attention = False
+    """Whether the decoder cannot do without encoder states, and has no memory slots."""
+    embedding_keys: tuple[str, ...] = (
         "shared.weight",
         "encoder.embed_tokens.weight",
         "decoder.embed_tokens.weight",
         "lm_head.weight",
     )
-    """Names that a pretrained file may have for the input embedding. A file holds tied
+    """Names that a pretrained file may have for the decoder's input embedding. A file holds tied
     weights only once."""
+    head_key = "lm_head.weight"
+    """The name of the output projection in a pretrained model."""
+    norm_key = "encoder.final_layer_norm.weight"
+    """The name that the weight of `norm` has in a pretrained model."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -75,6 +90,11 @@ class T5Backbone:
         return self.config.num_heads
 
     @property
+    def encoder_heads(self) -> int:
+        """Heads of the queries in the encoder."""
+        return self.query_heads
+
+    @property
     def key_value_heads(self) -> int:
         """Heads of the keys and values in self-attention."""
         return self.config.num_heads
@@ -100,6 +120,16 @@ class T5Backbone:
     def initializer_factor(self) -> float:
         """Scale of freshly drawn weights."""
         return self.config.initializer_factor
+
+    @property
+    def embedding_deviation(self) -> float:
+        """Standard deviation of a freshly drawn embedding."""
+        return self.config.initializer_factor
+
+    @property
+    def logit_cap(self) -> float | None:
+        """The logits l become cap tanh(l / cap). None: they stay."""
+        return None
 
     @property
     def tied_by_default(self) -> bool:
@@ -128,6 +158,10 @@ class T5Backbone:
         """A fresh encoder stack without an embedding; it is called with
         `inputs_embeds`."""
         return self._stack(is_decoder=False)
+
+    def norm(self) -> nn.Module:
+        """A fresh norm, as the encoder applies it to its states last."""
+        return T5LayerNorm(self.encoder_width, eps=self.config.layer_norm_epsilon)
 
     def decoder(self, *, cross_attention: bool = False) -> nn.Module:
         """A fresh decoder stack that attends to memory slots (`dsvae.modeling.attention`),
@@ -183,7 +217,7 @@ class MT5Backbone(T5Backbone):
     """An mT5, whose output projection always is a matrix apart from the embedding."""
 
     architecture = "MT5ForConditionalGeneration"
-    block = "MT5Block"
+    blocks = ("MT5Block",)
     stack = MT5Stack
 
     @property
@@ -198,7 +232,7 @@ class UMT5Backbone(T5Backbone):
     """A umT5. The released ones are untied."""
 
     architecture = "UMT5ForConditionalGeneration"
-    block = "UMT5Block"
+    blocks = ("UMT5Block",)
     stack = UMT5Stack
 
     @property
@@ -211,10 +245,121 @@ class UMT5Backbone(T5Backbone):
         return self._scale(tied)
 
 
+class T5GemmaBackbone(T5Backbone):
+    """A T5Gemma: encoder and decoder of Gemma 2, which may differ in size.
+
+    The scores of its attention are capped. SDPA cannot do that, so its attention is
+    transformers' own, without memory slots. The stacks scale their input embeddings.
+    """
+
+    architecture = "T5GemmaForConditionalGeneration"
+    blocks = ("T5GemmaEncoderLayer", "T5GemmaDecoderLayer")
+    own_embeddings = True
+    needs_cross_attention = True
+    embedding_keys = ("model.decoder.embed_tokens.weight", "lm_head.out_proj.weight")
+    head_key = "lm_head.out_proj.weight"
+    norm_key = "model.encoder.norm.weight"
+
+    @property
+    def vocabulary(self) -> int:
+        return self.config.decoder.vocab_size
+
+    @property
+    def encoder_width(self) -> int:
+        return self.config.encoder.hidden_size
+
+    @property
+    def decoder_width(self) -> int:
+        return self.config.decoder.hidden_size
+
+    @property
+    def encoder_layers(self) -> int:
+        return self.config.encoder.num_hidden_layers
+
+    @property
+    def decoder_layers(self) -> int:
+        return self.config.decoder.num_hidden_layers
+
+    @property
+    def encoder_heads(self) -> int:
+        return self.config.encoder.num_attention_heads
+
+    @property
+    def query_heads(self) -> int:
+        return self.config.decoder.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.config.decoder.num_key_value_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.config.decoder.head_dim
+
+    @property
+    def start_token(self) -> int:
+        return self.config.decoder.bos_token_id
+
+    @property
+    def initializer_factor(self) -> float:
+        return 1.0
+
+    @property
+    def embedding_deviation(self) -> float:
+        return self.config.decoder.initializer_range
+
+    @property
+    def tied_by_default(self) -> bool:
+        return self.config.tie_word_embeddings
+
+    @property
+    def logit_cap(self) -> float | None:
+        return self.config.decoder.final_logit_softcapping
+
+    def output_scale(self, tied: bool) -> float:
+        return 1.0
+
+    def norm(self) -> nn.Module:
+        return T5GemmaRMSNorm(self.encoder_width, eps=self.config.encoder.rms_norm_eps)
+
+    def encoder(self) -> nn.Module:
+        return self._fresh(T5GemmaEncoder, self.config.encoder)
+
+    def decoder(self, *, cross_attention: bool = False) -> nn.Module:
+        return self._fresh(T5GemmaDecoder, self.config.decoder)
+
+    def _fresh(self, stack: type[PreTrainedModel], side: Any) -> nn.Module:
+        config = copy.deepcopy(side)
+        config.dropout_rate = self.config.dropout_rate
+        config._attn_implementation = "eager"
+        fresh: Any = stack(config)
+        del fresh.embed_tokens
+        with torch.device("cpu"):  # its numbers are no weights, which nothing would fill
+            fresh.rotary_emb = _RotaryEmbedding(config)
+        return fresh
+
+    def pretrained_key(self, name: str, *, cross_attention: bool = False) -> str:
+        if name == "encoder_embedding.weight":
+            return "model.encoder.embed_tokens.weight"
+        return self.head_key if name == "lm_head.weight" else f"model.{name}"
+
+
+class _RotaryEmbedding(T5GemmaRotaryEmbedding):
+    """Rotary positions whose frequencies stay float32, in whatever dtype the weights
+    are.
+
+    `from_pretrained` fills them again where the name of the class has "RotaryEmbedding".
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _RotaryEmbedding:
+        return self
+
+
 BACKBONES: dict[str, type[T5Backbone]] = {
     "t5": T5Backbone,
     "mt5": MT5Backbone,
     "umt5": UMT5Backbone,
+    "t5gemma": T5GemmaBackbone,
 }
 """The backbone of every supported `model_type`."""
 

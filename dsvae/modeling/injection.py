@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dsvae.modeling.backbone import T5Backbone
 
-INJECTIONS = ("memory", "embedding", "both", "none")
+INJECTIONS = ("memory", "embedding", "both", "cross", "none")
 
 
 class MemoryInjection(nn.Module):
@@ -52,6 +52,24 @@ class EmbeddingInjection(nn.Module):
         return embeddings + added.unsqueeze(1).to(embeddings.dtype), {}
 
 
+class CrossInjection(nn.Module):
+    """M vectors linear in z, for the cross-attention that the decoder was pretrained
+    with.
+
+    They are normalized as the encoder normalizes its states, which they stand for.
+    """
+
+    def __init__(self, backbone: T5Backbone, latent_width: int, vectors: int) -> None:
+        super().__init__()
+        self.shape = (vectors, backbone.encoder_width)  # (M, d)
+        self.projection = nn.Linear(latent_width, math.prod(self.shape))
+        self.layer_norm = backbone.norm()
+
+    def forward(self, latent: Tensor, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        vectors = self.projection(latent.to(self.projection.weight.dtype))
+        return embeddings, {"encoder_hidden_states": self.layer_norm(vectors.view(-1, *self.shape))}
+
+
 class NoInjection(nn.Module):
     """Nothing enters. The decoder is a plain language model, the baseline for the
     perplexity of a VAE."""
@@ -82,7 +100,7 @@ def make_injection(
 
     Args:
         latent_width: Z, the numbers of z.
-        memory_slots: M, for injection by memory.
+        memory_slots: M, for injection by memory or cross.
 
     Raises:
         ValueError: another kind.
@@ -96,6 +114,8 @@ def make_injection(
             MemoryInjection(backbone, latent_width, memory_slots),
             EmbeddingInjection(backbone, latent_width),
         )
+    if kind == "cross":
+        return CrossInjection(backbone, latent_width, memory_slots)
     if kind == "none":
         return NoInjection()
     raise ValueError(f"injection {kind!r} is not one of {', '.join(INJECTIONS)}")

@@ -29,6 +29,7 @@ from dsvae.modeling.backbone import BACKBONES, T5Backbone, backbone
 from dsvae.modeling.crf import CRF, IGNORE, TagHead
 from dsvae.modeling.families import Distribution, Family, make_family
 from dsvae.modeling.injection import make_injection
+from dsvae.modeling.lora import add_adapters, checked, is_adapter
 from dsvae.modeling.posterior import Float32Linear, PosteriorHead
 from dsvae.modeling.vocabulary import VocabularyHead
 from dsvae.modeling.weight_source import Origin, SafetensorsFiles, refuse_pickles
@@ -69,7 +70,7 @@ def read_config(name_or_path: str) -> PreTrainedConfig:
             return type(AutoConfig.for_model(kind)).from_dict(fields)
     raise ValueError(
         f'the config.json of {name_or_path} has no "model_type": copy the model to a directory '
-        f'and add "model_type": "t5", "mt5" or "umt5" there'
+        f'and add "model_type": "t5", "mt5", "umt5" or "t5gemma" there'
     )
 
 
@@ -85,9 +86,11 @@ class T5VAEConfig(PreTrainedConfig):
         spike_prior: a and b of the prior Beta(a, b) of the spike's weight, for
             spike_slab.
         pooling: mean, max, first or attention.
-        injection: memory, embedding or both; none for a model without a latent (Z = 0):
-            a language model without an encoder, or a plain T5 where there is a condition.
-        memory_slots: key/value slots per decoder layer, for injection by memory.
+        injection: memory, embedding, both, or cross; none for a model without a latent
+            (Z = 0): a language model without an encoder, or a plain T5 where there is a
+            condition.
+        memory_slots: key/value slots per decoder layer, for injection by memory; vectors
+            that cross-attention reads, for cross.
         conditional: whether the decoder also reads a condition c: a text that goes
             through the encoder, to the decoder's cross-attention.
         posterior_reads: what the encoder makes z of, where sentences have conditions, for
@@ -99,6 +102,9 @@ class T5VAEConfig(PreTrainedConfig):
             (see `ClusterHead`); 0: none.
         classes: the names of the classes of a class head; empty: no such head.
         tags: the names of the tags of a tag head, in IOB2; empty: no such head.
+        lora: rank, alpha and targets of the adapters of the T5 (see
+            `dsvae.modeling.lora`); None: no adapters. The final model of
+            a run has none: they are added to their matrices.
         tie_word_embeddings: whether the output projection is the input embedding (T5
             v1.0) or another matrix (v1.1, flan, mT5, umT5). None: what the T5's
             configuration implies. `T5VAE.from_t5` sets it by the weights.
@@ -123,6 +129,7 @@ class T5VAEConfig(PreTrainedConfig):
     clusters: int = 0
     classes: Any = ()
     tags: Any = ()
+    lora: Any = None
     tie_word_embeddings: bool | None = None
     max_tokens: int | None = None
     # For `generate`, this is a decoder conditioned on z, and on encoder states that are
@@ -145,12 +152,21 @@ class T5VAEConfig(PreTrainedConfig):
             raise ValueError("a learned prior needs a condition")
         if self.injection == "none" and (self.clusters or self.classes or self.tags):
             raise ValueError("clusters, classes and tags need an injection other than none")
+        if self.backbone.needs_cross_attention and (
+            self.injection not in ("cross", "none") or not self.cross_attention
+        ):
+            raise ValueError(
+                f"injection {self.injection} does not work with a {self.t5.model_type}, whose "
+                f"decoder has no memory slots and always reads encoder states: use injection cross"
+            )
+        self.lora = checked(self.lora) if self.lora else None
         # as in config.json
         self.spike_prior, self.classes, self.tags = (
             list(each) for each in (self.spike_prior, self.classes, self.tags)
         )
         kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
-        kwargs.setdefault("eos_token_id", self.t5.eos_token_id)
+        end = self.t5.eos_token_id
+        kwargs.setdefault("eos_token_id", end[0] if isinstance(end, list) else end)
         kwargs.setdefault("decoder_start_token_id", self.backbone.start_token)
         super().__post_init__(**kwargs)
 
@@ -162,6 +178,11 @@ class T5VAEConfig(PreTrainedConfig):
             ValueError: its `model_type` is not supported.
         """
         return backbone(self.t5)
+
+    @property
+    def cross_attention(self) -> bool:
+        """Whether the decoder keeps its cross-attention, for a condition or for z."""
+        return self.conditional or self.injection == "cross"
 
     # `generate` reads these to set the size of its cache.
     @property
@@ -219,10 +240,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     """A T5 as a variational autoencoder of sentences.
 
     encoder -> masked pooling -> q(z|x) -> z -> injection -> decoder. The decoder has no
-    cross-attention, so z is the only way from the sentence to it.
+    cross-attention to the sentence, so z is the only way from there.
 
     With a condition c, the same encoder also reads c alone. The decoder attends to these
-    states with T5's own cross-attention, and their pooling gives the learned prior
+    states with T5's own cross-attention (behind the vectors made of z, where z enters
+    there too), and their pooling gives the learned prior
     p(z|c). The posterior reads the packed text `c EOS x EOS`. So z stays the only way
     from x.
     """
@@ -233,7 +255,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the Trainer need not pass `num_items_in_batch`
     _supports_sdpa = True
-    _no_split_modules = [each.block for each in BACKBONES.values()]
+    _no_split_modules = [name for each in BACKBONES.values() for name in each.blocks]
     _keep_in_fp32_modules = ["wo"]
     _keep_in_fp32_modules_strict = ["posterior", "prior_head", "class_head", "tag_head"]
     _tied_weights_keys = {"lm_head.weight": "shared.weight"}
@@ -246,6 +268,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         self.shared = nn.Embedding(base.vocabulary, base.decoder_width)
         if config.injection != "none" or config.conditional:
             self.encoder = base.encoder()
+            if base.own_embeddings:
+                self.encoder_embedding = nn.Embedding(base.vocabulary, base.encoder_width)
         if config.injection != "none":
             self.posterior = PosteriorHead(
                 base.encoder_width, self.family.parameter_width, config.pooling, config.clusters
@@ -259,9 +283,13 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         self.injection = make_injection(
             config.injection, base, self.family.latent_width, config.memory_slots
         )
-        self.decoder = base.decoder(cross_attention=config.conditional)
-        self.lm_head = VocabularyHead(base.decoder_width, base.vocabulary)
+        self.decoder = base.decoder(cross_attention=config.cross_attention)
+        self.lm_head = VocabularyHead(base.decoder_width, base.vocabulary, base.logit_cap)
         self.output_scale = base.output_scale(bool(config.tie_word_embeddings))
+        if config.lora:
+            for name in ("encoder", "decoder"):
+                if stack := getattr(self, name, None):
+                    add_adapters(stack, config.lora)
         self.post_init()
 
     @classmethod
@@ -277,7 +305,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
         Raises:
             OSError: no such model, or no safetensors in it.
-            ValueError: it is no T5, mT5 or umT5, or weights are missing or have another
+            ValueError: it is no T5, mT5, umT5 or T5Gemma, or weights are missing or have another
                 shape.
         """
         # The seed of the latent path comes from torch's generator, as for any new module.
@@ -304,7 +332,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         # Only the weights say whether lm_head is tied. transformers reads "tied" for
         # every T5, and would tie v1.1 silently when it loads a state dict.
         embedding = base.embedding_key(files)
-        tied = "lm_head.weight" not in files or files.equal(embedding, "lm_head.weight")
+        head = base.head_key
+        tied = head not in files or files.equal(embedding, head)
         if dropout_rate is not None:
             t5_config.dropout_rate = dropout_rate
         config = cls.config_class(t5=t5_config, tie_word_embeddings=tied, **latent)
@@ -312,18 +341,23 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         def key_of(name: str) -> str | None:
             if name == "shared.weight":
                 return embedding
-            if name.startswith(LATENT_PATH):
+            if name == "injection.layer_norm.weight":
+                return base.norm_key
+            if name.startswith(LATENT_PATH) or is_adapter(name):
                 return None
-            return base.pretrained_key(name, cross_attention=config.conditional)
+            return base.pretrained_key(name, cross_attention=config.cross_attention)
 
         return Origin(lambda: cls(copy.deepcopy(config)), seed, files, key_of)
 
     @classmethod
-    def origin_in(cls, name_or_path: str, config: T5VAEConfig | None = None) -> Origin:
+    def origin_in(
+        cls, name_or_path: str, config: T5VAEConfig | None = None, *, seed: int = 0
+    ) -> Origin:
         """The weights of a saved T5VAE, tensor by tensor.
 
         Args:
             config: replaces that of the directory.
+            seed: of adapters that `config` has and the directory lacks.
 
         Raises:
             OSError: no such model, or no weights in it.
@@ -339,7 +373,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 model.generation_config = GenerationConfig.from_pretrained(name_or_path)
             return model
 
-        return Origin(make, 0, SafetensorsFiles(name_or_path))
+        files = SafetensorsFiles(name_or_path)
+
+        def key_of(name: str) -> str | None:
+            return None if is_adapter(name) and name not in files else name
+
+        return Origin(make, seed, files, key_of)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -359,6 +398,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         return self.shared
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        if self.config.backbone.own_embeddings:
+            raise ValueError(f"the vocabulary of a {self.config.t5.model_type} keeps its size")
         self.shared = cast(nn.Embedding, value)
 
     @torch.no_grad()
@@ -366,8 +407,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         """Draws the weights of one module. transformers calls it for what a checkpoint
         does not contain; the stacks have their own."""
         factor = self.config.backbone.initializer_factor
-        if module is self.shared:
-            module.weight.normal_(0.0, factor)
+        if isinstance(module, nn.Embedding):
+            module.weight.normal_(0.0, self.config.backbone.embedding_deviation)
         elif module is self.lm_head:
             # Logits of unit scale. (transformers draws every untied head with deviation
             # 1, so that the logits of v1.1 start at sqrt(d).)
@@ -377,13 +418,15 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             module.weight.normal_(0.0, factor * module.in_features**-0.5)
             if module.bias is not None:
                 module.bias.zero_()
+        elif module is getattr(self.injection, "layer_norm", None):
+            module.weight.copy_(self.config.backbone.norm().weight)
         elif isinstance(module, CRF):
             module.reset_parameters()
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Takes the linear layer that `resize_token_embeddings` has made."""
         size, width = new_embeddings.weight.shape
-        self.lm_head = VocabularyHead(width, size, device="meta")
+        self.lm_head = VocabularyHead(width, size, self.lm_head.cap, device="meta")
         self.lm_head.weight = new_embeddings.weight
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Distribution:
@@ -426,8 +469,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
     def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The encoder's states, (B, S, d)."""
+        own = self.config.backbone.own_embeddings
+        embeddings = (self.encoder_embedding if own else self.shared)(input_ids)
         return self.encoder(
-            inputs_embeds=self.shared(input_ids), attention_mask=attention_mask
+            inputs_embeds=embeddings, attention_mask=attention_mask
         ).last_hidden_state
 
     def _read(
@@ -569,13 +614,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
         embeddings, attention_kwargs = self.injection(latent, self.shared(decoder_input_ids))
         cache = past_key_values if cache is None else cache
-        if condition_states is not None:
-            if len(condition_states) != len(latent):
-                raise ValueError(f"{len(condition_states)} conditions for {len(latent)} latents")
-            attention_kwargs |= {
-                "encoder_hidden_states": condition_states,
-                "encoder_attention_mask": _mask_of(condition_states[..., 0], condition_mask),
-            }
+        if condition_states is not None and len(condition_states) != len(latent):
+            raise ValueError(f"{len(condition_states)} conditions for {len(latent)} latents")
+        if self.config.cross_attention:
+            attention_kwargs |= _cross_attended(
+                attention_kwargs.get("encoder_hidden_states"), condition_states, condition_mask
+            )
             cache = _with_cross_attention(cache, use_cache)
         decoded = self.decoder(
             inputs_embeds=embeddings, use_cache=use_cache, **{CACHE: cache}, **attention_kwargs
@@ -674,6 +718,22 @@ def _mask_of(ids: Tensor, mask: Tensor | None) -> Tensor:
     return torch.ones_like(ids, dtype=torch.long) if mask is None else mask
 
 
+def _cross_attended(
+    vectors: Tensor | None, condition: Tensor | None, condition_mask: Tensor | None
+) -> dict[str, Tensor]:
+    """What cross-attention reads: the vectors made of z (B, M, d), and behind them the
+    states of the condition (B, C, d) with its mask."""
+    given = ((vectors, None), (condition, condition_mask))
+    parts = [
+        (states, _mask_of(states[..., 0], mask)) for states, mask in given if states is not None
+    ]
+    states, masks = zip(*parts, strict=True)
+    return {
+        "encoder_hidden_states": states[0] if len(states) == 1 else torch.cat(states, dim=1),
+        "encoder_attention_mask": masks[0] if len(masks) == 1 else torch.cat(masks, dim=1),
+    }
+
+
 def _with_cross_attention(cache: Cache | None, use_cache: bool) -> Cache | None:
     """A cache with a part of its own for cross-attention, which would write its keys
     among those of the decoder's tokens."""
@@ -698,5 +758,6 @@ def _no_padding_warning() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-AutoConfig.register(T5VAEConfig.model_type, T5VAEConfig)
-AutoModel.register(T5VAEConfig, T5VAE)
+if __name__ == "dsvae.modeling.t5_vae":  # the copy in a package (dsvae/hub.py) has an auto_map
+    AutoConfig.register(T5VAEConfig.model_type, T5VAEConfig)
+    AutoModel.register(T5VAEConfig, T5VAE)

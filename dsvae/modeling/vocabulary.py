@@ -31,10 +31,16 @@ class VocabularyHead(nn.Linear):
     """A linear layer without bias, (..., d) -> (..., V), which can also give the loss.
 
     The loss is a part of this module so that ZeRO 3 gathers its weight once per pass.
+
+    Args:
+        cap: the logits l become cap tanh(l / cap), as in Gemma. None: they stay.
     """
 
-    def __init__(self, width: int, vocabulary: int, **factory: Any) -> None:
+    def __init__(
+        self, width: int, vocabulary: int, cap: float | None = None, **factory: Any
+    ) -> None:
         super().__init__(width, vocabulary, bias=False, **factory)
+        self.cap = cap
 
     @overload
     def forward(self, hidden: Tensor) -> Tensor: ...
@@ -56,7 +62,7 @@ class VocabularyHead(nn.Linear):
             without gradient; the sum of weights * nats, a scalar with gradient).
         """
         if labels is None:
-            return super().forward(hidden)
+            return _capped(super().forward(hidden), self.cap)
         assert weights is not None
         hidden, weight = hidden.flatten(0, 1), self.weight
         if not torch.is_grad_enabled():
@@ -64,17 +70,21 @@ class VocabularyHead(nn.Linear):
         present = (labels != IGNORE).float()
         scale = (present * weights[:, None]).flatten()
         target = labels.clamp(min=0).flatten()
-        nats, total = _Nats.apply(hidden, weight, target, scale)
+        nats, total = _Nats.apply(hidden, weight, target, scale, self.cap)
         return (nats.view(labels.shape) * present).sum(1), total
 
 
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
 class _Nats(torch.autograd.Function):
-    """(hidden (N, d), weight (V, d), target (N,), scale (N,)) -> -log p of each target
+    """(hidden (N, d), weight (V, d), target (N,), scale (N,), cap) -> -log p of each target
     (N,), and their sum weighted by `scale`, which alone has a gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, scale: Tensor
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, scale: Tensor, cap: float | None
     ) -> tuple[Tensor, Tensor]:
         of_hidden, of_weight = ctx.needs_input_grad[:2]
         # in float32, so that the sum over the pieces is not rounded at each of them
@@ -84,19 +94,26 @@ class _Nats(torch.autograd.Function):
         rows = max(1, MOST_LOGITS // len(weight))
         for start in range(0, len(target), rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight).float()
+            logits = _capped(F.linear(hidden[part], weight).float(), cap)
             of_target = logits.gather(1, target[part, None])
             normalizer = logits.logsumexp(1, keepdim=True)
             nats[part] = (normalizer - of_target)[:, 0]
             if of_hidden or of_weight:
+                slope = None if cap is None else 1 - (logits / cap).square()  # of the cap
                 # the gradient by the logits: (softmax - one-hot) * scale
                 d_logits = logits.sub_(normalizer).exp_()
                 d_logits.scatter_add_(1, target[part, None], -torch.ones_like(of_target))
-                d_logits = d_logits.mul_(scale[part, None]).to(hidden.dtype)
+                d_logits.mul_(scale[part, None])
+                if slope is not None:
+                    d_logits.mul_(slope)
+                d_logits = d_logits.to(hidden.dtype)
                 if d_hidden is not None:
                     d_hidden[part] = d_logits @ weight
                 if d_weight is not None:
-                    d_weight += d_logits.T @ hidden[part]
+                    if d_logits.dtype == torch.float32:
+                        d_weight.addmm_(d_logits.T, hidden[part])
+                    else:
+                        d_weight += d_logits.T @ hidden[part]
         ctx.d_hidden, ctx.d_weight, ctx.dtype = d_hidden, d_weight, weight.dtype
         ctx.mark_non_differentiable(nats)
         return nats, nats @ scale
@@ -108,4 +125,4 @@ class _Nats(torch.autograd.Function):
             None if each is None else each.mul_(d_total) for each in (ctx.d_hidden, ctx.d_weight)
         )
         del ctx.d_hidden, ctx.d_weight
-        return d_hidden, None if d_weight is None else d_weight.to(ctx.dtype), None, None
+        return d_hidden, None if d_weight is None else d_weight.to(ctx.dtype), None, None, None

@@ -24,6 +24,8 @@ from transformers.safetensors_conversion import auto_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from dsvae.modeling.lora import draw, is_adapter
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Endings of weight files that can run code when they are loaded."""
 
@@ -149,6 +151,10 @@ class Origin:
         if name in self._keys:
             cast(SafetensorsFiles, self._files).copy(self._keys[name], out)
             return out
+        if is_adapter(name):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_derived(self._seed, name))
+                return out.copy_(draw(name, torch.empty(self._shapes[name])))
         if name not in self._drawn:
             self._drawn = self._draw(name)
         return out.copy_(self._drawn.pop(name))

@@ -21,6 +21,7 @@ FIELDS = {
     "max_tokens": "data.max_tokens",
     "batch_size": "data.batch_size",
     "freeze_decoder": "phase1.freeze_decoder",
+    "lora_rank": "model.lora.rank",
 }
 """Flags of `dsvae plan` and the fields of the run that they set; the others have the same
 name there."""

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from dsvae.engine.weights import freeze_decoder as freeze_decoder_of
+from dsvae.engine.weights import freeze_pretrained
 from dsvae.modeling.families import make_family
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 from dsvae.objective.elbo import loss_share
@@ -104,6 +105,7 @@ def build(config: T5VAEConfig, freeze_decoder: bool) -> T5VAE:
     """The model without data: exact shapes, no memory."""
     with torch.device("meta"):
         model = T5VAE(config)
+    freeze_pretrained(model)
     if freeze_decoder:
         freeze_decoder_of(model)
     return model
@@ -145,6 +147,7 @@ def dry_run(
     finally:
         torch.set_default_dtype(default)
     model.train()
+    freeze_pretrained(model)
     if freeze_decoder:
         freeze_decoder_of(model)
     if gradient_checkpointing:

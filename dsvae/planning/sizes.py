@@ -1,11 +1,14 @@
 """The public T5-family models whose configurations are known without a download.
 
 Only fields that decide sizes: d_model, d_kv, d_ff, layers (encoder and decoder), heads,
-vocabulary, and the kind of feed-forward. Dropout is 0.1 in all of them.
+vocabulary, and the kind of feed-forward. Dropout is 0.1 in all of them but T5Gemma,
+which has none; what is not here has the same value in every T5Gemma, that of
+transformers.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 V1, GATED, GATED_SILU = "relu", "gated-gelu", "gated-silu"
@@ -33,6 +36,17 @@ _BYT5 = {
     "xxl": (4672, 64, 12352, 36, 12, 64),
 }
 _UL2 = (4096, 256, 16384, 32, 32, 16)
+# of one side: width, feed-forward, layers, heads of queries and of keys, width of a head
+_GEMMA = {
+    "s": (512, 1024, 8, 8, 8, 64),
+    "b": (768, 2048, 12, 12, 12, 64),
+    "l": (1024, 2816, 24, 16, 16, 64),
+    "ml": (1152, 6912, 26, 4, 4, 256),
+    "xl": (2048, 5120, 24, 32, 32, 64),
+    "2b": (2304, 9216, 26, 8, 4, 256),
+    "9b": (3584, 14336, 42, 16, 8, 256),
+}
+_T5GEMMA = ("s-s", "b-b", "l-l", "ml-ml", "xl-xl", "2b-2b", "9b-2b", "9b-9b")
 
 
 def _config(kind: str, shape: tuple[int, ...], vocab: int, feed_forward: str) -> dict[str, Any]:
@@ -43,6 +57,18 @@ def _config(kind: str, shape: tuple[int, ...], vocab: int, feed_forward: str) ->
     if kind == "t5":
         config["tie_word_embeddings"] = feed_forward == V1
     return config
+
+
+def _side(size: str) -> dict[str, int]:
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+    return dict(zip(names, _GEMMA[size], strict=True))
 
 
 def _known() -> dict[str, dict[str, Any]]:
@@ -57,6 +83,14 @@ def _known() -> dict[str, dict[str, Any]]:
         configs[f"google/byt5-{size}"] = _config("t5", shape, 384, GATED) | {
             "tie_word_embeddings": False
         }
+    for sizes in _T5GEMMA:
+        encoder, decoder = (_side(size) for size in sizes.split("-"))
+        for variant in ("prefixlm", "prefixlm-it", "ul2", "ul2-it"):
+            configs[f"google/t5gemma-{sizes}-{variant}"] = {
+                "model_type": "t5gemma",
+                "encoder": encoder,
+                "decoder": decoder,
+            }
     for name in ("google/ul2", "google/flan-ul2"):
         configs[name] = _config("t5", _UL2, 32128, GATED_SILU)
     return configs
@@ -75,4 +109,4 @@ def known_name(name: str) -> str | None:
 def configuration_of(name: str) -> dict[str, Any] | None:
     """The T5 configuration of a public model, None for an unknown name."""
     known = known_name(name)
-    return None if known is None else dict(KNOWN[known])
+    return None if known is None else copy.deepcopy(KNOWN[known])

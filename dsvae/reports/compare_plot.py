@@ -14,7 +14,8 @@ from dsvae.reports.table import number
 
 _LINES = 9
 """Most lines of equal rec + kl, at round numbers."""
-_COLORS = {"memory": COLOR, "embedding": "#c1662f", "both": "#3c8d5a", "none": "#444444"}
+_COLORS = {"memory": COLOR, "embedding": "#c1662f", "both": "#3c8d5a"}
+_COLORS |= {"cross": "#7a5ba8", "none": "#444444"}
 """By injection."""
 _NEAR = 0.025
 """Share of an axis within which two labels would overlap."""

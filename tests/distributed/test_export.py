@@ -228,6 +228,8 @@ def test_what_is_not_there(run, tmp_path):
         f"latest, best, or one of {FROZEN}, {MIDDLE}, {LAST}",
     )
     refused(run, "latest", run / "model", "already exists")
+    with pytest.raises(UserError, match="has no adapters"):
+        export_checkpoint(run, "latest", tmp_path / "x", pytest.fail, adapters=True)
     for each in find(run / "checkpoints"):
         (each.directory / COMPLETE).unlink()
     refused(run, "latest", tmp_path / "x", "no complete checkpoint")

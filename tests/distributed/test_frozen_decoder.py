@@ -9,13 +9,13 @@ import torch
 import yaml
 from launch import CONFIGS, TINY, train
 from safetensors.torch import load_file
-from small_models import make_vae, small_tokenizer
+from small_models import INJECTIONS, make_vae, small_tokenizer
 
 from dsvae.config import DataConfig
 from dsvae.data.corpora import load_corpus
 
 
-@pytest.mark.parametrize("injection", ["memory", "embedding", "both"])
+@pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_phase_1_with_a_frozen_decoder(stage, injection, cache_dir, tmp_path):
     run = tmp_path / "run"

@@ -15,6 +15,7 @@ ARGUMENTS = (
     *("--phase1.steps", "24", "--phase2.steps", "24", "--checkpoint_every", "5"),
     *("--phase1.deletion", "0.2", "--eval.batch_tokens", "64"),
 )
+ADAPTERS = (*("--model.lora.rank", "2"), *("--phase1.freeze_decoder", "true"))
 
 # How a run is cut: (the checkpoint to wait for, the signal, the ranks that get it, the
 # exit code that the others must have).
@@ -69,11 +70,18 @@ def same_as_uncut(cut, uncut):
 
 
 @pytest.mark.parametrize(
-    ("stage", "cuts"),
-    [("zero0", ONE_KILLED), ("zero1", TOLD), ("zero2", KILLED), ("zero3", KILLED)],
+    ("stage", "cuts", "arguments"),
+    [
+        ("zero0", ONE_KILLED, ()),
+        ("zero1", TOLD, ()),
+        ("zero2", KILLED, ADAPTERS),
+        ("zero3", KILLED, ()),
+    ],
 )
-def test_cut_in_both_phases(stage, cuts, tiny, tmp_path):
-    common = ("--config", tiny, "--ds_config", CONFIGS / f"{stage}.json", *ARGUMENTS)
+def test_cut_in_both_phases(stage, cuts, arguments, tiny, pretrained_t5, tmp_path):
+    common = ("--config", tiny, "--ds_config", CONFIGS / f"{stage}.json", *ARGUMENTS, *arguments)
+    if arguments == ADAPTERS:
+        common += ("--model", pretrained_t5)
     train(*common, "--output_dir", tmp_path / "uncut", ranks=2)
 
     for saved in (tmp_path / "uncut" / "checkpoints").glob("phase*"):

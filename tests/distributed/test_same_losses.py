@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from launch import CONFIGS, ROOT, TINY, rows, train
+from safetensors.torch import load_file
 from torch.distributions import Beta, Normal, kl_divergence
 from torch.nn import functional as F
 
@@ -15,6 +16,7 @@ from dsvae import T5VAE, T5VAEConfig
 from dsvae.config import DataConfig
 from dsvae.data.batches import TrainingBatches
 from dsvae.data.prepared import load_prepared, prepare
+from dsvae.export import export_checkpoint
 from dsvae.metrics.evaluate import evaluate
 from dsvae.parallel.world import World
 
@@ -33,8 +35,10 @@ SYSTEMS = {
     "memory": {},
     "embedding": {"injection": "embedding"},
     "both": {"injection": "both"},
+    "cross": {"injection": "cross"},
     "spike_slab": {"family": "spike_slab"},
     "categorical": {"family": "categorical", "categories": 3},
+    "lora": {"lora": {"rank": 3, "alpha": 6.0, "targets": ["o", "q", "wi", "wo"]}},
 }
 """The latent path of each system."""
 DRAWS = {"spike_slab": 3}
@@ -60,6 +64,10 @@ def start_model(system, prepared, directory):
             **SYSTEMS[system],
         )
     )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("lora_b"):  # adapters that have trained before
+                weight.normal_(0.0, 0.1)
     model.save_pretrained(directory)
     prepared.tokenizer.save_pretrained(directory)
     return directory
@@ -123,6 +131,13 @@ def reference(system, directory, prepared):
         if p.ndim < 2 or "shared" in n or "relative_attention_bias" in n
     ]
     named = dict(model.named_parameters())
+    if system == "lora":
+        trained = ("lora_a", "lora_b", "posterior.", "injection.")
+        named = {n: p for n, p in named.items() if any(part in n for part in trained)}
+        plain = [n for n in plain if n in named]
+        model.requires_grad_(False)
+        for parameter in named.values():
+            parameter.requires_grad_(True)
     groups = [
         {"params": [p for n, p in named.items() if n not in plain], "weight_decay": 0.01},
         {"params": [named[n] for n in plain], "weight_decay": 0.0},
@@ -150,7 +165,18 @@ def reference(system, directory, prepared):
     # free bits are at work, and not everywhere: else they would be compared with
     # nothing
     assert 0 < sum(below) < STEPS * 6
-    return losses, {n: p.detach() for n, p in model.named_parameters()}
+    return losses, without_adapters({n: p.detach() for n, p in model.named_parameters()})
+
+
+def without_adapters(weights):
+    """The weights of a plain model that computes the same: W + 2 B A."""
+    merged = {name: weight for name, weight in weights.items() if "lora" not in name}
+    for name in [name for name in weights if name.endswith("lora_b")]:
+        owner = name.removesuffix(".lora_b")
+        merged[f"{owner}.weight"] = weights[f"{owner}.weight"] + 2 * (
+            weights[name] @ weights[f"{owner}.lora_a"]
+        )
+    return merged
 
 
 YELP = ROOT.parent / "shared" / "data" / "yelp"
@@ -223,12 +249,20 @@ SPLITS = [
     ("embedding", "zero3", 2, 150),
     ("both", "zero2", 2, 150),
     ("both", "zero3", 2, 150),
+    ("cross", "zero0", 2, 150),
+    ("cross", "zero1", 2, 150),
+    ("cross", "zero2", 2, 150),
+    ("cross", "zero3", 2, 150),
     ("spike_slab", "zero0", 1, 10**6),
     ("spike_slab", "zero2", 2, 150),
     ("spike_slab", "zero3", 2, 150),
     ("categorical", "zero2", 1, 150),
     ("categorical", "zero1", 2, 10**6),
     ("categorical", "zero3", 2, 150),
+    ("lora", "zero0", 1, 10**6),
+    ("lora", "zero1", 2, 150),
+    ("lora", "zero2", 2, 150),
+    ("lora", "zero3", 2, 150),
 ]
 
 
@@ -279,6 +313,14 @@ def test_losses_and_weights_are_those_of_plain_torch(
         used = [row["free_bits"] for row in rows(tmp_path / "run")]
         assert used == [FREE_BITS[system]] * (STEPS - last) + [0.0] * last
     exported = T5VAE.from_pretrained(tmp_path / "run" / "model")
+    assert exported.config.lora is None
+    assert {name for name, _ in exported.named_parameters()} == set(weights)
+    if system == "lora":
+        again = export_checkpoint(tmp_path / "run", "latest", tmp_path / "again", pytest.fail)
+        found, expected = (
+            load_file(d / "model.safetensors") for d in (again, tmp_path / "run" / "model")
+        )
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     for name, weight in exported.named_parameters():
         # Adam divides by the root of tiny second moments: where a gradient is nearly
         # zero, rounding decides its direction.

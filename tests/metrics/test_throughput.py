@@ -1,15 +1,17 @@
 """Operations, memory and speed, compared with torch's count of operations and the
 kernel's count of memory."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from small_models import make_vae
+from small_models import INJECTIONS, make_vae
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsvae.data.batches import Step, collate
-from dsvae.engine.weights import freeze_decoder
+from dsvae.engine.weights import freeze_decoder, freeze_pretrained
 from dsvae.metrics import throughput
 from dsvae.metrics.throughput import ModelFlops, Speed, peak_flops, peak_memory
 
@@ -42,31 +44,52 @@ def counted_by_torch(model, batch):
     return counter.get_total_flops()
 
 
+KINDS = itertools.product(("t5 v1.0", "t5 v1.1", "umt5"), (*INJECTIONS, "none"))
+
+
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
-@pytest.mark.parametrize("injection", ["memory", "embedding", "both", "none"])
-@pytest.mark.parametrize("kind", ["t5 v1.0", "t5 v1.1", "umt5"])
+@pytest.mark.parametrize(("kind", "injection"), [*KINDS, ("t5gemma", "cross")])
 def test_everything_trains(kind, injection, pooling):
     model = make_vae(kind, injection=injection, pooling=pooling).train()
     batch = batch_of([SOURCE] * 3, [TARGET] * 3, model.config.latent_dim)
     assert ModelFlops.of(model).count(batch) == counted_by_torch(model, batch)
 
 
-@pytest.mark.parametrize("injection", ["memory", "embedding", "both"])
+@pytest.mark.parametrize("injection", INJECTIONS)
 def test_the_decoder_is_frozen(injection):
     """Its weights have no gradient, but z has one through it. With z in the memory
-    slots alone, nothing needs the gradients of the first layer's queries and input;
-    the formula counts them all the same."""
+    slots or in cross-attention alone, nothing needs the gradients of the first layer's
+    queries and input there; the formula counts them all the same."""
     model = make_vae(injection=injection).train()
     freeze_decoder(model)
     batch = batch_of([SOURCE] * 3, [TARGET] * 3, 6)
     t5, slots, not_needed = model.config.t5, 2, 0
+    width = t5.num_heads * t5.d_kv
     if injection == "memory":
-        width = t5.num_heads * t5.d_kv
         projections, scores = 3 * t5.d_model * width, (TARGET + slots) * width
         not_needed = 2 * TARGET * (projections + scores)
+    if injection == "cross":
+        # all of self-attention, and the queries of cross-attention
+        own = 4 * t5.d_model * width + 4 * TARGET * width
+        not_needed = 2 * TARGET * (own + t5.d_model * width + slots * width)
     formula = ModelFlops.of(model).count(batch)
     assert formula - 3 * not_needed == counted_by_torch(model, batch)
     assert formula < ModelFlops.of(make_vae(injection=injection)).count(batch)
+
+
+def test_adapters_are_counted_beside_their_frozen_matrices():
+    lora = {"rank": 2, "alpha": 16, "targets": ["k", "wo"]}
+    flops = []
+    for given in (None, lora):
+        model = make_vae(lora=given)
+        freeze_pretrained(model)
+        flops.append(ModelFlops.of(model))
+    plain, adapted = flops
+    # q, k, v, o: 32 x 48; wi, wo: 32 x 48; adapters of k: 2 x (32 + 48), of wo alike
+    assert plain.encoder_token == 2 * 6 * (6 * 32 * 48)
+    assert adapted.encoder_token == 2 * (4 * (6 * 32 * 48) + 6 * 2 * (2 * 80))
+    assert adapted.decoder_token == 3 / 2 * adapted.encoder_token + 4 * 60 * 32
+    assert adapted.sentence == plain.sentence
 
 
 def test_padding_and_fillers_are_no_work():

@@ -124,6 +124,26 @@ def test_every_weight_but_the_latent_path_is_that_of_transformers(t5_dir):
     }
 
 
+def test_the_condition_is_read_behind_the_vectors_of_z(t5_dir, batch):
+    ids, mask = condition_of(5)
+    labels, z = batch[2], torch.randn(5, 6)
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(t5_dir, attn_implementation="eager").eval()
+    options = {"latent_dim": 6, "injection": "cross", "memory_slots": 2, "conditional": True}
+    ours = T5VAE.from_t5(str(t5_dir), **options).eval()
+    vectors = ours.injection(z, None)[1]["encoder_hidden_states"]
+    states = theirs.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    expected = theirs(
+        encoder_outputs=(torch.cat([vectors, states], 1),),
+        attention_mask=F.pad(mask, (2, 0), value=1),
+        labels=labels,
+    ).logits
+    if theirs.config.model_type == "umt5" and not hasattr(theirs.config, "scale_decoder_outputs"):
+        expected = expected * theirs.config.d_model**0.5
+    given = {"condition_ids": ids, "condition_mask": mask}
+    found = ours(labels=labels, latent=z, **given).logits
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
 # Invariants
 
 
@@ -443,7 +463,7 @@ def test_the_term_of_the_prior_is_the_kl_and_its_gradient_that_of_the_kl(pairs):
         torch.testing.assert_close(alone[name], whole[name])
 
 
-@pytest.mark.parametrize("injection_", ["memory", "none"])
+@pytest.mark.parametrize("injection_", ["memory", "cross", "none"])
 def test_a_frozen_decoder_keeps_its_cross_attention(injection_, pairs):
     prior = "fixed" if injection_ == "none" else "learned"
     model = conditional(injection=injection_, prior=prior).train()

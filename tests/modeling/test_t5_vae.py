@@ -279,7 +279,9 @@ def test_gradient_checkpointing_changes_nothing(kind_, injection, batch):
         results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
     torch.testing.assert_close(results[0][0], results[1][0])
     for name, gradient in results[0][1].items():
-        torch.testing.assert_close(gradient, results[1][1][name], atol=1e-6, rtol=1e-4, msg=name)
+        # Other kernels: the bias of cross-attention requires a gradient under checkpointing.
+        atol = 1e-4 * float(gradient.abs().max()) if injection == "cross" else 1e-6
+        torch.testing.assert_close(gradient, results[1][1][name], atol=atol, rtol=1e-4, msg=name)
     latent_path = [n for n in results[0][1] if n.startswith(("posterior.", "injection."))]
     assert latent_path
     assert all(results[0][1][n].abs().max() > 0 for n in latent_path)
@@ -312,6 +314,40 @@ def test_decoder_logits_are_those_of_transformers_without_cross_attention(t5_dir
         # Those releases scale the output of an untied umT5, which was trained without.
         expected = expected * theirs.config.d_model**0.5
     found = ours(labels=labels, latent=torch.zeros(5, 6)).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+def vectors_by_hand(model, z):
+    """The vectors (B, 2, d) that injection by cross makes of z: linear, then divided by
+    the root of their mean square and multiplied by the norm's weight."""
+    weights = dict(model.injection.named_parameters())
+    x = z @ weights["projection.weight"].T + weights["projection.bias"]
+    x = x.view(len(z), 2, -1)
+    scale = (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    return x * scale * weights["layer_norm.weight"]
+
+
+def test_cross_attention_to_z_is_that_of_transformers_to_the_same_vectors(t5_dir, batch):
+    """With every weight of the pretrained decoder, and the scale of the encoder's
+    states."""
+    _, _, labels = batch
+    # eager: under SDPA, umT5's decoder is not causal in transformers 5.17.
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(t5_dir, attn_implementation="eager").eval()
+    ours = T5VAE.from_t5(str(t5_dir), latent_dim=6, injection="cross", memory_slots=2).eval()
+    norm = theirs.encoder.final_layer_norm.weight
+    assert torch.equal(ours.injection.layer_norm.weight, norm)
+    for name, weight in theirs.decoder.named_parameters():
+        if "embed_tokens" not in name:
+            assert torch.equal(ours.decoder.get_parameter(name), weight), name
+    z = torch.randn(5, 6)
+    vectors = vectors_by_hand(ours, z)
+    torch.testing.assert_close(vectors.std(), norm.pow(2).mean().sqrt(), rtol=0.1, atol=0)
+    expected = theirs(encoder_outputs=(vectors,), labels=labels).logits
+    if theirs.config.model_type == "umt5" and not hasattr(theirs.config, "scale_decoder_outputs"):
+        # Those releases scale the output of an untied umT5, which was trained without.
+        expected = expected * theirs.config.d_model**0.5
+    found = ours(labels=labels, latent=z).logits
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
@@ -443,7 +479,7 @@ def test_an_untied_head_stays_untied(t5_v11_dir, tmp_path):
 
 
 def test_nothing_is_kept_that_nothing_reads(kind, injection, batch):
-    """No cross-attention, and every parameter gets a gradient."""
+    """No cross-attention unless z enters there, and every parameter gets a gradient."""
     model = make_vae(kind, injection=injection, pooling="attention").train()
     ids, mask, labels = batch
     out = model(ids, mask, labels=labels, noise=torch.randn(5, 6))
@@ -454,7 +490,9 @@ def test_nothing_is_kept_that_nothing_reads(kind, injection, batch):
     assert [
         n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0
     ] == []
-    assert not [n for n, _ in model.named_parameters() if "EncDec" in n or "embed_tokens" in n]
+    names = [name for name, _ in model.named_parameters()]
+    assert any("EncDec" in name for name in names) == (injection == "cross")
+    assert not any("embed_tokens" in name for name in names)
 
 
 def test_save_and_load(kind, injection, pooling, batch, tmp_path):

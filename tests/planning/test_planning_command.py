@@ -176,10 +176,29 @@ def test_phase_1_with_a_frozen_decoder_needs_less(capsys):
     )
 
 
+def test_only_adapters_and_the_latent_path_have_states(capsys):
+    words = ["t5-11b", *SMALL, "--gradient_checkpointing", "true", "--lora_rank", "8"]
+    planned = found(capsys, *words)
+    # q and v, 128 heads of 128, in 24 + 24 layers; 33 numbers per key and value of a slot
+    # in 24 layers; mean and log variance of 32 dimensions
+    adapters = 48 * 2 * 8 * (1024 + 128 * 128)
+    trained = adapters + 33 * 24 * 2 * 128 * 128 + (1024 + 1) * 64
+    # t5-11b without cross-attention and its norms
+    frozen = 11_307_321_344 - 24 * (4 * 128 * 128 * 1024 + 1024)
+    assert planned["trained"] == trained
+    assert planned["parameters"] == frozen + trained
+    assert planned["options"][0]["gpu"] == {
+        "weights": 2 * (frozen + trained),
+        "float32 weights": 4 * trained,
+        "Adam moments": 8 * trained,
+    }
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["t5-bse"], "did you mean google-t5/t5-base?"),
+        (["t5gemma-b-b-ul2"], "use injection cross"),
         (["t5-base", "--gpu", "2"], "did you mean --gpus?"),
         (["t5-base", "--gpu_memory", "much"], "--gpu_memory is 'much'"),
         (["t5-base", "--gpu_memory", "9" * 400], "--gpu_memory is more than 1,000,000 TB"),

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from launch import CONFIGS
+from small_models import t5gemma_config
 
 from dsvae.config import PhaseConfig
 from dsvae.engine import ds_config
@@ -236,10 +237,12 @@ def real_step(config, rows, tokens, *, checkpointing):
         {"injection": "memory"},
         {"injection": "embedding"},
         {"injection": "memory", "conditional": True, "prior": "learned"},
+        {"injection": "cross", "memory_slots": 4},
+        {"injection": "cross", "t5": t5gemma_config(vocab_size=500)},
     ],
 )
 def test_a_dry_run_counts_what_a_real_step_holds(checkpointing, path):
-    config = T5VAEConfig(t5=T5, latent_dim=8, **path)
+    config = T5VAEConfig(**{"t5": T5, "latent_dim": 8, **path})
     run = dry_run(
         config,
         rows=6,

@@ -29,6 +29,15 @@ PUBLISHED = {
     "google/byt5-small": 299_637_760,
     "google/umt5-small": 306_601_984,
 }
+# Likewise. Of l-l and 2b-2b no total was found; the sides of 2b-2b are in the others.
+PUBLISHED_T5GEMMA = {
+    "google/t5gemma-s-s-prefixlm": 312_517_632,
+    "google/t5gemma-b-b-prefixlm": 591_490_560,
+    "google/t5gemma-ml-ml-prefixlm": 2_200_345_344,
+    "google/t5gemma-xl-xl-prefixlm": 3_766_980_608,
+    "google/t5gemma-9b-2b-ul2": 12_292_375_296,
+    "google/t5gemma-9b-9b-ul2": 20_333_401_088,
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -45,6 +54,19 @@ def test_the_t5_of_a_known_configuration_has_the_published_number_of_parameters(
     assert sum(p.numel() for p in model.parameters()) + head == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("name", PUBLISHED_T5GEMMA)
+def test_a_known_t5gemma_has_the_published_number_of_parameters(name):
+    config = configuration_of(name)
+    vae = T5VAEConfig(t5=config, latent_dim=32, injection="cross", memory_slots=8)
+    with torch.device("meta"):
+        theirs = AutoModelForSeq2SeqLM.from_config(vae.t5)
+    assert sum(p.numel() for p in theirs.parameters()) == PUBLISHED_T5GEMMA[name]
+    width = config["encoder"]["hidden_size"]
+    latent_path = (width + 1) * 64 + (32 + 1) * 8 * width + width
+    found = sum(w.numel for w in weights_of(build(vae, False)))
+    assert found == PUBLISHED_T5GEMMA[name] + latent_path
+
+
 @pytest.mark.parametrize("name", ["google-t5/t5-base", "google/t5-v1_1-base", "google-t5/t5-3b"])
 def test_a_t5vae_has_its_t5_without_cross_attention_and_the_latent_path(name):
     c = configuration_of(name)
@@ -59,6 +81,15 @@ def test_a_t5vae_has_its_t5_without_cross_attention_and_the_latent_path(name):
     assert sum(w.numel for w in weights) == PUBLISHED[name] - cross + posterior + memory
 
 
+def test_injection_by_cross_has_every_weight_of_its_t5():
+    c, slots = configuration_of("t5-base"), 8
+    config = T5VAEConfig(t5=c, latent_dim=32, injection="cross", memory_slots=slots)
+    d_model = c["d_model"]
+    latent_path = (d_model + 1) * 64 + (32 + 1) * slots * d_model + d_model
+    found = sum(w.numel for w in weights_of(build(config, False)))
+    assert found == PUBLISHED["google-t5/t5-base"] + latent_path
+
+
 def test_a_frozen_decoder_trains_encoder_and_latent_path_only():
     weights = weights_of(build(T5VAEConfig(t5=configuration_of("t5-small")), freeze_decoder=True))
     assert {w.name.split(".")[0] for w in weights if w.trains} == {
@@ -69,8 +100,19 @@ def test_a_frozen_decoder_trains_encoder_and_latent_path_only():
     assert {w.name.split(".")[0] for w in weights if not w.trains} == {"shared", "decoder"}
 
 
+def test_adapters_train_in_place_of_the_t5():
+    lora = {"rank": 4, "alpha": 16, "targets": ["o", "wi"]}
+    config = configuration_of("t5-3b")
+    weights = weights_of(build(T5VAEConfig(t5=config, lora=lora), freeze_decoder=False))
+    latent = ("posterior.", "injection.")
+    trained = [w for w in weights if w.trains and not w.name.startswith(latent)]
+    # 24 + 24 layers; o: 32 x 128 to 1024, wi: 1024 to 16384
+    assert sum(w.numel for w in trained) == 48 * 4 * ((4096 + 1024) + (1024 + 16384))
+    assert all(w.trains for w in weights if w.name.startswith(latent))
+
+
 def test_short_names_and_the_whole_family_are_known():
     assert configuration_of("t5-base") == configuration_of("google-t5/t5-base")
     assert configuration_of("flan-t5-xl") == configuration_of("google/t5-v1_1-xl")
     assert configuration_of("t5-medium") is None
-    assert len(KNOWN) == 5 * 5 + 4 + 2
+    assert len(KNOWN) == 5 * 5 + 4 + 2 + 8 * 4

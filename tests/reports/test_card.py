@@ -25,6 +25,7 @@ TEXTS = [drawn.text for drawn in generate(40, seed=3)]
 
 MODELS = {
     "memory": {},
+    "cross": {"injection": "cross"},
     "none": {"injection": "none"},
     "spike_slab": {"family": "spike_slab"},
     "categorical": {"family": "categorical", "categories": 4},
@@ -100,6 +101,7 @@ SHOWN["clusters"] = [*SHOWN["clusters"], "cluster"]
 SHOWN["heads"] = [*SHOWN["heads"], "classify", "tag"]
 SAID = {
     "memory": ["latent: 6 dimensions, Gaussian;"],
+    "cross": ["pooling mean, injection cross"],
     "none": ["no latent (injection none)"],
     "spike_slab": ["latent: 6 dimensions, spike and slab, prior Beta(4, 1);"],
     "categorical": ["latent: 6 categorical variables of 4 values;"],
