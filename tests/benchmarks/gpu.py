@@ -6,20 +6,24 @@ bare torch loop, transformers' Trainer and what `dsvae plan` predicts.
     python tests/benchmarks/gpu.py --small        (tiny shapes, to see that it works)
 
 Models come from their configurations, with random weights and random sentences of 8 to 64
-tokens: nothing is downloaded. Each case is a process of its own with a limit of time. The
-file is written after every case, also after one that failed, and the cases that matter
-most come first. While one case is measured, the next one imports its libraries and makes
-its plan.
+tokens: nothing is downloaded. (The Trainer's cases need `pip install accelerate`.) Each
+case is a process of its own with a limit of time. The file is written after every case,
+also after one that failed, and the cases that matter most come first. While one case is
+measured, the next one imports its libraries and makes its plan.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +145,7 @@ def measure(case: Case, ready: Any = lambda: None) -> dict[str, Any]:
     peak = peak_flops(job.precision)
     rate = flops_per_token(flops, split, job) * tokens / seconds
     figures = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "parameters": parameters,
         "tokens_per_s": tokens / seconds,
         "flops_per_s": rate,
@@ -210,7 +215,13 @@ class Worker:
         self.case = case
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--case", json.dumps(case)],
-            env=environment(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"),
+            env=environment(
+                PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True",
+                OMP_NUM_THREADS=str(
+                    max(1, (os.cpu_count() or 1) // 2)
+                ),  # AdamW of offloaded states
+            ),
+            start_new_session=True,  # what compiles belongs to it
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -232,7 +243,8 @@ class Worker:
             return {"error": f"exit code {self.process.returncode}: {tail}"}
 
     def end(self) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
 
 
@@ -240,48 +252,35 @@ def work(case: Case) -> None:
     """A worker: waits for its turn, prints the figures and ends."""
     from dsvae.failures import end_process
 
-    figures = measure(case, ready=sys.stdin.readline)
+    figures = measure(case, ready=lambda: sys.stdin.readline() or sys.exit("not wanted"))
     print(json.dumps(figures), flush=True)
     end_process(0)
 
 
 def run(chosen: list[Case], minutes: float, output: Path) -> None:
-    """All cases within the time. The file has every case that was begun."""
+    """All cases within the time. The file has every case, each as soon as it is done."""
     end = time.monotonic() + 60 * minutes
-    found: dict[str, Any] = {"machine": None, "cases": []}
-    following = Worker(chosen[0]) if chosen else None
-    for number, case in enumerate(chosen):
-        worker, following = following, None
-        if number + 1 < len(chosen):
-            following = Worker(chosen[number + 1])
-        large = case["compile"] or case["model"] in ("t5-3b", "t5-11b")
-        limit = min(SLOW if large else 60.0, end - time.monotonic())
+    packages = ("torch", "transformers", "deepspeed")
+    found: dict[str, Any] = {"versions": {name: version(name) for name in packages}, "cases": []}
+    waiting = [*chosen]
+
+    def start() -> Worker | None:
+        in_time = waiting and time.monotonic() < end
+        return Worker(waiting.pop(0)) if in_time else None
+
+    following = start()
+    while following is not None:
+        worker, following = following, start()
         begun = time.monotonic()
-        assert worker is not None
-        if limit > 5:
-            result = worker.result(limit)
-        else:
-            worker.end()
-            result = {"error": "no time left"}
+        large = worker.case["compile"] or worker.case["model"] in ("t5-3b", "t5-11b")
+        result = worker.result(max(0.0, min(SLOW if large else 60.0, end - begun)))
         result["seconds"] = time.monotonic() - begun
-        found["cases"].append({**case, **result})
-        found["machine"] = found["machine"] or machine()
+        found["cases"].append({**worker.case, **result})
         output.write_text(json.dumps(found, indent=1) + "\n")
         shown = result.get("error") or f"{result['tokens_per_s']:,.0f} tokens/s"
-        print(f"{case['name']}: {shown[:150]} ({result['seconds']:.0f} s)", flush=True)
-
-
-def machine() -> dict[str, str]:
-    """The device and the versions, as another process sees them: this one leaves the GPU to
-    the cases."""
-    code = (
-        "import json, torch, transformers, deepspeed; on = torch.cuda.is_available(); "
-        "print(json.dumps({'device': torch.cuda.get_device_name() if on else 'cpu', "
-        "'torch': torch.__version__, 'transformers': transformers.__version__, "
-        "'deepspeed': deepspeed.__version__}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else {}
+        print(f"{worker.case['name']}: {shown[:150]} ({result['seconds']:.0f} s)", flush=True)
+    found["cases"] += [{**case, "error": "no time left"} for case in waiting]
+    output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def table(path: Path) -> str:
@@ -308,7 +307,9 @@ def table(path: Path) -> str:
         }
         for heading, cell in row.items():
             columns.setdefault(heading, []).append(cell)
-    title = ", ".join(f"{name} {version}" for name, version in (found["machine"] or {}).items())
+    devices = {case["device"] for case in found["cases"] if "device" in case}
+    versions = (f"{name} {number}" for name, number in found["versions"].items())
+    title = ", ".join((*sorted(devices), *versions))
     return f"{title}\n\n{markdown(columns, set(columns) - {'case'})}"
 
 

@@ -5,8 +5,9 @@ number of sentences per step.
         [--sides dsvae,dsvae_compiled,trainer,trainer_grouped,bare] [--blocks 5] [--steps 10]
         [--profile]
 
-One rank, one thread. The sides take turns, a block of steps each, and seconds are those of
-CPU time. A ratio is the median over the blocks.
+The Trainer needs `pip install accelerate`. One rank, one thread. The sides take turns, a
+block of steps each, and seconds are those of CPU time. A ratio is the median over the
+blocks.
 """
 
 from __future__ import annotations
