@@ -34,7 +34,7 @@ Side = Callable[[int, int], tuple[int, float]]
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BETA, FREE_BITS, CLIP, LR = 0.5, 0.5, 1.0, 1e-4
+BETA, CLIP, LR = 0.5, 1.0, 1e-4
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _engine_step(job: Job, model: T5VAE, world: World) -> Callable[[int, Step], 
     settings = ModelConfig(
         gradient_checkpointing=job.gradient_checkpointing, lora=LoraConfig(rank=job.lora)
     )
-    phase = Phase2Config(lr=LR, max_grad_norm=CLIP, free_bits=FREE_BITS)
+    phase = Phase2Config(lr=LR, max_grad_norm=CLIP)
     config = RunConfig(model=settings, phase2=phase, compile=job.compile)
     # Once per run, of files that do not exist here.
     digest, engine.frozen_digest = engine.frozen_digest, lambda *_: None
@@ -149,11 +149,11 @@ def _engine_step(job: Job, model: T5VAE, world: World) -> Callable[[int, Step], 
         trained = engine.PhaseEngine(model, world, Phase(2, config, 0), job.resolved(), origin=None)
     finally:
         engine.frozen_digest = digest
-    return lambda index, step: void(trained.train_step(index, step, Penalty(BETA, FREE_BITS)))
 
+    def do(index: int, step: Step) -> None:
+        trained.train_step(index, step, Penalty(BETA))
 
-def void(_: Any) -> None:
-    """Drops a result."""
+    return do
 
 
 def _bare_step(job: Job, model: T5VAE, device: torch.device) -> Callable[[int, Step], None]:
@@ -187,7 +187,7 @@ def _loss(model: Any, batch: MicroBatch | Any) -> torch.Tensor:
     rec = F.cross_entropy(logits, batch.labels.flatten(), reduction="sum") / rows
     bare = getattr(model, "module", model)
     kl = bare.family.of(out.posterior_parameters).kl(bare.prior()).mean(0)
-    return rec + BETA * kl.clamp(min=FREE_BITS).sum()
+    return rec + BETA * kl.sum()
 
 
 class _Clock(TrainerCallback):
