@@ -64,16 +64,18 @@ def step(micro_batches):
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "most"),
+    ("name", "precision", "ours", "theirs"),
     [
-        ("zero0", "fp32", {"dsvae": 1}),  # the norm
-        ("zero1", "fp32", {"deepspeed": 1}),
-        ("zero1", "bf16", {"deepspeed": 1}),
-        ("zero2", "bf16", {"deepspeed": 2}),
+        ("zero0", "fp32", 1, 0),  # the norm
+        ("zero1", "fp32", 0, 3),
+        ("zero1", "bf16", 0, 2),
+        ("zero2", "bf16", 0, 4),
     ],
 )
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_waits_do_not_grow_with_the_micro_batches(world, name, precision, most, micro_batches):
+def test_waits_do_not_grow_with_the_micro_batches(
+    world, name, precision, ours, theirs, micro_batches
+):
     phase = Phase2Config(lr=1e-3, free_bits=0.5)
     resolved = ds_config.resolve(
         ds_config.load(CONFIGS / f"{name}.json"),
@@ -92,4 +94,5 @@ def test_waits_do_not_grow_with_the_micro_batches(world, name, precision, most, 
         engine.train_step(1, step(micro_batches), Penalty(0.5, 0.5))
         Stopping().agreed(world)
     engine.close()
-    assert dict(waits.found) == most
+    assert waits.found["dsvae"] == ours
+    assert waits.found["deepspeed"] <= theirs
