@@ -16,7 +16,7 @@ def test_cases_are_measured_one_after_the_other_and_a_failed_one_does_not_stop_t
     broken |= {"name": "broken", "ds_config": "nowhere"}
     names = ["zero1", "bare", *(["trainer"] if find_spec("accelerate") else [])]
     chosen = [broken, *(gpu.cases(gpu.SMALL_ORDER, [name])[0] for name in names)]
-    gpu.run(chosen, 9, path)
+    gpu.run(chosen, 60, path, patience=10)
     found = json.loads(path.read_text())
     first, *others = found["cases"]
     assert "nowhere.json: No such file" in first["error"]
