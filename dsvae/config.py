@@ -306,6 +306,9 @@ class RunConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Fills `bf16.enabled`, `fp16.enabled` and `torch_autocast.enabled` where the
     ds_config says auto. auto: bf16."""
+    compile: bool = False
+    """Compile the training passes (torch.compile). It takes half a minute to a few minutes
+    at the start of each phase, and makes steps faster. Not at ZeRO 3."""
     log_every: int = 10
     """Log every N optimizer steps."""
     verbose: bool = False
@@ -390,6 +393,7 @@ RESUMABLE = (
     "hang_timeout",
     "data.cache_dir",
     "precision",
+    "compile",
 )
 """Fields that a resumed run may change, because they do not affect what is learned.
 `ds_config` may change, too. It decides the precision where `precision` is auto."""

@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches, row_lengths
 from dsvae.data.prepared import Prepared
-from dsvae.engine import ds_config, nvme
+from dsvae.engine import compilation, ds_config, nvme
 from dsvae.engine.build import Columns, build_model
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.process_group import lend_to_deepspeed
@@ -108,4 +108,6 @@ def _resolve(phase: Phase, raw: dict[str, Any], data: Prepared, world: World) ->
     )
     lend_to_deepspeed(world)  # its check compares batch sizes with the number of ranks
     ds_config.check_with_deepspeed(resolved)
+    if phase.config.compile:
+        compilation.check(ds_config.zero_stage(resolved), world.device)
     return resolved

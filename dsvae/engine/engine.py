@@ -17,6 +17,7 @@ from torch import Tensor
 from dsvae.data.batches import MicroBatch, Step
 from dsvae.engine import ds_config as ds_configs
 from dsvae.engine import nvme
+from dsvae.engine.compilation import compile_training
 from dsvae.engine.weights import (
     freeze_decoder,
     freeze_pretrained,
@@ -93,6 +94,8 @@ class PhaseEngine:
         if phase.config.model.gradient_checkpointing:
             # Reentrant checkpointing passes no gradient through keyword arguments.
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if phase.config.compile:
+            compile_training(model)
         optimizer_params = ds_config["optimizer"]["params"]
         # torch's fused AdamW gives the same update on CPU, on GPU and for offloaded states,
         # and needs no compiler.

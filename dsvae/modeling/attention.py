@@ -27,6 +27,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 LATENT_ATTENTION = "dsvae_latent_sdpa"
 """Name under which transformers finds `latent_attention_forward`: the decoder's
 `_attn_implementation`."""
+ENCODER_ATTENTION = "dsvae_sdpa"
+"""The encoder's: the stock SDPA, with a mask that is always written out."""
 
 
 def latent_attention_forward(
@@ -51,13 +53,13 @@ def latent_attention_forward(
         position_bias: (1, H, Q, K), T5's relative position bias, zeros in
             cross-attention.
         latent_memory: (B, L, 2, M, H, D), for each decoder layer the keys and values of
-            M slots. None: plain attention.
+            M slots; or (B, 1, 2, M, H, D), of this layer alone. None: plain attention.
 
     Every query sees every slot. Slots have no position, so their bias is zero.
     """
     if latent_memory is not None and module.is_causal:
-        # (B, 2, H, M, D)
-        slots = latent_memory[:, cast(int, module.layer_idx)].to(key.dtype).transpose(2, 3)
+        layer = cast(int, module.layer_idx) if latent_memory.shape[1] > 1 else 0
+        slots = latent_memory[:, layer].to(key.dtype).transpose(2, 3)  # (B, 2, H, M, D)
         count = slots.shape[3]
         key = torch.cat([slots[:, 0], key], dim=2)
         value = torch.cat([slots[:, 1], value], dim=2)
@@ -87,13 +89,14 @@ def explicit_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor:
-    """The decoder's mask, (1 or B, 1, Q, K) boolean, always written out: causal over its
-    own tokens, bidirectional over those of a condition.
+    """A mask, (1 or B, 1, Q, K) boolean, always written out: causal over the decoder's own
+    tokens, bidirectional over those of a sentence or a condition.
 
     The stock mask function may return None and leave causality to a flag. Memory slots
     would shift that causality, and umT5 sets the flag wrongly in some releases of
-    transformers. Without padding the batch shares one causal mask, so that the sum of
-    bias and mask stays (1, H, Q, K).
+    transformers. And to see whether anything is padded, it makes the host wait for the
+    GPU in every pass of the encoder. Without padding the decoder's batch shares one
+    causal mask, so that the sum of bias and mask stays (1, H, Q, K).
     """
     if attention_mask is None and mask_function is causal_mask_function:
         queries = torch.arange(q_length, device=device)[:, None] + q_offset
@@ -116,4 +119,6 @@ def explicit_mask(
 
 
 AttentionInterface.register(LATENT_ATTENTION, latent_attention_forward)
-AttentionMaskInterface.register(LATENT_ATTENTION, explicit_mask)
+AttentionInterface.register(ENCODER_ATTENTION, sdpa_attention_forward)
+for _name in (LATENT_ATTENTION, ENCODER_ATTENTION):
+    AttentionMaskInterface.register(_name, explicit_mask)

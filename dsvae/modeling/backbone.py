@@ -23,7 +23,7 @@ from transformers.models.t5gemma.modeling_t5gemma import (
 )
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
-from dsvae.modeling.attention import LATENT_ATTENTION
+from dsvae.modeling.attention import ENCODER_ATTENTION, LATENT_ATTENTION
 
 
 class T5Backbone:
@@ -189,7 +189,7 @@ class T5Backbone:
         config.use_cache = is_decoder
         if is_decoder:
             config.num_layers = self.decoder_layers
-            config._attn_implementation = LATENT_ATTENTION
+        config._attn_implementation = LATENT_ATTENTION if is_decoder else ENCODER_ATTENTION
         stack = self.stack(config)
         del stack.embed_tokens
         return stack

@@ -41,6 +41,7 @@ class VocabularyHead(nn.Linear):
     ) -> None:
         super().__init__(width, vocabulary, bias=False, **factory)
         self.cap = cap
+        self.piece = piece  # in training; it may be replaced by the same compiled
 
     @overload
     def forward(self, hidden: Tensor) -> Tensor: ...
@@ -70,7 +71,9 @@ class VocabularyHead(nn.Linear):
         present = (labels != IGNORE).float()
         scale = (present * weights[:, None]).flatten()
         target = labels.clamp(min=0).flatten()
-        nats, total = _Nats.apply(hidden, weight, target, scale, self.cap)
+        nats, total = _Nats.apply(
+            hidden, weight, target, scale, self.cap, self.piece if self.training else piece
+        )
         return (nats.view(labels.shape) * present).sum(1), total
 
 
@@ -78,42 +81,61 @@ def _capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else (logits / cap).tanh() * cap
 
 
+def piece(
+    logits: Tensor, target: Tensor, scale: Tensor, cap: float | None, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """-log p of each target (N,), float32, and the gradient of their sum weighted by `scale`
+    (N,) by the logits, (N, V) in `dtype`; None without. It may overwrite `logits`."""
+    logits = _capped(logits.float(), cap)
+    of_target = logits.gather(1, target[:, None])
+    normalizer = logits.logsumexp(1, keepdim=True)
+    nats = (normalizer - of_target)[:, 0]
+    if dtype is None:
+        return nats, None
+    slope = None if cap is None else 1 - (logits / cap).square()  # of the cap
+    # (softmax - one-hot) * scale
+    d_logits = logits.sub_(normalizer).exp_()
+    d_logits.scatter_add_(1, target[:, None], -torch.ones_like(of_target))
+    d_logits.mul_(scale[:, None])
+    if slope is not None:
+        d_logits.mul_(slope)
+    return nats, d_logits.to(dtype)
+
+
 class _Nats(torch.autograd.Function):
-    """(hidden (N, d), weight (V, d), target (N,), scale (N,), cap) -> -log p of each target
-    (N,), and their sum weighted by `scale`, which alone has a gradient."""
+    """(hidden (N, d), weight (V, d), target (N,), scale (N,), cap, piece) -> -log p of each
+    target (N,), and their sum weighted by `scale`, which alone has a gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, scale: Tensor, cap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        cap: float | None,
+        piece: Any,
     ) -> tuple[Tensor, Tensor]:
         of_hidden, of_weight = ctx.needs_input_grad[:2]
+        dtype = hidden.dtype if of_hidden or of_weight else None
         # in float32, so that the sum over the pieces is not rounded at each of them
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
         d_hidden = torch.empty_like(hidden) if of_hidden else None
         nats = torch.empty_like(scale)
-        rows = max(1, MOST_LOGITS // len(weight))
+        # Each piece adds to the whole gradient of the weight. With as many rows as the
+        # weight is wide, it has as many numbers itself.
+        rows = max(weight.shape[1], MOST_LOGITS // len(weight))
         for start in range(0, len(target), rows):
             part = slice(start, start + rows)
-            logits = _capped(F.linear(hidden[part], weight).float(), cap)
-            of_target = logits.gather(1, target[part, None])
-            normalizer = logits.logsumexp(1, keepdim=True)
-            nats[part] = (normalizer - of_target)[:, 0]
-            if of_hidden or of_weight:
-                slope = None if cap is None else 1 - (logits / cap).square()  # of the cap
-                # the gradient by the logits: (softmax - one-hot) * scale
-                d_logits = logits.sub_(normalizer).exp_()
-                d_logits.scatter_add_(1, target[part, None], -torch.ones_like(of_target))
-                d_logits.mul_(scale[part, None])
-                if slope is not None:
-                    d_logits.mul_(slope)
-                d_logits = d_logits.to(hidden.dtype)
-                if d_hidden is not None:
-                    d_hidden[part] = d_logits @ weight
-                if d_weight is not None:
-                    if d_logits.dtype == torch.float32:
-                        d_weight.addmm_(d_logits.T, hidden[part])
-                    else:
-                        d_weight += d_logits.T @ hidden[part]
+            logits = F.linear(hidden[part], weight)
+            nats[part], d_logits = piece(logits, target[part], scale[part], cap, dtype)
+            if d_hidden is not None:
+                d_hidden[part] = d_logits @ weight
+            if d_weight is not None:
+                if d_logits.dtype == torch.float32:
+                    d_weight.addmm_(d_logits.T, hidden[part])
+                else:
+                    d_weight += d_logits.T @ hidden[part]
         ctx.d_hidden, ctx.d_weight, ctx.dtype = d_hidden, d_weight, weight.dtype
         ctx.mark_non_differentiable(nats)
         return nats, nats @ scale
@@ -125,4 +147,5 @@ class _Nats(torch.autograd.Function):
             None if each is None else each.mul_(d_total) for each in (ctx.d_hidden, ctx.d_weight)
         )
         del ctx.d_hidden, ctx.d_weight
-        return d_hidden, None if d_weight is None else d_weight.to(ctx.dtype), None, None, None
+        d_weight = None if d_weight is None else d_weight.to(ctx.dtype)
+        return d_hidden, d_weight, None, None, None, None

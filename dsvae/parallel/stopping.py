@@ -47,7 +47,9 @@ class Stopping:
     def agreed(self, world: World) -> RunStopped | None:
         """What all ranks raise once they have saved, if any of them got a signal.
         Collective."""
-        place = int(world.max(torch.tensor(self._place, device=world.device)))
+        place = self._place
+        if world.size > 1:  # alone, a rank need not wait for its device
+            place = int(world.max(torch.tensor(place, device=world.device)))
         return _stopped(SIGNALS[place - 1], "saved") if place else None
 
     @property

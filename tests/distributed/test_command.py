@@ -247,6 +247,10 @@ def mistakes(tmp_path):
         "output not writable": ((*ds, "--output_dir", tmp_path / "file" / "run"), "output_dir"),
         "more ranks than sentences": ((*ds, "--train_file", tmp_path / "three.txt"), "2 ranks"),
         "fp16 on CPU": (("--ds_config", CONFIGS / "fp16.json"), "fp16"),
+        "compiled at ZeRO 3": (
+            ("--ds_config", CONFIGS / "zero3.json", "--compile"),
+            "hooks fetch the weights",
+        ),
         "resume from nothing": ((*ds, "--resume", tmp_path / "nothing"), "nothing"),
     }
 

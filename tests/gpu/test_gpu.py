@@ -51,6 +51,18 @@ def test_losses_agree_with_the_cpu(tiny, tmp_path):
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_compiled_losses_are_the_same(checkpointing, tiny, tmp_path):
+    """Dropout included: it draws the same numbers."""
+    common = ("--config", tiny, "--ds_config", CONFIGS / "zero2.json", "--precision", "fp32")
+    common += ("--model.dropout", "0.1", "--model.gradient_checkpointing", checkpointing)
+    train(*common, "--output_dir", tmp_path / "eager")
+    run = train(*common, "--output_dir", tmp_path / "compiled", "--compile", timeout=600)
+    assert "recompile_limit" not in run.stderr
+    found, expected = ([row["loss"] for row in rows(tmp_path / d)] for d in ("compiled", "eager"))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_run_goes_on_at_other_stages(tiny, tmp_path):
     """ZeRO 2, 3, 1, 0 on one GPU: the converted states must lie where each stage has
     its own."""

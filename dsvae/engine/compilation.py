@@ -1,0 +1,73 @@
+"""The training passes of a model through torch.compile.
+
+The blocks of the T5 are compiled and not the whole model: all blocks of a stack share what
+was compiled, so that compiling takes as long for 24 layers as for two. Rows and widths are
+symbols in it. It is compiled again only for another kind of pass, or where a size is 1.
+
+Dropout draws the same numbers as without compilation. Evaluation, generation and exports
+are not compiled, and no weight changes its name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsvae.errors import UserError
+from dsvae.modeling.t5_vae import T5VAE
+from dsvae.modeling.vocabulary import piece
+
+VARIANTS = 64
+"""Most kinds of passes that one function is compiled for. They are the product of encoder
+and decoder, with and without gradient, with and without a position bias of its own, one
+row and several. torch's own limit, 8, would leave the rest uncompiled."""
+
+
+def check(zero_stage: int, device: torch.device) -> None:
+    """Raises UserError where the model cannot be compiled."""
+    if zero_stage == 3:
+        raise UserError(
+            "--compile works at ZeRO 0, 1 and 2: at ZeRO 3, hooks fetch the weights of every "
+            "layer, and torch.compile cannot see through them; leave --compile out, or use "
+            "ds_configs/zero2.json"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"--compile needs a C++ compiler, and there is no {compiler}: install it")
+
+
+def compile_training(model: T5VAE) -> None:
+    """Compiles the blocks and the loss on the vocabulary, at their first training pass."""
+    torch._dynamo.config.recompile_limit = VARIANTS
+    settings: dict[str, Any] = {"dynamic": True, "options": {"fallback_random": True}}
+    compiled: dict[type, Any] = {}
+    for stack in (getattr(model, "encoder", None), model.decoder):
+        modules = stack.modules() if stack is not None else ()
+        blocks = [each for each in modules if type(each).__name__ in model.config.backbone.blocks]
+        for number, block in enumerate(blocks):
+            kind: Any = type(block)
+            if kind not in compiled:
+                compiled[kind] = torch.compile(kind.forward, **settings)
+            block.forward = partial(_forward, block, number, compiled[kind])
+    model.lm_head.piece = torch.compile(piece, **settings)
+
+
+def _forward(
+    block: nn.Module,
+    number: int,
+    compiled: Any,
+    *args: Any,
+    latent_memory: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A pass of a block, compiled in training. It gets the memory slots of its own layer
+    alone: if it chose them by its number, every layer would be compiled."""
+    if latent_memory is not None:
+        kwargs["latent_memory"] = latent_memory[:, number : number + 1]
+    plain: Any = type(block).forward
+    return (compiled if block.training else plain)(block, *args, **kwargs)
