@@ -36,7 +36,7 @@ from dsvae.reports.table import markdown
 
 T5 = {"model_type": "t5", "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2}
 T5 |= {"num_heads": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0}
-"""As the recipe yelp_cpu."""
+"""As the recipe speculative."""
 
 
 def measure(args: argparse.Namespace) -> command.Results:
