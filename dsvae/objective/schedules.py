@@ -7,6 +7,9 @@ import math
 
 from dsvae.config import BetaConfig, Phase2Config, PhaseConfig
 
+_MOST_ERROR = 8.0
+"""Nats by which the KL can exceed its target and still count in full."""
+
 
 def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
     """The weight of the KL term at optimizer step `step` of a phase of `steps` steps.
@@ -32,16 +35,16 @@ def next_beta(beta: float, kl: float, settings: BetaConfig) -> float:
 
     It is beta + gain * (kl - target), between 0 and `max`. This is an integral controller
     in velocity form (after ControlVAE, Shao et al. 2020). Its state is beta itself, so
-    that no error accumulates while beta is at a bound. The error counts with at most the
-    target itself: after phase 1 the KL is many times the target, and beta would otherwise
-    be at its maximum within a few steps and stay there until z is forgotten.
+    that no error accumulates while beta is at a bound. The error counts with at most 8
+    nats: after phase 1 the KL is many times the target, and beta would otherwise be at its
+    maximum within a few steps and stay there until z is forgotten.
 
     Args:
         kl: the mean KL of the last step's global batch in nats per sentence, before any
             threshold.
     """
     assert settings.target is not None  # checked with the configuration
-    moved = beta + settings.gain * min(kl - settings.target, settings.target)
+    moved = beta + settings.gain * min(kl - settings.target, _MOST_ERROR)
     return min(max(moved, 0.0), settings.max)
 
 

@@ -152,7 +152,7 @@ def test_the_target_is_reached_on_a_plant():
         for _ in range(500):
             beta = next_beta(beta, kl, settings)
         assert beta == bound
-    # A KL far above the target moves beta by no more than gain times the target.
+    # A KL far above the target moves beta by no more than 8 nats would.
     assert next_beta(0.0, 100.0, settings) == next_beta(0.0, 16.0, settings) == pytest.approx(0.08)
     # Nothing has wound up: the first step in the other direction moves it.
     assert next_beta(0.0, 9.0, settings) == pytest.approx(0.01)
