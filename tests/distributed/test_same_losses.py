@@ -216,6 +216,7 @@ def test_yelp_cpu_agrees_at_zero_1_2_and_3(cache_dir, tmp_path):
             few,
             "--data.cache_dir",
             cache_dir,
+            *("--phase1.warmup_steps", "0", "--phase2.warmup_steps", "0"),
             "--phase1.steps",
             "4",
             "--phase2.steps",
