@@ -77,6 +77,7 @@ def same_as_uncut(cut, uncut):
         ("zero2", KILLED, ADAPTERS),
         ("zero3", KILLED, ()),
     ],
+    ids=["zero0", "zero1", "zero2", "zero3"],
 )
 def test_cut_in_both_phases(stage, cuts, arguments, tiny, pretrained_t5, tmp_path):
     common = ("--config", tiny, "--ds_config", CONFIGS / f"{stage}.json", *ARGUMENTS, *arguments)
