@@ -67,15 +67,15 @@ class Job:
         lora = {"rank": self.lora, "alpha": 16.0, "targets": ["q", "v"]} if self.lora else None
         return T5VAEConfig(t5=self.t5, latent_dim=32, lora=lora)
 
-    def resolved(self) -> dict[str, Any]:
-        """Its DeepSpeed configuration, as a run on one rank would resolve it."""
+    def resolved(self, ranks: int = 1) -> dict[str, Any]:
+        """Its DeepSpeed configuration, as a run would resolve it."""
         return ds_config.resolve(
             ds_config.load(ROOT / "ds_configs" / f"{self.ds_config}.json"),
             phase=Phase2Config(lr=LR, max_grad_norm=CLIP),
             precision=self.precision,
             batch_size=self.batch_size,
             micro_batches=self.micro_batches,
-            world_size=1,
+            world_size=ranks,
             bf16_supported=True,
             fp16_supported=torch.cuda.is_available(),
         )
@@ -137,7 +137,8 @@ def _timed(do: Callable[[int, Step], None], job: Job, split: TokenizedSplit) -> 
     return side
 
 
-def _engine_step(job: Job, model: T5VAE, world: World) -> Callable[[int, Step], None]:
+def training_engine(job: Job, model: T5VAE, world: World) -> engine.PhaseEngine:
+    """dsvae's engine for a job, without a run around it."""
     settings = ModelConfig(
         gradient_checkpointing=job.gradient_checkpointing, lora=LoraConfig(rank=job.lora)
     )
@@ -146,9 +147,14 @@ def _engine_step(job: Job, model: T5VAE, world: World) -> Callable[[int, Step], 
     # Once per run, of files that do not exist here.
     digest, engine.frozen_digest = engine.frozen_digest, lambda *_: None
     try:
-        trained = engine.PhaseEngine(model, world, Phase(2, config, 0), job.resolved(), origin=None)
+        resolved = job.resolved(world.size)
+        return engine.PhaseEngine(model, world, Phase(2, config, 0), resolved, origin=None)
     finally:
         engine.frozen_digest = digest
+
+
+def _engine_step(job: Job, model: T5VAE, world: World) -> Callable[[int, Step], None]:
+    trained = training_engine(job, model, world)
 
     def do(index: int, step: Step) -> None:
         trained.train_step(index, step, Penalty(BETA))
