@@ -209,7 +209,8 @@ def _tokenize(
     kinds = corpus.splits[name].column_names
     features = features_of(kinds)
     where = f"{corpus.source}, split {name}"
-    with ArrowWriter(path=str(target), features=features) as writer:
+    # Every chunk of the file costs each rank memory: a chunk is a batch, and not 1,000 rows.
+    with ArrowWriter(path=str(target), features=features, writer_batch_size=BATCH_ROWS) as writer:
         for batch in corpus.splits[name].iter(BATCH_ROWS):
             kept: list[int] = []
             columns = encode_records(batch, tokenizer, max_tokens, figures, names, where, kept)

@@ -45,6 +45,7 @@ from dsvae.data import prepared
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.corpora import fingerprint
 from dsvae.data.grammar import write_corpus
+from dsvae.data.tokenization import BATCH_ROWS
 from dsvae.files import write_json
 
 VALUES = ("seconds", "processor", "peak", "rss", "anonymous")
@@ -81,7 +82,11 @@ def prepare_tiled(directory: Path, size: int, tile: int) -> None:
         report = json.loads((source / "report.json").read_text())
         figures, times = report["splits"]["train"], size // tile
         train = datasets.Dataset.from_file(str(source / "train.arrow"))
-        with ArrowWriter(path=str(target / "train.arrow"), features=train.features) as writer:
+        with ArrowWriter(
+            path=str(target / "train.arrow"),
+            features=train.features,
+            writer_batch_size=BATCH_ROWS,
+        ) as writer:
             for _ in range(times):
                 for batch in train.data.table.to_batches():
                     writer.write_table(pa.Table.from_batches([batch]))
