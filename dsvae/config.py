@@ -31,7 +31,10 @@ class DataConfig:
     train_file: str | None = None
     """Training sentences: .txt (one per line), .jsonl (one object per line), .csv, .tsv
     (without quoting) or .parquet. Without it and without `dataset`, the run uses the
-    built-in corpus."""
+    built-in corpus. With `data.weights`, several files, separated by commas."""
+    weights: list[float] = field(default_factory=list)
+    """Mix several training files: one weight per file. Each file's share of every step is
+    its share of the weights, in expectation. Empty: `train_file` is one file."""
     valid_file: str | None = None
     """Validation sentences. Without it, 5% of the training sentences are held out, at
     most 5,000."""
@@ -41,6 +44,11 @@ class DataConfig:
     dataset: str | None = None
     """A hub data set instead of files: ID or ID:CONFIG. Its own train, validation and
     test splits are used."""
+    streaming: bool = False
+    """Read the hub data set from the network as a stream, and never download its files.
+    Only what is read is tokenized and cached: see `max_sentences`."""
+    max_sentences: int = 0
+    """Read at most the first N sentences of every file or split of the source. 0: all."""
     text_column: str = "text"
     """The column that contains the sentence, in .jsonl, .csv, .tsv, .parquet and hub
     data sets."""
@@ -524,7 +532,7 @@ _LEAST = {
     "phase1.max_grad_norm phase1.weight_decay phase1.adam_eps": 0,
     "phase2.max_grad_norm phase2.weight_decay phase2.adam_eps": 0,
     "phase2.beta.max phase2.free_bits phase2.total_correlation model.clusters": 0,
-    "model.lora.rank": 0,
+    "model.lora.rank data.max_sentences": 0,
     "heads.class_weight heads.tag_weight": 0,
     "phase1.skewness phase1.dispersion phase2.skewness phase2.dispersion": 0,
 }
@@ -575,6 +583,17 @@ def check(config: RunConfig) -> None:
         "data.tags_column needs an encoder that reads the sentence: set model.posterior_reads to "
         "both",
     )
+    need(
+        not data.streaming or data.dataset is not None,
+        "data.streaming reads a hub data set: name it with --dataset",
+    )
+    files = [] if data.train_file is None else data.train_file.split(",")
+    need(
+        not data.weights or len(data.weights) == len(files),
+        f"data.weights has {len(data.weights)} weights for {len(files)} training files: give one "
+        f"per file, and separate the files of --train_file by commas",
+    )
+    need(all(weight > 0 for weight in data.weights), "data.weights must be positive")
     labelled = data.label_column is not None or data.tags_column is not None
     need(
         latent or not (labelled or model.clusters),

@@ -68,7 +68,7 @@ from dsvae.parallel.stopping import Stopping
 from dsvae.parallel.world import World, join, leave
 from dsvae.phases import Phase
 from dsvae.reports.card import write_card
-from dsvae.reports.run_text import data_text, finished_text, phase_text
+from dsvae.reports.run_text import data_text, finished_text, mixture_text, phase_text
 from dsvae.reports.training_log import Reporter
 from dsvae.run_directory import RunDirectory
 from dsvae.start import data_of, find_start, write_down
@@ -174,6 +174,8 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     )
     data = world.run_on_all(lambda: load_prepared(path))
     reporter.say(data_text(data.report, world.size))
+    if mixture := data.mixture(config.data.weights):
+        reporter.say(mixture_text(data.report["splits"]["train"]["files"], mixture, config))
 
     this = Run(config, world, reporter, stopping, data)
     weights_from, metrics = start.weights, None

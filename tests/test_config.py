@@ -309,6 +309,17 @@ def test_the_recipes_that_are_compared_differ_in_what_they_are_compared_for():
             {"data": {"max_tokens": 100, "micro_batch_tokens": 99}},
             r"data\.micro_batch_tokens \(99\)",
         ),
+        ({"data": {"max_sentences": -1}}, r"data\.max_sentences must not be negative"),
+        ({"data": {"streaming": True}}, r"data\.streaming .* --dataset"),
+        (
+            {"data": {"train_file": "a.txt,b.txt", "weights": [1]}},
+            r"data\.weights has 1 weights for 2 training files",
+        ),
+        ({"data": {"weights": [1, 1]}}, r"data\.weights has 2 weights for 0"),
+        (
+            {"data": {"train_file": "a.txt,b.txt", "weights": [2, -1]}},
+            r"data\.weights must be positive",
+        ),
         ({"model": {"latent_dim": 0}}, r"model\.latent_dim"),
         ({"model": {"memory_slots": 0}}, r"model\.memory_slots"),
         ({"model": {"dropout": 1.0}}, r"model\.dropout"),

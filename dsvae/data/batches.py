@@ -1,10 +1,9 @@
 """From a split to the micro-batches of every rank.
 
-The epochs follow each other as one endless sequence of sentences. Each epoch has every
-sentence once, in a random order that depends only on (seed, epoch). Optimizer step i
-takes sentences i * B to (i + 1) * B of the sequence, so every step has exactly B
-sentences and every sentence has the same weight. A step may begin in one epoch and end
-in the next.
+The epochs follow each other as one endless sequence of sentences (see
+`dsvae.data.order`). Optimizer step i takes sentences i * B to (i + 1) * B of the
+sequence, so every step has exactly B sentences and every sentence has the same weight. A
+step may begin in one epoch and end in the next.
 
 Inside a step, sentences are sorted by length, cut into micro-batches by a budget of
 padded tokens, and divided among the ranks. Each rank gets the same number of
@@ -16,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsvae.data.noise import DELETION, LATENT, ORDER, delete_tokens, generator
+from dsvae.data.noise import DELETION, LATENT, delete_tokens, generator
+from dsvae.data.order import Mixture, draw_step
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.modeling.crf import IGNORE
@@ -82,29 +81,6 @@ class Step:
     """Predicted tokens of the global batch, EOS included."""
 
 
-@lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of an epoch's sentences, (count,)."""
-    return generator(seed, ORDER, epoch, 0).permutation(count)
-
-
-def draw_step(
-    count: int, batch_size: int, seed: int, index: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The sentences of optimizer step `index` and the epoch of each, both (batch_size,).
-
-    A sentence may occur twice in a step that two epochs share, and in every step if
-    `batch_size` is more than `count`. Its epoch then tells the copies apart.
-    """
-    places = np.arange(index * batch_size, (index + 1) * batch_size)
-    epochs = places // count
-    drawn = [
-        epoch_order(count, seed, epoch)[places[epochs == epoch] % count]
-        for epoch in np.unique(epochs).tolist()
-    ]
-    return np.concatenate(drawn), epochs
-
-
 def cut_step(
     lengths: NDArray[np.int32], world_size: int, token_budget: int, micro_batches: int | None = None
 ) -> list[slice]:
@@ -134,26 +110,40 @@ def cut_step(
 
 
 def most_micro_batches(
-    lengths: NDArray[np.int32], batch_size: int, world_size: int, token_budget: int
+    lengths: NDArray[np.int32],
+    batch_size: int,
+    world_size: int,
+    token_budget: int,
+    mixed: bool = False,
 ) -> int:
     """The most micro-batches that any step can have: those of a step of the longest
-    sentences, each as often as it can occur in one step."""
-    epochs = 1 + math.ceil(batch_size / len(lengths))
-    longest = np.repeat(np.sort(lengths)[::-1][:batch_size], epochs)[:batch_size]
+    sentences, each as often as it can occur in one step.
+
+    Args:
+        lengths: `row_lengths` of all sentences, or of the `batch_size` longest.
+        mixed: the sentences are a mixture's, whose smallest file can fill a step with any
+            of its sentences.
+    """
+    copies = batch_size if mixed else 1 + math.ceil(batch_size / len(lengths))
+    longest = np.repeat(np.sort(lengths)[::-1][:batch_size], copies)[:batch_size]
     return len(cut_step(longest, world_size, token_budget))
 
 
 def row_lengths(
-    split: TokenizedSplit, posterior_reads: PosteriorReads = "both"
+    split: TokenizedSplit,
+    posterior_reads: PosteriorReads = "both",
+    indices: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int32]:
     """(N,), the tokens that each sentence takes in the encoder or in the decoder,
-    whichever is more. Budgets of padded tokens count these."""
-    conditions = split.condition_lengths
+    whichever is more; of all sentences, or of `indices`. Budgets of padded tokens count
+    these."""
+    texts = split.lengths if indices is None else split.lengths_of(indices)
+    conditions = split.condition_lengths_of(indices)
     if conditions is None:
-        return split.lengths
+        return texts
     if posterior_reads == "both":
-        return conditions + split.lengths
-    return np.maximum(conditions, split.lengths)
+        return conditions + texts
+    return np.maximum(conditions, texts)
 
 
 def collate(
@@ -240,7 +230,6 @@ def collate_split(
             delete(i, np.stack(pair)) for i, pair in enumerate(zip(rows, tags, strict=True))
         ]  # (2, T'_i) each
         encoder_rows, tags = [ids for ids, _ in both], [kept for _, kept in both]
-    labels = split.class_labels
     return collate(
         rows,
         pad_id=pad_id,
@@ -249,7 +238,7 @@ def collate_split(
         indices=indices,
         encoder_rows=encoder_rows,
         conditions=conditions,
-        class_labels=None if labels is None else labels[indices],
+        class_labels=split.class_labels_of(indices),
         tags=tags,
         posterior_reads=posterior_reads,
     )
@@ -292,6 +281,7 @@ class TrainingBatches:
         pad_id: int,
         micro_batches: int | None = None,
         posterior_reads: PosteriorReads = "both",
+        mixture: Mixture | None = None,
     ) -> None:
         if world_size > len(split):
             raise UserError(
@@ -303,8 +293,7 @@ class TrainingBatches:
                 f"data.batch_size {batch_size} is less than the {world_size} ranks: every rank "
                 f"needs a sentence per step"
             )
-        self.split, self.posterior_reads = split, posterior_reads
-        self.lengths = row_lengths(split, posterior_reads)
+        self.split, self.posterior_reads, self.mixture = split, posterior_reads, mixture
         self.batch_size, self.token_budget, self.micro_batches = (
             batch_size,
             token_budget,
@@ -321,15 +310,17 @@ class TrainingBatches:
 
     def step(self, index: int) -> Step:
         """The `index`-th optimizer step since the start of the phase, for this rank."""
-        sentences, epochs = draw_step(len(self.split), self.batch_size, self.seed, index)
-        by_length = np.argsort(-self.lengths[sentences], kind="stable")
-        sentences, epochs = sentences[by_length], epochs[by_length]
-        lengths = self.lengths[sentences]
+        sentences, epochs = draw_step(
+            len(self.split), self.batch_size, self.seed, index, self.mixture
+        )
+        lengths = row_lengths(self.split, self.posterior_reads, sentences)
+        by_length = np.argsort(-lengths, kind="stable")
+        sentences, epochs, lengths = sentences[by_length], epochs[by_length], lengths[by_length]
         slices = cut_step(lengths, self.world_size, self.token_budget, self.micro_batches)
         return Step(
             [self._micro_batch(sentences[part], epochs[part]) for part in slices],
             len(sentences),
-            int(self.split.lengths[sentences].sum()),
+            int(self.split.lengths_of(sentences).sum()),
         )
 
     def _micro_batch(self, sentences: NDArray[np.int64], epochs: NDArray[np.int64]) -> MicroBatch:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ _FEATURES = {
     "condition": datasets.Value("string"),
     "label": datasets.Value("string"),
     "tags": datasets.List(datasets.Value("string")),
+    "part": datasets.Value("int32"),
 }
 _WRITE_ROWS = 10_000
 
@@ -65,6 +67,9 @@ class Corpus:
     """The splits that had no source and were cut from the training sentences."""
     source: str
     """What it was read from, in words."""
+    files: tuple[str, ...]
+    """The names of the training files. Where they are several, the training split has the
+    column `part`, with the place of each sentence's file."""
 
 
 def load_corpus(data: DataConfig, seed: int, work_dir: Path) -> Corpus:
@@ -83,9 +88,11 @@ def load_corpus(data: DataConfig, seed: int, work_dir: Path) -> Corpus:
     splits: dict[str, datasets.Dataset] = {}
     skipped_blank = dict.fromkeys(SPLITS, 0)
     kinds = tuple(Columns.of(data).named)
+    files = tuple(file.name for file in _files(data).get("train", ()))
     for split, (records, where) in _sources(data).items():
         path = work_dir / f"{split}.arrow"
-        splits[split], skipped_blank[split] = _store(records, kinds, path, where)
+        mixed = ("part",) if split == "train" and len(files) > 1 else ()
+        splits[split], skipped_blank[split] = _store(records, kinds + mixed, path, where)
     held_out = tuple(split for split in SPLITS if split not in splits)
     if held_out:
         _hold_out(splits, held_out, seed, data.dataset or data.train_file or "the built-in corpus")
@@ -109,6 +116,7 @@ def load_corpus(data: DataConfig, seed: int, work_dir: Path) -> Corpus:
         dropped,
         held_out,
         describe(data),
+        files,
     )
 
 
@@ -120,9 +128,7 @@ def fingerprint(data: DataConfig, seed: int) -> dict[str, Any]:
     """
     check_source(data)
     if data.dataset is not None:
-        # `datasets` derives this from the builder, its configuration and the revision
-        # of the repository.
-        content = {name: part._fingerprint for name, part in _load_hub(data.dataset).items()}
+        _, content = _load_hub(data)
         identity: dict[str, Any] = {
             "dataset": data.dataset,
             "splits": content,
@@ -131,9 +137,14 @@ def fingerprint(data: DataConfig, seed: int) -> dict[str, Any]:
         cut = any(not any(name in content for name in names) for names in _HUB_NAMES.values())
     elif data.train_file is not None:
         files = _files(data)
-        columned = any(file.suffix.lower() not in TEXT_SUFFIXES for file in files.values())
+        columned = any(
+            file.suffix.lower() not in TEXT_SUFFIXES for named in files.values() for file in named
+        )
         identity = {
-            "files": {split: [file.name, _hash_file(file)] for split, file in files.items()},
+            "files": {
+                split: [each for file in named for each in (file.name, _hash_file(file))]
+                for split, named in files.items()
+            },
             "column": data.text_column if columned else None,
         }
         cut = len(files) < len(SPLITS)
@@ -151,17 +162,21 @@ def fingerprint(data: DataConfig, seed: int) -> dict[str, Any]:
     }
     if data.deduplicate:
         extra["deduplicate"] = True
+    if data.max_sentences:
+        extra["max_sentences"] = data.max_sentences
     return identity | extra | {"held_out_seed": seed if cut else None}
 
 
 def describe(data: DataConfig) -> str:
     """The source in words, e.g. "train.txt, valid.txt" or "the built-in corpus (20000
     sentences, seed 0)"."""
+    source = f"the built-in corpus ({data.builtin_size} sentences, seed {data.builtin_seed})"
     if data.dataset is not None:
-        return f"data set {data.dataset}"
-    if data.train_file is not None:
-        return ", ".join(dict.fromkeys(file.name for file in _files(data).values()))
-    return f"the built-in corpus ({data.builtin_size} sentences, seed {data.builtin_seed})"
+        source = f"data set {data.dataset}"
+    elif data.train_file is not None:
+        names = (file.name for named in _files(data).values() for file in named)
+        source = ", ".join(dict.fromkeys(names))
+    return f"{source}, at most {data.max_sentences} of each" if data.max_sentences else source
 
 
 def entropy(data: DataConfig) -> float | None:
@@ -181,12 +196,18 @@ def check_source(data: DataConfig) -> None:
                 f"data set"
             )
         return
-    for split, file in files.items():
+    for split, named in files.items():
         if data.train_file is None:
             raise UserError(
                 f"--{split}_file is given without --train_file: name the training sentences too"
             )
-        check_file(file, f"--{split}_file", columns)
+        if split == "train" and not data.weights and "," in str(named[0]) and not named[0].exists():
+            raise UserError(
+                f"{named[0]} (--train_file): no such file; to mix several files, give "
+                f"--data.weights too, e.g. [1, 1]"
+            )
+        for file in named:
+            check_file(file, f"--{split}_file", columns)
     if data.train_file is None and columns.extra:
         raise UserError(
             f"--{next(iter(columns.extra))}_column is given, and the built-in corpus has no "
@@ -194,18 +215,23 @@ def check_source(data: DataConfig) -> None:
         )
 
 
-def _files(data: DataConfig) -> dict[str, Path]:
-    """The files that are named, by split."""
+def _files(data: DataConfig) -> dict[str, list[Path]]:
+    """The files that are named, by split: one each, but for the training files of a
+    mixture."""
     named = {"train": data.train_file, "valid": data.valid_file, "test": data.test_file}
-    return {split: Path(name).expanduser() for split, name in named.items() if name is not None}
+    files = {split: [Path(name).expanduser()] for split, name in named.items() if name is not None}
+    if data.weights and data.train_file is not None:
+        mixed = data.train_file.split(",")
+        files["train"] = [Path(name.strip()).expanduser() for name in mixed]
+    return files
 
 
 def _sources(data: DataConfig) -> dict[str, tuple[Iterator[Record], str]]:
-    """Split -> its records as they stand in the source, and what errors call the
-    source."""
-    columns = Columns.of(data)
+    """Split -> its records as they stand in the source, the first `data.max_sentences` of
+    each file or split, and what errors call the source."""
+    columns, most = Columns.of(data), data.max_sentences or None
     if data.dataset is not None:
-        parts = _load_hub(data.dataset)
+        parts, _ = _load_hub(data)
         names = {
             split: next((name for name in candidates if name in parts), None)
             for split, candidates in _HUB_NAMES.items()
@@ -215,19 +241,26 @@ def _sources(data: DataConfig) -> dict[str, tuple[Iterator[Record], str]]:
                 f"data set {data.dataset} has no split train, only {', '.join(parts)}: choose "
                 f"another one"
             )
-        sources = {}
+        sources: dict[str, tuple[Iterator[Record], str]] = {}
         for split, name in names.items():
             if name is not None:
                 where = f"data set {data.dataset}, split {name}"
-                sources[split] = (_read_dataset(parts[name], columns, where), where)
+                records = _read_dataset(parts[name], columns, where, min(1000, most or 1000))
+                sources[split] = (islice(records, most), where)
         return sources
     if data.train_file is None:
         drawn = grammar.draw(data.builtin_size, data.builtin_seed)
-        records = (Record(item.text) for item in drawn)
-        return {"train": (records, "the built-in corpus (--data.builtin_size)")}
+        texts = (Record(item.text) for item in drawn)
+        return {"train": (islice(texts, most), "the built-in corpus (--data.builtin_size)")}
+
+    def read(split: str, files: list[Path]) -> Iterator[Record]:
+        for part, file in enumerate(files):
+            for record in islice(read_records(file, f"--{split}_file", columns), most):
+                yield record._replace(part=part)
+
     return {
-        split: (read_records(file, f"--{split}_file", columns), str(file))
-        for split, file in _files(data).items()
+        split: (read(split, files), ", ".join(map(str, files)))
+        for split, files in _files(data).items()
     }
 
 
@@ -301,27 +334,42 @@ def _hold_out(
 def _content_keys(split: datasets.Dataset) -> NDArray[np.uint64]:
     """(N,), a hash of each sentence, with its condition where it has one."""
     digests = (
-        hashlib.blake2b("\0".join(content).encode(), digest_size=8).digest()
+        int.from_bytes(
+            hashlib.blake2b("\0".join(content).encode(), digest_size=8).digest(), "little"
+        )
         for batch in split.iter(_WRITE_ROWS)
         for content in zip(
             *(batch[kind] for kind in ("text", "condition") if kind in batch), strict=True
         )
     )
-    return np.frombuffer(b"".join(digests), dtype=np.uint64)
+    return np.fromiter(digests, dtype=np.uint64, count=len(split))
 
 
-def _read_dataset(part: datasets.Dataset, columns: Columns, where: str) -> Iterator[Record]:
-    check_columns(part.column_names, columns, where)
+def _read_dataset(
+    part: datasets.Dataset | datasets.IterableDataset, columns: Columns, where: str, rows: int
+) -> Iterator[Record]:
+    """The records of a split, which is read `rows` at a time."""
     wanted = list(dict.fromkeys(columns.named.values()))
     number = 0
-    for batch in part.select_columns(wanted).iter(batch_size=1000):
-        for values in zip(*(batch[column] for column in wanted), strict=True):
-            number += 1
-            row = {
-                column: _named(value, part.features[column])
-                for column, value in zip(wanted, values, strict=True)
-            }
-            yield record_of(row, columns, f"{where}, row {number}")
+    try:
+        # A stream may know its columns only from its first row.
+        check_columns(part.column_names or next(iter(part), {}), columns, where)
+        features = part.features or {}
+        for batch in part.select_columns(wanted).iter(batch_size=rows):
+            for values in zip(*(batch[column] for column in wanted), strict=True):
+                number += 1
+                row = {
+                    column: _named(value, features.get(column))
+                    for column, value in zip(wanted, values, strict=True)
+                }
+                yield record_of(row, columns, f"{where}, row {number}")
+    except UserError:
+        raise
+    except Exception as error:  # `datasets`, its builders and the network each raise their own
+        raise UserError(
+            f"{where}: cannot be read behind row {number} ({reason_of(error)}); check the network, "
+            f"and start again"
+        ) from error
 
 
 def _named(value: Any, feature: Any) -> Any:
@@ -333,9 +381,16 @@ def _named(value: Any, feature: Any) -> Any:
     return value
 
 
-def _load_hub(dataset: str) -> datasets.DatasetDict:
+def _load_hub(data: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """The splits of a data set, and what decides the content of each: `datasets` derives
+    it from the builder, its configuration and the revision of the repository."""
+    dataset = str(data.dataset)
     name, _, config = dataset.partition(":")
     try:
+        if data.streaming:
+            builder = datasets.load_dataset_builder(name, config or None)
+            streams = dict(builder.as_streaming_dataset())
+            return streams, dict.fromkeys(streams, builder._relative_data_dir())
         loaded = datasets.load_dataset(name, config or None)
     except Exception as error:  # `datasets`, its builders and the network each raise their own
         raise UserError(
@@ -347,7 +402,7 @@ def _load_hub(dataset: str) -> datasets.DatasetDict:
             f"data set {dataset} is one split saved by save_to_disk: name a data set with a "
             f"split train"
         )
-    return loaded
+    return loaded, {name: part._fingerprint for name, part in loaded.items()}
 
 
 def _hash_file(file: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import datasets
 import numpy as np
@@ -21,21 +21,25 @@ class Lists:
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """The lists at `indices`, (T_i,) int64 each; IndexError outside 0..N-1."""
+        return [self._values[chunk][a:b].astype(np.int64) for chunk, a, b in self._bounds(indices)]
+
+    def lengths(self, indices: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """(N,) int32, of the lists at `indices`, or of all."""
+        if indices is None:
+            return np.concatenate(
+                [np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)]
+            )
+        return np.array([b - a for _, a, b in self._bounds(indices)], np.int32)
+
+    def _bounds(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, int, int]]:
+        """The chunk of each list, and where in its values the list begins and ends."""
         wanted = np.asarray(indices, dtype=np.int64)
         count = int(self._starts[-1])
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < count:
             raise IndexError(f"rows {wanted.min()}..{wanted.max()} of a split of {count}")
         chunks = np.searchsorted(self._starts, wanted, side="right") - 1
-        rows = []
         for chunk, row in zip(
             chunks.tolist(), (wanted - self._starts[chunks]).tolist(), strict=True
         ):
             offsets = self._offsets[chunk]
-            rows.append(self._values[chunk][offsets[row] : offsets[row + 1]].astype(np.int64))
-        return rows
-
-    def lengths(self) -> np.ndarray:
-        """(N,) int32."""
-        return np.concatenate(
-            [np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)]
-        )
+            yield chunk, offsets[row], offsets[row + 1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-DELETION, LATENT, PRIOR, ORDER = 1, 2, 3, 4
+DELETION, LATENT, PRIOR, ORDER, MIXTURE = 1, 2, 3, 4, 5
 """Purposes: two streams of one sentence never share numbers."""
 
 
@@ -18,13 +18,21 @@ def generator(seed: int, purpose: int, repetition: int, sentence: int) -> np.ran
     """The stream of one sentence.
 
     Args:
-        purpose: DELETION, LATENT, PRIOR or ORDER.
+        purpose: DELETION, LATENT, PRIOR, ORDER or MIXTURE.
         repetition: the epoch in training, the number of the sample in evaluation.
     """
     # Philox is counter-based: a new key costs no warm-up.
     key = np.array([(seed << 8) + purpose, repetition], dtype=np.uint64)
     counter = np.array([0, 0, sentence, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64, a bijection of uint64: different keys stay different
+    and look random."""
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))
 
 
 def delete_tokens(

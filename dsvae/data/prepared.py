@@ -13,28 +13,31 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dsvae.config import DataConfig
+from dsvae.data.batches import PosteriorReads, row_lengths
 from dsvae.data.corpora import SPLITS, Corpus, fingerprint, load_corpus
+from dsvae.data.order import Mixture
 from dsvae.data.record_tokens import Names, encode_records, features_of
 from dsvae.data.tokenization import (
     BATCH_ROWS,
     TokenizedSplit,
     load_tokenizer,
-    no_progress_bars,
     parallel_tokenizers,
 )
 from dsvae.data.tokenizer_training import train_tokenizer
 from dsvae.errors import UserError
 
 # To be raised whenever the same sentences and options would give other files.
-_FORMAT = 4
+_FORMAT = 5
 _TOKENIZER_SENTENCES = 1_000_000
 _STALE_SECONDS = 24 * 3600
 # What the report says of a split that has a column, beside what it says of every split.
@@ -58,6 +61,16 @@ class Prepared:
     i-th."""
     tags: tuple[str, ...] = ()
     """Their different tags, sorted, e.g. B-PER, I-PER, O."""
+
+    def longest(self, reads: PosteriorReads, most: int) -> NDArray[np.int32]:
+        """The `row_lengths` of the `most` longest training sentences, from the longest."""
+        lengths, counts = np.array(self.report["row_lengths"][reads], dtype=np.int32)
+        return np.repeat(lengths[::-1], np.minimum(counts[::-1], most))[:most]
+
+    def mixture(self, weights: list[float]) -> Mixture | None:
+        """How the training files are mixed; None where there is one."""
+        files = self.report["splits"]["train"].get("files")
+        return Mixture.of([file["sentences"] for file in files], weights) if files else None
 
 
 def prepare(
@@ -125,7 +138,8 @@ def load_prepared(path: str | os.PathLike[str]) -> Prepared:
     path = Path(path)
     try:
         splits = {
-            name: TokenizedSplit(datasets.load_from_disk(str(path / name))) for name in SPLITS
+            name: TokenizedSplit(datasets.Dataset.from_file(str(path / f"{name}.arrow")))
+            for name in SPLITS
         }
         report = json.loads((path / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -163,8 +177,16 @@ def _fill(
     if "tags" in kinds:
         report["tags"] = names.tags
     report["splits"] = {
-        name: _tokenize(corpus, name, tokenizer, data.max_tokens, names, work_dir, directory / name)
+        name: _tokenize(
+            corpus, name, tokenizer, data.max_tokens, names, directory / f"{name}.arrow"
+        )
         for name in SPLITS
+    }
+    train = TokenizedSplit(datasets.Dataset.from_file(str(directory / "train.arrow")))
+    # The different lengths and how many sentences have each: all that a start needs of them.
+    report["row_lengths"] = {
+        reads: np.stack(np.unique(row_lengths(train, reads), return_counts=True)).tolist()
+        for reads in get_args(PosteriorReads)
     }
     (directory / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(work_dir)
@@ -176,21 +198,23 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     names: Names,
-    work_dir: Path,
     target: Path,
 ) -> dict[str, Any]:
-    """Writes one tokenized split to `target`, as `datasets` saves to disk.
+    """Writes one tokenized split to `target`, an Arrow file.
 
     Returns: what the report says about it.
     """
     figures: Counter[str] = Counter()
-    draft = work_dir / f"{name}.tokenized.arrow"
+    parts: Counter[int] = Counter()
     kinds = corpus.splits[name].column_names
     features = features_of(kinds)
     where = f"{corpus.source}, split {name}"
-    with ArrowWriter(path=str(draft), features=features) as writer:
+    # Every chunk of the file costs each rank memory: a chunk is a batch, and not 1,000 rows.
+    with ArrowWriter(path=str(target), features=features, writer_batch_size=BATCH_ROWS) as writer:
         for batch in corpus.splits[name].iter(BATCH_ROWS):
-            columns = encode_records(batch, tokenizer, max_tokens, figures, names, where)
+            kept: list[int] = []
+            columns = encode_records(batch, tokenizer, max_tokens, figures, names, where, kept)
+            parts.update(batch["part"][i] for i in kept if "part" in batch)
             if columns["hash"]:
                 writer.write_table(pa.Table.from_pydict(columns, schema=features.arrow_schema))
         if not figures["sentences"]:
@@ -199,9 +223,13 @@ def _tokenize(
                 f"another tokenizer"
             )
         writer.finalize()
-    with no_progress_bars():
-        datasets.Dataset.from_file(str(draft)).save_to_disk(str(target), num_shards=1)
-    draft.unlink()
+    files = [{"name": file, "sentences": parts[i]} for i, file in enumerate(corpus.files) if parts]
+    for file in files:
+        if not file["sentences"]:
+            raise UserError(
+                f"{file['name']} (--train_file) has no sentence that is left for training: leave "
+                f"it out"
+            )
     return {
         "sentences": figures["sentences"],
         "tokens": figures["tokens"],
@@ -214,6 +242,7 @@ def _tokenize(
         **({"in_train": corpus.in_train[name]} if name in corpus.in_train else {}),
         **({"dropped": corpus.dropped} if name == "train" and corpus.dropped else {}),
         "held_out": name in corpus.held_out,
+        **({"files": files} if files else {}),
         **{figure: figures[figure] for kind in kinds for figure in _FIGURES.get(kind, ())},
     }
 

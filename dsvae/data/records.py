@@ -24,6 +24,8 @@ class Record(NamedTuple):
     """None: the record has no label."""
     tags: tuple[str, ...] | None = None
     """One per whitespace word of the text; None: the record has no tags."""
+    part: int = 0
+    """Which file of a mixture it comes from."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import pyarrow as pa
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dsvae.data.lists import Lists
+from dsvae.data.noise import mix
 from dsvae.errors import UserError, first_line
 
 T = TypeVar("T")
@@ -40,6 +41,9 @@ class TokenizedSplit:
     `words` (whitespace words) and `bytes` (UTF-8) of the text that the ids stand for;
     `truncated`; `hash` (of the ids). Where they were named: `condition_ids` (as
     `input_ids`) and `condition_hash`; `class_label`; `tag_ids` (one per input id).
+
+    The methods with `indices` read these rows alone. The properties hold a number per
+    sentence in memory: they are for splits that are evaluated.
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
@@ -84,18 +88,24 @@ class TokenizedSplit:
         """(N,) int32, tokens of each sentence, EOS included."""
         return self._ids.lengths()
 
-    @cached_property
-    def condition_lengths(self) -> np.ndarray | None:
-        """(N,) int32, tokens of each condition, EOS included; None without conditions."""
-        return None if self._conditions is None else self._conditions.lengths()
+    def lengths_of(self, indices: np.ndarray) -> np.ndarray:
+        """`lengths` of the sentences `indices`."""
+        return self._ids.lengths(indices)
+
+    def condition_lengths_of(self, indices: np.ndarray | None = None) -> np.ndarray | None:
+        """(N,) int32, tokens of the conditions of the sentences `indices`, or of all, EOS
+        included; None without conditions."""
+        return None if self._conditions is None else self._conditions.lengths(indices)
 
     @cached_property
     def class_labels(self) -> np.ndarray | None:
         """(N,) int64, the number of each record's label, -100 where it has none; None
         where sentences have no labels at all."""
-        if "class_label" not in self.dataset.column_names:
-            return None
-        return self._column("class_label").astype(np.int64)
+        return None if self._labels is None else self._column("class_label").astype(np.int64)
+
+    def class_labels_of(self, indices: np.ndarray) -> np.ndarray | None:
+        """`class_labels` of the sentences `indices`."""
+        return None if self._labels is None else self._labels[indices]["class_label"]
 
     @cached_property
     def words(self) -> np.ndarray:
@@ -126,13 +136,13 @@ class TokenizedSplit:
     def record_hashes(self) -> np.ndarray:
         """(N,) uint64, a hash of each sentence and its condition."""
         conditions = self.condition_hashes
-        return self.hashes if conditions is None else self.hashes + _mix(conditions)
+        return self.hashes if conditions is None else self.hashes + mix(conditions)
 
     @cached_property
     def text_keys(self) -> np.ndarray:
         """(N,) uint64, a key of each sentence made only of its token ids: the content key
         of the first sentence that is equal to it."""
-        return _mix(self.hashes)
+        return mix(self.hashes)
 
     @cached_property
     def content_keys(self) -> np.ndarray:
@@ -151,7 +161,7 @@ class TokenizedSplit:
         runs = np.diff(np.append(first, len(ordered)))
         occurrence = np.empty(len(hashes), np.uint64)
         occurrence[order] = np.arange(len(ordered)) - np.repeat(first, runs)
-        return _mix(hashes + occurrence * np.uint64(0x9E3779B97F4A7C15))
+        return mix(hashes + occurrence * np.uint64(0x9E3779B97F4A7C15))
 
     @cached_property
     def _conditions(self) -> Lists | None:
@@ -160,6 +170,12 @@ class TokenizedSplit:
     @cached_property
     def _tags(self) -> Lists | None:
         return self._lists("tag_ids")
+
+    @cached_property
+    def _labels(self) -> datasets.Dataset | None:
+        if "class_label" not in self.dataset.column_names:
+            return None
+        return self.dataset.select_columns("class_label").with_format("numpy", dtype=np.int64)
 
     def _lists(self, name: str) -> Lists | None:
         return Lists(self.dataset, name) if name in self.dataset.column_names else None
@@ -399,11 +415,3 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
-
-
-def _mix(keys: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64, a bijection of uint64: different keys stay different
-    and look random."""
-    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return keys ^ (keys >> np.uint64(31))

@@ -11,7 +11,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from dsvae.config import RunConfig
-from dsvae.data.batches import TrainingBatches, most_micro_batches, row_lengths
+from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.prepared import Prepared
 from dsvae.engine import compilation, ds_config, nvme
 from dsvae.engine.build import Columns, build_model
@@ -65,6 +65,7 @@ def phase_engine(
                 world_size=world.size,
                 pad_id=model.config.pad_token_id,
                 posterior_reads=config.model.posterior_reads,
+                mixture=data.mixture(config.data.weights),
             )
             engine = PhaseEngine(model, world, phase, resolved, origin=origin)
         yield engine, batches
@@ -97,10 +98,11 @@ def _resolve(phase: Phase, raw: dict[str, Any], data: Prepared, world: World) ->
         precision=phase.config.precision,
         batch_size=settings.batch_size,
         micro_batches=most_micro_batches(
-            row_lengths(data.splits["train"], phase.config.model.posterior_reads),
+            data.longest(phase.config.model.posterior_reads, settings.batch_size),
             settings.batch_size,
             world.size,
             settings.micro_batch_tokens,
+            mixed=bool(settings.weights),
         ),
         world_size=world.size,
         bf16_supported=accelerator.is_bf16_supported(),

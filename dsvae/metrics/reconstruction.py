@@ -12,7 +12,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dsvae.data.batches import evaluation_batches
+from dsvae.data.batches import evaluation_batches, row_lengths
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.metrics import likelihood
 from dsvae.metrics.passes import batch_of
@@ -31,9 +31,7 @@ def reconstruct(
 ) -> list[NDArray[np.int64]]:
     """What `greedy` makes of z (N, Z) of the N sentences of a split, under their own
     conditions where the decoder reads any. Collective."""
-    lengths = split.lengths
-    if model.config.conditional and split.condition_lengths is not None:
-        lengths = np.maximum(lengths, split.condition_lengths)
+    lengths = row_lengths(split, "condition") if model.config.conditional else split.lengths
     limits = {"token_budget": token_budget, "max_tokens": max_tokens}
     return greedy(model, latent, lengths, world, split, **limits)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsvae.config import RunConfig
+from dsvae.data.order import Mixture
 from dsvae.engine.engine import PhaseEngine
 from dsvae.phases import Phase
 from dsvae.reports.table import result_table
@@ -46,6 +47,28 @@ def data_text(report: dict[str, Any], ranks: int) -> str:
                 f"warning: {copies} of the {splits[name]['sentences']} {name} sentences are also "
                 f"training sentences; --data.deduplicate drops those from training"
             )
+    return "\n".join(lines)
+
+
+def mixture_text(files: list[dict[str, Any]], mixture: Mixture, config: RunConfig) -> str:
+    """One line per training file of a mixture: its sentences, its share of the steps, and
+    how often each phase goes through it.
+
+    Args:
+        files: their names and numbers of sentences, from the report on the data.
+    """
+    steps = {1: config.phase1.steps, 2: config.phase2.steps}
+    lines = []
+    for file, share in zip(files, mixture.shares, strict=True):
+        epochs = " and ".join(
+            f"{n * config.data.batch_size * share / file['sentences']:.3g} in phase {phase}"
+            for phase, n in steps.items()
+            if config.phase in ("all", str(phase))
+        )
+        lines.append(
+            f"      {file['name']}: {file['sentences']:,} sentences, {share:.4g} of every step, "
+            f"epochs: {epochs}"
+        )
     return "\n".join(lines)
 
 

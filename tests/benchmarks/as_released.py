@@ -35,7 +35,7 @@ from transformers import AttentionInterface
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from dsvae.config import RunConfig, merge, parse_flags
-from dsvae.data import batches
+from dsvae.data import batches, order
 from dsvae.data.batches import MicroBatch, TrainingBatches
 from dsvae.engine import engine, weights
 from dsvae.failures import end_process
@@ -224,7 +224,7 @@ def decay_everything(config: RunConfig) -> None:
 
 def keep_the_order(config: RunConfig) -> None:
     """Every epoch has the order of the file."""
-    batches.epoch_order = lambda count, seed, epoch: np.arange(count)
+    order.epoch_order = lambda count, seed, epoch: np.arange(count)
 
 
 def in_both_phases(**values: Any) -> Options:

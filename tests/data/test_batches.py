@@ -8,10 +8,10 @@ import torch
 from dsvae.data.batches import (
     TrainingBatches,
     cut_step,
-    draw_step,
     evaluation_batches,
     most_micro_batches,
 )
+from dsvae.data.order import Mixture, draw_step
 from dsvae.errors import UserError
 from dsvae.modeling.crf import IGNORE
 
@@ -23,18 +23,22 @@ class Sentences:
     """As much of a TokenizedSplit as batches need; sentence i can be told by its
     tokens."""
 
-    condition_lengths = class_labels = None
-
     def conditions(self, indices):
         return None
 
-    tags = conditions
+    tags = class_labels_of = conditions
+
+    def condition_lengths_of(self, indices=None):
+        return None
 
     def __init__(self, lengths):
         self.lengths = np.asarray(lengths, dtype=np.int32)
 
     def __len__(self):
         return len(self.lengths)
+
+    def lengths_of(self, indices):
+        return self.lengths[indices]
 
     def rows(self, indices):
         return [
@@ -295,6 +299,19 @@ def test_any_step_may_be_asked_for_at_any_time():
     other = batches(split)
     for index in np.random.default_rng(0).permutation(12):
         assert drawn([other.step(int(index))]) == expected[index]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_a_mixture_does_not_depend_on_the_split_and_stays_within_its_bound(world_size):
+    """A file of 3 sentences has a third of every step: they come several times in each."""
+    split, mixture = sentences(53), Mixture.of([50, 3], [2, 1])
+    most = most_micro_batches(split.lengths, 16, world_size, 33, mixed=True)
+    for index in (0, 3, 6):
+        one = drawn(all_ranks(split, index, 1, token_budget=10_000, mixture=mixture))
+        steps = all_ranks(split, index, world_size, token_budget=33, mixture=mixture)
+        assert drawn(steps) == one
+        assert len({noise for _, noise, _ in one}) == 16
+        assert {len(step.micro_batches) for step in steps} <= set(range(1, most + 1))
 
 
 def test_training_does_not_follow_the_order_of_the_file():

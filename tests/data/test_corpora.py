@@ -449,3 +449,83 @@ def test_held_out_sizes_follow_the_rule():
             len({*splits["train"]["text"], *splits["valid"]["text"], *splits["test"]["text"]})
             == total
         )
+
+
+# Streams, first sentences, mixtures
+
+
+def test_a_stream_gives_what_the_download_gives(tmp_path):
+    name = local_dataset(tmp_path, train=LINES, validation=[" v ", ""])
+    whole, stream = DataConfig(dataset=name), DataConfig(dataset=name, streaming=True)
+    for split in corpora.SPLITS:
+        assert texts(stream, split) == texts(whole, split)
+    assert fingerprint(stream, 0) == fingerprint(stream, 0) != fingerprint(whole, 0)
+    assert "'text'" in error_of(DataConfig(dataset=name, streaming=True, text_column="sentence"))
+    assert "no/such-set" in error_of(DataConfig(dataset="no/such-set", streaming=True))
+
+
+def test_a_stream_is_read_no_further_than_asked(tmp_path, monkeypatch):
+    """Its second file would break it off."""
+    folder = tmp_path / "set" / "data"
+    folder.mkdir(parents=True)
+    rows = [json.dumps({"text": line}) + "\n" for line in LINES]
+    write(folder / "train-0.jsonl", "".join(rows))
+    write(folder / "train-1.jsonl", '{"text": "a"}\n{"text: 3}\n')
+    options = {"dataset": str(tmp_path / "set"), "streaming": True}
+    corpus = load_corpus(DataConfig(**options, max_sentences=150), seed=0)
+    assert sum(map(len, corpus.splits.values())) == 150
+    assert corpus.source.endswith("at most 150 of each")
+    assert "cannot be read behind row" in error_of(DataConfig(**options))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("downloaded"))
+    load_corpus(DataConfig(**options, max_sentences=20), seed=0)
+
+
+def test_the_class_names_of_a_stream(tmp_path):
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "l": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict({"text": LINES, "l": [1, 0] * 100}, features=features).to_parquet(
+        tmp_path / "set" / "train.parquet"
+    )
+    name = str(tmp_path / "set")
+    found = [
+        load_corpus(DataConfig(dataset=name, streaming=streaming, label_column="l"), 0)
+        for streaming in (False, True)
+    ]
+    assert found[0].splits["train"]["label"][:] == found[1].splits["train"]["label"][:]
+    assert set(found[1].splits["train"]["label"]) == {"bad", "good"}
+
+
+def test_the_first_sentences_of_every_file(tmp_path):
+    data = three(write(tmp_path / "a.txt", "a\n\nb\nc\n"), max_sentences=3)
+    assert texts(data) == texts(data, "test") == ["a", "b"]  # a blank one counts as read
+    assert fingerprint(data, 0) == {**fingerprint(three(data.train_file), 0), "max_sentences": 3}
+    assert sum(map(len, load_corpus(DataConfig(max_sentences=50), 0).splits.values())) == 50
+
+
+def test_a_mixture_keeps_the_files_apart(tmp_path):
+    one = write(tmp_path / "a.txt", "\n".join(LINES[:120]))
+    two = write(tmp_path / "b.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in LINES[90:]))
+    data = DataConfig(train_file=f"{one}, {two}", weights=[1, 1])
+    corpus = load_corpus(data, seed=0)
+    assert corpus.files == ("a.txt", "b.jsonl")
+    assert corpus.source == "a.txt, b.jsonl"
+    train = corpus.splits["train"]
+    assert train["part"][:] == sorted(train["part"])
+    for part, lines in enumerate((LINES[:120], LINES[90:])):
+        own = [t for t, p in zip(train["text"], train["part"], strict=True) if p == part]
+        assert own == [line for line in lines if line in set(own)]
+    # 5% of the 200 different sentences each
+    assert [len(set(corpus.splits[name]["text"])) for name in corpora.SPLITS] == [180, 10, 10]
+    assert fingerprint(data, 0)["files"]["train"][::2] == ["a.txt", "b.jsonl"]
+    other = DataConfig(train_file=data.train_file, weights=[3, 1])
+    assert fingerprint(other, 0) == fingerprint(data, 0)  # the same sentences
+
+
+def test_mixtures_that_cannot_be_read(tmp_path):
+    path = write(tmp_path / "a.txt", "\n".join(LINES))
+    assert "give --data.weights too" in error_of(DataConfig(train_file=f"{path},{path}"))
+    assert "b.txt" in error_of(DataConfig(train_file=f"{path},{tmp_path}/b.txt", weights=[1, 1]))
+    # A name may have a comma.
+    assert texts(three(write(tmp_path / "a,b.txt", "x\ny"))) == ["x", "y"]

@@ -137,12 +137,13 @@ def test_tags_labels_and_conditions_of_a_split(split, trained):
     chosen = split.select(wanted)
     assert [each.tolist() for each in chosen.tags(range(4))] == [each.tolist() for each in tags]
     assert chosen.class_labels.tolist() == split.class_labels[wanted].tolist()
+    assert split.class_labels_of(np.array(wanted)).tolist() == chosen.class_labels.tolist()
 
 
 def test_a_split_of_texts_has_none(trained):
     plain = tokenize(TEXTS[:5], trained, 64, "test")[0]
     assert plain.conditions([0]) is plain.tags([0]) is plain.class_labels is None
-    assert plain.condition_lengths is None
+    assert plain.condition_lengths_of() is None
     assert row_lengths(plain).tolist() == plain.lengths.tolist()
 
 
@@ -155,7 +156,7 @@ def test_truncation_counts_tags_and_conditions(trained):
     assert (counts["truncated"], counts["conditions_truncated"]) == (1, 1)
     assert len(left[1]) == 2
     assert counts["tags_truncated"] == 3 - len(left[0]) > 0
-    assert split.condition_lengths.tolist()[0] == fits
+    assert split.condition_lengths_of().tolist()[0] == fits
     assert counts["tagged"] == 2
     assert counts["labelled"] == 0
 

@@ -223,7 +223,7 @@ def test_class_numbers_of_a_data_set_have_names(tmp_path, monkeypatch):
         {"text": ["a b", "c", "d"], "l": [1, 0, -1], "t": [[0, 1], [1], [0]]}, features=features
     )
     parts = datasets.DatasetDict({"train": part, "validation": part, "test": part})
-    monkeypatch.setattr(corpora, "_load_hub", lambda name: parts)
+    monkeypatch.setattr(corpora, "_load_hub", lambda data: (parts, {}))
     data = DataConfig(dataset="x", label_column="l", tags_column="t")
     train = load(data, tmp_path).splits["train"]
     assert train["label"][:] == ["good", "bad", None]

@@ -317,11 +317,14 @@ def test_longest_sentence_that_fits(tmp_path, byt5):
 
 def test_rows_across_chunks(tmp_path, byt5, monkeypatch):
     monkeypatch.setattr(cache, "BATCH_ROWS", 7)
-    monkeypatch.setattr(datasets.config, "DEFAULT_MAX_BATCH_SIZE", 7)
     lines = [f"line {number}" for number in range(50)]
-    split = load_prepared(
+    prepared = load_prepared(
         prepare(config(tmp_path, lines), tokenizer=byt5, vocab_size=None, seed=0)
-    ).splits["test"]
+    )
+    longest = sorted((len(line) + 1 for line in lines), reverse=True)
+    for most in (1, 12, 50, 60):
+        assert prepared.longest("both", most).tolist() == longest[:most]
+    split = prepared.splits["test"]
     split = tokenization.TokenizedSplit(
         datasets.concatenate_datasets([split.dataset, split.dataset])
     )
@@ -330,6 +333,7 @@ def test_rows_across_chunks(tmp_path, byt5, monkeypatch):
     texts = [bytes((row[:-1] - 3).astype(np.uint8)).decode() for row in split.rows(order)]
     assert texts == [lines[index % 50] for index in order]
     assert split.lengths.tolist() == [len(line) + 1 for line in lines * 2]
+    assert split.lengths_of(order).tolist() == split.lengths[order].tolist()
 
 
 @pytest.mark.parametrize("kind", ["t5", "byt5", "trained"])
@@ -411,10 +415,10 @@ def test_entry_holds_what_it_says(tmp_path):
     path = prepare(data, tokenizer=None, vocab_size=300, seed=0)
     assert sorted(entry.name for entry in path.iterdir()) == [
         "report.json",
-        "test",
+        "test.arrow",
         "tokenizer",
-        "train",
-        "valid",
+        "train.arrow",
+        "valid.arrow",
     ]
     prepared = load_prepared(path)
     assert {name: len(split) for name, split in prepared.splits.items()} == {
@@ -513,7 +517,7 @@ def test_unwritable_cache(tmp_path, byt5):
 
 def test_damaged_entry(tmp_path, byt5):
     path = prepare(config(tmp_path, SENTENCES[:5]), tokenizer=byt5, vocab_size=None, seed=0)
-    (path / "train" / "state.json").unlink()
+    (path / "train.arrow").unlink()
     with pytest.raises(UserError, match="damaged"):
         load_prepared(path)
 

@@ -10,6 +10,8 @@ from launch import CONFIGS, numbers, rows, start, train
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dsvae.data.grammar import generate
+
 PATCHED = Path(__file__).with_name("patched_train.py")
 ARGUMENTS = (
     *("--phase1.steps", "24", "--phase2.steps", "24", "--checkpoint_every", "5"),
@@ -130,9 +132,14 @@ def test_cut_in_both_phases(stage, cuts, arguments, tiny, pretrained_t5, tmp_pat
 
 def test_resume_from_another_directory(tiny, tmp_path):
     """In phase 2, and killed there twice: before it has a checkpoint of its own, and
-    after."""
-    common = ("--config", tiny, "--ds_config", CONFIGS / "zero1.json", *ARGUMENTS)
-    train(*common, "--output_dir", tmp_path / "uncut")
+    after. The sentences are a mixture."""
+    lines = [f"{item.text}\n" for item in generate(600, seed=4)]
+    for name, part in (("a", lines[:500]), ("b", lines[500:])):
+        (tmp_path / f"{name}.txt").write_text("".join(part))
+    mixture = ("--train_file", f"{tmp_path}/a.txt,{tmp_path}/b.txt", "--data.weights", "[1, 3]")
+    common = ("--config", tiny, "--ds_config", CONFIGS / "zero1.json", *ARGUMENTS, *mixture)
+    uncut = train(*common, "--output_dir", tmp_path / "uncut")
+    assert ", 0.75 of every step, epochs: " in uncut.stdout
     first, own = tmp_path / "first", tmp_path / "second"
     pause = {"script": PATCHED, **pause_after(first, "phase2-step00000005")}
     run = start(*common, "--output_dir", first, **pause)

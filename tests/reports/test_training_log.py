@@ -10,9 +10,10 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dsvae.config import DataConfig, ModelConfig, RunConfig
+from dsvae.data.order import Mixture
 from dsvae.files import write_json
 from dsvae.reports import training_log
-from dsvae.reports.run_text import data_text
+from dsvae.reports.run_text import data_text, mixture_text
 from dsvae.reports.table import result_table
 from dsvae.reports.training_log import Reporter
 
@@ -286,6 +287,21 @@ def test_one_image_per_evaluation_has_the_kl_of_every_dimension_so_far(tmp_path,
     assert last[:2] == [(2, [0.1, 0.2]), (4, [0.3, 0.4])]
     assert last[2][0] == 6
     assert [event.step for event in events(tmp_path).Images("valid/kl_per_dim")] == [2, 4, 6]
+
+
+def test_a_mixture_is_told_with_the_epochs_of_each_file():
+    config = RunConfig()
+    config.data.batch_size, config.phase1.steps, config.phase2.steps = 100, 40, 400
+    files = [{"name": "a.txt", "sentences": 1000}, {"name": "b.txt", "sentences": 20_000}]
+    told = mixture_text(files, Mixture.of([1000, 20_000], [3, 1]), config)
+    # 4,000 sentences in phase 1: 3,000 of the 1,000
+    assert told.splitlines() == [
+        "      a.txt: 1,000 sentences, 0.75 of every step, epochs: 3 in phase 1 and 30 in phase 2",
+        "      b.txt: 20,000 sentences, 0.25 of every step, epochs: 0.05 in phase 1 and 0.5 in "
+        "phase 2",
+    ]
+    config.phase = "2"
+    assert "phase 1" not in mixture_text(files, Mixture.of([1000, 20_000], [3, 1]), config)
 
 
 def test_the_image_has_a_row_for_a_dimension_and_a_column_for_an_evaluation():
