@@ -88,18 +88,18 @@ def piece(
     (N,) by the logits, (N, V) in `dtype`; None without. It may overwrite `logits`."""
     logits = _capped(logits.float(), cap)
     of_target = logits.gather(1, target[:, None])
-    normalizer = logits.logsumexp(1, keepdim=True)
-    nats = (normalizer - of_target)[:, 0]
     if dtype is None:
-        return nats, None
+        return (logits.logsumexp(1, keepdim=True) - of_target)[:, 0], None
     slope = None if cap is None else 1 - (logits / cap).square()  # of the cap
-    # (softmax - one-hot) * scale
-    d_logits = logits.sub_(normalizer).exp_()
-    d_logits.scatter_add_(1, target[:, None], -torch.ones_like(of_target))
-    d_logits.mul_(scale[:, None])
+    # One pass of exp gives the loss and its gradient, (softmax - one-hot) * scale.
+    largest = logits.amax(1, keepdim=True)
+    d_logits = logits.sub_(largest).exp_()
+    total = d_logits.sum(1, keepdim=True)
+    d_logits.mul_(scale[:, None] / total)
+    d_logits.scatter_add_(1, target[:, None], -scale[:, None])
     if slope is not None:
         d_logits.mul_(slope)
-    return nats, d_logits.to(dtype)
+    return (largest + total.log() - of_target)[:, 0], d_logits.to(dtype)
 
 
 class _Nats(torch.autograd.Function):
