@@ -187,7 +187,7 @@ def main() -> None:
             precision=args.precision,
             ds_config=args.ds_config,
             batch_size=128,
-            micro_batch_tokens=512,
+            micro_batch_tokens=1024,
             max_tokens=32,
         )
         worker(job, args.worker, args.steps, args.worker_output)

@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--ds_config", default="zero1")
     parser.add_argument("--sides", default="dsvae,dsvae_compiled,trainer,trainer_grouped,bare")
-    parser.add_argument("--micro_batch_tokens", type=int, default=512)
+    parser.add_argument("--micro_batch_tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=10, help="steps of a block")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--profile", help="also the profile of this side")
