@@ -590,8 +590,8 @@ def check(config: RunConfig) -> None:
     files = [] if data.train_file is None else data.train_file.split(",")
     need(
         not data.weights or len(data.weights) == len(files),
-        f"data.weights has {len(data.weights)} weights for {len(files)} training files: give one "
-        f"per file, and separate the files of --train_file by commas",
+        f"--train_file names {len(files)} files and data.weights has {len(data.weights)}: give one "
+        f"weight per file, and separate the files by commas",
     )
     need(all(weight > 0 for weight in data.weights), "data.weights must be positive")
     labelled = data.label_column is not None or data.tags_column is not None

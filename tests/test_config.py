@@ -313,9 +313,9 @@ def test_the_recipes_that_are_compared_differ_in_what_they_are_compared_for():
         ({"data": {"streaming": True}}, r"data\.streaming .* --dataset"),
         (
             {"data": {"train_file": "a.txt,b.txt", "weights": [1]}},
-            r"data\.weights has 1 weights for 2 training files",
+            r"names 2 files and data\.weights has 1: give one weight",
         ),
-        ({"data": {"weights": [1, 1]}}, r"data\.weights has 2 weights for 0"),
+        ({"data": {"weights": [1, 1]}}, r"names 0 files and data\.weights has 2"),
         (
             {"data": {"train_file": "a.txt,b.txt", "weights": [2, -1]}},
             r"data\.weights must be positive",
