@@ -26,6 +26,7 @@ from dsvae.config import DataConfig
 from dsvae.data.batches import PosteriorReads, row_lengths
 from dsvae.data.corpora import SPLITS, Corpus, fingerprint, load_corpus
 from dsvae.data.order import Mixture
+from dsvae.data.processes import Batch, map_batches, usable_cores
 from dsvae.data.record_tokens import Names, encode_records, features_of
 from dsvae.data.tokenization import (
     BATCH_ROWS,
@@ -40,6 +41,8 @@ from dsvae.errors import UserError
 _FORMAT = 5
 _TOKENIZER_SENTENCES = 1_000_000
 _STALE_SECONDS = 24 * 3600
+# Below twice as many, the tokenizer's own threads in one process are soon done.
+_ROWS_PER_PROCESS = 100_000
 # What the report says of a split that has a column, beside what it says of every split.
 _FIGURES = {
     "condition": ("conditions_truncated",),
@@ -206,17 +209,26 @@ def _tokenize(
     """
     figures: Counter[str] = Counter()
     parts: Counter[int] = Counter()
-    kinds = corpus.splits[name].column_names
+    split = corpus.splits[name]
+    kinds = split.column_names
     features = features_of(kinds)
     where = f"{corpus.source}, split {name}"
+
+    def encoded(batch: Batch) -> tuple[pa.Table, Counter[str], Counter[int]]:
+        counts: Counter[str] = Counter()
+        kept: list[int] = []
+        columns = encode_records(batch, tokenizer, max_tokens, counts, names, where, kept)
+        of_parts = Counter(batch["part"][i] for i in kept if "part" in batch)
+        return pa.Table.from_pydict(columns, schema=features.arrow_schema), counts, of_parts
+
+    processes = min(usable_cores(), len(split) // _ROWS_PER_PROCESS)
     # Every chunk of the file costs each rank memory: a chunk is a batch, and not 1,000 rows.
     with ArrowWriter(path=str(target), features=features, writer_batch_size=BATCH_ROWS) as writer:
-        for batch in corpus.splits[name].iter(BATCH_ROWS):
-            kept: list[int] = []
-            columns = encode_records(batch, tokenizer, max_tokens, figures, names, where, kept)
-            parts.update(batch["part"][i] for i in kept if "part" in batch)
-            if columns["hash"]:
-                writer.write_table(pa.Table.from_pydict(columns, schema=features.arrow_schema))
+        for table, counts, of_parts in map_batches(encoded, split, BATCH_ROWS, processes):
+            figures.update(counts)
+            parts.update(of_parts)
+            if len(table):
+                writer.write_table(table)
         if not figures["sentences"]:
             raise UserError(
                 f"{corpus.source}: the tokenizer leaves nothing of the {name} sentences; use "

@@ -336,6 +336,33 @@ def test_rows_across_chunks(tmp_path, byt5, monkeypatch):
     assert split.lengths_of(order).tolist() == split.lengths[order].tolist()
 
 
+def test_several_processes_tokenize_a_large_corpus(tmp_path, byt5, monkeypatch):
+    monkeypatch.setattr(cache, "BATCH_ROWS", 7)
+    monkeypatch.setattr(cache, "_ROWS_PER_PROCESS", 20)
+    monkeypatch.setattr(cache, "usable_cores", lambda: 3)
+    used, map_batches = [], cache.map_batches
+
+    def watched(function, split, rows, processes):
+        used.append(processes)
+        return map_batches(function, split, rows, processes)
+
+    monkeypatch.setattr(cache, "map_batches", watched)
+    lines = [f"line {number}" for number in range(49)] + ["longer than the others"]
+    data = config(tmp_path, lines, max_tokens=10)
+    prepared = load_prepared(prepare(data, tokenizer=byt5, vocab_size=None, seed=0))
+    assert used == [2, 2, 2]
+    split, figures = prepared.splits["train"], prepared.report["splits"]["train"]
+    texts = [bytes((row[:-1] - 3).astype(np.uint8)).decode() for row in split.rows(range(50))]
+    assert texts == [line[:9] for line in lines]
+    counted = {name: figures[name] for name in ("sentences", "tokens", "words", "truncated")}
+    assert counted == {
+        "sentences": 50,
+        "tokens": sum(len(text) + 1 for text in texts),
+        "words": 2 * 49 + 2,
+        "truncated": 1,
+    }
+
+
 @pytest.mark.parametrize("kind", ["t5", "byt5", "trained"])
 def test_special_tokens_in_the_text_end_no_sentence(tmp_path, kind, request):
     lines = ["the cat </s> is <pad>", "</s>", "the </s>", "<pad></s><pad>"]
