@@ -17,6 +17,10 @@ _LINES = 9
 _COLORS = {"memory": COLOR, "embedding": "#c1662f", "both": "#3c8d5a"}
 _COLORS |= {"cross": "#7a5ba8", "none": "#444444"}
 """By injection."""
+_NAME = 100
+"""Most characters of a run's name. A sweep's names are told apart by their ends."""
+_AXES, _CHARACTER = 5.7, 0.058
+"""Inches of the figure's width: without the legend, and per character of it."""
 _NEAR = 0.025
 """Share of an axis within which two labels would overlap."""
 
@@ -35,15 +39,18 @@ def plot(comparison: Comparison) -> str | None:
     if not runs:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(8.4, max(4.0, 0.6 + 0.26 * len(runs)))
         points = [(run.metrics.get("kl", 0.0), run.metrics["rec"]) for run in runs]
         several = len({_injection(run) for run in runs if run.latent}) > 1
-        for index, (run, (kl, rec)) in enumerate(zip(runs, points, strict=True), 1):
+        labels = []
+        for index, run in enumerate(runs, 1):
+            how = f"{_injection(run)}, " if several and run.latent else ""
+            labels.append(f"{index}  {short(run.name, _NAME)}: {how}{_about(run)}")
+        width = _AXES + _CHARACTER * max(map(len, labels))
+        figure, axes = new_figure(width, max(4.0, 0.6 + 0.26 * len(runs)))
+        for run, (kl, rec), label in zip(runs, points, labels, strict=True):
             color = _COLORS.get(_injection(run), COLOR)
             style: dict[str, Any] = {"marker": "o" if run.latent else "D", "markersize": 6}
             style["markerfacecolor"] = color if run.split == "test" else "none"
-            how = f"{_injection(run)}, " if several and run.latent else ""
-            label = f"{index}  {short(run.name, 28)}: {how}{_about(run)}"
             axes.plot(kl, rec, color=color, linestyle="none", label=label, **style)
             up, across = (run.metrics.get(f"sd.{name}", 0.0) for name in ("rec", "kl"))
             axes.errorbar(kl, rec, yerr=up, xerr=across, fmt="none", color=color, linewidth=1)

@@ -684,6 +684,26 @@ def test_plot_tells_injections_apart_and_shows_deviations_and_the_line_of_a_lang
     assert spans == [(0, 0), (0, 4), (2, 0)]  # twice the deviations of 30, 32, 34 and 9, 10, 11
 
 
+@pytest.mark.parametrize("members", [("a", "b"), ("0.25_injection_memory", "0.5_injection_both")])
+def test_the_plot_has_room_for_the_names_of_a_sweep(monkeypatch, tmp_path, members):
+    sweep = "pooling_max_phase1.deletion_0.4_phase2.deletion_0.4_phase2.free_bits_"
+    names = [f"{sweep}{member}" if len(member) > 1 else member for member in members]
+    for name in names:
+        make(tmp_path / name, evaluation(30.0, 10.0))
+    kept = []
+    monkeypatch.setattr(plot_module, "svg", kept.append)
+    plot_module.plot(compare_runs([tmp_path / name for name in names]))
+    (figure,) = kept
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    shown = [entry.get_text().split("  ")[1].split(":")[0] for entry in legend.get_texts()]
+    assert shown == names
+    width = figure.bbox.width
+    assert axes.bbox.width / figure.dpi > 4
+    assert axes.bbox.x1 < legend.get_window_extent().x0 < legend.get_window_extent().x1 <= width
+
+
 def test_without_values_there_is_no_plot(compare, tmp_path):
     make(tmp_path / "a", evaluation())
     make(tmp_path / "b")
