@@ -11,6 +11,12 @@ import torch
 from small_models import INJECTIONS, POOLINGS, T5_CONFIGS, make_t5
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test draws the same numbers alone and after any other."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", params=list(T5_CONFIGS))
 def t5_dir(request, tmp_path_factory):
     return make_t5(request.param, tmp_path_factory.mktemp("t5"))
