@@ -25,7 +25,7 @@ falls along a line at the end of `--steps`.
 The evaluation is that of dsvae, in float32: the same code, names, and draws. In the JSON
 file it is `test`. Its nll_iw has `--iw_samples` draws per sentence. `many_draws` has
 `--draws` of them for `--draws_sentences` sentences that their content chooses, beside the
-rec and kl of these sentences.
+rec and kl of these sentences. `dsvae evaluate --sentences` chooses others.
 """
 
 from __future__ import annotations
