@@ -41,7 +41,7 @@ from dsvae.errors import UserError
 _FORMAT = 5
 _TOKENIZER_SENTENCES = 1_000_000
 _STALE_SECONDS = 24 * 3600
-# Below twice as many, the tokenizer's own threads in one process are soon done.
+# With fewer for each, one process is done in seconds.
 _ROWS_PER_PROCESS = 100_000
 # What the report says of a split that has a column, beside what it says of every split.
 _FIGURES = {

@@ -22,10 +22,10 @@ _work: tuple[datasets.Dataset, int, Callable[[Batch], Any]]
 def map_batches(
     function: Callable[[Batch], T], split: datasets.Dataset, rows: int, processes: int
 ) -> Iterator[T]:
-    """What `function` makes of each batch of `rows` rows, in the order of the split.
+    """The result of `function` for each batch of `rows` rows, in the order of the split.
 
-    The processes are forks: they read the split and have the function's own data without
-    a copy. With one process, the calls are made in this one.
+    The processes are forks, so neither the split nor the function is copied to them. With
+    fewer than two processes, the calls are made in this one.
 
     Args:
         function: its results, and the exceptions that it raises, must be picklable.
