@@ -15,6 +15,7 @@ from benchmarks import (
     analogies,
     conditional,
     levers,
+    lines,
     lstm_vae,
     prior_samples,
     relations,
@@ -566,3 +567,32 @@ def test_sources_of_samples_are_compared(save, language_model, files, tmp_path):
     assert rows["real"]["words"] == np.mean([len(text.split()) for text in real])
     vae = SentenceVAE.from_pretrained(model, device="cpu", max_tokens=24)
     assert rows["prior, greedy"]["examples"] == vae.sample(8, seed=0)
+
+
+def test_lines_of_logic_are_counted_without_what_is_not_logic():
+    source = '''"""About."""
+
+import os
+from a import (
+    b,
+)
+
+X = [  # three lines
+    1,
+
+]
+TEXT = """two
+lines"""
+"""About TEXT."""
+
+
+def f(x):
+    """Returns x."""
+    # why
+    if x:
+        raise ValueError(
+            "no"
+        )
+    return x  # here
+'''
+    assert lines.logic(source) == 3 + 2 + 3  # X, TEXT; def, if, return
