@@ -15,7 +15,6 @@ from benchmarks import (
     analogies,
     conditional,
     levers,
-    lines,
     lstm_vae,
     prior_samples,
     relations,
@@ -24,6 +23,7 @@ from benchmarks import (
     unseen_words,
 )
 from benchmarks.labelled import read
+from benchmarks.lines import logic
 from small_models import make_vae, small_tokenizer
 from torch.nn.functional import cross_entropy
 
@@ -595,4 +595,4 @@ def f(x):
         )
     return x  # here
 '''
-    assert lines.logic(source) == 3 + 2 + 3  # X, TEXT; def, if, return
+    assert logic(source) == 3 + 2 + 3  # X, TEXT; def, if, return

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/lines.py [--files] [DIRECTORY]
 
-Prints the lines of logic and all lines of every folder of a package (dsvae by default), and of every
-file with `--files`. Comments and blank lines are no logic either. A statement over several lines
-counts as many.
+Prints the lines of logic and all lines of every folder of a package (dsvae by default),
+and with `--files` those of every file. Comments and blank lines are not counted either. A
+statement over several lines counts as many.
 """
 
 from __future__ import annotations
