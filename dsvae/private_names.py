@@ -150,6 +150,7 @@ TRANSFORMERS = (
 )
 
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
+_STAGE2 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 _STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 _SWAPPER = "deepspeed.runtime.swap_tensor.optimizer_utils:OptimizerSwapper"
 _WRITER = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine"
@@ -197,8 +198,13 @@ DEEPSPEED = (
         "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
         uses="convert_to_zero_parameters",
     ),
-    # engine/engine.py: gradients of exact scale
+    # engine/engine.py: gradients of exact scale; steps are skipped by the norm alone
     _name(f"{_ENGINE}.backward", takes="self loss scale_wrt_gas"),
+    _name(
+        f"{_STAGE2}.step", uses="check_overflow check_grad_overflow is_invalid_grad_norm overflow"
+    ),
+    _name(f"{_STAGE2}.check_overflow", takes="self partition_gradients"),
+    _name(f"{_STAGE2}.update_offload_overflow_tracker", takes="self grad"),
     # engine/process_group.py: no kernel is compiled for the CPU
     _name("deepspeed.ops:__compatible_ops__"),
     _name("deepspeed.comm.torch:build_shm_op", uses="__compatible_ops__"),

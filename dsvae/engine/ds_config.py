@@ -187,8 +187,8 @@ def resolve(
     dtypes = ("fp32", "bf16", "fp16")
     dtype = config.get("data_types", {}).get("grad_accum_dtype", "fp32")
     _check("data_types.grad_accum_dtype", dtype, dtypes.__contains__, "fp32, bf16 or fp16")
-    # DeepSpeed skips steps whose gradients are not finite by these two: in float32 by
-    # the norm, in bf16 at stages 1 and 2 by the check.
+    # DeepSpeed skips steps whose gradients are not finite by their norm; in bf16 at stage
+    # 2 it looks at the norm only if it is told to check.
     for section, key in (
         ("zero_optimization", "compute_grad_norm"),
         ("bf16", "check_grad_overflow"),
