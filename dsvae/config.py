@@ -80,7 +80,8 @@ class DataConfig:
     micro_batch_tokens: int = 8192
     """Most padded tokens per forward pass on one rank. A step is cut into as many
     micro-batches as that takes. A smaller number means less padding, because sentences
-    of similar length share a micro-batch, and more passes."""
+    of similar length share a micro-batch, and more passes. 0: 1024 on a CPU, where less
+    padding counts, and 8192 on a GPU, where fewer passes do."""
     cache_dir: str | None = None
     """Directory where tokenized corpora are cached by content. Without it, `dsvae`
     inside the cache directory of `datasets`."""
@@ -473,6 +474,15 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
     return given
 
 
+def choose_micro_batches(config: RunConfig, device: str) -> None:
+    """Replaces a `data.micro_batch_tokens` of 0 by the number for a type of device, which
+    holds at least one sentence with its condition."""
+    data = config.data
+    if data.micro_batch_tokens == 0:
+        longest = data.max_tokens * (2 if config.conditional else 1)
+        data.micro_batch_tokens = max(1024 if device == "cpu" else 8192, longest)
+
+
 def load_tree(source: str) -> dict[str, Any]:
     """The mapping in a recipe (by name) or in a YAML file (by path)."""
     path = RECIPES / f"{source}.yaml"
@@ -523,7 +533,7 @@ def difference(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 _LEAST = {
-    "log_every keep_checkpoints data.batch_size data.micro_batch_tokens data.builtin_size": 1,
+    "log_every keep_checkpoints data.batch_size data.builtin_size": 1,
     "model.latent_dim model.memory_slots model.vocab_size": 1,
     "eval.samples eval.batch_tokens eval.sentences": 1,
     "phase1.draws phase2.draws phase2.beta.cycles": 1,
@@ -532,7 +542,7 @@ _LEAST = {
     "phase1.max_grad_norm phase1.weight_decay phase1.adam_eps": 0,
     "phase2.max_grad_norm phase2.weight_decay phase2.adam_eps": 0,
     "phase2.beta.max phase2.free_bits phase2.total_correlation model.clusters": 0,
-    "model.lora.rank data.max_sentences": 0,
+    "model.lora.rank data.max_sentences data.micro_batch_tokens": 0,
     "heads.class_weight heads.tag_weight": 0,
     "phase1.skewness phase1.dispersion phase2.skewness phase2.dispersion": 0,
 }
@@ -565,14 +575,15 @@ def check(config: RunConfig) -> None:
     need(config.hang_timeout > 0, f"hang_timeout must be positive, not {config.hang_timeout:g}")
     need(data.max_tokens >= 2, "data.max_tokens must be at least 2: one token and EOS")
     need(
-        data.micro_batch_tokens >= data.max_tokens,
+        data.micro_batch_tokens >= data.max_tokens or data.micro_batch_tokens == 0,
         f"data.micro_batch_tokens ({data.micro_batch_tokens}) is less than one sentence of "
         f"data.max_tokens ({data.max_tokens})",
     )
     need(
         data.condition_column is None
         or model.posterior_reads != "both"
-        or data.micro_batch_tokens >= 2 * data.max_tokens,
+        or data.micro_batch_tokens >= 2 * data.max_tokens
+        or data.micro_batch_tokens == 0,
         f"data.micro_batch_tokens ({data.micro_batch_tokens}) is less than one condition "
         f"and its sentence of data.max_tokens ({data.max_tokens}) each",
     )

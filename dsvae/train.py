@@ -28,6 +28,9 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 # A lost rank is then one line, and not one below the stacks of torch's own sockets.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# Steps differ in their shapes, and a GPU's memory would fall into pieces that fit none.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 if __name__ == "__main__":
     # Until `Stopping` listens, there is nothing to save: the imports below alone take
@@ -64,6 +67,7 @@ from dsvae.metrics.kept import Kept
 from dsvae.metrics.text import samples
 from dsvae.metrics.throughput import Speed
 from dsvae.objective.schedules import next_beta
+from dsvae.parallel.device import describe, local_device
 from dsvae.parallel.stopping import Stopping
 from dsvae.parallel.world import World, join, leave
 from dsvae.phases import Phase
@@ -95,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         config = configuration.read(words)
         raw = ds_config.load(str(config.ds_config))
         private_names.check()
+        local_device()
         reading = False
         world = join(config.hang_timeout)
         run(config, raw, world, stopping)
@@ -150,6 +155,8 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     """
     directory = RunDirectory(config.output_dir)
     reporter = Reporter(config, world.is_main)
+    configuration.choose_micro_batches(config, world.device.type)
+    reporter.say(f"device: {describe(world.device)}, {world.size} rank(s)")
     lock: list[Any] = []  # held by rank 0 until the run leaves this function
     world.run_on_rank0(lambda: lock.append(directory.claim()))
     sentences = functools.cache(lambda: data_of(config))  # reads the files once

@@ -134,6 +134,8 @@ sbatch_options() { # [PREFIX]
             none) ;;
             *) die 2 "DSVAE_GPU_OPTION is $(value GPU_OPTION), not gpus-per-node, gres or none" ;;
         esac
+        # SLURM's own default, one, is what a rank's threads and an offloaded AdamW would share.
+        [ -n "$(value CPUS_PER_RANK)" ] || OPTIONS+=("--cpus-per-task=8")
     else
         gpus=1
     fi
@@ -165,7 +167,15 @@ layout() {
     # Below the ports that systems assign by themselves (32768 and up). Two jobs on a node have
     # different ones.
     export MASTER_PORT=$((16000 + SLURM_JOB_ID % 8000 * 2))
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    # Without --cpus-per-task, the rank's share of the processors that the node gives (--exclusive,
+    # --cpus-per-gpu).
+    local cpus=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-$PER_NODE} / PER_NODE))}
+    ((cpus > 0)) || cpus=1
+    if [ "$gpus" -gt 0 ] && [ "$cpus" -lt 2 ]; then
+        say "warning: $cpus processor for each rank, whose threads share it:" \
+            "ask for more with --cpus-per-task=8"
+    fi
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
     local more
     read -r -a more <<< "$DSVAE_SRUN_ARGS"
     # cpus-per-task: srun has not inherited it from sbatch since 22.05. kill-on-bad-exit=0: a rank
@@ -173,6 +183,6 @@ layout() {
     # that hang. --export: `sbatch --export=NONE` would hold for srun, too.
     # shellcheck disable=SC2034
     SRUN=(srun --nodes="${#NODES[@]}" --ntasks="$RANKS" --ntasks-per-node="$PER_NODE"
-        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --distribution=block --kill-on-bad-exit=0
+        --cpus-per-task="$cpus" --distribution=block --kill-on-bad-exit=0
         --export=ALL --input=none "${more[@]}")
 }

@@ -16,7 +16,7 @@
 # The sbatch option that requests GPUs: gpus-per-node, gres, or none (whole nodes only).
 : "${DSVAE_GPU_OPTION:=gpus-per-node}"
 : "${DSVAE_RANKS_PER_NODE:=}"     # --ntasks-per-node; empty: one per GPU, or one per node on CPU
-: "${DSVAE_CPUS_PER_RANK:=}"      # --cpus-per-task
+: "${DSVAE_CPUS_PER_RANK:=}"      # --cpus-per-task; empty: 8 with GPUs, otherwise SLURM's default
 : "${DSVAE_MEM:=}"                # --mem, per node
 : "${DSVAE_TIME:=}"               # --time
 : "${DSVAE_SIGNAL_SECONDS:=}"     # seconds between the save and the time limit; empty: 300

@@ -491,3 +491,19 @@ def test_values_that_leave_nothing_to_run(flags, message):
 def test_what_the_latent_does_not_have_is_refused(words, told):
     with pytest.raises(UserError, match=told):
         configuration.read([*DS, "--phase2.free_bits", "0", *words])
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "tokens"),
+    [
+        ((), "cpu", 1024),
+        ((), "cuda", 8192),
+        (("--data.micro_batch_tokens", "99"), "cuda", 99),
+        (("--data.max_tokens", "2000"), "cpu", 2000),
+        (("--data.max_tokens", "2000", "--condition_column", "c"), "cpu", 4000),
+    ],
+)
+def test_micro_batches_that_are_left_open_depend_on_the_device(flags, device, tokens):
+    read = configuration.read(["--config", "yelp_cpu", "--ds_config", "x.json", *flags])
+    configuration.choose_micro_batches(read, device)
+    assert read.data.micro_batch_tokens == tokens

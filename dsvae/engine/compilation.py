@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +38,22 @@ def check(zero_stage: int, device: torch.device) -> None:
             "layer, and torch.compile cannot see through them; leave --compile out, or use "
             "ds_configs/zero2.json"
         )
-    compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(f"--compile needs a C++ compiler, and there is no {compiler}: install it")
+    if device.type == "cpu":
+        _need("a C++ compiler", os.environ.get("CXX", "g++"))
+        return
+    # Triton compiles the call of every kernel against Python's own headers.
+    _need("a C compiler", *([os.environ["CC"]] if "CC" in os.environ else ("clang", "gcc")))
+    header = Path(str(sysconfig.get_config_var("INCLUDEPY"))) / "Python.h"
+    if not header.is_file():
+        raise UserError(
+            f"--compile on a GPU needs Python's headers, and there is no {header}: install them "
+            "(apt-get install python3-dev)"
+        )
+
+
+def _need(what: str, *names: str) -> None:
+    if not any(map(shutil.which, names)):
+        raise UserError(f"--compile needs {what}, and there is no {' or '.join(names)}: install it")
 
 
 def compile_training(model: T5VAE) -> None:

@@ -241,7 +241,8 @@ class PhaseEngine:
             norm = torch.nn.utils.get_total_norm(
                 [p.grad for p in self.module.parameters() if p.grad is not None]
             )
-            self._norm = float(norm)
+            with self.world.waiting():  # for the all-reduce of the gradients, on GPUs
+                self._norm = float(norm)
             if not math.isfinite(self._norm):
                 self.deepspeed.zero_grad()
                 self.deepspeed.skipped_steps += 1  # as DeepSpeed counts at the other stages

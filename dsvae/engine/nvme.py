@@ -36,6 +36,7 @@ from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
 from deepspeed.runtime.swap_tensor.utils import AIO_ALIGNED_BYTES
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor, nn
+from torch.utils.cpp_extension import CUDA_HOME
 
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
 from dsvae.errors import EXIT_DISK, RunStopped, UserError, first_line
@@ -180,18 +181,26 @@ def sections(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _compile() -> None:
     """Compiles DeepSpeed's disk I/O, which takes minutes, once per machine."""
+    if torch.version.cuda and torch.cuda.is_available() and CUDA_HOME is None:
+        raise UserError(
+            "offload to a disk: DeepSpeed compiles its I/O against the CUDA toolkit, and there is "
+            f"none on {socket.gethostname()}: install CUDA {torch.version.cuda} with nvcc and set "
+            "CUDA_HOME, or use ds_configs/zero3_offload.json"
+        )
     builder = AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
+    try:
+        compatible = builder.is_compatible(verbose=False)
+        if compatible:
+            builder.load(verbose=False)
+    except Exception as error:  # its builders raise their own, and TypeErrors
+        raise UserError(
+            f"offload to a disk: DeepSpeed's I/O does not compile: {first_line(error)}"
+        ) from error
+    if not compatible:
         raise UserError(
             "offload to a disk needs a C++ compiler and libaio's headers (apt-get install g++ "
             "libaio-dev)"
         )
-    try:
-        builder.load(verbose=False)
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"offload to a disk: DeepSpeed's I/O does not compile: {first_line(error)}"
-        ) from error
 
 
 def _make(directory: Path) -> None:

@@ -26,6 +26,7 @@ from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.densities import Density
 from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
+from dsvae.parallel.device import local_device, prepare
 
 MAX_NEW_TOKENS = 128
 """Longest generated sentence in tokens, EOS included, unless the option
@@ -630,13 +631,13 @@ def check_seed(seed: int | None) -> int:
 
 def find_device(name: str | None) -> torch.device:
     """The device of a name. None: the accelerator, or the CPU if there is none. Raises
-    UserError for a device that does not exist."""
+    UserError for a device that does not exist or cannot be used."""
     if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return local_device()
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error).rstrip(".")
         raise UserError(f"--device {name}: {reason}; give cpu, cuda or cuda:N") from error
-    return device
+    return prepare(device)

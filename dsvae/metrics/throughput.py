@@ -20,6 +20,7 @@ from dsvae.data.batches import MicroBatch, Step
 from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.lora import LoraLinear
 from dsvae.modeling.t5_vae import T5VAE
+from dsvae.parallel.device import local_device
 
 PEAKS = {
     "B200": 2250e12,
@@ -160,7 +161,7 @@ class Speed:
 def peak_flops(precision: str) -> float | None:
     """FLOP/s that this rank's device could do in 16 bits; None for an unlisted device,
     and in fp32, where it depends on torch's settings."""
-    if precision == "fp32" or not torch.cuda.is_available():
+    if precision == "fp32" or local_device().type != "cuda":
         return None
     words = set(torch.cuda.get_device_name().replace("-", " ").split())
     return next((peak for name, peak in PEAKS.items() if words >= set(name.split())), None)
@@ -169,7 +170,7 @@ def peak_flops(precision: str) -> float | None:
 def peak_memory() -> int:
     """The most bytes that this process has held since its start: GPU memory on a GPU,
     else resident host memory."""
-    if torch.accelerator.is_available():
+    if local_device().type != "cpu":
         return torch.accelerator.max_memory_allocated()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024  # Linux counts in KiB

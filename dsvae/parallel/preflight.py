@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="the nodes' names in the order of the ranks, separated by commas",
     )
     parser.add_argument(
-        "--seconds", type=float, default=120, help="longest that the ranks may take to meet"
+        "--seconds",
+        type=float,
+        default=120,
+        help="longest that the ranks may take to meet, and each collective operation after that",
     )
     parser.add_argument(
         "--min_free_gb", type=float, default=5, help="free disk space at output_dir, in GB"
@@ -102,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     longest = options.seconds + LOCAL_SECONDS + 15
     if check("rendezvous", lambda: meeting.meet(options.seconds), longest):
         check("shared output_dir", meeting.check_shared)
-        check("all-reduce", lambda: meeting.check_collectives(local_rank), 2 * LOCAL_SECONDS)
+        # NCCL connects all ranks first, which takes longer the more there are.
+        reduce = partial(meeting.check_collectives, local_rank, options.seconds)
+        check("all-reduce", reduce, options.seconds + LOCAL_SECONDS)
     if not problems:
         said = "; ".join(filter(None, reports))
         print(f"preflight: rank {rank} on {nodes[rank]}: ok; {said}", flush=True)
@@ -268,9 +274,9 @@ class Meeting:
             f"a shared file system"
         )
 
-    def check_collectives(self, local_rank: int) -> str:
-        """Each rank sends its number to each, and an all-reduce gives the right sum;
-        reports its bandwidth."""
+    def check_collectives(self, local_rank: int, seconds: float) -> str:
+        """Each rank sends its number to each, and an all-reduce gives the right sum, each
+        within so many seconds; reports its bandwidth."""
         assert self.store is not None
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -281,7 +287,7 @@ class Meeting:
             store=dist.PrefixStore("group", self.store),
             rank=self.rank,
             world_size=self.size,
-            timeout=timedelta(seconds=LOCAL_SECONDS),
+            timeout=timedelta(seconds=seconds),
         )
         sent = torch.arange(self.size, device=device) + self.rank * self.size
         received = torch.empty_like(sent)
@@ -303,13 +309,13 @@ class Meeting:
             dist.all_reduce(tensor)
             if cuda:
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - begin
+            took = time.perf_counter() - begin
         total = self.size * (self.size + 1) / 2
         if not bool((tensor == total).all()):
             raise Bad(f"an all-reduce gave {tensor[0].item()}, not {total}")
         return (
-            f"all-reduce of {MEBIBYTES} MiB in {seconds * 1e3:.1f} ms, "
-            f"{count * 4 / seconds / 1e9:.2f} GB/s"
+            f"all-reduce of {MEBIBYTES} MiB in {took * 1e3:.1f} ms, "
+            f"{count * 4 / took / 1e9:.2f} GB/s"
         )
 
     def part(self) -> None:

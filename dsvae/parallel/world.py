@@ -25,6 +25,7 @@ from dsvae.errors import (
     exit_code,
     first_line,
 )
+from dsvae.parallel.device import local_device
 from dsvae.parallel.watchdog import Watchdog, advice
 
 T = TypeVar("T")
@@ -89,10 +90,14 @@ class World:
     def _together(self) -> Iterator[None]:
         """Around an operation with the other ranks. It has ended behind the block; on GPUs
         it would otherwise only be queued."""
-        with self.watchdog.waiting() if self.watchdog else nullcontext():
+        with self.waiting():
             yield
             if self.device.type != "cpu":
                 torch.accelerator.synchronize(self.device)
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """In this block this rank waits for a result that needs the other ranks."""
+        return self.watchdog.waiting() if self.watchdog else nullcontext()
 
     def heartbeat(self, where: str) -> None:
         """Tells the watchdog that this rank makes progress."""
@@ -183,7 +188,7 @@ def _join_as(hang_timeout: float, lent: dict[str, str | None]) -> World:
         raise UserError(
             f"RANK, LOCAL_RANK and WORLD_SIZE must all be set, as whole numbers: {error}"
         ) from None
-    device = _device(local_rank)
+    device = local_device(local_rank)
     synchronize = None if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
     # A run of one process meets nobody, but a port that is taken ends it here in one line.
     store = _meet(hang_timeout) if size > 1 or not dist.is_initialized() else None
@@ -202,7 +207,12 @@ def _join_as(hang_timeout: float, lent: dict[str, str | None]) -> World:
             )
         torch.accelerator.set_device_index(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group(dist.get_default_backend_for_device(device), timeout=TIMEOUT)
+        dist.init_process_group(
+            dist.get_default_backend_for_device(device),
+            timeout=TIMEOUT,
+            # Otherwise torch guesses the device at the first barrier, and warns.
+            device_id=None if device.type == "cpu" else device,
+        )
     return World(rank, local_rank, size, device, watchdog, lent)
 
 
@@ -261,14 +271,6 @@ def may_come_from_another_rank(error: BaseException) -> bool:
         return False
     modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
     return bool(modules) and modules[-1].startswith(("torch.distributed.", "deepspeed."))
-
-
-def _device(local_rank: int) -> torch.device:
-    """This rank's device. `DS_ACCELERATOR=cpu` means no GPU, as it does to DeepSpeed."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return torch.device("cpu")
-    return torch.device(accelerator.type, local_rank)
 
 
 def _meet(hang_timeout: float) -> dist.Store:

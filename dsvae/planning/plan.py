@@ -30,6 +30,9 @@ OFFLOADED = ("zero2_offload", "zero3_offload", "zero3_nvme")
 GPU_BASE = 1_500_000_000
 """Bytes of a GPU for the CUDA context, libraries and communication buffers: a usual
 figure, not a measured one."""
+CPUS_PER_GPU = 8
+"""Processors for each rank of a job, as slurm/lib.sh asks for too: without a number,
+SLURM gives one, and data and offloaded optimizers would wait for it."""
 HOST_BASE = 3_000_000_000
 """Bytes of host memory of a process for Python, torch with CUDA and DeepSpeed: a usual
 figure, not a measured one."""
@@ -99,7 +102,8 @@ class Plan:
         if self.machine.nodes > 1:
             each = self.machine.gpus_per_node  # one process per GPU
             start = ["sbatch", f"--nodes={self.machine.nodes}", f"--ntasks-per-node={each}"]
-            start += [f"--gpus-per-node={each}", "slurm/train.sbatch"]
+            start += [f"--gpus-per-node={each}", f"--cpus-per-task={CPUS_PER_GPU}"]
+            start += ["slurm/train.sbatch"]
         else:
             start = ["deepspeed", "--num_gpus", str(self.machine.gpus), "dsvae/train.py"]
         return shlex.join([*start, *words])
@@ -116,6 +120,7 @@ def make_plan(
     """
     files = [Path(ds_config_file)] if ds_config_file else _shipped()
     config = configuration.read(["--ds_config", str(files[0]), *arguments])
+    configuration.choose_micro_batches(config, "cuda")
     data = config.data
     if data.batch_size < machine.gpus:  # the run refuses it, too
         raise UserError(

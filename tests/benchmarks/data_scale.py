@@ -119,6 +119,7 @@ def data_alone(result: str, steps: str, *words: str) -> None:
     """What a rank does with the corpus until its step number `steps`."""
     config = configuration.read(words)
     config.data.batch_size = 128
+    configuration.choose_micro_batches(config, "cpu")
     start, processor = time.perf_counter(), time.process_time()
     path = prepared.prepare(
         config.data,

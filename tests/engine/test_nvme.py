@@ -60,6 +60,34 @@ def test_what_cannot_be_is_refused_in_one_line(change, message, tmp_path, compil
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("toolkit", "error", "message"),
+    [
+        (None, None, "CUDA toolkit.*CUDA_HOME"),
+        ("/usr/local/cuda", TypeError("expected str, not NoneType"), "expected str"),
+        ("/usr/local/cuda", RuntimeError("nvcc fatal\n  at line 3"), "nvcc fatal$"),
+    ],
+)
+def test_io_that_does_not_compile_is_one_line(toolkit, error, message, tmp_path, monkeypatch):
+    class Builder:
+        def is_compatible(self, verbose):
+            return True
+
+        def load(self, verbose):
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(nvme, "CUDA_HOME", toolkit)
+    monkeypatch.setattr(nvme, "AsyncIOBuilder", Builder)
+    with (
+        pytest.raises(UserError, match=message) as caught,
+        nvme.place(resolved(tmp_path), "run", ALONE),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+
+
 def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path, compiled, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")

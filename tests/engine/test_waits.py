@@ -1,7 +1,9 @@
 """How often a training step makes the host wait for the device."""
 
+import dataclasses
 import traceback
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import deepspeed
@@ -10,6 +12,7 @@ import pytest
 import torch
 from launch import CONFIGS
 from small_models import make_vae
+from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsvae
@@ -19,6 +22,7 @@ from dsvae.engine import ds_config
 from dsvae.engine.engine import PhaseEngine
 from dsvae.objective.elbo import Penalty
 from dsvae.parallel.stopping import Stopping
+from dsvae.parallel.world import TIMEOUT
 from dsvae.phases import Phase
 
 OURS, DEEPSPEED = Path(dsvae.__file__).parent, Path(deepspeed.__file__).parent
@@ -53,6 +57,23 @@ def step(micro_batches):
     return Step(made, 4 * micro_batches, 99)
 
 
+def make_engine(world, name, precision="fp32", micro_batches=1):
+    phase = Phase2Config(lr=1e-3, free_bits=0.5)
+    resolved = ds_config.resolve(
+        ds_config.load(CONFIGS / f"{name}.json"),
+        phase=phase,
+        precision=precision,
+        batch_size=4 * micro_batches,
+        micro_batches=micro_batches,
+        world_size=1,
+        bf16_supported=True,
+        fp16_supported=False,
+    )
+    return PhaseEngine(
+        make_vae(), world, Phase(2, RunConfig(phase2=phase), 0), resolved, origin=None
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "precision", "ours", "theirs"),
     [
@@ -66,19 +87,7 @@ def step(micro_batches):
 def test_waits_do_not_grow_with_the_micro_batches(
     world, name, precision, ours, theirs, micro_batches
 ):
-    phase = Phase2Config(lr=1e-3, free_bits=0.5)
-    resolved = ds_config.resolve(
-        ds_config.load(CONFIGS / f"{name}.json"),
-        phase=phase,
-        precision=precision,
-        batch_size=4 * micro_batches,
-        micro_batches=micro_batches,
-        world_size=1,
-        bf16_supported=True,
-        fp16_supported=False,
-    )
-    run = Phase(2, RunConfig(phase2=phase), 0)
-    engine = PhaseEngine(make_vae(), world, run, resolved, origin=None)
+    engine = make_engine(world, name, precision, micro_batches)
     engine.train_step(0, step(micro_batches), Penalty(0.5, 0.5))  # makes AdamW's states
     with Waits() as waits:
         engine.train_step(1, step(micro_batches), Penalty(0.5, 0.5))
@@ -86,3 +95,49 @@ def test_waits_do_not_grow_with_the_micro_batches(
     engine.close()
     assert waits.found["dsvae"] == ours
     assert waits.found["deepspeed"] <= theirs
+
+
+class Others:
+    """A watchdog that knows whether this rank says that it waits for others."""
+
+    waits = False
+
+    @contextmanager
+    def waiting(self):
+        self.waits = True
+        yield
+        self.waits = False
+
+    def heartbeat(self, where):
+        pass
+
+    suspend_hang_detection = nullcontext
+
+
+def test_the_norm_at_zero_0_is_known_as_a_wait_for_others(world, monkeypatch):
+    """On GPUs it is the first line that needs the all-reduced gradients, and the watchdog
+    looks for lost ranks only while this rank waits for them."""
+    others, waited = Others(), []
+    engine = make_engine(dataclasses.replace(world, watchdog=others), "zero0")
+    to_number = torch.Tensor.__float__
+    monkeypatch.setattr(
+        torch.Tensor, "__float__", lambda self: waited.append(others.waits) or to_number(self)
+    )
+    engine.train_step(0, step(1), Penalty(0.5, 0.5))
+    engine.close()
+    assert waited == [True]
+    assert not others.waits
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero2", "zero3"])
+def test_the_groups_of_deepspeed_have_the_time_limit_of_the_run(world, name):
+    engine = make_engine(world, name)
+    deepspeed = engine.deepspeed
+    groups = [deepspeed.data_parallel_group, deepspeed.seq_data_parallel_group]
+    if name != "zero0":
+        groups.append(deepspeed.optimizer.dp_process_group)
+    limits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+    engine.close()
+    assert limits == {TIMEOUT}
+    # Of a group on GPUs without a limit of its own.
+    assert distributed_c10d._get_default_timeout("nccl") == TIMEOUT

@@ -149,15 +149,21 @@ def test_speed_between_two_readings(monkeypatch):
     ],
 )
 def test_the_peak_of_a_device(monkeypatch, name, teraflops):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(throughput, "local_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert peak_flops("bf16") == (None if teraflops is None else teraflops * 1e12)
     assert peak_flops("fp32") is None
 
 
-def test_no_peak_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_a_run_on_the_cpu_of_a_gpu_machine_reports_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 3)
+    assert peak_flops("bf16") == 989e12
+    assert peak_memory() == 3
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert peak_flops("bf16") is None
+    assert peak_memory() >= 50_000_000
 
 
 def test_peak_memory_is_what_the_kernel_says():
@@ -178,6 +184,6 @@ def resident_peak():
 
 
 def test_peak_memory_of_a_gpu_is_that_of_its_allocator(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(throughput, "local_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 3_000_000_000)
     assert peak_memory() == 3_000_000_000

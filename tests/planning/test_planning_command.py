@@ -106,6 +106,7 @@ def test_several_nodes_are_a_batch_job(capsys, tiny_yaml):
         "--nodes=2",
         "--ntasks-per-node=4",
         "--gpus-per-node=4",
+        "--cpus-per-task=8",
         "slurm/train.sbatch",
     ]
 

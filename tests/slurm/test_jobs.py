@@ -21,7 +21,7 @@ SCRIPTS = sorted(
         *ROOT.glob("slurm/*.sh"),
         *ROOT.glob("slurm/*.sbatch"),
         ROOT / "tests" / "slurm" / "lab.sh",
-        ROOT / ".ci" / "run",
+        *ROOT.glob(".ci/*"),
     ]
 )
 AWKWARD = ["--model", "a b", "--data.text_column", 'it\'s "quoted" $HOME `id` \\ *']
@@ -85,6 +85,19 @@ def test_one_visible_gpu_a_task_is_number_0(cluster, checkout, stand_in):
     for record in stand_in.records(job).values():
         found = record["environment"]
         assert (found["CUDA_VISIBLE_DEVICES"], found["LOCAL_RANK"]) == (found["RANK"], "0")
+    assert "warning: 1 processor for each rank" in (checkout / f"dsvae-{job}.out").read_text()
+
+
+def test_without_cpus_per_task_ranks_share_the_processors_of_the_job(cluster, checkout, stand_in):
+    job = cluster.sbatch(
+        *words("--exclusive --ntasks-per-node=2 slurm/train.sbatch --output_dir runs/whole"),
+        cwd=checkout,
+        **stand_in.variables,
+        OMP_NUM_THREADS="",
+    )
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
+    found = [record["environment"] for record in stand_in.records(job).values()]
+    assert [each["OMP_NUM_THREADS"] for each in found] == ["4", "4"]  # of 8 on a node
 
 
 def test_more_tasks_than_gpus_is_refused(cluster, checkout, stand_in):
@@ -360,6 +373,8 @@ def test_dry_runs_start_nothing(cluster, checkout, stand_in):
     first, second = map(words, two)
     assert {"--nodes=1", "--gpus-per-node=1", "--ntasks-per-node=1"} <= set(first)
     assert {"--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2"} <= set(second)
+    assert "--cpus-per-task=8" in first
+    assert "--cpus-per-task=8" in second
     assert first[-2:] == ["--phase", "1"]
     assert second[-2:] == ["--phase", "2"]
     assert "--kill-on-invalid-dep=yes" in second
