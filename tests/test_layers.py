@@ -55,7 +55,7 @@ def test_imports_go_one_way():
 )
 def test_measuring_and_sampling_need_no_deepspeed(module):
     code = f"import sys, {module}; sys.exit('deepspeed' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=500, cwd=ROOT)
 
 
 def test_the_scripts_of_a_cluster_get_their_answers_without_heavy_imports():
@@ -64,4 +64,4 @@ def test_the_scripts_of_a_cluster_get_their_answers_without_heavy_imports():
         "import sys, dsvae.run_directory;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'transformers')))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=500, cwd=ROOT)
