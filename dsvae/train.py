@@ -189,7 +189,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     for number in start.phases:
         phase = start.phase(number, config)
         resumed = start.resumed(phase)
-        with phase_engine(phase, raw, data, weights_from, world) as (engine, batches):
+        with phase_engine(phase, raw, data, weights_from, world, resumed) as (engine, batches):
             resolved = directory.resolved_ds_config(number)
             world.run_on_rank0(functools.partial(write_json, resolved, engine.ds_config))
             reporter.say(phase_text(phase, engine, resolved))
@@ -348,7 +348,12 @@ def _load(run: Run, engine: PhaseEngine, resumed: Checkpoint) -> None:
     """Puts the engine into the state of a checkpoint."""
     with run.world.suspend_hang_detection():
         converted = checkpoint.load(
-            engine.deepspeed, resumed, run.world, run.directory.checkpoints, engine.frozen
+            engine.deepspeed,
+            resumed,
+            run.world,
+            run.directory.checkpoints,
+            [group.names for group in engine.groups],
+            engine.frozen,
         )
     if converted:
         run.reporter.say(converted)
@@ -368,6 +373,7 @@ def _save(
     meta |= {
         **reshape_checkpoint.shape_of(engine.deepspeed, run.world),
         "frozen": engine.frozen,
+        "lr_scales": engine.lr_scales,
         "classes": engine.module.config.classes,
         "tags": engine.module.config.tags,
     }

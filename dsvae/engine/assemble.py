@@ -15,6 +15,7 @@ from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.prepared import Prepared
 from dsvae.engine import compilation, ds_config, nvme
 from dsvae.engine.build import Columns, build_model
+from dsvae.engine.checkpoint import Checkpoint
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.errors import UserError
@@ -24,7 +25,12 @@ from dsvae.phases import Phase
 
 @contextmanager
 def phase_engine(
-    phase: Phase, raw: dict[str, Any], data: Prepared, weights: Path | None, world: World
+    phase: Phase,
+    raw: dict[str, Any],
+    data: Prepared,
+    weights: Path | None,
+    world: World,
+    resumed: Checkpoint | None,
 ) -> Iterator[tuple[PhaseEngine, TrainingBatches]]:
     """The engine of a phase and its batches, which agree on how a step is cut.
     Collective. What the engine has put on a disk is removed behind the block.
@@ -32,6 +38,8 @@ def phase_engine(
     Args:
         raw: the DeepSpeed configuration as it was read.
         weights: a T5VAE directory to start from; None: the model of the configuration.
+        resumed: the checkpoint that the engine will load: it has the factors of the
+            learning rate. None: a fresh phase.
 
     Raises:
         UserError: on every rank: the ds_config or the model cannot be used.
@@ -67,7 +75,8 @@ def phase_engine(
                 posterior_reads=config.model.posterior_reads,
                 mixture=data.mixture(config.data.weights),
             )
-            engine = PhaseEngine(model, world, phase, resolved, origin=origin)
+            scales = world.run_on_rank0(lambda: resumed.meta.get("lr_scales")) if resumed else None
+            engine = PhaseEngine(model, world, phase, resolved, origin=origin, lr_scales=scales)
         yield engine, batches
         engine.close()
 

@@ -292,11 +292,17 @@ def newest_sound(root: Path, report: Any) -> Checkpoint | None:
 
 
 def load(
-    engine: Any, checkpoint: Checkpoint, world: World, root: Path, frozen: str | None = None
+    engine: Any,
+    checkpoint: Checkpoint,
+    world: World,
+    root: Path,
+    names: list[list[str]],
+    frozen: str | None = None,
 ) -> str | None:
     """Puts an engine into the state of a checkpoint. Collective.
 
     Args:
+        names: of the parameters that train, by the optimizer's groups.
         frozen: the digest of the engine's frozen weights; the checkpoint's must be the
             same.
         root: where a checkpoint of another shape (ranks, ZeRO stage, precision) may be
@@ -328,7 +334,9 @@ def load(
             str(checkpoint.directory.parent), tag=checkpoint.directory.name
         )
     else:
-        line, state = reshape_checkpoint.load(engine, checkpoint.directory, meta, world, root)
+        line, state = reshape_checkpoint.load(
+            engine, checkpoint.directory, meta, world, root, names
+        )
     state = state or {}
     if (state.get("phase"), state.get("step")) != (checkpoint.phase, checkpoint.step):
         raise UserError(f"{checkpoint.directory}: DeepSpeed loaded nothing from it")

@@ -22,6 +22,7 @@ from dsvae.engine.weights import (
     freeze_decoder,
     freeze_pretrained,
     frozen_digest,
+    measure_lr_scales,
     parameter_groups,
 )
 from dsvae.modeling.t5_vae import T5VAE, T5VAEOutput
@@ -66,6 +67,8 @@ class PhaseEngine:
         ds_config: resolved.
         origin: the source of the model's weights on rank 0, for the export of frozen
             ones; None on the other ranks.
+        lr_scales: the factors of the learning rate from the checkpoint that the phase
+            resumes from; None: they are measured here if the phase has `lr_scale` rms.
 
     Dropout is seeded by step, micro-batch and rank, so that a resumed run repeats it.
     """
@@ -78,6 +81,7 @@ class PhaseEngine:
         ds_config: dict[str, Any],
         *,
         origin: Origin | None,
+        lr_scales: dict[str, float] | None = None,
     ) -> None:
         self.zero_stage, self.precision = (
             ds_configs.zero_stage(ds_config),
@@ -91,17 +95,20 @@ class PhaseEngine:
         if phase.freeze_decoder:
             freeze_decoder(model)
         self.frozen = frozen_digest(model, origin, world)
+        if lr_scales is None and phase.settings.lr_scale == "rms":
+            lr_scales = measure_lr_scales(model, origin, world)
+        self.lr_scales = lr_scales
         if phase.config.model.gradient_checkpointing:
             # Reentrant checkpointing passes no gradient through keyword arguments.
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if phase.config.compile:
             compile_training(model)
         optimizer_params = ds_config["optimizer"]["params"]
+        self.groups = parameter_groups(model, optimizer_params["weight_decay"], lr_scales)
         # torch's fused AdamW gives the same update on CPU, on GPU and for offloaded states,
         # and needs no compiler.
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, optimizer_params["weight_decay"]),
-            lr=optimizer_params["lr"],
+            [group.settings(model, optimizer_params["lr"]) for group in self.groups],
             betas=tuple(optimizer_params["betas"]),
             eps=optimizer_params["eps"],
             fused=True,
@@ -129,8 +136,8 @@ class PhaseEngine:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
-        return self.deepspeed.get_lr()[0]
+        """The learning rate of the next step, before the factors of `lr_scales`."""
+        return self.deepspeed.get_lr()[0] / self.groups[0].lr_scale
 
     @property
     def skipped_steps(self) -> int:

@@ -29,7 +29,6 @@ from deepspeed.checkpoint.constants import (
 from torch import Tensor, nn
 
 from dsvae.engine import nvme
-from dsvae.engine.weights import parameter_names
 from dsvae.errors import EXIT_DISK, RunStopped, UserError
 from dsvae.files import no_output
 from dsvae.parallel.world import World
@@ -79,7 +78,12 @@ def clean(root: Path) -> None:
 
 
 def load(
-    engine: Any, source: Path, meta: dict[str, Any], world: World, root: Path
+    engine: Any,
+    source: Path,
+    meta: dict[str, Any],
+    world: World,
+    root: Path,
+    names: list[list[str]],
 ) -> tuple[str, dict[str, Any] | None]:
     """Puts an engine into the state of a checkpoint of another shape. Collective.
 
@@ -88,6 +92,7 @@ def load(
         meta: its shape.
         root: where the conversion may write (the run's own `checkpoints`): for a while
             twice the size of the checkpoint, and one shard more from ZeRO 3.
+        names: of the parameters that train, by the optimizer's groups.
 
     Returns:
         One line that says what was converted, carried and reset; and the checkpoint's
@@ -100,7 +105,6 @@ def load(
     Whatever is raised, the checkpoint stays as it is.
     """
     now = shape_of(engine, world)
-    names = [group for group in parameter_names(engine.module) if group]
     _refuse(engine, source, meta, now, names, world)
     directory = root / SCRATCH / CONVERTED
     try:

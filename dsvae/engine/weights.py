@@ -4,9 +4,11 @@ safetensors."""
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import deepspeed
 import torch
@@ -51,8 +53,48 @@ def freeze_decoder(model: T5VAE) -> None:
         part.requires_grad_(False)
 
 
+SCALE_FLOOR = 1e-3
+"""The smallest scale of a tensor's learning rate, so that a tensor of zeros moves."""
+
+SCALE_RATIO = 1.25
+"""Tensors whose scales differ by at most this factor share a group of the optimizer."""
+
+
+def measure_lr_scales(model: nn.Module, origin: Origin | None, world: World) -> dict[str, float]:
+    """Computes the factor of the learning rate of every parameter that trains: the root
+    mean square (RMS) of its tensor, at least `SCALE_FLOOR`, as in Adafactor (Shazeer &
+    Stern 2018), which trained T5. Collective.
+
+    A partition of ZeRO holds all tensors of a group end to end, so tensors need a group
+    each, or one in common. Tensors of like RMS share one: its factor is the middle
+    between the smallest and the largest RMS in it, on a logarithmic scale.
+
+    Args:
+        origin: the source of the weights, on rank 0: its float32 values give the same
+            groups at every ZeRO stage and precision. None: the model has them itself.
+    """
+
+    def measure() -> dict[str, float]:
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        parameters = dict(model.named_parameters())
+        rms = {}
+        for name in names:
+            value = origin.tensor(name) if origin else parameters[name].detach().float()
+            rms[name] = max(SCALE_FLOOR, float(value.square().mean().sqrt()))
+        scales: dict[str, float] = {}
+        left = sorted(names, key=rms.__getitem__)
+        while left:
+            group = [name for name in left if rms[name] <= SCALE_RATIO * rms[left[0]]]
+            middle = math.sqrt(rms[group[0]] * rms[group[-1]])
+            scales |= dict.fromkeys(group, middle)
+            left = left[len(group) :]
+        return scales
+
+    return world.run_on_rank0(measure)
+
+
 def parameter_names(model: nn.Module) -> list[list[str]]:
-    """The names of the parameters that train, by AdamW's groups: matrices; norms,
+    """The names of the parameters that train, by their weight decay: matrices; norms,
     biases, embeddings and position biases.
 
     The same before and after an engine has sharded the model.
@@ -69,16 +111,37 @@ def parameter_names(model: nn.Module) -> list[list[str]]:
     return [matrices, others]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+@dataclass(frozen=True)
+class ParameterGroup:
+    """A group of AdamW: names of parameters with one weight decay and one factor of the
+    learning rate."""
+
+    names: list[str]
+    weight_decay: float
+    lr_scale: float
+
+    def settings(self, model: nn.Module, lr: float) -> dict[str, Any]:
+        """The group as `torch.optim` takes it."""
+        parameters = dict(model.named_parameters())
+        return {
+            "params": [parameters[name] for name in self.names],
+            "lr": lr * self.lr_scale,
+            "weight_decay": self.weight_decay,
+        }
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_scales: dict[str, float] | None = None
+) -> list[ParameterGroup]:
     """AdamW's groups of the parameters that train: matrices with decay, the others
-    without."""
-    parameters = dict(model.named_parameters())
-    decays = (weight_decay, 0.0)
-    return [
-        {"params": [parameters[name] for name in names], "weight_decay": decay}
-        for names, decay in zip(parameter_names(model), decays, strict=True)
-        if names
-    ]
+    without; each divided by the factors of `lr_scales`."""
+    groups = []
+    for names, decay in zip(parameter_names(model), (weight_decay, 0.0), strict=True):
+        by_scale: dict[float, list[str]] = {}
+        for name in names:
+            by_scale.setdefault(lr_scales[name] if lr_scales else 1.0, []).append(name)
+        groups += [ParameterGroup(part, decay, scale) for scale, part in by_scale.items()]
+    return groups
 
 
 def full_weights(
