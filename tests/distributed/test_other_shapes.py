@@ -29,7 +29,13 @@ OPTIONS = {
         "warmup_steps": 3,
         "deletion": 0.2,
     },
-    "phase2": {**TINY["phase2"], "steps": 8, "lr_schedule": "cosine"},
+    "phase2": {
+        **TINY["phase2"],
+        "steps": 8,
+        "lr": 1e-2,
+        "lr_scale": "rms",
+        "lr_schedule": "cosine",
+    },
     "checkpoint_every": 4,
     "keep_checkpoints": 9,
 }

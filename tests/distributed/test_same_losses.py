@@ -39,12 +39,15 @@ SYSTEMS = {
     "spike_slab": {"family": "spike_slab"},
     "categorical": {"family": "categorical", "categories": 3},
     "lora": {"lora": {"rank": 3, "alpha": 6.0, "targets": ["o", "q", "wi", "wo"]}},
+    "scaled": {},
 }
 """The latent path of each system."""
 DRAWS = {"spike_slab": 3}
 TOTAL_CORRELATION = {"categorical": 2.0}
 FREE_BITS = {"categorical": 0.065, "spike_slab": 1.7}
 LENGTH_WEIGHTED = ("embedding",)
+SCALED = ("scaled",)
+"""The systems whose learning rate is scaled by the RMS of each tensor."""
 RELEASED = {"spike_slab": 2}
 """The last steps, whose free bits are off."""
 
@@ -68,9 +71,16 @@ def start_model(system, prepared, directory):
         for name, weight in model.named_parameters():
             if name.endswith("lora_b"):  # adapters that have trained before
                 weight.normal_(0.0, 0.1)
+            if system in SCALED and (rms := rms_of(weight)):
+                # a power of four, so that a group of like tensors has the RMS of each
+                weight.mul_(4.0 ** round(math.log(rms, 4)) / rms)
     model.save_pretrained(directory)
     prepared.tokenizer.save_pretrained(directory)
     return directory
+
+
+def rms_of(weight):
+    return weight.pow(2).mean().sqrt().item()
 
 
 def kl_by_hand(model, parameters):
@@ -142,6 +152,15 @@ def reference(system, directory, prepared):
         {"params": [p for n, p in named.items() if n not in plain], "weight_decay": 0.01},
         {"params": [named[n] for n in plain], "weight_decay": 0.0},
     ]
+    if system in SCALED:  # a group per tensor
+        groups = [
+            {
+                "params": [p],
+                "lr": 2e-2 * max(1e-3, rms_of(p.detach())),
+                "weight_decay": 0.0 if n in plain else 0.01,
+            }
+            for n, p in named.items()
+        ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     losses, below, free_bits = [], [], FREE_BITS.get(system, 0.2)
     for index in range(STEPS):
@@ -264,6 +283,11 @@ SPLITS = [
     ("lora", "zero1", 2, 150),
     ("lora", "zero2", 2, 150),
     ("lora", "zero3", 2, 150),
+    ("scaled", "zero0", 2, 150),
+    ("scaled", "zero1", 2, 150),
+    ("scaled", "zero2", 1, 10**6),
+    ("scaled", "zero2_offload", 2, 150),
+    ("scaled", "zero3", 2, 150),
 ]
 
 
@@ -295,6 +319,7 @@ def test_losses_and_weights_are_those_of_plain_torch(
             "draws": DRAWS.get(system, 1),
             "total_correlation": TOTAL_CORRELATION.get(system, 0.0),
             "length_weighted": system in LENGTH_WEIGHTED,
+            **({"lr": 2e-2, "lr_scale": "rms"} if system in SCALED else {}),
         },
         "phase": "2",
         "precision": "fp32",
