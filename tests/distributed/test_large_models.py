@@ -142,7 +142,7 @@ def wide(cache_dir, tmp_path_factory):
     del zero["offload_optimizer"], zero["offload_param"]
     (directory / "memory.json").write_text(json.dumps(ds_config))
     # losses that fall: rounding grows where they explode
-    rates = ("--phase1.lr", "1e-4", "--phase2.lr", "1e-4")
+    rates = ("--phase1.lr", "1e-4", "--phase2.lr", "1e-3", "--phase2.lr_scale", "rms")
     return (
         ("--config", directory / "wide.yaml", "--checkpoint_every", "2", *rates, *STEPS),
         directory,

@@ -15,7 +15,7 @@ from dsvae.data.grammar import generate
 PATCHED = Path(__file__).with_name("patched_train.py")
 ARGUMENTS = (
     *("--phase1.steps", "24", "--phase2.steps", "24", "--checkpoint_every", "5"),
-    *("--phase1.deletion", "0.2", "--eval.batch_tokens", "64"),
+    *("--phase1.deletion", "0.2", "--eval.batch_tokens", "64", "--phase2.lr_scale", "rms"),
 )
 ADAPTERS = (*("--model.lora.rank", "2"), *("--phase1.freeze_decoder", "true"))
 
