@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsvae import config as configuration
 from dsvae.config import RunConfig
-from dsvae.data.corpora import fingerprint
+from dsvae.data.sources import source_of
 from dsvae.engine import checkpoint, reshape_checkpoint
 from dsvae.engine.checkpoint import Checkpoint
 from dsvae.errors import UserError
@@ -167,8 +167,7 @@ def _compare_data(run: RunDirectory, sentences: Callable[[], dict[str, Any]]) ->
 def data_of(config: RunConfig) -> dict[str, Any]:
     """What tells the sentences of a run from others; reads the files, or raises
     UserError."""
-    identity: dict[str, Any] = json.loads(json.dumps(fingerprint(config.data, config.seed)))
-    return identity
+    return source_of(config.data).identity(config.seed)
 
 
 def write_down(

@@ -51,8 +51,8 @@ from transformers.utils import logging as transformers_logging
 from dsvae import config as configuration
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches
-from dsvae.data.corpora import entropy
 from dsvae.data.prepared import Prepared, load_prepared, prepare
+from dsvae.data.sources import source_of
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine import checkpoint, ds_config, reshape_checkpoint, weights
 from dsvae.engine.assemble import phase_engine
@@ -427,7 +427,7 @@ def finish(run: Run, phase: Phase, engine: PhaseEngine) -> dict[str, Any]:
         if stop := run.stopping.agreed(world):
             raise stop
     unk = data.report["splits"]["test"]["unk"]
-    metrics |= against_entropy(metrics, entropy(config.data), unk)
+    metrics |= against_entropy(metrics, source_of(config.data).entropy, unk)
     metrics["precision"] = precision
     run.reporter.evaluation(phase.offset + phase.steps, phase.number, "test", metrics)
     pairs, prior = _samples(run, engine, test)

@@ -80,8 +80,10 @@ def pretrained_t5(tmp_path_factory):
 
     from dsvae.config import DataConfig
     from dsvae.data.corpora import load_corpus
+    from dsvae.data.sources import source_of
 
     directory = make_t5("t5 v1.1", tmp_path_factory.mktemp("pretrained"))
-    texts = load_corpus(DataConfig(builtin_size=300), 0, directory).splits["train"]["text"]
+    source = source_of(DataConfig(builtin_size=300))
+    texts = load_corpus(source, 0, directory).splits["train"]["text"]
     small_tokenizer(texts).save_pretrained(directory)
     return directory

@@ -12,7 +12,7 @@ import torch
 
 from dsvae import failures, train
 from dsvae.config import build, load_tree
-from dsvae.data import corpora
+from dsvae.data import sources
 from dsvae.data.grammar import generate
 from dsvae.errors import (
     EXIT_DEFECT,
@@ -186,8 +186,8 @@ def test_a_start_reads_its_files_once_and_leaves_the_configuration_alone(tmp_pat
         },
         where="test",
     )
-    read, hash_file = [], corpora._hash_file
-    monkeypatch.setattr(corpora, "_hash_file", lambda file: read.append(file) or hash_file(file))
+    read, hash_file = [], sources._hash_file
+    monkeypatch.setattr(sources, "_hash_file", lambda file: read.append(file) or hash_file(file))
     engine = types.SimpleNamespace(ds_config={}, zero_stage=0, precision="fp32")
     monkeypatch.setattr(train, "phase_engine", lambda *_: nullcontext((engine, None)))
 

@@ -24,10 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dsvae.config import DataConfig
 from dsvae.data.batches import PosteriorReads, row_lengths
-from dsvae.data.corpora import SPLITS, Corpus, fingerprint, load_corpus
+from dsvae.data.corpora import Corpus, load_corpus
 from dsvae.data.order import Mixture
 from dsvae.data.processes import Batch, map_batches, usable_cores
 from dsvae.data.record_tokens import Names, encode_records, features_of
+from dsvae.data.sources import SPLITS, Source, source_of
 from dsvae.data.tokenization import (
     BATCH_ROWS,
     TokenizedSplit,
@@ -92,7 +93,7 @@ def prepare(
     Args:
         tokenizer: one to load. None: one is trained on the training sentences.
         vocab_size: pieces of the tokenizer to train.
-        corpus: the `fingerprint` of the sentences, if it is already known.
+        corpus: the identity of the sentences (`Source.identity`), if it is already known.
 
     Raises:
         UserError: a fault of the source, the tokenizer or the cache directory.
@@ -100,9 +101,10 @@ def prepare(
     if (tokenizer is None) == (vocab_size is None):
         raise ValueError("give either a tokenizer or the vocab_size of one to train")
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    source = source_of(data)
     identity = {
         "format": _FORMAT,
-        "corpus": fingerprint(data, seed) if corpus is None else corpus,
+        "corpus": source.identity(seed) if corpus is None else corpus,
         "tokenizer": {"trained": vocab_size} if loaded is None else _tokenizer_identity(loaded),
         "max_tokens": data.max_tokens,
     }
@@ -120,7 +122,7 @@ def prepare(
         temporary.mkdir()
         try:
             with parallel_tokenizers():
-                _fill(temporary, data, loaded, vocab_size, seed)
+                _fill(temporary, source, loaded, vocab_size, seed)
             _publish(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -155,7 +157,7 @@ def load_prepared(path: str | os.PathLike[str]) -> Prepared:
 
 def _fill(
     directory: Path,
-    data: DataConfig,
+    source: Source,
     tokenizer: PreTrainedTokenizerBase | None,
     vocab_size: int | None,
     seed: int,
@@ -163,15 +165,15 @@ def _fill(
     """Writes everything of one cache entry into `directory`."""
     work_dir = directory / "work"
     work_dir.mkdir()
-    corpus = load_corpus(data, seed, work_dir)
+    corpus = load_corpus(source, seed, work_dir)
     if tokenizer is None:
         assert vocab_size is not None  # `prepare` checked that one of the two is given
         tokenizer = train_tokenizer(_sample(corpus.splits["train"]), vocab_size)
     tokenizer.save_pretrained(directory / "tokenizer")
     report: dict[str, Any] = {
-        "source": corpus.source,
+        "source": source.description,
         "vocab_size": len(tokenizer),
-        "max_tokens": data.max_tokens,
+        "max_tokens": source.data.max_tokens,
     }
     kinds = corpus.splits["train"].column_names
     names = Names(_values(corpus, "label"), _values(corpus, "tags"))
@@ -181,7 +183,7 @@ def _fill(
         report["tags"] = names.tags
     report["splits"] = {
         name: _tokenize(
-            corpus, name, tokenizer, data.max_tokens, names, directory / f"{name}.arrow"
+            corpus, name, tokenizer, source.data.max_tokens, names, directory / f"{name}.arrow"
         )
         for name in SPLITS
     }
@@ -212,7 +214,7 @@ def _tokenize(
     split = corpus.splits[name]
     kinds = split.column_names
     features = features_of(kinds)
-    where = f"{corpus.source}, split {name}"
+    where = f"{corpus.source.description}, split {name}"
 
     def encoded(batch: Batch) -> tuple[pa.Table, Counter[str], Counter[int]]:
         counts: Counter[str] = Counter()
@@ -231,11 +233,13 @@ def _tokenize(
                 writer.write_table(table)
         if not figures["sentences"]:
             raise UserError(
-                f"{corpus.source}: the tokenizer leaves nothing of the {name} sentences; use "
-                f"another tokenizer"
+                f"{corpus.source.description}: the tokenizer leaves nothing of the {name} "
+                f"sentences; use another tokenizer"
             )
         writer.finalize()
-    files = [{"name": file, "sentences": parts[i]} for i, file in enumerate(corpus.files) if parts]
+    files = [
+        {"name": file, "sentences": parts[i]} for i, file in enumerate(corpus.source.files) if parts
+    ]
     for file in files:
         if not file["sentences"]:
             raise UserError(
@@ -274,8 +278,8 @@ def _values(corpus: Corpus, kind: str) -> tuple[str, ...]:
             found.update(() if value is None else [value] if kind == "label" else value)
     if not found:
         raise UserError(
-            f"{corpus.source}: no training sentence has a value in --{kind}_column; fill it, or "
-            f"leave the flag out"
+            f"{corpus.source.description}: no training sentence has a value in --{kind}_column; "
+            f"fill it, or leave the flag out"
         )
     return tuple(sorted(found))
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from dsvae.config import RunConfig
+from dsvae.data.sources import source_of
 from dsvae.reports.card_use import use
 from dsvae.reports.table import result_table
 
@@ -86,7 +87,7 @@ def write_checkpoint_card(
 def _head(config: RunConfig, model: PreTrainedConfig, trained: str) -> str:
     """The metadata for the hub, and what the model is."""
     base = config.model.name or "a new T5 from its configuration"
-    data = config.data.train_file or config.data.dataset or "dsvae's built-in corpus"
+    data = source_of(config.data).description
     tag, title = "variational-autoencoder", "A sentence VAE"
     about = f"""A T5 as a variational autoencoder of sentences, finetuned with dsvae
 {version("dsvae")} after Park & Lee 2021

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from dsvae import config as configuration
 from dsvae.config import RESUMABLE, RunConfig, flatten, to_tree
+from dsvae.data.sources import source_of
 from dsvae.engine import checkpoint
 from dsvae.errors import UserError
 from dsvae.metrics import catalog
@@ -69,16 +70,7 @@ class Run:
         """What decides the sentences of `split` besides the text files, if anything."""
         if self.config is None:
             return None
-        data, seed = self.config.data, self.config.seed
-        if data.dataset is not None:
-            return f"data set {data.dataset}"
-        if data.train_file is None:
-            return (
-                f"built-in corpus of {data.builtin_size:,}, seed {data.builtin_seed}, held out "
-                f"with seed {seed}"
-            )
-        given = data.test_file if self.split == "test" else data.valid_file
-        return None if given is not None else f"held out with seed {seed}"
+        return source_of(self.config.data).distinguishes(str(self.split), self.config.seed)
 
 
 def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -191,8 +183,7 @@ def _read_settings(run: Run) -> None:
 def _unused(config: RunConfig) -> tuple[str, ...]:
     """Prefixes of the names of the fields that a run does not use."""
     names = {"1": ["phase2."], "2": ["phase1."], "all": []}[config.phase]
-    if config.data.train_file is not None or config.data.dataset is not None:
-        names.append("data.builtin_")
+    names += source_of(config.data).unused
     if config.model.injection == "none":
         names += ["model.latent_dim", "model.pooling"]
         names += ["phase2.beta.", "phase2.free_bits", "phase2.release"]

@@ -43,8 +43,8 @@ from datasets.arrow_writer import ArrowWriter
 from dsvae import config as configuration
 from dsvae.data import prepared
 from dsvae.data.batches import TrainingBatches, most_micro_batches
-from dsvae.data.corpora import fingerprint
 from dsvae.data.grammar import write_corpus
+from dsvae.data.sources import source_of
 from dsvae.data.tokenization import BATCH_ROWS
 from dsvae.files import write_json
 
@@ -126,7 +126,7 @@ def data_alone(result: str, steps: str, *words: str) -> None:
         tokenizer=None,
         vocab_size=config.model.vocab_size,
         seed=config.seed,
-        corpus=fingerprint(config.data, config.seed),
+        corpus=source_of(config.data).identity(config.seed),
     )
     data = prepared.load_prepared(path)
     budget = config.data.micro_batch_tokens

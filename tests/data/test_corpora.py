@@ -19,8 +19,8 @@ import pytest
 
 from dsvae.config import DataConfig
 from dsvae.data import corpora, readers
-from dsvae.data.corpora import entropy, fingerprint
 from dsvae.data.grammar import generate
+from dsvae.data.sources import SPLITS, source_of
 from dsvae.errors import UserError
 
 LINES = [f"sentence number {number}" for number in range(200)]
@@ -40,7 +40,11 @@ def load_corpus(data: DataConfig, seed: int) -> corpora.Corpus:
     """The corpus in a folder that goes with the test, the cache's."""
     folder = datasets.config.HF_DATASETS_CACHE / str(uuid.uuid4())
     folder.mkdir(parents=True)
-    return corpora.load_corpus(data, seed, folder)
+    return corpora.load_corpus(source_of(data), seed, folder)
+
+
+def fingerprint(data: DataConfig, seed: int) -> dict:
+    return source_of(data).identity(seed)
 
 
 def texts(data: DataConfig, split: str = "train", seed: int = 0) -> list[str]:
@@ -166,10 +170,10 @@ def test_builtin_is_the_grammar():
     assert corpus.held_out == ("valid", "test")
 
 
-def test_the_entropy_is_known_of_the_built_in_corpus_alone(tmp_path):
-    assert entropy(DataConfig()) == pytest.approx(math.log(3_538_944))
-    assert entropy(DataConfig(train_file=write(tmp_path / "a.txt", "a\n"))) is None
-    assert entropy(DataConfig(dataset="someone/something")) is None
+def test_the_entropy_is_known_of_the_built_in_corpus_alone():
+    assert source_of(DataConfig()).entropy == pytest.approx(math.log(3_538_944))
+    assert source_of(DataConfig(train_file="a.txt")).entropy is None
+    assert source_of(DataConfig(dataset="someone/something")).entropy is None
 
 
 def local_dataset(tmp_path, **splits: list[str]) -> str:
@@ -200,8 +204,8 @@ def test_data_set(tmp_path):
 
 def test_held_out_is_disjoint_complete_and_seeded(tmp_path):
     data = DataConfig(train_file=write(tmp_path / "a.txt", "\n".join(LINES)))
-    parts = {name: texts(data, name, seed=1) for name in corpora.SPLITS}
-    assert [len(parts[name]) for name in corpora.SPLITS] == [180, 10, 10]
+    parts = {name: texts(data, name, seed=1) for name in SPLITS}
+    assert [len(parts[name]) for name in SPLITS] == [180, 10, 10]
     assert sorted(itertools.chain(*parts.values())) == sorted(LINES)
     assert parts["valid"] == texts(data, "valid", seed=1) != texts(data, "valid", seed=2)
     assert parts["train"] == [line for line in LINES if line in set(parts["train"])]
@@ -214,8 +218,8 @@ def test_copies_of_a_sentence_stay_together(tmp_path):
     data = DataConfig(train_file=write(tmp_path / "a.txt", "\n".join(lines)))
     for seed in range(5):
         corpus = load_corpus(data, seed)
-        parts = {name: corpus.splits[name]["text"][:] for name in corpora.SPLITS}
-        assert [len(set(parts[name])) for name in corpora.SPLITS] == [54, 3, 3]
+        parts = {name: corpus.splits[name]["text"][:] for name in SPLITS}
+        assert [len(set(parts[name])) for name in SPLITS] == [54, 3, 3]
         assert len(set(itertools.chain(*map(set, parts.values())))) == 60
         assert sorted(itertools.chain(*parts.values())) == sorted(lines)
         assert corpus.repeated == {name: len(part) - len(set(part)) for name, part in parts.items()}
@@ -281,7 +285,7 @@ def test_only_the_missing_split_is_held_out(tmp_path):
         "test": 1,
     }
     assert corpus.held_out == ("valid",)
-    assert corpus.source == "a.txt, t.txt"
+    assert corpus.source.description == "a.txt, t.txt"
 
 
 def test_held_out_has_bounds(tmp_path, monkeypatch):
@@ -307,7 +311,7 @@ def test_too_few_to_hold_out(tmp_path):
 def test_the_corpus_keeps_its_files_where_it_is_told(tmp_path):
     path, work = write(tmp_path / "a.txt", "x\ny"), tmp_path / "work"
     work.mkdir()
-    corpus = corpora.load_corpus(three(path), 0, work)
+    corpus = corpora.load_corpus(source_of(three(path)), 0, work)
     assert corpus.splits["train"]["text"][:] == ["x", "y"]
     assert sorted(entry.name for entry in work.iterdir()) == [
         "test.arrow",
@@ -457,7 +461,7 @@ def test_held_out_sizes_follow_the_rule():
 def test_a_stream_gives_what_the_download_gives(tmp_path):
     name = local_dataset(tmp_path, train=LINES, validation=[" v ", ""])
     whole, stream = DataConfig(dataset=name), DataConfig(dataset=name, streaming=True)
-    for split in corpora.SPLITS:
+    for split in SPLITS:
         assert texts(stream, split) == texts(whole, split)
     assert fingerprint(stream, 0) == fingerprint(stream, 0) != fingerprint(whole, 0)
     assert "'text'" in error_of(DataConfig(dataset=name, streaming=True, text_column="sentence"))
@@ -474,8 +478,8 @@ def test_a_stream_is_read_no_further_than_asked(tmp_path, monkeypatch):
     options = {"dataset": str(tmp_path / "set"), "streaming": True}
     corpus = load_corpus(DataConfig(**options, max_sentences=150), seed=0)
     assert sum(map(len, corpus.splits.values())) == 150
-    assert corpus.source.endswith("at most 150 of each")
-    assert "cannot be read behind row" in error_of(DataConfig(**options))
+    assert corpus.source.description.endswith("at most 150 of each")
+    assert "cannot be read after row" in error_of(DataConfig(**options))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("downloaded"))
     load_corpus(DataConfig(**options, max_sentences=20), seed=0)
 
@@ -509,15 +513,15 @@ def test_a_mixture_keeps_the_files_apart(tmp_path):
     two = write(tmp_path / "b.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in LINES[90:]))
     data = DataConfig(train_file=f"{one}, {two}", weights=[1, 1])
     corpus = load_corpus(data, seed=0)
-    assert corpus.files == ("a.txt", "b.jsonl")
-    assert corpus.source == "a.txt, b.jsonl"
+    assert corpus.source.files == ("a.txt", "b.jsonl")
+    assert corpus.source.description == "a.txt, b.jsonl"
     train = corpus.splits["train"]
     assert train["part"][:] == sorted(train["part"])
     for part, lines in enumerate((LINES[:120], LINES[90:])):
         own = [t for t, p in zip(train["text"], train["part"], strict=True) if p == part]
         assert own == [line for line in lines if line in set(own)]
     # 5% of the 200 different sentences each
-    assert [len(set(corpus.splits[name]["text"])) for name in corpora.SPLITS] == [180, 10, 10]
+    assert [len(set(corpus.splits[name]["text"])) for name in SPLITS] == [180, 10, 10]
     assert fingerprint(data, 0)["files"]["train"][::2] == ["a.txt", "b.jsonl"]
     other = DataConfig(train_file=data.train_file, weights=[3, 1])
     assert fingerprint(other, 0) == fingerprint(data, 0)  # the same sentences

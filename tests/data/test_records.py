@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dsvae.config import DataConfig
-from dsvae.data import corpora
+from dsvae.data import corpora, sources
 from dsvae.data.readers import read_file, read_records
 from dsvae.data.records import Columns, Record
 from dsvae.errors import UserError
@@ -173,7 +173,7 @@ def test_bad_parquet_records(tmp_path):
 def load(data, tmp_path, seed=0):
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
-    return corpora.load_corpus(data, seed, work)
+    return corpora.load_corpus(sources.source_of(data), seed, work)
 
 
 def three(path, **options):
@@ -223,7 +223,7 @@ def test_class_numbers_of_a_data_set_have_names(tmp_path, monkeypatch):
         {"text": ["a b", "c", "d"], "l": [1, 0, -1], "t": [[0, 1], [1], [0]]}, features=features
     )
     parts = datasets.DatasetDict({"train": part, "validation": part, "test": part})
-    monkeypatch.setattr(corpora, "_load_hub", lambda data: (parts, {}))
+    monkeypatch.setattr(sources.HubDataSet, "_load", lambda *_: (parts, {}))
     data = DataConfig(dataset="x", label_column="l", tags_column="t")
     train = load(data, tmp_path).splits["train"]
     assert train["label"][:] == ["good", "bad", None]
@@ -243,16 +243,16 @@ def test_sources_without_columns_are_refused(tmp_path, kind):
         (DataConfig(train_file=str(good), test_file=str(path), **column), r"--test_file\) has no"),
     ):
         with pytest.raises(UserError, match=f"{said}") as caught:
-            corpora.fingerprint(data, 0)
+            sources.source_of(data).identity(0)
         assert f"--{kind}_column" in str(caught.value)
 
 
 def test_a_fingerprint_changes_only_with_the_columns_that_are_named(tmp_path):
     path = save(tmp_path, "csv")
-    base = corpora.fingerprint(three(path), 0)
+    base = sources.source_of(three(path)).identity(0)
     assert set(base) == {"files", "column", "held_out_seed"}
     others = [
-        corpora.fingerprint(three(path, **options), 0)
+        sources.source_of(three(path, **options)).identity(0)
         for options in (
             {"condition_column": "c"},
             {"condition_column": "l"},

@@ -13,6 +13,7 @@ from small_models import INJECTIONS, make_vae, small_tokenizer
 
 from dsvae.config import DataConfig
 from dsvae.data.corpora import load_corpus
+from dsvae.data.sources import source_of
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
@@ -53,7 +54,9 @@ def test_phase_1_with_a_frozen_decoder(stage, injection, cache_dir, tmp_path):
 
 def frozen_phase_1(directory, cache_dir, injection="both"):
     """A configuration of phase 1 from a model in `directory` / start; its file."""
-    texts = load_corpus(DataConfig(builtin_size=300), 0, directory).splits["train"]["text"]
+    texts = load_corpus(source_of(DataConfig(builtin_size=300)), 0, directory).splits["train"][
+        "text"
+    ]
     tokenizer = small_tokenizer(texts, 60)
     model = make_vae("t5 v1.1", injection=injection)
     # Weights that bfloat16 cannot hold: a copy that went through the engine's cast
