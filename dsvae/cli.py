@@ -592,6 +592,45 @@ def corpus(
             print(drawn.text)
 
 
+def cache(
+    *,
+    cache_dir: str | None = None,
+    older_than: float = 0,
+    clear: bool = False,
+    json: bool = False,
+) -> None:
+    """Lists the tokenized corpora that training keeps for the next run, or removes them.
+
+    A corpus that a run uses is not removed. One that is removed is made again when a run
+    needs it.
+
+    Args:
+        cache_dir: data.cache_dir of the runs; by default the one that runs use by default.
+        older_than: only corpora with which no run began for so many days.
+        clear: remove what is listed, and what killed runs have left.
+    """
+    from dsvae.data import cache as module
+
+    found = module.entries(cache_dir, older_than)
+    used = {entry.path for entry in module.clear(found)} if clear else set()
+    if not found:
+        say(f"no tokenized corpora in {module.root_of(cache_dir)}")
+    rows = (
+        {**entry._asdict(), "path": str(entry.path)}
+        | ({"removed": entry.path not in used} if clear else {})
+        for entry in found
+    )
+    state = {None: "", True: ", removed", False: ", kept: a run uses it"}
+    show(
+        rows,
+        json,
+        lambda row: (
+            f"{row['path']}  {row['size'] / 1e6:,.1f} MB, {row['sentences']:,} sentences of "
+            f"{row['source']}, last used {row['days']:.1f} days ago{state[row.get('removed')]}"
+        ),
+    )
+
+
 def evaluate(
     model_dir: str,
     *,
@@ -826,7 +865,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _GENERATION = (sample, reconstruct, interpolate, analogy, traverse, edit, encode, fit_prior)
 _LABELLING = (cluster, classify, tag)
 COMMANDS = commands(
-    (evaluate, export, package, push, compare, *_GENERATION, *_LABELLING, corpus, plan),
+    (evaluate, export, package, push, compare, *_GENERATION, *_LABELLING, corpus, cache, plan),
     OPTIONS,
     SHARED,
 )

@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 from dsvae.data import grammar, grammar_variants
 from dsvae.data.grammar_variants import DEPENDENT, PAIRED_ENTROPY
 from dsvae.data.noise import PRIOR, generator
-from dsvae.data.tokenization import tokenize
+from dsvae.data.record_tokens import tokenize
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE
 

@@ -17,7 +17,7 @@ from small_models import make_vae, small_tokenizer
 from transformers import GenerationConfig
 
 from dsvae.data.noise import LATENT, PRIOR, generator
-from dsvae.data.tokenization import tokenize
+from dsvae.data.record_tokens import tokenize
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE, geometry, latents_file, options
 from dsvae.generation.latents_file import check_place, write_latents

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -259,6 +259,7 @@ def _pad(rows: list[NDArray[np.int64]], value: int) -> NDArray[np.int64]:
     return padded
 
 
+@dataclass(frozen=True, kw_only=True)
 class TrainingBatches:
     """The optimizer steps of one rank.
 
@@ -266,42 +267,31 @@ class TrainingBatches:
     asks for the next number.
     """
 
-    def __init__(
-        self,
-        split: TokenizedSplit,
-        *,
-        batch_size: int,
-        token_budget: int,
-        noise_width: int,
-        draws: int = 1,
-        deletion: float,
-        seed: int,
-        rank: int,
-        world_size: int,
-        pad_id: int,
-        micro_batches: int | None = None,
-        posterior_reads: PosteriorReads = "both",
-        mixture: Mixture | None = None,
-    ) -> None:
-        if world_size > len(split):
+    split: TokenizedSplit = field(kw_only=False)
+    batch_size: int
+    token_budget: int
+    micro_batches: int | None = None
+    noise_width: int
+    draws: int = 1
+    deletion: float
+    seed: int
+    rank: int
+    world_size: int
+    pad_id: int
+    posterior_reads: PosteriorReads = "both"
+    mixture: Mixture | None = None
+
+    def __post_init__(self) -> None:
+        if self.world_size > len(self.split):
             raise UserError(
-                f"{world_size} ranks for {len(split)} training sentences: use at most as many "
-                f"ranks as sentences"
+                f"{self.world_size} ranks for {len(self.split)} training sentences: use at most "
+                f"as many ranks as sentences"
             )
-        if batch_size < world_size:
+        if self.batch_size < self.world_size:
             raise UserError(
-                f"data.batch_size {batch_size} is less than the {world_size} ranks: every rank "
-                f"needs a sentence per step"
+                f"data.batch_size {self.batch_size} is less than the {self.world_size} ranks: "
+                f"every rank needs a sentence per step"
             )
-        self.split, self.posterior_reads, self.mixture = split, posterior_reads, mixture
-        self.batch_size, self.token_budget, self.micro_batches = (
-            batch_size,
-            token_budget,
-            micro_batches,
-        )
-        self.noise_shape, self.deletion = (draws, noise_width), deletion
-        self.seed, self.pad_id = seed, pad_id
-        self.rank, self.world_size = rank, world_size
 
     @property
     def steps_per_epoch(self) -> float:
@@ -327,14 +317,9 @@ class TrainingBatches:
         own, weight = share(sentences, self.rank, self.world_size)
         keys = list(zip(share(epochs, self.rank, self.world_size)[0].tolist(), own, strict=True))
         # The first draw has the same numbers whatever the number of draws.
-        noise = np.stack(
-            [
-                generator(self.seed, LATENT, epoch, sentence).standard_normal(
-                    self.noise_shape, dtype=np.float32
-                )
-                for epoch, sentence in keys
-            ]
-        )
+        shape = self.draws, self.noise_width
+        streams = (generator(self.seed, LATENT, *key) for key in keys)
+        noise = np.stack([each.standard_normal(shape, dtype=np.float32) for each in streams])
 
         def delete(row: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
             return delete_tokens(ids, self.deletion, generator(self.seed, DELETION, *keys[row]))

@@ -7,16 +7,10 @@ The map from choices to sentences is one to one.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import log, prod
-from pathlib import Path
-from typing import IO, NamedTuple
-
-from dsvae.errors import UserError
-from dsvae.files import whole_file
+from typing import NamedTuple
 
 
 def _rows(table: str) -> list[list[str]]:
@@ -180,43 +174,6 @@ def generate(size: int, seed: int) -> list[Sentence]:
     return list(draw(size, seed))
 
 
-def write_corpus(
-    path: str | os.PathLike[str],
-    size: int,
-    seed: int,
-    factors_path: str | os.PathLike[str] | None = None,
-) -> None:
-    """Writes `size` sentences, one per line, and optionally their factors.
-
-    The factors are a csv: the indices of the values under the names of the factors. Row i
-    belongs to line i. Each file appears whole or not at all.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
-    write_lines(path, lambda: draw(size, seed), factors_path)
-
-
-def write_lines(
-    path: str | os.PathLike[str],
-    drawn: Callable[[], Iterator[Sentence]],
-    factors_path: str | os.PathLike[str] | None = None,
-) -> None:
-    """Writes what `drawn` gives, as `write_corpus` does."""
-    if factors_path is not None and Path(path).resolve() == Path(factors_path).resolve():
-        raise UserError(f"{path} cannot hold both the sentences and their factors: name two files")
-
-    def indices(file: IO[str]) -> None:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(FACTORS)
-        writer.writerows(each.factors for each in drawn())
-
-    texts = (f"{each.text}\n" for each in drawn())
-    _write_atomically(Path(path), lambda file: file.writelines(texts))
-    if factors_path is not None:
-        _write_atomically(Path(factors_path), indices)
-
-
 def _value(name: str, choice: str | int) -> str:
     values = FACTORS[name]
     if choice in values:
@@ -227,14 +184,3 @@ def _value(name: str, choice: str | int) -> str:
         f"factor {name} has no value {choice!r}; it has {', '.join(values)}, or "
         f"0..{len(values) - 1}"
     )
-
-
-def _write_atomically(path: Path, write: Callable[[IO[str]], None]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            write(file)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; choose a place that can be written"
-        ) from error

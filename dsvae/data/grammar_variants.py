@@ -11,6 +11,7 @@ tagged: the plain sentences with a tag per word and a label.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from dsvae.data import grammar
 from dsvae.data.grammar import FACTORS, Sentence
 from dsvae.errors import UserError
+from dsvae.files import whole_file
 
 DEPENDENT = ("tense", "polarity", "sentence_type", "subject_number", "object_number")
 """The factors of a paired sentence that depend on its subject."""
@@ -185,18 +187,41 @@ def write_variant(
     factors_path: str | os.PathLike[str] | None = None,
     labelled: int | None = None,
 ) -> None:
-    """Writes a corpus of any kind, and optionally its factors, as `write_corpus` does.
+    """Writes the lines of `draw_lines`, and optionally their factors.
+
+    The factors are a csv: the indices of the values under the names of the factors. Row i
+    belongs to line i. Each file appears whole or not at all.
 
     Raises:
         UserError: a file cannot be written, or the arguments are wrong.
     """
-    draw_lines(kind, 0, seed, labelled)  # checks the arguments
+
+    def drawn() -> Iterator[Sentence]:
+        return draw_lines(kind, size, seed, labelled)
+
+    drawn()  # checks the arguments
     if kind != "plain" and Path(path).suffix.lower() != ".jsonl":
         raise UserError(
             f"--output {path}: --kind {kind} writes one JSON object per line; give it a name that "
             f"ends in .jsonl"
         )
-    grammar.write_lines(path, lambda: draw_lines(kind, size, seed, labelled), factors_path)
+    if factors_path is not None and Path(path).resolve() == Path(factors_path).resolve():
+        raise UserError(f"{path} cannot hold both the sentences and their factors: name two files")
+    _write(Path(path), (f"{each.text}\n" for each in drawn()))
+    if factors_path is not None:
+        rows = itertools.chain([_NAMES], (each.factors for each in drawn()))
+        _write(Path(factors_path), (f"{','.join(map(str, row))}\n" for row in rows))
+
+
+def _write(path: Path, lines: Iterator[str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.writelines(lines)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; choose a place that can be written"
+        ) from error
 
 
 class _Digits:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
-import time
-import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 import datasets
 import numpy as np
@@ -23,28 +21,24 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dsvae.config import DataConfig
+from dsvae.data import cache
 from dsvae.data.batches import PosteriorReads, row_lengths
 from dsvae.data.corpora import Corpus, load_corpus
 from dsvae.data.order import Mixture
-from dsvae.data.processes import Batch, map_batches, usable_cores
-from dsvae.data.record_tokens import Names, encode_records, features_of
+from dsvae.data.processes import map_batches, usable_cores
+from dsvae.data.record_tokens import Encoded, Names, encode, features_of
 from dsvae.data.sources import SPLITS, Source, source_of
-from dsvae.data.tokenization import (
-    BATCH_ROWS,
-    TokenizedSplit,
-    load_tokenizer,
-    parallel_tokenizers,
-)
+from dsvae.data.tokenization import BATCH_ROWS, TokenizedSplit, load_tokenizer, parallel_tokenizers
 from dsvae.data.tokenizer_training import train_tokenizer
 from dsvae.errors import UserError
 
 # To be raised whenever the same sentences and options would give other files.
 _FORMAT = 5
 _TOKENIZER_SENTENCES = 1_000_000
-_STALE_SECONDS = 24 * 3600
 # With fewer for each, one process is done in seconds.
 _ROWS_PER_PROCESS = 100_000
-# What the report says of a split that has a column, beside what it says of every split.
+# What the report says of every split, and what more of one that has a column.
+_COUNTS = ("sentences", "tokens", "words", "bytes", "unk", "truncated")
 _FIGURES = {
     "condition": ("conditions_truncated",),
     "label": ("labelled",),
@@ -65,6 +59,8 @@ class Prepared:
     i-th."""
     tags: tuple[str, ...] = ()
     """Their different tags, sorted, e.g. B-PER, I-PER, O."""
+    lock: IO[str] | None = None
+    """Keeps the cache entry from `dsvae cache --clear`."""
 
     def longest(self, reads: PosteriorReads, most: int) -> NDArray[np.int32]:
         """The `row_lengths` of the `most` longest training sentences, from the longest."""
@@ -109,16 +105,15 @@ def prepare(
         "max_tokens": data.max_tokens,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    root = Path(
-        data.cache_dir or os.path.join(datasets.config.HF_DATASETS_CACHE, "dsvae")
-    ).expanduser()
+    root = cache.root_of(data.cache_dir)
     final = root / key
     if final.is_dir():
+        cache.use(final)
         return final
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _sweep(root, key)
-        temporary = root / f".{key}.{uuid.uuid4().hex}.tmp"
+        cache.sweep(root)
+        temporary = cache.temporary(root, key)
         temporary.mkdir()
         try:
             with parallel_tokenizers():
@@ -142,17 +137,18 @@ def load_prepared(path: str | os.PathLike[str]) -> Prepared:
     """
     path = Path(path)
     try:
+        lock = cache.hold(path)
+        report = json.load(lock)
         splits = {
             name: TokenizedSplit(datasets.Dataset.from_file(str(path / f"{name}.arrow")))
             for name in SPLITS
         }
-        report = json.loads((path / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(
             f"{path}: the cached corpus is damaged ({type(error).__name__}); delete this directory"
         ) from error
     labels, tags = (tuple(report.get(name, ())) for name in ("labels", "tags"))
-    return Prepared(load_tokenizer(str(path / "tokenizer")), splits, report, labels, tags)
+    return Prepared(load_tokenizer(str(path / "tokenizer")), splits, report, labels, tags, lock)
 
 
 def _fill(
@@ -181,11 +177,11 @@ def _fill(
         report["labels"] = names.labels
     if "tags" in kinds:
         report["tags"] = names.tags
+    encode_batch = functools.partial(
+        encode, tokenizer=tokenizer, max_tokens=source.data.max_tokens, names=names
+    )
     report["splits"] = {
-        name: _tokenize(
-            corpus, name, tokenizer, source.data.max_tokens, names, directory / f"{name}.arrow"
-        )
-        for name in SPLITS
+        name: _tokenize(corpus, name, encode_batch, directory / f"{name}.arrow") for name in SPLITS
     }
     train = TokenizedSplit(datasets.Dataset.from_file(str(directory / "train.arrow")))
     # The different lengths and how many sentences have each: all that a start needs of them.
@@ -193,73 +189,51 @@ def _fill(
         reads: np.stack(np.unique(row_lengths(train, reads), return_counts=True)).tolist()
         for reads in get_args(PosteriorReads)
     }
-    (directory / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (directory / cache.REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(work_dir)
 
 
 def _tokenize(
-    corpus: Corpus,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    names: Names,
-    target: Path,
+    corpus: Corpus, name: str, encode_batch: Callable[..., Encoded], target: Path
 ) -> dict[str, Any]:
     """Writes one tokenized split to `target`, an Arrow file.
 
     Returns: what the report says about it.
     """
     figures: Counter[str] = Counter()
-    parts: Counter[int] = Counter()
-    split = corpus.splits[name]
-    kinds = split.column_names
-    features = features_of(kinds)
-    where = f"{corpus.source.description}, split {name}"
-
-    def encoded(batch: Batch) -> tuple[pa.Table, Counter[str], Counter[int]]:
-        counts: Counter[str] = Counter()
-        kept: list[int] = []
-        columns = encode_records(batch, tokenizer, max_tokens, counts, names, where, kept)
-        of_parts = Counter(batch["part"][i] for i in kept if "part" in batch)
-        return pa.Table.from_pydict(columns, schema=features.arrow_schema), counts, of_parts
-
+    split, source = corpus.splits[name], corpus.source
+    encoded = functools.partial(encode_batch, where=f"{source.description}, split {name}")
+    features = features_of(split.column_names)
     processes = min(usable_cores(), len(split) // _ROWS_PER_PROCESS)
     # Every chunk of the file costs each rank memory: a chunk is a batch, and not 1,000 rows.
     with ArrowWriter(path=str(target), features=features, writer_batch_size=BATCH_ROWS) as writer:
-        for table, counts, of_parts in map_batches(encoded, split, BATCH_ROWS, processes):
-            figures.update(counts)
-            parts.update(of_parts)
-            if len(table):
-                writer.write_table(table)
+        for batch in map_batches(encoded, split, BATCH_ROWS, processes):
+            figures.update(batch.figures)
+            if len(batch.table):
+                writer.write_table(batch.table)
         if not figures["sentences"]:
             raise UserError(
-                f"{corpus.source.description}: the tokenizer leaves nothing of the {name} "
-                f"sentences; use another tokenizer"
+                f"{source.description}: the tokenizer leaves nothing of the {name} sentences; use "
+                f"another tokenizer"
             )
         writer.finalize()
-    files = [
-        {"name": file, "sentences": parts[i]} for i, file in enumerate(corpus.source.files) if parts
-    ]
-    for file in files:
+    mixed = enumerate(source.files if "part" in split.column_names else ())
+    files = [{"name": file, "sentences": figures[f"part {i}"]} for i, file in mixed]
+    for file in files if name == "train" else ():
         if not file["sentences"]:
             raise UserError(
                 f"{file['name']} (--train_file) has no sentence that is left for training: leave "
                 f"it out"
             )
     return {
-        "sentences": figures["sentences"],
-        "tokens": figures["tokens"],
-        "words": figures["words"],
-        "bytes": figures["bytes"],
-        "unk": figures["unk"],
-        "truncated": figures["truncated"],
+        **{name: figures[name] for name in _COUNTS},
         "skipped_blank": corpus.skipped_blank[name] + figures["blank"],
         "repeated": corpus.repeated[name],
         **({"in_train": corpus.in_train[name]} if name in corpus.in_train else {}),
         **({"dropped": corpus.dropped} if name == "train" and corpus.dropped else {}),
         "held_out": name in corpus.held_out,
         **({"files": files} if files else {}),
-        **{figure: figures[figure] for kind in kinds for figure in _FIGURES.get(kind, ())},
+        **{name: figures[name] for kind in split.column_names for name in _FIGURES.get(kind, ())},
     }
 
 
@@ -308,12 +282,3 @@ def _publish(temporary: Path, final: Path) -> None:
     except OSError:
         if not final.is_dir():  # another run may have finished first; its entry is equal
             raise
-
-
-def _sweep(root: Path, key: str) -> None:
-    """Removes temporary directories of this entry that are a day old: those of killed
-    runs, because no run writes for a day."""
-    for leftover in root.glob(f".{key}.*.tmp"):
-        with suppress(FileNotFoundError):  # its run may be ending at this moment
-            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)

@@ -16,13 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dsvae.data.records import (
-    Columns,
-    Record,
-    check_columns,
-    kind_of,
-    record_of,
-)
+from dsvae.data.records import Columns, Record, check_columns, kind_of, record_of
 from dsvae.errors import UserError, first_line, nearest
 
 TEXT_SUFFIXES = ("", ".txt", ".text")

@@ -1,29 +1,39 @@
-"""Records as token ids: conditions, label numbers and tags beside the ids of the text."""
+"""Records as token ids: the columns of a `TokenizedSplit`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dsvae.data.records import Columns, Record
 from dsvae.data.tagging import tagged_ids
 from dsvae.data.tokenization import (
-    FEATURES,
+    BATCH_ROWS,
     TokenizedSplit,
-    collect,
-    encode,
     hash_of,
+    parallel_tokenizers,
+    spelled,
     token_ids,
 )
 from dsvae.errors import UserError
 from dsvae.modeling.crf import IGNORE
 
-_EXTRA = {
+_FEATURES: dict[str, dict[str, Any]] = {
+    "text": {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "words": datasets.Value("int32"),
+        "bytes": datasets.Value("int32"),
+        "truncated": datasets.Value("bool"),
+        "hash": datasets.Value("uint64"),
+    },
     "condition": {
         "condition_ids": datasets.List(datasets.Value("int32")),
         "condition_hash": datasets.Value("uint64"),
@@ -40,108 +50,155 @@ class Names(NamedTuple):
     tags: tuple[str, ...] = ()
 
 
+_TEXT, _NO_NAMES = Columns(), Names()
+
+
+class Encoded(NamedTuple):
+    """A batch of records as rows of a split."""
+
+    table: pa.Table
+    """The columns of `features_of`."""
+    figures: Counter[str]
+    """Counts: `sentences`, `tokens`, `words`, `bytes`, `unk` (tokens), `truncated`
+    (sentences), `blank`; `conditions_truncated`, `labelled`, `tagged`, `tags_truncated`
+    (tags) if they are read; and `part P`, the sentences of file P of a mixture."""
+    kept: list[int]
+    """The places in the batch of the records that have a row."""
+
+
 def features_of(kinds: Iterable[str]) -> datasets.Features:
-    """The columns of tokenized records that have `kinds`: text, condition, label,
+    """Returns the columns of tokenized records that have `kinds`: text, condition, label,
     tags."""
-    extra = {name: value for kind in kinds for name, value in _EXTRA.get(kind, {}).items()}
-    return datasets.Features({**FEATURES, **extra})
+    return datasets.Features(
+        {name: value for kind in kinds for name, value in _FEATURES.get(kind, {}).items()}
+    )
 
 
-def encode_records(
+def encode(
     batch: Mapping[str, Sequence[Any]],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
-    figures: Counter[str],
-    names: Names,
-    where: str,
-    kept: list[int] | None = None,
-) -> dict[str, list]:
-    """The columns of one batch, those of `encode` and what `features_of` adds.
+    names: Names = _NO_NAMES,
+    where: str = "",
+) -> Encoded:
+    """Turns records into token ids and what is counted of them.
+
+    A text of which the tokenizer leaves nothing counts as blank.
 
     Args:
-        batch: kind -> (B,) values of the records: `text`, and `condition`, `label` and
-            `tags` where they are read.
-        figures: counts are added to it, beside those of `encode`:
-            `conditions_truncated`, `labelled`, `tagged`, and `tags_truncated` (tags).
+        batch: kind -> (B,) values of the records: `text` (stripped), and `condition`,
+            `label`, `tags` and `part` if they are read.
         names: the numbers of labels and tags.
         where: what errors call the source.
-        kept: as in `encode`.
 
     Raises:
         UserError: a label or a tag is not in `names`, or tags with a slow tokenizer.
     """
-    texts = list(batch["text"])
-    tagged = tagged_ids(texts, tokenizer, max_tokens) if "tags" in batch else None
-    ids = None if tagged is None else [(each.ids, each.truncated) for each in tagged]
-    places: list[int] = []
-    columns = encode(texts, tokenizer, max_tokens, figures, places, ids)
+    texts = batch["text"]
+    tagged = tagged_ids(texts, tokenizer, max_tokens) if "tags" in batch else []
+    found = [(each.ids, each.truncated) for each in tagged]
+    found = found or token_ids(texts, tokenizer, max_tokens)
+    kept = [i for i, (ids, _) in enumerate(found) if texts[i] and len(ids) > 1]
+    rows = [found[i][0] for i in kept]
+    unknown = [ids.count(tokenizer.unk_token_id) for ids in rows]
+    # Numbers per word and per byte must count what the ids can spell.
+    seen = [
+        spelled(ids[:-1], tokenizer) if found[i][1] or unk else texts[i]
+        for i, ids, unk in zip(kept, rows, unknown, strict=True)
+    ]
+    columns: dict[str, list[Any]] = {
+        "input_ids": rows,
+        "words": [len(text.split()) for text in seen],
+        "bytes": [len(text.encode()) for text in seen],
+        "truncated": [found[i][1] for i in kept],
+        "hash": [hash_of(ids) for ids in rows],
+    }
+    figures = Counter({name: sum(columns[name]) for name in ("words", "bytes", "truncated")})
+    figures.update(sentences=len(rows), tokens=sum(map(len, rows)), unk=sum(unknown))
+    figures["blank"] = len(texts) - len(rows)
     if "condition" in batch:
-        conditions = [batch["condition"][i] for i in places]
-        encoded = token_ids(conditions, tokenizer, max_tokens) if conditions else []
-        columns["condition_ids"] = [ids for ids, _ in encoded]
-        columns["condition_hash"] = [hash_of(ids) for ids, _ in encoded]
-        figures["conditions_truncated"] += sum(truncated for _, truncated in encoded)
+        conditions = token_ids([batch["condition"][i] for i in kept], tokenizer, max_tokens)
+        columns["condition_ids"] = [ids for ids, _ in conditions]
+        columns["condition_hash"] = [hash_of(ids) for ids, _ in conditions]
+        figures["conditions_truncated"] = sum(truncated for _, truncated in conditions)
     if "label" in batch:
-        number = {label: i for i, label in enumerate(names.labels)}
-        labels = [batch["label"][i] for i in places]
-        _check_known(labels, number, "label", where)
-        columns["class_label"] = [IGNORE if each is None else number[each] for each in labels]
-        figures["labelled"] += sum(each is not None for each in labels)
-    if tagged is not None:
-        number = {tag: i for i, tag in enumerate(names.tags)}
+        labels = [batch["label"][i] for i in kept]
+        columns["class_label"] = _numbers(labels, names.labels, "label", where)
+        figures["labelled"] = sum(label is not None for label in labels)
+    if "tags" in batch:
         columns["tag_ids"] = []
-        for i in places:
-            tags, words = batch["tags"][i], tagged[i].words
-            if tags is None:
-                columns["tag_ids"].append([IGNORE] * len(words))
-                continue
-            _check_known(tags, number, "tag", where)
-            columns["tag_ids"].append(
-                [IGNORE if word == IGNORE else number[tags[word]] for word in words]
-            )
-            figures["tagged"] += 1
-            figures["tags_truncated"] += len(tags) - sum(word != IGNORE for word in words)
-    if kept is not None:
-        kept += places
-    return columns
+        for i in kept:
+            tags, words = batch["tags"][i] or (), tagged[i].words
+            numbers = _numbers(tags, names.tags, "tag", where)
+            placed = [IGNORE if word == IGNORE or not tags else numbers[word] for word in words]
+            columns["tag_ids"].append(placed)
+            figures["tagged"] += bool(tags)
+            figures["tags_truncated"] += len(tags) - sum(tag != IGNORE for tag in placed)
+    if "part" in batch:
+        figures.update(f"part {batch['part'][i]}" for i in kept)
+    schema = features_of(batch).arrow_schema
+    return Encoded(pa.Table.from_pydict(columns, schema=schema), figures, kept)
 
 
-def tokenize_records(
-    records: Iterable[Record],
-    columns: Columns,
+def tokenize(
+    records: Iterable[str | Record],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     where: str,
-    names: Names,
-) -> tuple[TokenizedSplit, np.ndarray, Counter[str]]:
-    """What `tokenize` is for texts, for records of `columns`.
+    columns: Columns = _TEXT,
+    names: Names = _NO_NAMES,
+) -> tuple[TokenizedSplit, NDArray[np.int64], Counter[str]]:
+    """Turns records into a split that is held in memory and not cached, for the evaluation
+    of a finished model.
 
     Args:
+        records: texts or records as they stand in the source. Blank ones are skipped, and
+            those of which the tokenizer leaves nothing.
+        where: what errors call the source.
+        columns: which fields of the records are read.
         names: what the model calls labels and tags.
 
     Returns: the split; (N,) int64, which of the records each of its sentences is; and the
-        counts, `skipped_blank` and those of `encode_records`.
+        counts of `Encoded`, with `skipped_blank` in place of `blank`.
 
     Raises:
-        UserError: as `tokenize` and `encode_records`.
+        UserError: no sentence is left, or as `encode`.
     """
+    figures: Counter[str] = Counter()
+    tables: list[pa.Table] = []
+    kept: list[int] = []
+    read = 0
+    rest = iter(records)
+    with parallel_tokenizers():
+        while batch := list(islice(rest, BATCH_ROWS)):
+            full = [each if isinstance(each, Record) else Record(each) for each in batch]
+            fields = {kind: [getattr(each, kind) for each in full] for kind in columns.named}
+            fields["text"] = [text.strip() for text in fields["text"]]
+            found = encode(fields, tokenizer, max_tokens, names, where)
+            figures.update(found.figures)
+            tables.append(found.table)
+            kept += [read + place for place in found.kept]
+            read += len(batch)
+    figures["skipped_blank"] = figures.pop("blank", 0)
+    if not kept:
+        raise UserError(
+            f"{where} has no sentences, only {figures['skipped_blank']} blank ones: give at least "
+            f"one sentence"
+        )
+    split = TokenizedSplit(datasets.Dataset(pa.concat_tables(tables)))
+    return split, np.array(kept, dtype=np.int64), figures
 
-    def columns_of(batch: list[Record], figures: Counter[str], kept: list[int]) -> dict[str, list]:
-        fields = {kind: [getattr(record, kind) for record in batch] for kind in columns.named}
-        return encode_records(fields, tokenizer, max_tokens, figures, names, where, kept)
 
-    stripped = (record._replace(text=record.text.strip()) for record in records)
-    return collect(
-        stripped, lambda record: record.text, columns_of, features_of(columns.named), where
-    )
-
-
-def _check_known(
-    values: Sequence[str | None], known: Mapping[str, int], kind: str, where: str
-) -> None:
+def _numbers(
+    values: Sequence[str | None], known: Sequence[str], kind: str, where: str
+) -> list[int]:
+    """The places of labels or tags among the known ones; -100 for None."""
+    place: dict[str | None, int] = {name: i for i, name in enumerate(known)}
+    place[None] = IGNORE
     for value in values:
-        if value is not None and value not in known:
+        if value not in place:
             raise UserError(
                 f"{where}: {kind} {value!r} is not among those of the training sentences "
                 f"({', '.join(sorted(known)[:10]) or 'none'}); correct it, or train on it"
             )
+    return [place[value] for value in values]

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dsvae.data.lists import Lists
 from dsvae.data.noise import mix
 from dsvae.errors import UserError, first_line
 
-T = TypeVar("T")
 BATCH_ROWS = 10_000
-FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "words": datasets.Value("int32"),
-        "bytes": datasets.Value("int32"),
-        "truncated": datasets.Value("bool"),
-        "hash": datasets.Value("uint64"),
-    }
-)
+
+
+def _column(name: str) -> cached_property[Any]:
+    """A property with the numbers of a column; None if the split does not have it."""
+
+    def read(split: TokenizedSplit) -> np.ndarray | None:
+        present = name in split.dataset.column_names
+        return split.dataset.data.column(name).to_numpy() if present else None
+
+    return cached_property(read)
 
 
 class TokenizedSplit:
@@ -49,6 +46,10 @@ class TokenizedSplit:
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
         self._ids = Lists(dataset, "input_ids")
+        self._conditions, self._tags = (
+            Lists(dataset, name) if name in dataset.column_names else None
+            for name in ("condition_ids", "tag_ids")
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -97,40 +98,29 @@ class TokenizedSplit:
         included; None without conditions."""
         return None if self._conditions is None else self._conditions.lengths(indices)
 
+    def class_labels_of(self, indices: np.ndarray | slice) -> np.ndarray | None:
+        """(N,) int64, the numbers of the labels of the records `indices`, -100 if a record
+        has none; None if no record has one."""
+        if "class_label" not in self.dataset.column_names:
+            return None
+        column = self.dataset.select_columns("class_label").with_format("numpy", dtype=np.int64)
+        return column[indices]["class_label"]
+
     @cached_property
     def class_labels(self) -> np.ndarray | None:
-        """(N,) int64, the number of each record's label, -100 where it has none; None
-        where sentences have no labels at all."""
-        return None if self._labels is None else self._column("class_label").astype(np.int64)
+        """`class_labels_of` all records."""
+        return self.class_labels_of(slice(None))
 
-    def class_labels_of(self, indices: np.ndarray) -> np.ndarray | None:
-        """`class_labels` of the sentences `indices`."""
-        return None if self._labels is None else self._labels[indices]["class_label"]
-
-    @cached_property
-    def words(self) -> np.ndarray:
-        """(N,) int32, whitespace words of each truncated sentence."""
-        return self._column("words")
-
-    @cached_property
-    def bytes(self) -> np.ndarray:
-        """(N,) int32, UTF-8 bytes of each truncated sentence."""
-        return self._column("bytes")
-
-    @cached_property
-    def truncated(self) -> np.ndarray:
-        """(N,) bool, whether the sentence was longer than max_tokens."""
-        return self._column("truncated")
-
-    @cached_property
-    def hashes(self) -> np.ndarray:
-        """(N,) uint64, a hash of each sentence's token ids."""
-        return self._column("hash")
-
-    @cached_property
-    def condition_hashes(self) -> np.ndarray | None:
-        """(N,) uint64, a hash of each condition's token ids; None without conditions."""
-        return None if self._conditions is None else self._column("condition_hash")
+    words = _column("words")
+    """(N,) int32, whitespace words of each truncated sentence."""
+    bytes = _column("bytes")
+    """(N,) int32, UTF-8 bytes of each truncated sentence."""
+    truncated = _column("truncated")
+    """(N,) bool, whether the sentence was longer than max_tokens."""
+    hashes = _column("hash")
+    """(N,) uint64, a hash of each sentence's token ids."""
+    condition_hashes = _column("condition_hash")
+    """(N,) uint64, a hash of each condition's token ids; None without conditions."""
 
     @cached_property
     def record_hashes(self) -> np.ndarray:
@@ -162,26 +152,6 @@ class TokenizedSplit:
         occurrence = np.empty(len(hashes), np.uint64)
         occurrence[order] = np.arange(len(ordered)) - np.repeat(first, runs)
         return mix(hashes + occurrence * np.uint64(0x9E3779B97F4A7C15))
-
-    @cached_property
-    def _conditions(self) -> Lists | None:
-        return self._lists("condition_ids")
-
-    @cached_property
-    def _tags(self) -> Lists | None:
-        return self._lists("tag_ids")
-
-    @cached_property
-    def _labels(self) -> datasets.Dataset | None:
-        if "class_label" not in self.dataset.column_names:
-            return None
-        return self.dataset.select_columns("class_label").with_format("numpy", dtype=np.int64)
-
-    def _lists(self, name: str) -> Lists | None:
-        return Lists(self.dataset, name) if name in self.dataset.column_names else None
-
-    def _column(self, name: str) -> np.ndarray:
-        return self.dataset.data.column(name).to_numpy()
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -226,75 +196,6 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tokenize(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int, where: str
-) -> tuple[TokenizedSplit, np.ndarray, dict[str, int]]:
-    """Sentences as a split that is held in memory and not cached, for the evaluation of a
-    finished model.
-
-    Args:
-        texts: as they stand in the source. Blank ones are skipped, and those of which
-            the tokenizer leaves nothing.
-        where: what errors call the source.
-
-    Returns: the split; (N,) int64, which of the texts each of its sentences is; and the
-        counts `unk`, `truncated` and `skipped_blank`.
-
-    Raises:
-        UserError: no sentence is left.
-    """
-
-    def columns_of(batch: list[str], figures: Counter[str], kept: list[int]) -> dict[str, list]:
-        return encode(batch, tokenizer, max_tokens, figures, kept)
-
-    split, kept, figures = collect(
-        (text.strip() for text in texts), str, columns_of, FEATURES, where
-    )
-    return split, kept, {name: figures[name] for name in ("unk", "truncated", "skipped_blank")}
-
-
-def collect(
-    records: Iterable[T],
-    text_of: Callable[[T], str],
-    columns_of: Callable[[list[T], Counter[str], list[int]], dict[str, list]],
-    features: datasets.Features,
-    where: str,
-) -> tuple[TokenizedSplit, np.ndarray, Counter[str]]:
-    """Records as a split that is held in memory.
-
-    Args:
-        text_of: the stripped text of a record. Records with a blank one are skipped.
-        columns_of: the columns of a batch, as `encode` makes them of its texts.
-        features: the types of these columns.
-
-    Returns, Raises: as `tokenize`, with all counts.
-    """
-    figures: Counter[str] = Counter()
-    columns: dict[str, list] = {name: [] for name in features}
-    kept: list[int] = []
-    numbered = enumerate(records)
-    with parallel_tokenizers():
-        while batch := list(islice(numbered, BATCH_ROWS)):
-            full = [(i, record) for i, record in batch if text_of(record)]
-            figures["blank"] += len(batch) - len(full)
-            left: list[int] = []
-            if full:
-                found = columns_of([record for _, record in full], figures, left)
-                for name, values in found.items():
-                    columns[name] += values
-            kept += [full[i][0] for i in left]
-    figures["skipped_blank"] = figures.pop("blank", 0)
-    if not kept:
-        raise UserError(
-            f"{where} has no sentences, only {figures['skipped_blank']} blank ones: give at least "
-            f"one sentence"
-        )
-    split = TokenizedSplit(
-        datasets.Dataset(pa.Table.from_pydict(columns, schema=features.arrow_schema))
-    )
-    return split, np.array(kept, dtype=np.int64), figures
-
-
 def token_ids(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[tuple[list[int], bool]]:
@@ -303,6 +204,8 @@ def token_ids(
 
     If the tokenizer leaves nothing of a text, its ids are EOS alone.
     """
+    if not texts:
+        return []
     # EOS is added after the cut. `split_special_tokens` reads a "</s>" in the text as
     # text.
     encoded = tokenizer(
@@ -327,57 +230,14 @@ def ordinary_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int
     return [tokenizer.unk_token_id if i in special else i for i in ids]
 
 
-def encode(
-    texts: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    figures: Counter[str],
-    kept: list[int] | None = None,
-    ids_of_texts: list[tuple[list[int], bool]] | None = None,
-) -> dict[str, list]:
-    """The columns of one batch.
-
-    A text of which the tokenizer leaves nothing counts as blank.
-
-    Args:
-        figures: the counts of the batch are added to it.
-        kept: the places of the texts that have a row are added to it.
-        ids_of_texts: what `token_ids` gives, where it is already known.
-    """
-    columns: dict[str, list] = {name: [] for name in FEATURES}
-    if ids_of_texts is None:
-        ids_of_texts = token_ids(texts, tokenizer, max_tokens)
-    for position, (text, (ids, truncated)) in enumerate(zip(texts, ids_of_texts, strict=True)):
-        if len(ids) == 1:
-            figures["blank"] += 1
-            continue
-        if kept is not None:
-            kept.append(position)
-        unknown = ids.count(tokenizer.unk_token_id)
-        if truncated or unknown:
-            # Numbers per word and per byte must count what the ids can spell.
-            text = _spelled(ids[:-1], tokenizer)
-        figures["unk"] += unknown
-        columns["input_ids"].append(ids)
-        columns["words"].append(len(text.split()))
-        columns["bytes"].append(len(text.encode()))
-        columns["truncated"].append(truncated)
-        columns["hash"].append(hash_of(ids))
-    figures["sentences"] += len(columns["hash"])
-    figures["tokens"] += sum(map(len, columns["input_ids"]))
-    for name in ("words", "bytes", "truncated"):
-        figures[name] += sum(columns[name])
-    return columns
-
-
 def hash_of(ids: list[int]) -> int:
     """A hash of token ids, 64 bits."""
     digest = hashlib.blake2b(np.asarray(ids, "<i4").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
-def _spelled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that `ids` spell, without the bytes of a character that was cut.
+def spelled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the text that `ids` spell, without the bytes of a character that was cut.
 
     A single such byte makes the decoder drop the bytes before it.
     """

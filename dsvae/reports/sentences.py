@@ -14,13 +14,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dsvae.data import grammar
 from dsvae.data.readers import read_labels, read_records
-from dsvae.data.record_tokens import Names, tokenize_records
+from dsvae.data.record_tokens import Names, tokenize
 from dsvae.data.records import Columns, Record
-from dsvae.data.tokenization import TokenizedSplit, tokenize
+from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.metrics.probes import usable_labels
 from dsvae.metrics.reconstruction import texts as decoded
 
+_COUNTED = ("unk", "truncated", "skipped_blank")
 BUILTIN_SENTENCES = 5_000
 BUILTIN_SEED = 1_000_003
 """Seed of the built-in corpus for evaluation, which no training uses."""
@@ -86,10 +87,8 @@ def read(
         labels = None if labels is None else labels[rows]
     known = tuple(config.classes) or tuple(sorted({r.label for r in records if r.label}))
     names = Names(known, tuple(config.tags))
-    split, kept, figures = tokenize_records(
-        records, columns, tokenizer, max_tokens, str(path), names
-    )
-    counted = ["unk", "truncated", "skipped_blank"]
+    split, kept, figures = tokenize(records, tokenizer, max_tokens, str(path), columns, names)
+    counted = [*_COUNTED]
     counted += ["conditions_truncated"] * (columns.condition is not None)
     counted += ["tags_truncated"] * (columns.tags is not None)
     found = Sentences(
@@ -226,4 +225,5 @@ def _builtin(tokenizer: PreTrainedTokenizerBase, max_tokens: int, count: int) ->
         name: np.array(values)[factors[:, k]]
         for k, (name, values) in enumerate(grammar.FACTORS.items())
     }
-    return Sentences(split, seen, source, counts, labels, factors)
+    counted = {name: counts[name] for name in _COUNTED}
+    return Sentences(split, seen, source, counted, labels, factors)

@@ -43,7 +43,7 @@ from datasets.arrow_writer import ArrowWriter
 from dsvae import config as configuration
 from dsvae.data import prepared
 from dsvae.data.batches import TrainingBatches, most_micro_batches
-from dsvae.data.grammar import write_corpus
+from dsvae.data.grammar_variants import write_variant
 from dsvae.data.sources import source_of
 from dsvae.data.tokenization import BATCH_ROWS
 from dsvae.files import write_json
@@ -183,7 +183,7 @@ def measure(args: argparse.Namespace) -> command.Results:
     sizes = sorted(args.sizes)
     largest = directory / f"{sizes[-1]}.txt"
     if not largest.is_file():
-        write_corpus(largest, sizes[-1], 0)
+        write_variant(largest, "plain", sizes[-1], 0)
     for size in {*sizes, args.tile} - {sizes[-1]}:
         with largest.open() as lines, (directory / f"{size}.txt").open("w") as out:
             out.writelines(islice(lines, size))

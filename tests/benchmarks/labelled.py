@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dsvae.config import DataConfig
 from dsvae.data.readers import read_file, read_labels
-from dsvae.data.tokenization import TokenizedSplit, tokenize
+from dsvae.data.record_tokens import tokenize
+from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.modeling.t5_vae import T5VAE
 

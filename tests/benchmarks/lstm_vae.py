@@ -53,7 +53,8 @@ from benchmarks.labelled import longest
 
 from dsvae import pretrained
 from dsvae.data.readers import read_file
-from dsvae.data.tokenization import TokenizedSplit, tokenize
+from dsvae.data.record_tokens import tokenize
+from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.files import write_json
 from dsvae.metrics import evaluate

@@ -23,7 +23,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from dsvae import T5VAE, T5VAEConfig
 from dsvae.config import LoraConfig, ModelConfig, Phase2Config, RunConfig
 from dsvae.data.batches import MicroBatch, Step, TrainingBatches
-from dsvae.data.tokenization import FEATURES, TokenizedSplit
+from dsvae.data.record_tokens import features_of
+from dsvae.data.tokenization import TokenizedSplit
 from dsvae.engine import ds_config, engine, weights
 from dsvae.modeling.crf import IGNORE
 from dsvae.objective.elbo import Penalty
@@ -88,7 +89,7 @@ def random_split(job: Job, sentences: int) -> TokenizedSplit:
     ids = [[*rng.integers(3, job.t5["vocab_size"], n - 1).tolist(), 1] for n in lengths]
     rest = {"words": [0] * sentences, "bytes": [0] * sentences, "truncated": [False] * sentences}
     columns = {"input_ids": ids, **rest, "hash": list(range(sentences))}
-    return TokenizedSplit(datasets.Dataset.from_dict(columns, features=FEATURES))
+    return TokenizedSplit(datasets.Dataset.from_dict(columns, features=features_of(["text"])))
 
 
 def training_batches(job: Job, split: TokenizedSplit) -> TrainingBatches:

@@ -55,7 +55,8 @@ from benchmarks.command import run
 from benchmarks.labelled import Labelled, longest, read, tokens
 
 from dsvae import pretrained
-from dsvae.data.tokenization import TokenizedSplit, tokenize
+from dsvae.data.record_tokens import tokenize
+from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE
 from dsvae.metrics import likelihood, passes

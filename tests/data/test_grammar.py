@@ -11,7 +11,8 @@ from collections import Counter
 import pytest
 
 from dsvae.data import grammar
-from dsvae.data.grammar import FACTORS, generate, sentence, write_corpus
+from dsvae.data.grammar import FACTORS, generate, sentence
+from dsvae.data.grammar_variants import write_variant
 from dsvae.errors import UserError
 
 NAMES = tuple(FACTORS)
@@ -179,9 +180,9 @@ def test_unknown_choices(bad):
         build(**bad)
 
 
-def test_write_corpus(tmp_path):
+def test_the_files_of_a_corpus(tmp_path):
     text, factors = tmp_path / "new" / "corpus.txt", tmp_path / "factors.csv"
-    write_corpus(text, 100, seed=5, factors_path=factors)
+    write_variant(text, "plain", 100, 5, factors)
     drawn = generate(100, seed=5)
     assert text.read_text(encoding="utf-8") == "".join(item.text + "\n" for item in drawn)
     with factors.open(newline="") as file:
@@ -201,7 +202,7 @@ def test_a_cut_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(grammar, "draw", cut)
     with pytest.raises(KeyboardInterrupt):
-        write_corpus(path, 100, seed=0)
+        write_variant(path, "plain", 100, 0)
     assert path.read_text() == "old\n"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -209,7 +210,7 @@ def test_a_cut_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        write_corpus(tmp_path / "file" / "corpus.txt", 3, seed=0)
+        write_variant(tmp_path / "file" / "corpus.txt", "plain", 3, 0)
 
 
 def test_parse_is_the_inverse_of_sentence():

@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import datasets
@@ -34,34 +34,57 @@ def test_a_split_of_chosen_rows():
     assert [n for _, n in map_batches(described, chosen, 2, 2)] == [[7, 3], [3, 19]]
 
 
+def refuse(batch):
+    if 9 in batch["n"]:
+        raise UserError("row 9 is wrong")
+    return batch["n"]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_error_arrives_as_it_was_raised(processes):
-    def refuse(batch):
-        if 9 in batch["n"]:
-            raise UserError("row 9 is wrong")
-        return batch["n"]
-
     found = map_batches(refuse, ROWS, 3, processes)
     assert [next(found) for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     with pytest.raises(UserError, match="row 9 is wrong"):
         next(found)
 
 
-def test_a_killed_process_is_an_error():
-    def kill(batch):
-        os.kill(os.getpid(), signal.SIGKILL)
+def kill(batch):
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(BrokenProcessPool):
+
+def test_a_killed_process_is_an_error():
+    with pytest.raises(UserError, match=r"has ended \(exit code -9\).*memory"):
         list(map_batches(kill, ROWS, 3, 2))
 
-
-PARENT = """
-import os, time, datasets
-from dsvae.data.processes import map_batches
 
 def report(batch):
     print(os.getpid(), flush=True)
     time.sleep(60)
+
+
+def imported(batch):
+    return sorted(sys.modules)
+
+
+def test_the_processes_start_clean(recwarn):
+    """Python warns of a fork while a thread lives, and a fork would have its modules."""
+    leave = threading.Event()
+    threading.Thread(target=leave.wait).start()
+    sys.modules["of_the_parent_alone"] = sys
+    try:
+        found = list(map_batches(imported, ROWS, 10, 2))
+    finally:
+        leave.set()
+        del sys.modules["of_the_parent_alone"]
+    assert not any("of_the_parent_alone" in names for names in found)
+    assert not recwarn.list
+
+
+PARENT = """
+import sys, datasets
+sys.path.insert(0, sys.argv[1])
+from dsvae.data.processes import map_batches
+from test_processes import report
 
 list(map_batches(report, datasets.Dataset.from_dict({"n": [0, 1]}), 1, 2))
 """
@@ -75,7 +98,7 @@ def runs(pid):
 
 
 def test_the_processes_end_with_a_killed_parent():
-    command = [sys.executable, "-c", PARENT]
+    command = [sys.executable, "-c", PARENT, str(Path(__file__).parent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         try:
             children = [int(parent.stdout.readline()) for _ in range(2)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,51 +17,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import datasets
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, ByT5Tokenizer, T5Config, T5Tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer, T5Config
 
 from dsvae.config import DataConfig
 from dsvae.data import prepared as cache
 from dsvae.data import tokenization
 from dsvae.data.grammar import generate
 from dsvae.data.prepared import load_prepared, prepare
+from dsvae.data.record_tokens import encode
 from dsvae.data.tokenization import load_tokenizer
 from dsvae.data.tokenizer_training import train_tokenizer
 from dsvae.errors import UserError
 
 YELP = Path(__file__).parents[3] / "shared" / "data" / "yelp"
 SENTENCES = [item.text for item in generate(1500, seed=1)]
-
-
-@pytest.fixture(scope="module")
-def trained():
-    return train_tokenizer(SENTENCES, 376)
-
-
-@pytest.fixture(scope="module")
-def t5(tmp_path_factory) -> str:
-    """A directory with a tokenizer of transformers' T5 class; "</s>" is a piece of its
-    vocabulary, as of every T5's."""
-    letters = [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz.<>/"]
-    sentinels = [(f"<extra_id_{number}>", 0.0) for number in reversed(range(100))]
-    vocab = [
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", 0.0),
-        ("▁", -2.0),
-        *letters,
-        ("▁the", -1.0),
-        *sentinels,
-    ]
-    path = tmp_path_factory.mktemp("t5")
-    T5Tokenizer(vocab=vocab).save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def byt5(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("byt5")
-    ByT5Tokenizer().save_pretrained(path)
-    return str(path)
 
 
 def config(tmp_path, lines: list[str], **options) -> DataConfig:
@@ -152,10 +122,10 @@ def test_bytes_are_those_that_the_ids_can_spell(tmp_path, t5):
 @pytest.mark.parametrize("most", range(2, 12))
 def test_a_cut_through_a_character_counts_whole_ones(trained, most):
     text = "日本語"
-    figures = tokenization.Counter()
-    columns = tokenization.encode([text], trained, most, figures)
-    assert columns["truncated"] == [len(columns["input_ids"][0]) < 11]
-    spelled = columns["bytes"][0]
+    columns = encode({"text": [text]}, trained, most).table.to_pydict()
+    # the space before the first word, 9 bytes and EOS
+    assert columns["truncated"] == [most < 11]
+    spelled = columns["bytes"][0] if columns["bytes"] else 0
     # the space before the first word and EOS take a token each
     assert spelled == max(0, min(most - 2, 9)) // 3 * 3
 
@@ -389,10 +359,10 @@ def test_special_tokens_in_the_text_end_no_sentence(tmp_path, kind, request):
 def test_text_of_which_nothing_is_left(tmp_path, trained):
     trained.save_pretrained(tmp_path / "tok")
     tokenizer = load_tokenizer(str(tmp_path / "tok"))
-    figures = tokenization.Counter()
     assert tokenizer("", add_special_tokens=False)["input_ids"] == []
-    columns = tokenization.encode(["", "king"], tokenizer, 8, figures)
-    assert len(columns["hash"]) == figures["sentences"] == figures["blank"] == 1
+    found = encode({"text": ["", "king"]}, tokenizer, 8)
+    assert found.kept == [1]
+    assert len(found.table) == found.figures["sentences"] == found.figures["blank"] == 1
 
 
 def test_content_keys(tmp_path, byt5):
@@ -500,8 +470,8 @@ def test_a_cut_write_leaves_nothing(tmp_path, byt5, monkeypatch, fault):
 
 
 def test_leftovers_of_a_killed_run(tmp_path, byt5):
-    """SIGKILL leaves a temporary directory: it is never read, and it is removed once it
-    is a day old."""
+    """SIGKILL leaves a temporary directory: it is never read, and it is removed once
+    nothing was written in it for a day, whatever its key."""
     data = config(tmp_path, SENTENCES[:5])
     path = prepare(data, tokenizer=byt5, vocab_size=None, seed=0)
     report = (path / "report.json").read_text()
@@ -511,11 +481,18 @@ def test_leftovers_of_a_killed_run(tmp_path, byt5):
     assert prepare(data, tokenizer=byt5, vocab_size=None, seed=0) == path
     assert (path / "report.json").read_text() == report
     assert leftover.name in entries(tmp_path)
+    other = leftover.with_name(".another.0123.tmp")
+    live = leftover.with_name(".live.0123.tmp")
+    for directory in (other, live):
+        shutil.copytree(leftover, directory)
     day_ago = time.time() - 25 * 3600
-    os.utime(leftover, (day_ago, day_ago))
+    for directory in (leftover, other, live):
+        for each in (*directory.rglob("*"), directory):
+            if each != live / "train.arrow":
+                os.utime(each, (day_ago, day_ago))
     path.rename(tmp_path / "moved")
     prepare(data, tokenizer=byt5, vocab_size=None, seed=0)
-    assert entries(tmp_path) == [path.name]
+    assert entries(tmp_path) == [live.name, path.name]
 
 
 def test_two_runs_at_once(tmp_path, byt5, monkeypatch):

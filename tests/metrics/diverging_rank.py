@@ -7,7 +7,7 @@ import deepspeed
 import torch
 
 from dsvae.data.grammar import generate
-from dsvae.data.tokenization import tokenize
+from dsvae.data.record_tokens import tokenize
 from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.metrics import text
 from dsvae.parallel.world import join, leave

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dsvae.cli import main
 from dsvae.config import RunConfig
 from dsvae.data.grammar import generate
+from dsvae.data.record_tokens import tokenize
 from dsvae.data.records import Columns
-from dsvae.data.tokenization import tokenize
 from dsvae.metrics import catalog, clustering, diversity, tagging
 from dsvae.metrics.catalog import COLUMN, MAIN, METRICS, SUMMARY, Metric
 from dsvae.metrics.evaluate import evaluate

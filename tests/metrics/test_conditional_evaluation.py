@@ -13,7 +13,7 @@ from small_models import SMALL, make_vae, small_tokenizer
 
 from dsvae.data.grammar_variants import paired, relations, tagged
 from dsvae.data.noise import LATENT, PRIOR
-from dsvae.data.record_tokens import Names, tokenize_records
+from dsvae.data.record_tokens import tokenize
 from dsvae.data.records import Columns, Record
 from dsvae.errors import UserError
 from dsvae.metrics import passes
@@ -74,7 +74,7 @@ def pairs(tokenizer):
     """The paired records as a split."""
     records = [Record(each.record["text"], each.record["condition"]) for each in BEDS["paired"]]
     columns = Columns(condition="condition")
-    return tokenize_records(records, columns, tokenizer, 64, "test", Names())[0]
+    return tokenize(records, tokenizer, 64, "test", columns)[0]
 
 
 def single(model, split, row):

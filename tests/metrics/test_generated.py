@@ -9,7 +9,7 @@ from small_models import SMALL, make_vae, small_tokenizer
 
 from dsvae.data.grammar_variants import paired, parse_condition
 from dsvae.data.noise import PRIOR
-from dsvae.data.record_tokens import Names, tokenize_records
+from dsvae.data.record_tokens import tokenize
 from dsvae.data.records import Columns, Record
 from dsvae.metrics import generated, passes
 from dsvae.metrics.generated import Conditions, of_classifier, of_conditional, of_pairs
@@ -28,7 +28,7 @@ def tokenizer():
 
 def split_of(records, tokenizer):
     columns = Columns(condition="condition")
-    return tokenize_records(records, columns, tokenizer, 64, "test", Names())[0]
+    return tokenize(records, tokenizer, 64, "test", columns)[0]
 
 
 def test_what_a_condition_names():

@@ -6,7 +6,7 @@ import torch
 from small_models import SMALL, make_vae, small_tokenizer
 
 from dsvae.data.grammar import generate
-from dsvae.data.tokenization import tokenize
+from dsvae.data.record_tokens import tokenize
 from dsvae.errors import RunStopped
 from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.kept import Kept

@@ -25,8 +25,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from dsvae.data import grammar
 from dsvae.data.grammar import generate
 from dsvae.data.noise import LATENT
+from dsvae.data.record_tokens import tokenize
 from dsvae.data.records import Columns
-from dsvae.data.tokenization import tokenize
 from dsvae.errors import UserError
 from dsvae.metrics import passes
 from dsvae.metrics.evaluate import (

@@ -12,7 +12,7 @@ from dsvae.cli import COMMANDS, main
 from dsvae.config import RunConfig
 from dsvae.data.grammar import generate
 from dsvae.data.grammar_variants import draw_lines
-from dsvae.data.record_tokens import Names, tokenize_records
+from dsvae.data.record_tokens import Names, tokenize
 from dsvae.data.records import Columns, record_of
 from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.text import samples
@@ -60,7 +60,7 @@ def card(request, tmp_path, monkeypatch):
     records = [record_of(row, Columns.of(config.data), "test") for row in rows]
     names = Names(tuple(sorted({r.label for r in records if r.label})), tuple(model.config.tags))
     columns = Columns.of(config.data)
-    split = tokenize_records(records, columns, tokenizer, 64, "test", names)[0]
+    split = tokenize(records, tokenizer, 64, "test", columns, names)[0]
     metrics = evaluate(model, split, ALONE, samples=1, token_budget=4096) | {"precision": "fp32"}
     pairs, prior = samples(model, split, tokenizer, ALONE, 3, 12)
     model.save_pretrained("model")
