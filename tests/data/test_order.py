@@ -83,7 +83,7 @@ def test_a_mixture_has_its_shares(weights):
     """In a cycle of 512 steps of 128 exactly, and in every step as in a sample without
     replacement from the cycle."""
     counts = [1000, 30, 5000][: len(weights)]
-    sentences, _ = mixed(Mixture.of(counts, weights), 512)
+    sentences = mixed(Mixture.of(counts, weights), 1, 65_536)[0].reshape(512, 128)
     starts = np.cumsum([0, *counts])
     shares = np.array(weights) / sum(weights)
     for file, share in enumerate(shares):
@@ -98,7 +98,7 @@ def test_every_file_of_a_mixture_has_whole_epochs():
     """In each epoch of a file every sentence comes once, those at the end of the run
     aside."""
     counts = (300, 50)
-    sentences, epochs = (each.ravel() for each in mixed(Mixture.of(counts, [1, 3]), 1024))
+    sentences, epochs = (each.ravel() for each in mixed(Mixture.of(counts, [1, 3]), 2, 65_536))
     for file, (start, count) in enumerate(zip((0, 300), counts, strict=True)):
         own = (sentences >= start) & (sentences < start + count)
         whole = int(own.sum()) // count
