@@ -36,7 +36,7 @@ def explain(error: BaseException, world: World | None, reading: bool, stopping: 
     """Says on stderr what ends this rank; its exit code.
 
     Args:
-        world: None where the ranks have not met.
+        world: None if the ranks have not met.
         reading: whether the rank was still reading its command line and its files,
             which all ranks do alike.
     """
@@ -47,7 +47,7 @@ def explain(error: BaseException, world: World | None, reading: bool, stopping: 
             _print_once(error, f"error: {error}", world)
         return EXIT_USER_ERROR
     if isinstance(error, RunStopped):
-        # where the ranks never met, rank 0 may be the one that is missing
+        # if the ranks never met, rank 0 may be the one that is missing
         _print(error.message, on_every_rank=world is None)
         return error.code
     if isinstance(error, KeyboardInterrupt):
@@ -80,12 +80,12 @@ def _print_stack(error: BaseException, world: World | None) -> None:
     if world is not None and world.watchdog is not None:
         stack = "".join(traceback.format_exception(error))
         digest = hashlib.sha256(stack.encode()).hexdigest()
-        if not world.is_main and world.watchdog.complained(digest):
+        if not world.is_main and world.watchdog.reported(digest):
             last = stack.strip().splitlines()[-1]
             line = f"error: rank {world.rank}: {last} (its stack is that of rank 0)"
             _print(line, on_every_rank=True)
             return
-        world.watchdog.complain(digest)
+        world.watchdog.report(digest)
     sys.excepthook(type(error), error, error.__traceback__)
 
 
@@ -102,14 +102,14 @@ def _print_on_every_node(line: str, stopping: Stopping) -> None:
 
 
 def _print_once(error: Exception, line: str, world: World | None) -> None:
-    """One line for all ranks, or the rank's own line where it may be the only one."""
+    """One line for all ranks, or the rank's own line if it may be the only one."""
     if world is None:
         _print(line, on_every_rank=True)
     elif getattr(error, "shared", False) or world.is_main or world.watchdog is None:
         _print(line)
         if world.watchdog is not None:
-            world.watchdog.complain(line)
-    elif not world.watchdog.complained(line):
+            world.watchdog.report(line)
+    elif not world.watchdog.reported(line):
         _print(line.replace("error: ", f"error: rank {world.rank}: ", 1), on_every_rank=True)
 
 

@@ -59,7 +59,7 @@ def find_start(
     Args:
         report: gets a line for every damaged checkpoint.
         sentences: `data_of(config)`, for callers that need it too; it is called only
-            where there is a run to compare with.
+            if there is a run to compare with.
 
     Raises:
         UserError: `resume` is never and the directory holds a run; its run had another
@@ -138,7 +138,7 @@ def _start(
 
 
 def _compare(run: RunDirectory, config: RunConfig, mine: bool) -> None:
-    """Raises UserError where the run in a directory had another configuration."""
+    """Raises UserError if the run in a directory had another configuration."""
     if changed := configuration.difference(configuration.load(run.config), config):
         advice = "give the same values"
         if mine:
@@ -150,7 +150,7 @@ def _compare(run: RunDirectory, config: RunConfig, mine: bool) -> None:
 
 
 def _compare_data(run: RunDirectory, sentences: Callable[[], dict[str, Any]]) -> None:
-    """Raises UserError where the run in a directory began with other sentences."""
+    """Raises UserError if the run in a directory began with other sentences."""
     if not run.data.is_file():
         return
     old, new = json.loads(run.data.read_text(encoding="utf-8")), sentences()

@@ -106,14 +106,14 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         code = EXIT_INTERRUPTED  # where a second Ctrl-C cuts the lines below short
         # Signals wait: launchers send one as soon as the first rank has failed.
-        with stopping.between_steps(), suppress(KeyboardInterrupt):
+        with stopping.defer_signals(), suppress(KeyboardInterrupt):
             code = explain(error, world, reading, stopping)
             # To the others this rank is not lost: it has left, with this code.
             if world is not None and world.watchdog is not None:
                 world.watchdog.close(code)
     else:
         code = 0
-        with stopping.between_steps():
+        with stopping.defer_signals():
             leave(world)
     return code
 
@@ -156,7 +156,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     directory = RunDirectory(config.output_dir)
     reporter = Reporter(config, world.is_main)
     configuration.choose_micro_batches(config, world.device.type)
-    reporter.say(f"device: {describe(world.device)}, {world.size} rank(s)")
+    reporter.say(f"device: {describe(world.device)}; ranks: {world.size}")
     lock: list[Any] = []  # held by rank 0 until the run leaves this function
     world.run_on_rank0(lambda: lock.append(directory.claim()))
     sentences = functools.cache(lambda: data_of(config))  # reads the files once
@@ -201,7 +201,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
                 reporter.open(phase.offset + (resumed.step if resumed else 0) + 1)
             if resumed:
                 _load(this, engine, resumed)
-            with stopping.between_steps():
+            with stopping.defer_signals():
                 train_phase(this, phase, engine, batches, resumed)
             if number == 1:
                 weights_from = directory.phase1_model
@@ -413,7 +413,7 @@ def finish(run: Run, phase: Phase, engine: PhaseEngine) -> dict[str, Any]:
     last = directory.checkpoints / checkpoint.tag(phase.number, phase.steps)
     identity = world.run_on_rank0(lambda: f"{checkpoint.identity(last)} {precision}")
     kept = Kept(directory.evaluation, identity, world, lambda: run.stopping.agreed(world))
-    with run.stopping.between_steps():
+    with run.stopping.defer_signals():
         metrics = evaluate(
             engine.module,
             test,

@@ -33,7 +33,7 @@ dry_run=
 if [ "${1:-}" = --dry_run ]; then dry_run=1 && shift; fi
 
 # Sets ANSWER to what dsvae/run_directory.py says, which reads a command line as train.py does.
-# Ends the script where the command line has a mistake. Only a subshell gets the environment:
+# Ends the script if the command line has a mistake. Only a subshell gets the environment:
 # sbatch would hand it on to the job, which makes its own.
 ask() { # COMMAND WORDS...
     local python
@@ -48,7 +48,7 @@ ask() { # COMMAND WORDS...
 
 # sbatch hands on the variables of the shell that calls it: a job that was submitted from inside an
 # array has those of a member there, and would take itself for that one. SLURM's own record
-# decides; where SLURM does not answer, the variables do.
+# decides; if SLURM does not answer, the variables do.
 forget_another_array() {
     [ -n "${SLURM_ARRAY_JOB_ID:-}" ] || return 0
     if scontrol -o show job "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID " |

@@ -5,7 +5,7 @@
 #   DSVAE_GPUS_PER_NODE=1 DSVAE_AT_ONCE=6 slurm/sweep.sh [--dry_run] slurm/sweeps/park2021.txt \
 #       --config park2021 --train_file train.txt ...
 #
-# The arguments behind the list hold for all runs. The jobs run the code and the list as they are
+# The arguments after the list hold for all runs. The jobs run the code and the list as they are
 # now. A member that is cut is requeued and continues; the same command again starts what is not
 # finished. Prints the ids of the array and of the comparison.
 set -u

@@ -34,10 +34,10 @@ class Others:
         self.before()
         return "rank 1 no longer answers", EXIT_RANK_LOST
 
-    def complain(self, line):
+    def report(self, line):
         self.shown.append(line)
 
-    def complained(self, line):
+    def reported(self, line):
         return line in self.shown
 
     def close(self, code=None):

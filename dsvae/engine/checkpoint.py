@@ -44,7 +44,7 @@ class Checkpoint:
     def meta(self) -> dict[str, Any]:
         """What was recorded beside the files: their shape
         (`reshape_checkpoint.shape_of`), a digest of the frozen weights, and `valid`
-        where it was measured."""
+        if it was measured."""
         return json.loads((self.directory / COMPLETE).read_text())["meta"]
 
 
@@ -55,7 +55,7 @@ def tag(phase: int, step: int) -> str:
 
 def identity(directory: Path) -> str:
     """A digest that identifies the state in a complete checkpoint: of its list of
-    checksums. Random where there is no such checkpoint."""
+    checksums. Random if there is no such checkpoint."""
     try:
         return hashlib.sha256((directory / COMPLETE).read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def save(
             checkpoints, the smaller the better.
         keep: how many of the newest stay.
         keep_best: whether the best of this phase stays too.
-        report: gets a warning where older checkpoints could not be removed.
+        report: gets a warning if older checkpoints could not be removed.
 
     Raises:
         SaveFailed: on every rank: the disk is full, or cannot be written to for another
@@ -309,7 +309,7 @@ def load(
             converted.
 
     Returns:
-        One line that says what was converted; None where the checkpoint was loaded
+        One line that says what was converted; None if the checkpoint was loaded
         unconverted, bit by bit.
 
     Raises:

@@ -2,7 +2,7 @@
 
 The blocks of the T5 are compiled and not the whole model: all blocks of a stack share what
 was compiled, so that compiling takes as long for 24 layers as for two. Rows and widths are
-symbols in it. It is compiled again only for another kind of pass, or where a size is 1.
+symbols in it. It is compiled again only for another kind of pass, or if a size is 1.
 
 Dropout draws the same numbers as without compilation. Evaluation, generation and exports
 are not compiled, and no weight changes its name.
@@ -25,13 +25,13 @@ from dsvae.modeling.t5_vae import T5VAE
 from dsvae.modeling.vocabulary import piece
 
 VARIANTS = 64
-"""Most kinds of passes that one function is compiled for. They are the product of encoder
-and decoder, with and without gradient, with and without a position bias of its own, one
-row and several. torch's own limit, 8, would leave the rest uncompiled."""
+"""How many kinds of passes one function is compiled for, at most. They are the product of
+encoder and decoder, with and without gradient, with and without a position bias of its
+own, one row and several. torch's own limit, 8, would leave the rest uncompiled."""
 
 
 def check(zero_stage: int, device: torch.device) -> None:
-    """Raises UserError where the model cannot be compiled."""
+    """Raises UserError if the model cannot be compiled."""
     if zero_stage == 3:
         raise UserError(
             "--compile works at ZeRO 0, 1 and 2: at ZeRO 3, hooks fetch the weights of every "

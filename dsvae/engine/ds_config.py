@@ -161,9 +161,9 @@ def resolve(
         precision: auto, bf16, fp16 or fp32; fills `enabled: auto` of bf16, fp16 and
             torch_autocast.
         batch_size: sentences per optimizer step over all ranks.
-        micro_batches: most micro-batches per step. Batches are cut by tokens, so the
-            batch sizes are upper bounds to DeepSpeed; gradients are scaled by the true
-            number of sentences.
+        micro_batches: the largest number of micro-batches per step. Batches are cut by
+            tokens, so the batch sizes are upper bounds to DeepSpeed; gradients are scaled
+            by the true number of sentences.
 
     Raises:
         UserError: an `auto` that nothing resolves, precisions that exclude each other
@@ -248,24 +248,16 @@ def _resolve_batch(
     """Fills DeepSpeed's batch sizes; they follow from `data.batch_size` and only have to
     be consistent."""
     accumulation = _fill(config, "gradient_accumulation_steps", micro_batches)
-    whole = "a positive whole number"
-    _check("gradient_accumulation_steps", accumulation, _is_positive, whole)
-    fitting = -(-batch_size // (accumulation * world_size))
-    micro = _fill(config, "train_micro_batch_size_per_gpu", fitting)
-    _check("train_micro_batch_size_per_gpu", micro, _is_positive, whole)
-    advice = "leave them auto, and set --data.batch_size"
-    if micro != fitting:
-        raise UserError(
-            f"ds_config: train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
-            f"{accumulation} x {world_size} rank(s) is not data.batch_size {batch_size}: {advice}"
-        )
+    _check("gradient_accumulation_steps", accumulation, _is_positive, "a positive whole number")
+    micro = -(-batch_size // (accumulation * world_size))
     total = micro * accumulation * world_size
-    if _fill(config, "train_batch_size", total) != total:
-        raise UserError(
-            f"ds_config: train_batch_size {config['train_batch_size']} is not "
-            f"train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks = {total}: "
-            f"{advice}"
-        )
+    for name, value in (("train_micro_batch_size_per_gpu", micro), ("train_batch_size", total)):
+        if (given := _fill(config, name, value)) != value:
+            raise UserError(
+                f"ds_config: {name} {given!r} is not {value}, which follows from data.batch_size "
+                f"{batch_size}, gradient_accumulation_steps {accumulation} and {world_size} "
+                f"rank(s): leave it auto, and set --data.batch_size"
+            )
 
 
 def _resolve_precision(

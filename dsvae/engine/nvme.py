@@ -52,7 +52,7 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
     """Makes an empty directory for this run under each `nvme_path`, tries it, puts it
     into `resolved`, and removes it at the end.
 
-    Does nothing where no state goes to a disk. Collective, except for the end, where no
+    Does nothing if no state goes to a disk. Collective, except for the end, at which no
     rank waits for the others.
 
     Raises:
@@ -90,7 +90,7 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
     for section in on_disk.values():
         section["nvme_path"] = str(Path(section["nvme_path"]) / own)
     places = sorted({Path(section["nvme_path"]) for section in on_disk.values()})
-    # Not by LOCAL_RANK: it is 0 on all ranks of a node where each sees one GPU.
+    # Not by LOCAL_RANK: it is 0 on all ranks of a node if each sees one GPU.
     first = bool(places) and world.gather(host).index(host) == world.rank
 
     def prepare() -> None:
@@ -105,7 +105,7 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
 
     try:
         if places:
-            # One rank per node makes the directories, and compiles DeepSpeed's I/O where
+            # One rank per node makes the directories, and compiles DeepSpeed's I/O if
             # needed; then every rank tries them.
             world.run_on_all(prepare)
             world.run_on_all(try_all)
@@ -168,7 +168,7 @@ def patch_engine(engine: Any) -> None:
             _aligned_parts, optimizer.optimizer_swapper
         )
         optimizer.state_dict = partial(_states, optimizer)
-        # DeepSpeed asks this where it saves and loads, to copy its files.
+        # DeepSpeed asks this when it saves and loads, to copy its files.
         engine.zero_nvme_offload_optimizer = lambda: False
 
 
@@ -208,7 +208,7 @@ def _make(directory: Path) -> None:
     # Not made if it is missing: a misspelt path would fill the system's disk.
     if not parent.is_dir():
         raise UserError(
-            f"ds_config: nvme_path {parent} is no directory on {host}: make it on a local disk, "
+            f"ds_config: nvme_path {parent} is not a directory on {host}: make it on a local disk, "
             f"or set another path"
         )
     try:

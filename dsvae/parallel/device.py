@@ -63,7 +63,7 @@ def prepare(device: torch.device) -> torch.device:
 def describe(device: torch.device) -> str:
     """Returns the name of a device: `NVIDIA H200 (cuda:0)`."""
     if device.type == "cpu":
-        return f"CPU ({platform.machine()}, {torch.get_num_threads()} thread(s) per rank)"
+        return f"CPU ({platform.machine()}, threads per rank: {torch.get_num_threads()})"
     module = torch.get_device_module(device)
     name = module.get_device_name(device) if hasattr(module, "get_device_name") else "accelerator"
     return f"{name} ({device})"

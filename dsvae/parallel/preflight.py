@@ -46,12 +46,12 @@ MEBIBYTES = 16
 """Size of the all-reduce, in float32."""
 
 
-class Bad(Exception):
+class Failed(Exception):
     """Something is wrong, and the message says what. A line `NODE<tab>what` blames
     another node than this rank's."""
 
 
-class Left(Exception):
+class Unavailable(Exception):
     """This rank leaves because of a fault that another one has named."""
 
 
@@ -59,28 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Checks this rank; 0 or EXIT_PREFLIGHT. Reads RANK, LOCAL_RANK, WORLD_SIZE,
     MASTER_ADDR and MASTER_PORT from the environment."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the run will write")
-    parser.add_argument(
-        "--nodes",
-        required=True,
-        help="the nodes' names in the order of the ranks, separated by commas",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=120,
-        help="longest that the ranks may take to meet, and each collective operation after that",
-    )
-    parser.add_argument(
-        "--min_free_gb", type=float, default=5, help="free disk space at output_dir, in GB"
-    )
+    add = partial(parser.add_argument, required=True)
+    add("--output_dir", type=Path, help="where the run will write")
+    add("--nodes", help="the nodes' names in the order of the ranks, separated by commas")
+    add("--seconds", type=float, help="longest time to meet, and for a collective operation")
+    add("--min_free_gb", type=float, help="free disk space at output_dir, in GB")
     options = parser.parse_args(argv)
-    rank, local_rank, size = (
-        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    )
-    names = options.nodes.split(",")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    rank, local_rank, size = (int(os.environ[name]) for name in names)
+    hosts = options.nodes.split(",")
     # Block distribution, with equally many ranks per node.
-    nodes = [names[each * len(names) // size] for each in range(size)]
+    nodes = [hosts[each * len(hosts) // size] for each in range(size)]
     meeting = Meeting(rank, nodes, options.output_dir)
     reports: list[str] = []
     problems = 0
@@ -91,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             reports.append(within(seconds, what, function))
             return True
-        except Left as error:
+        except Unavailable as error:
             print(f"preflight: rank {rank} on {nodes[rank]}: {error}", flush=True)
-        except Bad as error:
+        except Failed as error:
             for line in str(error).split("\n"):
                 node, _, message = line.rpartition("\t")
                 print(f"preflight: BAD {node or nodes[rank]}: rank {rank}: {message}", flush=True)
@@ -117,36 +106,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def within(seconds: float, what: str, function: Callable[[], str]) -> str:
-    """What `function` returns. Raises Bad if it raises, or if it takes longer: then its
-    thread stays behind."""
+    """What `function` returns. Raises Failed if it raises, or if it takes longer: then its
+    thread is left running."""
     future = ThreadPoolExecutor().submit(function)
     if not wait([future], seconds).done:
-        raise Bad(f"{what}: no answer within {seconds:.0f} s")
+        raise Failed(f"{what}: no answer within {seconds:.0f} s")
     try:
         return future.result()
-    except (Bad, Left):
+    except (Failed, Unavailable):
         raise
     except BaseException as error:
-        raise Bad(f"{what}: {first_line(error)}") from None
+        raise Failed(f"{what}: {first_line(error)}") from None
 
 
 def check_gpu(local_rank: int) -> str:
-    """GPU `local_rank` exists and is empty. Where SLURM gave no GPU, nothing is
+    """GPU `local_rank` exists and is empty. If SLURM gave no GPU, nothing is
     checked."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("SLURM_GPUS_ON_NODE")
     if not torch.cuda.is_available():
         if given:
-            raise Bad(
+            raise Failed(
                 f"SLURM gave GPUs ({given}), but torch {torch.__version__} sees none: driver, or "
                 f"a build for CPU"
             )
         return "no GPU"
     if local_rank >= torch.cuda.device_count():
-        raise Bad(f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()}")
+        raise Failed(f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()}")
     free, total = torch.cuda.mem_get_info(local_rank)
     name = torch.cuda.get_device_name(local_rank)
     if free < EMPTY * total:
-        raise Bad(
+        raise Failed(
             f"GPU {local_rank} ({name}) is in use: {free / 2**30:.1f} of {total / 2**30:.1f} GiB "
             f"free"
         )
@@ -163,32 +152,27 @@ def check_disk(directory: Path, min_free_gb: float) -> str:
             probe.flush()
             os.fsync(probe.fileno())
             if Path(probe.name).read_bytes() != content:
-                raise Bad(f"{directory} returns other bytes than were written")
+                raise Failed(f"{directory} returns other bytes than were written")
     except OSError as error:
-        raise Bad(f"cannot write to {directory}: {error.strerror}") from None
+        raise Failed(f"cannot write to {directory}: {error.strerror}") from None
     free = shutil.disk_usage(directory).free / 1e9
     if free < min_free_gb:
-        raise Bad(f"{directory} has {free:.1f} GB free, less than {min_free_gb:g}")
+        raise Failed(f"{directory} has {free:.1f} GB free, less than {min_free_gb:g}")
     return f"{free:.0f} GB free"
 
 
 def versions() -> dict[str, str]:
     """What must be the same on all nodes."""
-    same = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            same[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            same[package] = "missing"
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(file.read_bytes())
-    return {**same, "dsvae's code": digest.hexdigest()[:12]}
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    packages = {package: importlib.metadata.version(package) for package in PACKAGES}
+    ours = {"python": platform.python_version(), "dsvae's code": digest.hexdigest()[:12]}
+    return packages | ours
 
 
 def odd_ones(ranks: list[dict[str, str]], nodes: list[str]) -> Iterator[str]:
-    """`node<tab>what differs` for every node whose versions differ from those of most
-    ranks."""
+    """`node<tab>what differs` for every node whose versions differ from those of the
+    majority of the ranks."""
     for name in ranks[0]:
         most = Counter(each[name] for each in ranks).most_common(1)[0][0]
         pairs = dict.fromkeys((node, each[name]) for node, each in zip(nodes, ranks, strict=True))
@@ -222,7 +206,7 @@ class Meeting:
                 address, port, self.size, self.rank == 0, limit, wait_for_workers=False
             )
         except (dist.DistError, OSError) as error:
-            raise Bad(
+            raise Failed(
                 f"cannot reach {self.nodes[0]} ({address}:{port}) within {seconds:.0f} s: "
                 f"{first_line(error)}"
             ) from None
@@ -230,20 +214,20 @@ class Meeting:
         if self.rank > 0:
             self.store.set_timeout(timedelta(seconds=seconds + LOCAL_SECONDS))
             if self.store.get("go") != b"1":
-                raise Left("not every rank arrived, or their versions differ: rank 0 says which")
+                raise Unavailable(
+                    "not every rank arrived, or their versions differ: rank 0 says which"
+                )
             return f"met {self.size - 1} other rank(s)"
 
         here = self._arrived("here", range(self.size), seconds)
-        late: dict[str, list[str]] = {}
-        for each in range(self.size):
-            if each not in here:
-                late.setdefault(self.nodes[each], []).append(str(each))
         lines = [
-            f"{node}\trank(s) {', '.join(ranks)} did not arrive within {seconds:.0f} s"
-            for node, ranks in late.items()
-        ] or list(
-            odd_ones([json.loads(self.store.get(f"here/{each}")) for each in here], self.nodes)
-        )
+            f"{node}\trank {each} did not arrive within {seconds:.0f} s"
+            for each, node in enumerate(self.nodes)
+            if each not in here
+        ]
+        if not lines:
+            found = [json.loads(self.store.get(f"here/{each}")) for each in here]
+            lines = list(odd_ones(found, self.nodes))
         if not lines:
             # Written before the others look for it.
             token = str(os.getpid())
@@ -254,7 +238,7 @@ class Meeting:
             self.store.set("token", token)
         self.store.set("go", "0" if lines else "1")
         if lines:
-            raise Bad("\n".join(lines))
+            raise Failed("\n".join(lines))
         return f"met {self.size - 1} other rank(s)"
 
     def check_shared(self) -> str:
@@ -269,7 +253,7 @@ class Meeting:
                 if self.file.read_text() == token:
                     return "shared"
             time.sleep(0.2)
-        raise Bad(
+        raise Failed(
             f"{self.file.parent} is not the directory that {self.nodes[0]} sees: it must lie on "
             f"a shared file system"
         )
@@ -282,23 +266,18 @@ class Meeting:
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
+        store, limit = dist.PrefixStore("group", self.store), timedelta(seconds=seconds)
+        backend = "nccl" if cuda else "gloo"
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            store=dist.PrefixStore("group", self.store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timedelta(seconds=seconds),
+            backend, timeout=limit, rank=self.rank, world_size=self.size, store=store
         )
         sent = torch.arange(self.size, device=device) + self.rank * self.size
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent)
         expected = torch.arange(self.size, device=device) * self.size + self.rank
         if wrong := (received != expected).nonzero().flatten().tolist():
-            raise Bad(
-                "\n".join(
-                    f"{self.nodes[each]}\trank {each} sent wrong numbers to rank {self.rank}"
-                    for each in wrong
-                )
+            raise Failed(
+                "\n".join(f"{self.nodes[each]}\trank {each} sent wrong numbers" for each in wrong)
             )
 
         count = MEBIBYTES * 2**20 // 4
@@ -312,7 +291,7 @@ class Meeting:
             took = time.perf_counter() - begin
         total = self.size * (self.size + 1) / 2
         if not bool((tensor == total).all()):
-            raise Bad(f"an all-reduce gave {tensor[0].item()}, not {total}")
+            raise Failed(f"an all-reduce gave {tensor[0].item()}, not {total}")
         return (
             f"all-reduce of {MEBIBYTES} MiB in {took * 1e3:.1f} ms, "
             f"{count * 4 / took / 1e9:.2f} GB/s"

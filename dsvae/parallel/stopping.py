@@ -13,7 +13,7 @@ import torch
 from dsvae.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, RunStopped
 from dsvae.parallel.world import World
 
-# In rising order: where ranks got different signals, the last one here counts for all.
+# In rising order: if ranks got different signals, the last one here counts for all.
 # (Launchers answer Ctrl-C with a SIGTERM.)
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 class Stopping:
     """Listens for SIGTERM, SIGUSR1 and SIGINT (Ctrl-C).
 
-    Inside `between_steps` a signal is only noted, and the loop asks `agreed` after every
+    Inside `defer_signals` a signal is only noted, and the loop asks `agreed` after every
     step. Anywhere else everything is saved already, and `RunStopped` is raised at once.
     A second Ctrl-C never waits.
     """
@@ -36,7 +36,7 @@ class Stopping:
             signal.signal(number, self._handle)
 
     @contextmanager
-    def between_steps(self) -> Iterator[None]:
+    def defer_signals(self) -> Iterator[None]:
         """In this block signals wait for `agreed`."""
         self._deferred = True
         try:

@@ -42,12 +42,12 @@ _ADVICE = {
     EXIT_USER_ERROR: "that rank's own line says what to change",
     EXIT_DEFECT: "that rank's stack says why",
 }
-"""What to do after a rank has left with a code, where repeating would not help."""
+"""What to do after a rank has left with a code, if repeating would not help."""
 
 Verdict = tuple[str, int]
 """A line that names a rank, and the exit code that fits."""
-Heard = dict[int, tuple[int, float]]
-"""Rank -> its last count, and when this rank first read it."""
+LastSeen = dict[int, tuple[int, float]]
+"""Rank -> the number of its last report, and when this rank first read it."""
 
 
 class Watchdog:
@@ -58,7 +58,7 @@ class Watchdog:
         timeout: seconds that the main thread may go without `heartbeat`, outside of
             `waiting` and `suspend_hang_detection`.
         synchronize: returns once the device of this rank has nothing left to do; None
-            where operations block the host itself.
+            if operations block the host itself.
     """
 
     def __init__(
@@ -72,37 +72,30 @@ class Watchdog:
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
         self._synchronize = synchronize
         self._interval = min(2.0, timeout / 5)
-        self._seen: tuple[float, str] = (time.monotonic(), "start")
+        self._progress: tuple[float, str] = (time.monotonic(), "start")
         self._patient = self._waiting = 0
         self._lost: list[int] = []
-        self._said: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "count": 0,
-            "code": None,
-            "leaving": False,
-            "complaint": None,
-        }
+        self._last_report: dict[str, Any] = {"host": socket.gethostname(), "count": 0}
         self._closed = threading.Event()
         self._store.set_timeout(timedelta(seconds=_STORE_ANSWERS))
         self._store_asker, self._device_asker = _Asker(_STORE_ANSWERS), _Asker(_DEVICE_ANSWERS)
         self._thread = threading.Thread(target=self._watch, name="dsvae-watchdog", daemon=True)
-        self._tell()  # at once, so that a rank that dies early has said something
+        self._publish()  # at once, so that a rank that dies early has said something
         self._thread.start()
 
     def heartbeat(self, where: str) -> None:
         """The main thread makes progress; `where` says what it does now."""
-        self._seen = (time.monotonic(), where)
+        self._progress = (time.monotonic(), where)
 
     @contextmanager
     def suspend_hang_detection(self) -> Iterator[None]:
-        """Hang detection is off in this block, where one rank works while the others
-        wait."""
+        """Hang detection is off in this block: one rank works while the others wait."""
         self._patient += 1
         try:
             yield
         finally:
             self._patient -= 1
-            self.heartbeat(self._seen[1])
+            self.heartbeat(self._progress[1])
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -119,37 +112,29 @@ class Watchdog:
         self._closed.set()
         self._thread.join()
         if code is not None:
-            self._tell(code=code, leaving=True)
-            # sets the key only where nobody has
+            self._publish(code=code, leaving=True)
+            # sets the key only if nobody has
             self._ask(lambda: self._store.compare_set(_LEFT, "", str(self._rank)))
             if self._rank == 0:
                 self._linger()
 
     def _linger(self) -> None:
         """Lets the others read the exit code before the store ends with this process."""
-        first: list[dict[str, Any]] = []
-        for attempt in range(16):
-            said = self._others()
-            first = first or said
-            late = attempt >= 6  # a rank that has said nothing since is not leaving
-            if all(
-                state["leaving"]
-                or rank in self._lost
-                or (late and state["count"] == first[rank]["count"])
-                for rank, state in enumerate(said)
-            ):
+        for _ in range(16):
+            states = enumerate(self._all())
+            if all("leaving" in state or rank in self._lost for rank, state in states):
                 return
             time.sleep(self._interval / 2)
 
-    def complain(self, line: str) -> None:
+    def report(self, line: str) -> None:
         """Rank 0 has printed this line, which other ranks need not repeat."""
-        self._tell(complaint=line)
+        self._publish(line=line)
 
-    def complained(self, line: str) -> bool:
+    def reported(self, line: str) -> bool:
         """Whether rank 0 has printed this line, or does so within a few seconds."""
         for wait in (0, 1, 1, 1):
             time.sleep(wait * self._interval / 2)
-            if (said := self._others()) and said[0]["complaint"] == line:
+            if (states := self._all()) and states[0].get("line") == line:
                 return True
         return False
 
@@ -159,77 +144,73 @@ class Watchdog:
 
         Takes a few seconds: a rank that says nothing during them is gone.
         """
-        heard: Heard = {}
+        last_seen: LastSeen = {}
         verdict = None
         for _ in range(_SILENCE + 1):
-            if verdict := self._left() or self._silent(heard, patient=False):
+            if verdict := self._left() or self._silent(last_seen, patient=False):
                 break
             self._closed.wait(self._interval)
-            self._tell()  # whoever lives says something meanwhile, this rank too
-        if self._said["leaving"]:
+            self._publish()  # whoever lives says something meanwhile, this rank too
+        if "leaving" in self._last_report:
             self._thread.join()  # has said why, and ends the process
         return verdict
 
     # The thread.
 
     def _watch(self) -> None:
-        # where the main thread was when it waited for a rank that has left
-        doomed: tuple[float, str] | None = None
-        heard: Heard = {}
-        since = 0.0  # when `heard` began
+        # what the main thread did when it waited for a rank that has left
+        failed: tuple[float, str] | None = None
+        last_seen: LastSeen = {}
+        since = 0.0  # when `last_seen` began
         while not self._closed.wait(self._interval):
-            self._tell()
-            seen, waits, patient = self._seen, self._waits(), bool(self._patient)
-            age = time.monotonic() - seen[0]
+            self._publish()
+            progress, waits, patient = self._progress, self._waits(), bool(self._patient)
+            age = time.monotonic() - progress[0]
             if waits and age >= 2 * self._interval and (verdict := self._left()):
-                # Not at once: an operation that the other rank has left behind it still
-                # ends.
-                if doomed is seen and not self._closed.is_set() and self._waits():
+                # Not at once: an operation that the other rank has finished still ends.
+                if failed is progress and self._waits():
                     self._leave(*verdict)
-                doomed = seen
+                failed = progress
                 continue
-            doomed = None
+            failed = None
             if not (waits if patient else age >= self._timeout):
-                heard.clear()
+                last_seen.clear()
                 continue
             if waits:
-                since = since if heard else time.monotonic()
-                verdict = self._silent(heard, patient)
+                since = since if last_seen else time.monotonic()
+                verdict = self._silent(last_seen, patient)
                 # once it is known that all live
                 if not patient and time.monotonic() - since >= _SILENCE * self._interval:
                     verdict = verdict or self._stuck()
             else:
                 verdict = self._hangs()
-            # A rank that made progress meanwhile, or is leaving, says nothing.
-            late = patient or time.monotonic() - self._seen[0] >= self._timeout
-            if verdict and late and not self._closed.is_set():
+            # A rank that made progress meanwhile says nothing.
+            if verdict and (patient or time.monotonic() - self._progress[0] >= self._timeout):
                 self._leave(*verdict)
 
     def _hangs(self) -> Verdict:
         """Names this rank itself, once the others had the time to see it first."""
         for _ in range(2 * _SILENCE):
             self._closed.wait(self._interval)
-            self._tell()
-        age, where = time.monotonic() - self._seen[0], self._seen[1]
-        name = f"rank {self._rank} (on {socket.gethostname()})"
-        return f"{name} has hung for {age:.0f} s ({where})", EXIT_RANK_LOST
+            self._publish()
+        return _hung([self._rank], {self._rank: self._last_report})
 
-    def _tell(self, **news: Any) -> None:
-        """Says how this rank is, with `news` from now on."""
-        since, where = self._seen
-        self._said |= {
+    def _publish(self, **news: Any) -> None:
+        """Tells the others how this rank is, with `news` from now on."""
+        since, where = self._progress
+        self._last_report |= {
             **news,
-            "count": self._said["count"] + 1,
+            "count": self._last_report["count"] + 1,
             "age": time.monotonic() - since,
             "where": where,
             "waits": self._waits(),
             "patient": bool(self._patient),
         }
-        state = json.dumps(self._said)
+        state = json.dumps(self._last_report)
         self._ask(lambda: self._store.set(str(self._rank), state))
 
-    def _others(self) -> list[dict[str, Any]]:
-        """What every rank said last; nothing where the store does not answer."""
+    def _all(self) -> list[dict[str, Any]]:
+        """The last report of every rank; nothing if the store does not answer."""
         keys = [str(rank) for rank in range(self._size)]
         return [json.loads(text) for text in self._ask(lambda: self._store.multi_get(keys)) or []]
 
@@ -239,73 +220,71 @@ class Watchdog:
 
     def _waits(self) -> bool:
         """Whether a thread of this process is inside an operation with other ranks."""
-        if self._waiting:
-            return True
-        for number, frame in sys._current_frames().items():
-            module = f"{frame.f_globals.get('__name__')}."
-            if number != threading.get_ident() and module.startswith(_COLLECTIVE):
-                return True
-        return self._device_waits()
+        return (
+            self._waiting > 0
+            or any(
+                f"{frame.f_globals.get('__name__')}.".startswith(_COLLECTIVE)
+                for number, frame in sys._current_frames().items()
+                if number != threading.get_ident()
+            )
+            or self._device_waits()
+        )
 
     def _device_waits(self) -> bool:
         """Whether the device has been busy for as long as this rank made no progress.
 
-        Operations on a GPU are only queued: the host goes on, and stands still in
+        Operations on a GPU are only queued: the host continues, and stands still in
         whatever line needs a result first. No kernel of a model computes for `timeout`
         seconds: one that runs that long waits for other ranks. A rank that hangs by
         itself leaves its device idle.
         """
-        if self._synchronize is None or time.monotonic() - self._seen[0] < self._timeout:
+        if self._synchronize is None or time.monotonic() - self._progress[0] < self._timeout:
             return False
         return not self._device_asker.ask(self._synchronize)[0]
 
     def _left(self) -> Verdict | None:
         """The first rank that has left and said so, unless it is this one. Its code becomes
-        that of the job. Asks for one key only where nobody has left."""
+        that of the job. Asks for one key only if nobody has left."""
         if not self._ask(lambda: self._store.check([_LEFT])):
             return None
-        first, said = self._ask(lambda: int(self._store.get(_LEFT))), self._others()
-        if first is None or first == self._rank or not said or said[first]["code"] is None:
+        first, states = self._ask(lambda: int(self._store.get(_LEFT))), self._all()
+        if first is None or first == self._rank or not states or "code" not in states[first]:
             return None
-        code = said[first]["code"]
-        return f"{_name([first], said)} left with exit code {code}", code
+        code = states[first]["code"]
+        return f"{_name([first], states)} left with exit code {code}", code
 
-    def _silent(self, heard: Heard, patient: bool) -> Verdict | None:
+    def _silent(self, last_seen: LastSeen, patient: bool) -> Verdict | None:
         """Ranks that have said nothing new for a while, which is `timeout` in patience:
         what takes long there may keep the threads of a process from running."""
         limit = self._timeout if patient else _SILENCE * self._interval
-        now, moment = self._others(), time.monotonic()
-        if not now:
-            since = heard.setdefault(0, (-1, moment))[1]
-            return None if patient and moment - since < limit else _silence("rank 0")
-        for rank, state in enumerate(now):
-            if heard.get(rank, (-1, 0.0))[0] != state["count"]:
-                heard[rank] = (state["count"], moment)
-        self._lost = lost = [
-            rank
-            for rank, (_, since) in sorted(heard.items())
-            if rank != self._rank and moment - since >= limit
-        ]
-        return _silence(_name(lost, now), now[lost[0]]["where"]) if lost else None
+        states, now = self._all(), time.monotonic()
+        if not states:
+            since = last_seen.setdefault(0, (-1, now))[1]
+            return None if patient and now - since < limit else _silence("rank 0")
+        for rank, state in enumerate(states):
+            if last_seen.get(rank, (-1, 0.0))[0] != state["count"]:
+                last_seen[rank] = (state["count"], now)
+        silent = (rank for rank, (_, since) in sorted(last_seen.items()) if now - since >= limit)
+        self._lost = lost = [rank for rank in silent if rank != self._rank]
+        return _silence(_name(lost, states), states[lost[0]]["where"]) if lost else None
 
     def _stuck(self) -> Verdict | None:
         """Ranks that live but hang; None while any rank still works."""
-        now = self._others()
-        if not now:
+        states = self._all()
+        working = [rank for rank, state in enumerate(states) if not state["waits"]]
+        # One that is not late came out of its operation a moment ago.
+        late = all(state["age"] >= self._timeout for state in states)
+        if not states or not late or any(states[rank]["patient"] for rank in working):
             return None
-        working = [rank for rank, state in enumerate(now) if not state["waits"]]
-        if any(now[rank]["patient"] or now[rank]["age"] < self._timeout for rank in working):
-            return None
-        if any(state["age"] < self._timeout for state in now):
-            return None  # it came out of its operation a moment ago
-        if not working:
-            return f"all ranks wait for each other ({now[self._rank]['where']})", EXIT_RANK_LOST
-        age, where = now[working[0]]["age"], now[working[0]]["where"]
-        return f"{_name(working, now)} has hung for {age:.0f} s ({where})", EXIT_RANK_LOST
+        if working:
+            return _hung(working, states)
+        return f"all ranks wait for each other ({states[self._rank]['where']})", EXIT_RANK_LOST
 
     def _leave(self, line: str, code: int) -> None:
         """Ends the process, whose main thread nothing can interrupt."""
-        self._tell(leaving=True)
+        if self._closed.is_set():  # the main thread leaves by itself
+            return
+        self._publish(leaving=True)
         with suppress(OSError, ValueError):
             if not self._waits():
                 faulthandler.dump_traceback(sys.stderr)
@@ -321,7 +300,7 @@ class _Asker:
     """Asks in a thread, one question at a time.
 
     While the process of rank 0 stands still, the store's client waits without any
-    time-out, and so does the host for its device: the thread then stays behind.
+    time-out, and so does the host for its device: the thread is then left running.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -345,7 +324,7 @@ class _Asker:
 
 
 def advice(code: int) -> str:
-    """What to do where another rank has left with a code, or is lost."""
+    """What to do if another rank has left with a code, or is lost."""
     return _ADVICE.get(
         code, "repeat the command: a training run continues from the last complete checkpoint"
     )
@@ -355,9 +334,12 @@ def _silence(who: str, where: str | None = None) -> Verdict:
     return f"{who} no longer answers" + (f" (last seen: {where})" if where else ""), EXIT_RANK_LOST
 
 
-def _name(ranks: list[int], states: list[dict[str, Any]]) -> str:
+def _hung(ranks: list[int], states: Any) -> Verdict:
+    age, where = states[ranks[0]]["age"], states[ranks[0]]["where"]
+    return f"{_name(ranks, states)} has hung for {age:.0f} s ({where})", EXIT_RANK_LOST
+
+
+def _name(ranks: list[int], states: Any) -> str:
     """`rank 3 (on node7)`, `ranks 2, 3 (on node7)`."""
-    hosts = sorted({states[rank]["host"] for rank in ranks})
-    return (
-        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} (on {', '.join(hosts)})"
-    )
+    hosts = ", ".join(sorted({states[rank]["host"] for rank in ranks}))
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} (on {hosts})"

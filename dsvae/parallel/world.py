@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from traceback import walk_tb
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ No shorter one would do: rank 0 alone tokenizes a corpus, downloads a model, ver
 checkpoints and writes exports, on a disk that may be slow, while the others wait in a
 collective operation. The watchdog tells such work from a hang."""
 HANG_TIMEOUT = 600.0
-"""Seconds, where nothing else is configured."""
+"""Seconds, if nothing else is configured."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class World:
     device: torch.device
     watchdog: Watchdog | None = None
     """None in a run of one process."""
-    lent: Mapping[str, str | None] = field(default_factory=dict)
+    saved_env: Mapping[str, str | None] = field(default_factory=dict)
     """Variables that `join` has put into the environment, with the values they had
     before; None: it was not set."""
 
@@ -88,8 +88,8 @@ class World:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Around an operation with the other ranks. It has ended behind the block; on GPUs
-        it would otherwise only be queued."""
+        """Around an operation with the other ranks, which has ended after the block. On
+        GPUs it would otherwise only be queued."""
         with self.waiting():
             yield
             if self.device.type != "cpu":
@@ -132,14 +132,14 @@ class World:
         """Runs `function`, which must not be collective, on every rank and returns this
         rank's result.
 
-        A `UserError` of any rank is raised on every rank. Where not all ranks had it, it
+        A `UserError` of any rank is raised on every rank. If not all ranks had it, it
         begins with the number of the first one that had.
         """
-        result: list[T] = []
+        result: T | None = None
         problem: str | None = None
         with self.suspend_hang_detection():
             try:
-                result.append(function())
+                result = function()
             except UserError as error:
                 problem = str(error)
         problems = self.gather(problem)
@@ -147,56 +147,56 @@ class World:
             if line is not None:
                 alike = len(set(problems)) == 1
                 raise shared(UserError(line if alike else f"rank {rank}: {line}"))
-        return result[0]
+        return cast(T, result)
 
 
 def join(hang_timeout: float = HANG_TIMEOUT) -> World:
     """Joins the processes that deepspeed, torchrun or srun started, with RANK, LOCAL_RANK,
-    WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment. Where RANK is not set, the
-    run has one process, and these variables are set from here to `leave`.
+    WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment. If RANK is not set, the
+    run has one process, and these variables are set until `leave`.
 
     Args:
         hang_timeout: seconds after which a rank that makes no progress is given up, and
             the others leave and name it.
 
     Raises:
-        UserError: the variables or the port cannot be used.
+        UserError: the variables, the port or the GPU cannot be used.
         RunStopped: not all ranks came in time, or this one has no GPU.
     """
-    lent: dict[str, str | None] = {}
+    alone: dict[str, str] = {}
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # DeepSpeed reads them
-        lent = {name: os.environ.get(name) for name in alone}
-        os.environ.update(alone)
+    saved_env = {name: os.environ.get(name) for name in alone}
+    os.environ.update(alone)
     try:
-        return _join_as(hang_timeout, lent)
+        return _join(hang_timeout, saved_env)
     except BaseException:
-        _give_back(lent)
+        restore_env(saved_env)
         raise
 
 
-def _join_as(hang_timeout: float, lent: dict[str, str | None]) -> World:
+def _join(hang_timeout: float, saved_env: dict[str, str | None]) -> World:
     try:
-        rank, local_rank, size = (
-            int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        )
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        rank, local_rank, size = (int(os.environ[name]) for name in names)
     except (KeyError, ValueError) as error:
         raise UserError(
             f"RANK, LOCAL_RANK and WORLD_SIZE must all be set, as whole numbers: {error}"
         ) from None
     device = local_device(local_rank)
-    synchronize = None if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
+    on_gpu = device.type != "cpu"
     # A run of one process meets nobody, but a port that is taken ends it here in one line.
     store = _meet(hang_timeout) if size > 1 or not dist.is_initialized() else None
-    watchdog = (
-        Watchdog(store, rank, size, hang_timeout, synchronize) if store and size > 1 else None
-    )
+    watchdog = None
+    if store and size > 1:
+        synchronize = partial(torch.accelerator.synchronize, device) if on_gpu else None
+        watchdog = Watchdog(store, rank, size, hang_timeout, synchronize)
     # From here on the others learn it if this rank leaves.
-    if device.type != "cpu":
+    if on_gpu:
         if local_rank >= (count := torch.accelerator.device_count()):
             if watchdog is not None:
                 watchdog.close(EXIT_USER_ERROR)
@@ -207,13 +207,10 @@ def _join_as(hang_timeout: float, lent: dict[str, str | None]) -> World:
             )
         torch.accelerator.set_device_index(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group(
-            dist.get_default_backend_for_device(device),
-            timeout=TIMEOUT,
-            # Otherwise torch guesses the device at the first barrier, and warns.
-            device_id=None if device.type == "cpu" else device,
-        )
-    return World(rank, local_rank, size, device, watchdog, lent)
+        backend = dist.get_default_backend_for_device(device)
+        # Without the device, torch guesses it at the first barrier, and warns.
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if on_gpu else None)
+    return World(rank, local_rank, size, device, watchdog, saved_env)
 
 
 def leave(world: World, group: bool = True) -> None:
@@ -222,7 +219,7 @@ def leave(world: World, group: bool = True) -> None:
         world.watchdog.close()
     if group:
         dist.destroy_process_group()
-    _give_back(world.lent)
+    restore_env(world.saved_env)
 
 
 @contextmanager
@@ -297,10 +294,9 @@ def _meet(hang_timeout: float) -> dist.Store:
     return dist.PrefixStore("dsvae", store)
 
 
-def _give_back(values: Mapping[str, str | None]) -> None:
-    """Restores variables of the environment."""
+def restore_env(values: Mapping[str, str | None]) -> None:
+    """Gives variables of the environment the values of before; None: not set."""
     for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
+        os.environ.pop(name, None)
+        if value is not None:
             os.environ[name] = value

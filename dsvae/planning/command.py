@@ -1,4 +1,4 @@
-"""The job behind `dsvae plan`: its arguments, and what it prints."""
+"""The work of `dsvae plan`: its arguments, and what it prints."""
 
 from __future__ import annotations
 
@@ -27,11 +27,6 @@ FIELDS = {
 name there."""
 MOST_BYTES = 10**18
 """More is a typing error, and the largest would be infinite."""
-UNITS = {
-    "": 1,
-    **{f"{prefix}b": 1000**power for power, prefix in enumerate(("", *"kmgt"))},
-    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
-}
 
 
 def plan_command(
@@ -63,12 +58,11 @@ def plan_command(
         raise UserError(f"--margin is {margin}: give per cent, at least 0 and less than 100")
     if gpus > gpus_per_node and gpus % gpus_per_node:
         raise UserError(
-            f"--gpus {gpus} is no multiple of --gpus_per_node {gpus_per_node}: every node runs "
+            f"--gpus {gpus} is not a multiple of --gpus_per_node {gpus_per_node}: every node runs "
             f"as many ranks"
         )
-    gpu_bytes = bytes_of(gpu_memory, "--gpu_memory")
-    host_bytes = bytes_of(host_memory, "--host_memory")
-    machine = Machine(gpus, gpu_bytes, gpus_per_node, host_bytes, margin / 100)
+    memory = bytes_of(gpu_memory, "--gpu_memory"), bytes_of(host_memory, "--host_memory")
+    machine = Machine(gpus, memory[0], gpus_per_node, memory[1], margin / 100)
 
     def change(machine: Machine, other_flags: dict[str, Any], option: Option) -> Plan:
         arguments = _run_arguments(model, config, flags | other_flags)
@@ -77,24 +71,21 @@ def plan_command(
 
     arguments = _run_arguments(model, config, flags)
     plan = make_plan(arguments, machine, ds_config, gradient_checkpointing)
-    advice = None if plan.chosen is not None else advise(plan, change)
+    advice = advise(plan, change) if plan.chosen is None else None
     return as_text(plan, advice), json.dumps(as_json(plan, advice))
 
 
 def bytes_of(text: str, flag: str) -> int:
     """`40GB` (10^9), `80GiB` (2^30), `512MB`, or plain bytes."""
-    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?i?b?)", text.strip().lower())
-    try:
-        if match is None or match[2] not in UNITS:
-            raise ValueError
-        size = float(match[1]) * UNITS[match[2]]
-    except ValueError:
-        raise UserError(
-            f"{flag} is {text!r}: give bytes with a unit, for example 40GB or 80GiB"
-        ) from None
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
+    example = "give bytes with a unit, for example 40GB or 80GiB"
+    if match is None:
+        raise UserError(f"{flag} is {text!r}: {example}")
+    number, prefix, binary = match.groups()
+    size = float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " ")
     if not 1 <= size <= MOST_BYTES:  # without the text, which can be long
         limit = "less than one byte" if size < 1 else f"more than {MOST_BYTES // 10**12:,} TB"
-        raise UserError(f"{flag} is {limit}: give bytes with a unit, for example 40GB or 80GiB")
+        raise UserError(f"{flag} is {limit}: {example}")
     return int(size)
 
 
@@ -112,8 +103,8 @@ def _run_arguments(model: str, config: str | None, flags: dict[str, Any]) -> lis
         full_names = {name.split("/")[-1]: name for name in KNOWN}
         close = nearest(model.split("/")[-1], full_names)
         raise UserError(
-            f"{model!r} is no public T5 that is known offline, no directory with a config.json, "
-            f"no recipe and no YAML file"
+            f"{model!r} is not a public T5 that is known offline, nor a directory with a "
+            f"config.json, a recipe or a YAML file"
             + (f"; did you mean {full_names[close]}?" if close else "")
         )
     for name, value in flags.items():

@@ -54,7 +54,7 @@ class DryRun:
     with_gradients: int
     """Of both, if every gradient stays, in the dtype of its weight."""
     evaluation: int
-    """Of a forward pass without gradients; 0 where none was asked for."""
+    """Of a forward pass without gradients; 0 if none was asked for."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -70,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         """Live bytes."""
         self.peak = 0
-        """The most since the last `restart`, in bytes."""
+        """The peak since the last `restart`, in bytes."""
         self._seen: dict[int, weakref.ref] = {}
 
     def add(self, tensor: Tensor) -> None:
@@ -221,7 +221,7 @@ def _efficient_attention() -> Iterator[None]:
     output and one number per query.
 
     torch chooses the kernel by the device, and here there is none. (A TorchFunctionMode
-    would be off during backward, where gradient checkpointing runs the forward again.)
+    would be off during backward, in which gradient checkpointing runs the forward again.)
     """
     stock = F.scaled_dot_product_attention
 

@@ -34,7 +34,7 @@ class Engine:
     compute: int
     """Bytes of a weight as the engine computes with it."""
     accumulate: int
-    """Bytes of a gradient where it is kept until the step."""
+    """Bytes of a gradient as it is kept until the step."""
     autocast: bool
     optimizer_on: str
     """gpu, cpu or nvme."""
@@ -146,7 +146,7 @@ def estimate(
             the activations of the next one.
     """
     n = _Counts.of(weights, engine, ranks.world)
-    # A single rank's part is the whole weight, and lies where it is computed with.
+    # A single rank's part is the whole weight, and lies in the memory that computes.
     alone = ranks.world == 1 and engine.parameters_on == "gpu"
     gathered = 0 if engine.kind != "zero3" or alone else _gathered(engine, n)
     gpu = _on_gpu(engine, n, alone)
@@ -238,7 +238,7 @@ def _on_host(e: Engine, n: _Counts, world: int, accumulates: bool) -> tuple[dict
         disk += c * (n.part + n.frozen_part)
         offload_param = e.zero.offload_param
         if offload_param is not None:
-            # As `engine.nvme` sizes them where the ds_config does not.
+            # As `engine.nvme` sizes them if the ds_config does not.
             given = "buffer_size" in offload_param.model_fields_set
             size = int(offload_param.buffer_size) if given else math.ceil(n.largest / world)
             sizes["parameter swap buffers"] = c * int(offload_param.buffer_count) * size
@@ -275,7 +275,7 @@ def _training(
     buckets = 0
     if e.zero.contiguous_gradients or e.optimizer_on != "gpu":
         buckets = c * int(e.zero.reduce_bucket_size) * (2 if e.zero.overlap_comm else 1)
-    # The rank's part of the gradients, which a reduction leaves behind.
+    # The rank's part of the gradients, which a reduction leaves.
     gradients = c * n.part if e.optimizer_on == "gpu" else 0
     if _adds_up_in_float32(e):
         gradients = 4 * n.part

@@ -40,7 +40,7 @@ figure, not a measured one."""
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the run is to be."""
+    """What the run is planned for."""
 
     gpus: int
     gpu_memory: int
@@ -132,7 +132,7 @@ def make_plan(
     freeze = config.phase == "1" and config.phase1.freeze_decoder
     weights = weights_of(build(vae, freeze))
     per_gpu = math.ceil(data.batch_size / machine.gpus)
-    # The longest sentences need the most: as many tokens as others, and attention grows
+    # The longest sentences decide: as many tokens as others, and attention grows
     # with their length. The encoder reads a condition and its sentence at once.
     longest = data.max_tokens * (2 if vae.conditional else 1)
     rows = min(per_gpu, max(1, data.micro_batch_tokens // longest))

@@ -1,4 +1,4 @@
-"""A plan as text and as JSON, and what to change where nothing fits."""
+"""A plan as text and as JSON, and what to change if nothing fits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MOST_GPUS = 64
 
 
 def advise(plan: Plan, change: Callable[[Machine, dict[str, Any], Option], Plan]) -> dict[str, Any]:
-    """What is needed at least, in bytes with the margin, and flags that suffice alone.
+    """The smallest need, in bytes with the margin, and flags that suffice alone.
 
-    It halves the tokens, then doubles the GPUs, with the option that needs least of a
+    It halves the tokens, then doubles the GPUs, with the option that needs the smallest share of a
     GPU; `change` plans one option for another machine and with other flags of the run.
     """
     machine = plan.machine

@@ -84,6 +84,7 @@ def test_what_a_run_leaves(finished):
     assert metrics["above_entropy"] == pytest.approx(gap)
     for shown in (str(out / "model"), "rec_shuffled", "tensorboard --logdir"):
         assert shown in run.stdout
+    assert run.stdout.index("device: CPU (") < run.stdout.index("data: ")
     assert "data: the built-in corpus (600 sentences, seed 0); 2 ranks\n" in run.stdout
     assert "phase 2: 4 steps of 32 sentences, ZeRO 2, bf16" in run.stdout
     assert "zero_optimization" not in run.stdout  # of the resolved ds_config, which is in its file

@@ -49,7 +49,7 @@ def compiled(monkeypatch):
             {"zero": {"stage3_max_reuse_distance": 1e8}},
             r"stage3_max_reuse_distance must be 0 with weights on a disk, not 1e\+08",
         ),
-        ({"path": "not there"}, "not there is no directory"),
+        ({"path": "not there"}, "not there is not a directory"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(change, message, tmp_path, compiled):

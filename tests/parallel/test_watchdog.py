@@ -38,7 +38,7 @@ def test_a_thread_waits_by_the_module_that_it_is_in_wherever_that_lies(module, p
         begun.wait()
         while sys._current_frames()[thread.ident].f_globals["__name__"] != module:
             time.sleep(0.001)  # it is still in the line before
-        watchdog.complain("")  # says how it is
+        watchdog.report("")  # says how it is
         assert json.loads(store.get("0"))["waits"] is waits
     finally:
         end.append(True)

@@ -204,7 +204,7 @@ def test_only_adapters_and_the_latent_path_have_states(capsys):
         (["t5-base", "--gpu_memory", "much"], "--gpu_memory is 'much'"),
         (["t5-base", "--gpu_memory", "9" * 400], "--gpu_memory is more than 1,000,000 TB"),
         (["t5-base", "--host_memory", "9" * 300 + "TB"], "--host_memory is more than 1,000,000 TB"),
-        (["t5-base", "--gpus", "12"], "no multiple of --gpus_per_node 8"),
+        (["t5-base", "--gpus", "12"], "multiple of --gpus_per_node 8"),
         (["t5-small", "--gpus", "256"], "data.batch_size 128 is less than --gpus 256"),
         (["t5-small", "--gpus", "136", "--batch_size", "135"], "or with --batch_size 136 or more"),
         (["quickstart", "--config", "optimus"], "two configurations"),
