@@ -16,16 +16,8 @@ from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.planning.command import bytes_of
 
-SMALL = [
-    "--ds_config",
-    "ds_configs/zero2.json",
-    "--max_tokens",
-    "32",
-    "--batch_tokens",
-    "512",
-    "--eval_batch_tokens",
-    "512",
-]
+ZERO2 = shlex.split("--ds_config ds_configs/zero2.json --gradient_checkpointing false")
+SHORT = shlex.split("--max_tokens 32 --batch_tokens 512 --eval_batch_tokens 512")
 
 
 @pytest.fixture
@@ -52,7 +44,7 @@ def run_config(command):
 
 
 def test_every_shipped_file_in_order_and_the_first_that_fits(capsys):
-    words = ["t5-small", *SMALL[2:], "--gpus", "2"]
+    words = ["t5-small", *SHORT, "--gpus", "2"]
     plans = found(capsys, *words)
     order = [(Path(o["ds_config"]).stem, o["gradient_checkpointing"]) for o in plans["options"]]
     resident = ["zero0", "zero1", "zero2", "zero3"]
@@ -71,63 +63,36 @@ def test_every_shipped_file_in_order_and_the_first_that_fits(capsys):
 
 
 def test_the_printed_command_is_the_run_that_was_planned(capsys):
-    plans = found(
-        capsys,
-        "t5-small",
-        *SMALL,
-        "--gpus",
-        "2",
-        "--gradient_checkpointing",
-        "--injection",
-        "both",
-        "--latent_dim",
-        "16",
-    )
+    asked = "--gradient_checkpointing true --injection both --latent_dim 16 --gpus 2"
+    plans = found(capsys, "t5-small", *ZERO2[:2], *SHORT, *shlex.split(asked))
     config, start = run_config(plans["command"])
     assert start == ["deepspeed", "--num_gpus", "2", "dsvae/train.py"]
     assert (config.ds_config, config.model.name) == ("ds_configs/zero2.json", "google-t5/t5-small")
     assert config.model.gradient_checkpointing
-    assert (config.data.max_tokens, config.data.micro_batch_tokens, config.eval.batch_tokens) == (
-        32,
-        512,
-        512,
-    )
+    lengths = config.data.max_tokens, config.data.micro_batch_tokens, config.eval.batch_tokens
+    assert lengths == (32, 512, 512)
     assert (config.model.injection, config.model.latent_dim) == ("both", 16)
     # 128 sentences, 64 a GPU, 512 // 32 at once
     assert plans["micro_batch"] == {"sentences": 16, "tokens": 32, "of_a_step": 4}
 
 
 def test_several_nodes_are_a_batch_job(capsys, tiny_yaml):
-    words = [tiny_yaml, "--ds_config", "ds_configs/zero2.json", "--gradient_checkpointing", "false"]
+    words = [tiny_yaml, *ZERO2]
     command = found(capsys, *words, "--gpus", "8", "--gpus_per_node", "4")["command"]
     _, start = run_config(command)
-    assert start == [
-        "sbatch",
-        "--nodes=2",
-        "--ntasks-per-node=4",
-        "--gpus-per-node=4",
-        "--cpus-per-task=8",
-        "slurm/train.sbatch",
-    ]
+    job = "sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8"
+    assert start == [*job.split(), "slurm/train.sbatch"]
 
 
 def test_a_gpu_for_every_sentence_of_a_step_is_planned_and_run(capsys, tiny_yaml):
     """The run's own check takes what is printed, and refuses one rank more, as the plan
     does."""
-    words = [tiny_yaml, "--ds_config", "ds_configs/zero2.json", "--gradient_checkpointing", "false"]
-    command = found(capsys, *words, "--gpus", "8", "--gpus_per_node", "4", "--batch_size", "8")[
-        "command"
-    ]
-    config, _ = run_config(command)
+    words = [tiny_yaml, *ZERO2]
+    found_here = found(capsys, *words, *shlex.split("--gpus 8 --gpus_per_node 4 --batch_size 8"))
+    config, _ = run_config(found_here["command"])
     split = TokenizedSplit(datasets.Dataset.from_dict({"input_ids": [[5, 1]] * 40}))
-    batches = {
-        "token_budget": 64,
-        "noise_width": 2,
-        "deletion": 0.0,
-        "seed": 0,
-        "rank": 0,
-        "pad_id": 0,
-    }
+    batches = {"token_budget": 64, "noise_width": 2, "deletion": 0.0, "seed": 0, "rank": 0}
+    batches["pad_id"] = 0
     TrainingBatches(split, batch_size=config.data.batch_size, world_size=8, **batches)
     with pytest.raises(UserError, match="every rank needs a sentence"):
         TrainingBatches(split, batch_size=config.data.batch_size, world_size=9, **batches)
@@ -135,50 +100,34 @@ def test_a_gpu_for_every_sentence_of_a_step_is_planned_and_run(capsys, tiny_yaml
 
 
 def test_where_nothing_fits_it_says_what_would_and_that_is_true(capsys):
-    words = ["t5-small", *SMALL, "--gpu_memory", "3GB", "--gradient_checkpointing", "false"]
+    words = ["t5-small", *ZERO2, *SHORT, "--gpu_memory", "3GB"]
     printed = plan(capsys, *words)
     assert "Nothing fits" in printed.out
     assert "deepspeed" not in printed.out
     plans = found(capsys, *words)
     assert (plans["fits"], plans["command"]) == (None, None)
-    memory = next(
-        change for change in plans["instead"]["changes"] if change.startswith("--gpu_memory")
-    )
-    again = [word for word in words if word not in ("--gpu_memory", "3GB")] + shlex.split(memory)
-    assert found(capsys, *again)["fits"] == 0
+    changes = plans["instead"]["changes"]
+    (memory,) = (change for change in changes if change.startswith("--gpu_memory"))
+    assert found(capsys, *words[:-2], *shlex.split(memory))["fits"] == 0
 
 
 def test_host_memory_counts(capsys, tiny_yaml):
-    words = [tiny_yaml, "--ds_config", "ds_configs/zero2.json", "--gradient_checkpointing", "false"]
+    words = [tiny_yaml, *ZERO2]
     assert found(capsys, *words)["fits"] == 0
     assert found(capsys, *words, "--host_memory", "1GB")["fits"] is None
 
 
 def test_phase_1_with_a_frozen_decoder_needs_less(capsys):
-    whole, frozen = (
-        found(
-            capsys,
-            "t5-small",
-            *SMALL,
-            "--gradient_checkpointing",
-            "false",
-            "--phase",
-            "1",
-            "--freeze_decoder",
-            word,
-        )
-        for word in ("false", "true")
-    )
+    words = ["t5-small", *ZERO2, *SHORT, "--phase", "1", "--freeze_decoder"]
+    whole, frozen = (found(capsys, *words, word) for word in ("false", "true"))
     assert whole["trained"] == whole["parameters"]
     assert frozen["trained"] < 0.5 * frozen["parameters"]
-    assert (
-        frozen["options"][0]["gpu"]["Adam moments"]
-        < 0.5 * whole["options"][0]["gpu"]["Adam moments"]
-    )
+    moments = [each["options"][0]["gpu"]["Adam moments"] for each in (whole, frozen)]
+    assert moments[1] < 0.5 * moments[0]
 
 
 def test_only_adapters_and_the_latent_path_have_states(capsys):
-    words = ["t5-11b", *SMALL, "--gradient_checkpointing", "true", "--lora_rank", "8"]
+    words = ["t5-11b", *ZERO2[:3], "true", *SHORT, "--lora_rank", "8"]
     planned = found(capsys, *words)
     # q and v, 128 heads of 128, in 24 + 24 layers; 33 numbers per key and value of a slot
     # in 24 layers; mean and log variance of 32 dimensions
