@@ -96,8 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if check("rendezvous", lambda: meeting.meet(options.seconds), longest):
         check("shared output_dir", meeting.check_shared)
         # NCCL connects all ranks first, which takes longer the more there are.
-        reduce = partial(meeting.check_collectives, local_rank, options.seconds)
-        check("all-reduce", reduce, options.seconds + LOCAL_SECONDS)
+        limit = options.seconds + LOCAL_SECONDS
+        reduce = partial(meeting.check_collectives, local_rank, limit)
+        check("all-reduce", reduce, limit + LOCAL_SECONDS)
     if not problems:
         said = "; ".join(filter(None, reports))
         print(f"preflight: rank {rank} on {nodes[rank]}: ok; {said}", flush=True)
