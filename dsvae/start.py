@@ -40,11 +40,11 @@ class Start:
     """Optimizer steps of a phase 1 that comes or came before phase 2."""
 
     def phase(self, number: int, config: RunConfig) -> Phase:
-        """Phase `number` of the run, with its place on the axis of steps."""
+        """Returns phase `number` of the run, with its place on the axis of steps."""
         return Phase(number, config, self.steps_before_phase2 if number == 2 else 0)
 
     def resumed(self, phase: Phase) -> Checkpoint | None:
-        """The checkpoint from which a phase continues."""
+        """Returns the checkpoint from which a phase continues."""
         here = self.checkpoint is not None and self.checkpoint.phase == phase.number
         return self.checkpoint if here else None
 
@@ -54,7 +54,7 @@ def find_start(
     report: Callable[[str], Any],
     sentences: Callable[[], dict[str, Any]] | None = None,
 ) -> Start:
-    """Where the run of `config` begins.
+    """Returns where the run of `config` begins.
 
     Args:
         report: gets a line for every damaged checkpoint.
@@ -165,7 +165,7 @@ def _compare_data(run: RunDirectory, sentences: Callable[[], dict[str, Any]]) ->
 
 
 def data_of(config: RunConfig) -> dict[str, Any]:
-    """What tells the sentences of a run from others; reads the files, or raises
+    """Returns what tells the sentences of a run from others; reads the files, or raises
     UserError."""
     return source_of(config.data).identity(config.seed)
 

@@ -49,12 +49,12 @@ class Checkpoint:
 
 
 def tag(phase: int, step: int) -> str:
-    """The name of a checkpoint."""
+    """Returns the name of a checkpoint."""
     return f"phase{phase}-step{step:08d}"
 
 
 def identity(directory: Path) -> str:
-    """A digest that identifies the state in a complete checkpoint: of its list of
+    """Returns a digest that identifies the state in a complete checkpoint: of its list of
     checksums. Random if there is no such checkpoint."""
     try:
         return hashlib.sha256((directory / COMPLETE).read_bytes()).hexdigest()
@@ -172,8 +172,8 @@ def prune(root: Path, keep: int, keep_best: bool) -> None:
 
 
 def best_of(complete: list[Checkpoint]) -> Checkpoint | None:
-    """The checkpoint of the last phase with the smallest value on validation text; None
-    if none was measured."""
+    """Returns the checkpoint of the last phase with the smallest value on validation
+    text; None if none was measured."""
     measured = [
         each
         for each in complete
@@ -218,7 +218,7 @@ class _Writer:
             self.failures.append(f"{first_line(error)}: {path}{room}")
 
     def checksums(self, directory: Path) -> dict[str, dict[str, Any]]:
-        """Size and checksum of every file that this rank has written, by its name in
+        """Returns size and checksum of every file that this rank has written, by its name in
         `directory`. The files are then on the disk.
 
         The rank that wrote a file computes them: on a file system shared by several
@@ -254,7 +254,7 @@ def _failures_of(engine: Any) -> Iterator[_Writer]:
 
 
 def find(root: Path) -> list[Checkpoint]:
-    """The complete checkpoints in `root`, the oldest first."""
+    """Returns the complete checkpoints in `root`, the oldest first."""
     complete = []
     for directory in root.glob("phase*-step*"):
         if (match := _TAG.fullmatch(directory.name)) and (directory / COMPLETE).is_file():
@@ -263,8 +263,8 @@ def find(root: Path) -> list[Checkpoint]:
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with the files of a checkpoint, None if nothing. Compares every size
-    and checksum."""
+    """Returns what is wrong with the files of a checkpoint; None if nothing. Compares
+    every size and checksum."""
     try:
         files = json.loads((checkpoint.directory / COMPLETE).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -281,8 +281,8 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
 
 def newest_sound(root: Path, report: Any) -> Checkpoint | None:
-    """The newest complete and undamaged checkpoint; `report` gets a line for every
-    damaged one."""
+    """Returns the newest complete and undamaged checkpoint; `report` gets a line for
+    every damaged one."""
     for checkpoint in reversed(find(root)):
         problem = damage(checkpoint)
         if problem is None:

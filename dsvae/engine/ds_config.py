@@ -154,7 +154,7 @@ def resolve(
     bf16_supported: bool,
     fp16_supported: bool,
 ) -> dict[str, Any]:
-    """The configuration that DeepSpeed gets, every `auto` replaced.
+    """Returns the configuration that DeepSpeed gets, every `auto` replaced.
 
     Args:
         raw: from `load`.
@@ -316,19 +316,19 @@ def _enabled(config: dict[str, Any]) -> list[str]:
 
 
 def precision_of(resolved: dict[str, Any]) -> str:
-    """bf16, fp16 or fp32: the precision of a resolved configuration."""
+    """Returns the precision of a resolved configuration: bf16, fp16 or fp32."""
     return next((_kind(resolved, name) for name in _enabled(resolved)), "fp32")
 
 
 def parameter_dtype(resolved: dict[str, Any]) -> torch.dtype:
-    """The dtype of the engine's parameters: float32 under `torch_autocast`, which casts
-    copies of them."""
+    """Returns the dtype of the engine's parameters: float32 under `torch_autocast`, which
+    casts copies of them."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "torch_autocast": torch.float32}
     return next((dtypes[name] for name in _enabled(resolved)), torch.float32)
 
 
 def zero_stage(resolved: dict[str, Any]) -> int:
-    """ZeRO stage, 0 to 3."""
+    """Returns the ZeRO stage, 0 to 3."""
     return int(resolved.get("zero_optimization", {}).get("stage", 0))
 
 

@@ -173,7 +173,7 @@ def patch_engine(engine: Any) -> None:
 
 
 def sections(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sections of a ds_config that put something on a disk, by name."""
+    """Returns the sections of a ds_config that put something on a disk, by name."""
     zero = config.get("zero_optimization", {})
     offload = {name: zero[name] for name in SECTIONS if isinstance(zero.get(name), dict)}
     return {name: section for name, section in offload.items() if section.get("device") == "nvme"}

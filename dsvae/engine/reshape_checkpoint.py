@@ -42,8 +42,8 @@ file beside its output."""
 
 
 def shape_of(engine: Any, world: World) -> dict[str, Any]:
-    """Everything that decides how a checkpoint of a DeepSpeed engine is cut. It is
-    recorded with the checkpoint, and compared when that is loaded."""
+    """Returns everything that decides how a checkpoint of a DeepSpeed engine is cut. It
+    is recorded with the checkpoint, and compared when that is loaded."""
     stage = int(engine.zero_optimization_stage())
     return {
         "world_size": world.size,
@@ -60,8 +60,8 @@ def shape_of(engine: Any, world: World) -> dict[str, Any]:
 
 
 def fits(meta: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether an engine of shape `now` loads a checkpoint of shape `meta` unconverted,
-    bit by bit."""
+    """Returns whether an engine of shape `now` loads a checkpoint of shape `meta`
+    unconverted, bit by bit."""
     # At ZeRO 0 every rank holds everything, and one file holds it too.
     whole = meta["zero_stage"] == now["zero_stage"] == 0
     return all(

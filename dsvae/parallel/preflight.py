@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = 0
 
     def check(what: str, function: Callable[[], str], seconds: float = LOCAL_SECONDS) -> bool:
-        """Whether a check succeeds; prints what is wrong."""
+        """Returns whether a check succeeds; prints what is wrong."""
         nonlocal problems
         try:
             reports.append(within(seconds, what, function))
@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def within(seconds: float, what: str, function: Callable[[], str]) -> str:
-    """What `function` returns. Raises Failed if it raises, or if it takes longer: then its
-    thread is left running."""
+    """Returns what `function` returns. Raises Failed if it raises, or if it
+    takes longer: then its thread is left running."""
     future = ThreadPoolExecutor().submit(function)
     if not wait([future], seconds).done:
         raise Failed(f"{what}: no answer within {seconds:.0f} s")
@@ -121,8 +121,8 @@ def within(seconds: float, what: str, function: Callable[[], str]) -> str:
 
 
 def check_gpu(local_rank: int) -> str:
-    """GPU `local_rank` exists and is empty. If SLURM gave no GPU, nothing is
-    checked."""
+    """Checks that GPU `local_rank` exists and is empty. If SLURM gave no GPU,
+    nothing is checked."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("SLURM_GPUS_ON_NODE")
     if not torch.cuda.is_available():
         if given:
@@ -144,7 +144,7 @@ def check_gpu(local_rank: int) -> str:
 
 
 def check_disk(directory: Path, min_free_gb: float) -> str:
-    """`directory` takes a mebibyte and gives it back, and has space for more."""
+    """Checks that `directory` returns a mebibyte as written, and has space for more."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".preflight-") as probe:
@@ -163,7 +163,7 @@ def check_disk(directory: Path, min_free_gb: float) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on all nodes."""
+    """Returns what must be the same on all nodes."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     packages = {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -172,8 +172,8 @@ def versions() -> dict[str, str]:
 
 
 def odd_ones(ranks: list[dict[str, str]], nodes: list[str]) -> Iterator[str]:
-    """`node<tab>what differs` for every node whose versions differ from those of the
-    majority of the ranks."""
+    """Yields `node<tab>what differs` for every node whose versions differ from those of
+    the majority of the ranks."""
     for name in ranks[0]:
         most = Counter(each[name] for each in ranks).most_common(1)[0][0]
         pairs = dict.fromkeys((node, each[name]) for node, each in zip(nodes, ranks, strict=True))
@@ -199,7 +199,8 @@ class Meeting:
         return [each for each in ranks if self.store.check([f"{word}/{each}"])]
 
     def meet(self, seconds: float) -> str:
-        """All ranks arrive and have the same versions. Rank 0 names those that do not."""
+        """Checks that all ranks arrive, with the same versions. Rank 0 names
+        the others."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             limit = timedelta(seconds=seconds)
@@ -243,8 +244,8 @@ class Meeting:
         return f"met {self.size - 1} other rank(s)"
 
     def check_shared(self) -> str:
-        """This rank sees the file that rank 0 wrote, within the seconds that a network
-        file system may need."""
+        """Checks that this rank sees the file of rank 0, within the seconds that a
+        network file system may need."""
         assert self.store is not None
         token = self.store.get("token").decode()
         if not token:
@@ -260,8 +261,8 @@ class Meeting:
         )
 
     def check_collectives(self, local_rank: int, seconds: float) -> str:
-        """Each rank sends its number to each, and an all-reduce gives the right sum, each
-        within so many seconds; reports its bandwidth."""
+        """Lets each rank send its number to each, and checks the sum of an all-reduce,
+        each within so many seconds; reports its bandwidth."""
         assert self.store is not None
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -299,7 +300,7 @@ class Meeting:
         )
 
     def part(self) -> None:
-        """Rank 0 leaves last, because the others need its store."""
+        """Leaves, rank 0 last, because the others need its store."""
         if self.store is None:
             return
         with contextlib.suppress(dist.DistError, OSError, RuntimeError):

@@ -37,7 +37,7 @@ class Stopping:
 
     @contextmanager
     def defer_signals(self) -> Iterator[None]:
-        """In this block signals wait for `agreed`."""
+        """Makes signals in a block wait for `agreed`."""
         self._deferred = True
         try:
             yield
@@ -45,8 +45,8 @@ class Stopping:
             self._deferred = False
 
     def agreed(self, world: World) -> RunStopped | None:
-        """What all ranks raise once they have saved, if any of them got a signal.
-        Collective."""
+        """Returns what all ranks raise once they have saved, if any of them got a
+        signal. Collective."""
         place = self._place
         if world.size > 1:  # alone, a rank need not wait for its device
             place = int(world.max(torch.tensor(place, device=world.device)))

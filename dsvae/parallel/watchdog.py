@@ -84,12 +84,13 @@ class Watchdog:
         self._thread.start()
 
     def heartbeat(self, where: str) -> None:
-        """The main thread makes progress; `where` says what it does now."""
+        """Notes that the main thread makes progress; `where` says what it does now."""
         self._progress = (time.monotonic(), where)
 
     @contextmanager
     def suspend_hang_detection(self) -> Iterator[None]:
-        """Hang detection is off in this block: one rank works while the others wait."""
+        """Switches hang detection off in a block in which one rank works and the
+        others wait."""
         self._patient += 1
         try:
             yield
@@ -99,7 +100,7 @@ class Watchdog:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """In this block the main thread waits for the other ranks."""
+        """Marks a block in which the main thread waits for the other ranks."""
         self._waiting += 1
         try:
             yield
@@ -127,11 +128,11 @@ class Watchdog:
             time.sleep(self._interval / 2)
 
     def report(self, line: str) -> None:
-        """Rank 0 has printed this line, which other ranks need not repeat."""
+        """Tells the others that rank 0 has printed a line, which they need not repeat."""
         self._publish(line=line)
 
     def reported(self, line: str) -> bool:
-        """Whether rank 0 has printed this line, or does so within a few seconds."""
+        """Returns whether rank 0 has printed a line, or does so within a few seconds."""
         for wait in (0, 1, 1, 1):
             time.sleep(wait * self._interval / 2)
             if (states := self._all()) and states[0].get("line") == line:
@@ -139,8 +140,8 @@ class Watchdog:
         return False
 
     def lost(self) -> Verdict | None:
-        """Which rank is gone, after an operation with the others has failed; None if none
-        is.
+        """Returns which rank is gone, after an operation with the others has failed; None if
+        none is.
 
         Takes a few seconds: a rank that says nothing during them is gone.
         """
@@ -308,7 +309,7 @@ class _Asker:
         self._thread = threading.Thread()
 
     def ask(self, question: Callable[[], Any]) -> tuple[bool, Any]:
-        """Whether it ended in time, and the answer; None if it failed."""
+        """Returns whether it ended in time, and the answer; None if it failed."""
         answer: list[Any] = []
 
         def run() -> None:
@@ -324,7 +325,7 @@ class _Asker:
 
 
 def advice(code: int) -> str:
-    """What to do if another rank has left with a code, or is lost."""
+    """Says what to do if another rank has left with a code, or is lost."""
     return _ADVICE.get(
         code, "repeat the command: a training run continues from the last complete checkpoint"
     )

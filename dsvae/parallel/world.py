@@ -65,11 +65,11 @@ class World:
             dist.barrier()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
+        """Returns the sum over all ranks, in place."""
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def max(self, tensor: Tensor) -> Tensor:
-        """The maximum over all ranks, in place."""
+        """Returns the maximum over all ranks, in place."""
         return self._reduce(tensor, dist.ReduceOp.MAX)
 
     def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
@@ -79,7 +79,7 @@ class World:
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """The (picklable) values of all ranks, on every rank."""
+        """Returns the (picklable) values of all ranks, on every rank."""
         values: list = [value] * self.size
         if self.size > 1:
             with self._together():
@@ -96,7 +96,7 @@ class World:
                 torch.accelerator.synchronize(self.device)
 
     def waiting(self) -> AbstractContextManager[None]:
-        """In this block this rank waits for a result that needs the other ranks."""
+        """Marks a block in which this rank waits for a result that needs the other ranks."""
         return self.watchdog.waiting() if self.watchdog else nullcontext()
 
     def heartbeat(self, where: str) -> None:
@@ -105,7 +105,7 @@ class World:
             self.watchdog.heartbeat(where)
 
     def suspend_hang_detection(self) -> AbstractContextManager[None]:
-        """Hang detection is off in this block."""
+        """Switches hang detection off in a block."""
         return self.watchdog.suspend_hang_detection() if self.watchdog else nullcontext()
 
     def run_on_rank0(self, function: Callable[[], T]) -> T:
@@ -224,7 +224,7 @@ def leave(world: World, group: bool = True) -> None:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """`join` before and `leave` after a block that all ranks run. If the caller has made
+    """Runs `join` before and `leave` after a block that all ranks run. If the caller has made
     a process group, it is used and kept.
 
     If only this rank meets an error, the others leave at once, with its exit code and a
@@ -258,8 +258,8 @@ def shared(error: Any) -> Any:
 
 
 def may_come_from_another_rank(error: BaseException) -> bool:
-    """Whether an error comes out of an operation with the other ranks, so that one of
-    them may be its cause. An error of this rank's own computation never is."""
+    """Returns whether an error comes out of an operation with the other ranks, so that
+    one of them may be its cause. An error of this rank's own computation never is."""
     if isinstance(error, dist.DistError):
         return True
     # Errors of gloo and a lack of memory on CPU are plain RuntimeErrors.

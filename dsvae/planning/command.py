@@ -42,7 +42,8 @@ def plan_command(
     ds_config: str | None,
     **flags: Any,
 ) -> tuple[str, str]:
-    """(text, one line of JSON) of a plan. The arguments are the flags of `dsvae plan`.
+    """Returns a plan as (text, one line of JSON). The arguments are the flags of
+    `dsvae plan`.
 
     Args:
         flags: of the run; None: as the recipe has it.
@@ -76,7 +77,7 @@ def plan_command(
 
 
 def bytes_of(text: str, flag: str) -> int:
-    """`40GB` (10^9), `80GiB` (2^30), `512MB`, or plain bytes."""
+    """Reads `40GB` (10^9), `80GiB` (2^30), `512MB`, or plain bytes."""
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
     example = "give bytes with a unit, for example 40GB or 80GiB"
     if match is None:

@@ -89,7 +89,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def restart(self) -> int:
-        """The peak since the last restart, in bytes; starts a new count."""
+        """Returns the peak since the last restart, in bytes; starts a new count."""
         peak, self.peak = self.peak, self.now
         return peak
 
@@ -102,7 +102,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def build(config: T5VAEConfig, freeze_decoder: bool) -> T5VAE:
-    """The model without data: exact shapes, no memory."""
+    """Builds the model without data: exact shapes, no memory."""
     with torch.device("meta"):
         model = T5VAE(config)
     freeze_pretrained(model)
@@ -112,7 +112,7 @@ def build(config: T5VAEConfig, freeze_decoder: bool) -> T5VAE:
 
 
 def weights_of(model: T5VAE) -> list[Weight]:
-    """All parameters, each once however often it is tied."""
+    """Returns all parameters, each once however often it is tied."""
     return [Weight(name, p.numel(), p.requires_grad) for name, p in model.named_parameters()]
 
 

@@ -139,7 +139,7 @@ class _Counts:
 def estimate(
     engine: Engine, weights: list[Weight], run: DryRun, ranks: Ranks, *, accumulates: bool
 ) -> Estimate:
-    """The peaks of a phase.
+    """Returns the peaks of a phase.
 
     Args:
         accumulates: whether a step has several micro-batches: then gradients lie beside

@@ -73,7 +73,7 @@ class Option:
     """Bytes of a node at the peak, the processes' own included."""
 
     def fits(self, machine: Machine) -> bool:
-        """Whether it leaves the margin."""
+        """Returns whether it leaves the margin."""
         keep = 1 - machine.margin
         return self.gpu <= keep * machine.gpu_memory and self.host <= keep * machine.host_memory
 
@@ -95,7 +95,7 @@ class Plan:
     chosen: Option | None
 
     def command(self, option: Option) -> str:
-        """The command that runs an option, as a shell takes it."""
+        """Returns the command that runs an option, as a shell takes it."""
         words = ["--ds_config", option.ds_config, *self.arguments]
         if option.gradient_checkpointing:
             words += ["--model.gradient_checkpointing", "true"]

@@ -101,12 +101,12 @@ KNOWN = _known()
 
 
 def known_name(name: str) -> str | None:
-    """The hub id of a public model, also of its last part; None for an unknown name."""
+    """Returns the hub id of a public model, also of its last part; None if unknown."""
     candidates = (name, f"google-t5/{name}", f"google/{name}")
     return next((candidate for candidate in candidates if candidate in KNOWN), None)
 
 
 def configuration_of(name: str) -> dict[str, Any] | None:
-    """The T5 configuration of a public model, None for an unknown name."""
+    """Returns the T5 configuration of a public model; None for an unknown name."""
     known = known_name(name)
     return None if known is None else copy.deepcopy(KNOWN[known])
