@@ -23,6 +23,7 @@ from dsvae.errors import (
     EXIT_USER_ERROR,
     RunStopped,
     UserError,
+    first_line,
 )
 from dsvae.parallel.stopping import Stopping
 from dsvae.parallel.watchdog import advice
@@ -32,8 +33,11 @@ PRINTS_WITHIN = 5.0
 """Seconds that the ranks of a node may be apart at their start."""
 
 
-def explain(error: BaseException, world: World | None, reading: bool, stopping: Stopping) -> int:
-    """Says on stderr what ends this rank; its exit code.
+def explain(
+    error: BaseException, world: World | None, reading: bool, stopping: Stopping
+) -> tuple[int, str]:
+    """Says on stderr what ends this rank; returns its exit code and the reason in one
+    line.
 
     Args:
         world: None if the ranks have not met.
@@ -45,34 +49,34 @@ def explain(error: BaseException, world: World | None, reading: bool, stopping: 
             _print_on_every_node(f"error: {error}", stopping)
         else:
             _print_once(error, f"error: {error}", world)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR, first_line(error)
     if isinstance(error, RunStopped):
         # if the ranks never met, rank 0 may be the one that is missing
         _print(error.message, on_every_rank=world is None)
-        return error.code
+        return error.code, error.message
     if isinstance(error, KeyboardInterrupt):
         _print(
             "interrupted twice, left at once; the same command continues from the last complete "
             "checkpoint"
         )
-        return EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED, "interrupted twice"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         line = (
             f"error: {error}; make room, and the same command continues from the last complete "
             f"checkpoint"
         )
         _print_once(error, line, world)
-        return EXIT_DISK
+        return EXIT_DISK, first_line(error)
     if may_come_from_another_rank(error):
         if world is not None and world.watchdog is not None and (lost := world.watchdog.lost()):
             line, code = lost
             _print(f"error: rank {world.rank}: {line}; {advice(code)}", on_every_rank=True)
-            return code
+            return code, line
         if stopping.pending is not None:  # this rank left the operation on a signal
             _print(stopping.pending.message)
-            return stopping.pending.code
+            return stopping.pending.code, stopping.pending.message
     _print_stack(error, world)
-    return EXIT_DEFECT
+    return EXIT_DEFECT, f"{type(error).__name__}: {first_line(error)}"
 
 
 def _print_stack(error: BaseException, world: World | None) -> None:

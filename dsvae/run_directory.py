@@ -16,6 +16,8 @@ module what a command line means, so that they and train.py cannot disagree:
         The output directories of all runs of a list.
     python -m dsvae.run_directory begun LIST TRAIN_ARGS...
         Those of them that a run has claimed. The others are named on stderr.
+    python -m dsvae.run_directory state TRAIN_ARGS...
+        `finished` if train.py has nothing left to do; otherwise how far the run is.
 
 Answers end in NUL, one each. This module imports nothing heavy: an answer takes about
 0.1 s.
@@ -29,13 +31,19 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any, TextIO
 
 from dsvae import config as configuration
+from dsvae import status
 from dsvae.config import RECIPES, RunConfig
 from dsvae.errors import EXIT_USER_ERROR, UserError
+
+_TRIES = 10
+"""Attempts to lock a directory, since whoever asks for its state has the lock for a
+moment."""
 
 
 class RunDirectory:
@@ -62,6 +70,8 @@ class RunDirectory:
         """The exported model."""
         self.metrics = self.path / "metrics.json"
         """The final evaluation. It is written last."""
+        self.status = self.path / "status.json"
+        """What the run says of itself (`dsvae.status`)."""
         self.exports = self.path / "exports"
         """Models of checkpoints, from `dsvae export`."""
         self.lock = self.path / ".lock"
@@ -88,15 +98,39 @@ class RunDirectory:
             raise UserError(
                 f"output_dir {self.path}: {error.strerror}; choose another --output_dir"
             ) from None
+        for _ in range(_TRIES):
+            if _lock(lock, fcntl.LOCK_EX):
+                return lock
+            time.sleep(0.1)
+        lock.close()
+        said = status.read(self.status)
+        place = f" (process {said.pid} on {said.host})" if said else ""
+        raise UserError(
+            f"output_dir {self.path} belongs to a run that is still alive{place}; choose another "
+            f"--output_dir"
+        )
+
+    def state(self) -> str:
+        """Returns how far the run is, in words: finished, finished (phase 1 only), not
+        started, or `phase 2 at step 3 of 9 (killed)`; in the brackets running, killed,
+        stopped or failed. A run of an older dsvae is finished, unfinished or not started.
+        """
+        said = status.read(self.status)
+        if said is None:
+            begun = self.config.is_file() or self.metrics_jsonl.is_file()
+            unfinished = "unfinished" if begun else "not started"
+            return "finished" if self.metrics.is_file() else unfinished
+        if said.state == "finished":
+            return "finished" if said.phase == 2 else "finished (phase 1 only)"
+        live = said.state != "running" or said.is_recent or self._is_locked()
+        return f"{said.progress} ({said.state if live else 'killed'})"
+
+    def _is_locked(self) -> bool:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with self.lock.open("rb") as lock:
+                return not _lock(lock, fcntl.LOCK_SH)
         except OSError:
-            lock.close()
-            raise UserError(
-                f"output_dir {self.path} belongs to a run that is still alive; choose another "
-                f"--output_dir"
-            ) from None
-        return lock
+            return False
 
     def is_claimed(self) -> bool:
         """Whether a run has ever begun here; one that wrote nothing has left its lock."""
@@ -107,6 +141,16 @@ class RunDirectory:
         if phase == "1":
             return self.phase1_model.is_dir()
         return self.metrics.is_file() and self.model.is_dir()
+
+
+def _lock(file: IO[Any], kind: int) -> bool:
+    """Locks a file until it is closed; returns False if another process has a lock on
+    it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def settings_of(words: Sequence[str]) -> RunConfig:
@@ -192,6 +236,21 @@ def begun(list_file: str, *common: str) -> list[str]:
     return [place for place in claimed if claimed[place]]
 
 
+def state(*words: str) -> list[str]:
+    """Returns `finished` if train.py has nothing left to do; otherwise the state of the
+    directory."""
+    run = RunDirectory(settings_of(words).output_dir)
+    try:
+        config = configuration.merge(configuration.parse_flags(words))
+        same = not configuration.difference(configuration.load(run.config), config)
+        if run.is_finished(config.phase) and same:
+            return ["finished"]
+    except (UserError, OSError):
+        pass  # train.py says what is wrong
+    found = run.state()
+    return ["finished with other values" if found == "finished" else found]
+
+
 def _lines(list_file: str) -> list[str]:
     """The lines of a sweep's list that are runs."""
     try:
@@ -211,6 +270,7 @@ COMMANDS: dict[str, Callable[..., list[str]]] = {
     "member": member,
     "members": members,
     "begun": begun,
+    "state": state,
 }
 
 

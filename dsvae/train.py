@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     _quiet_libraries()
     world: World | None = None
+    reporter: Reporter | None = None
     reading = True  # files and words that all ranks read alike
     stopping = Stopping()
     try:
@@ -102,12 +103,15 @@ def main(argv: list[str] | None = None) -> int:
         local_device()
         reading = False
         world = join(config.hang_timeout)
-        run(config, raw, world, stopping)
+        reporter = Reporter(config, world.is_main)
+        run(config, raw, world, stopping, reporter)
     except BaseException as error:
         code = EXIT_INTERRUPTED  # where a second Ctrl-C cuts the lines below short
         # Signals wait: launchers send one as soon as the first rank has failed.
         with stopping.defer_signals(), suppress(KeyboardInterrupt):
-            code = explain(error, world, reading, stopping)
+            code, reason = explain(error, world, reading, stopping)
+            if reporter is not None:
+                reporter.ended(code, reason)
             # To the others this rank is not lost: it has left, with this code.
             if world is not None and world.watchdog is not None:
                 world.watchdog.close(code)
@@ -142,7 +146,13 @@ class Run:
         return RunDirectory(self.config.output_dir)
 
 
-def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping) -> None:
+def run(
+    config: RunConfig,
+    raw: dict[str, Any],
+    world: World,
+    stopping: Stopping,
+    reporter: Reporter,
+) -> None:
     """A whole run on this rank.
 
     Args:
@@ -154,7 +164,6 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
             left to save.
     """
     directory = RunDirectory(config.output_dir)
-    reporter = Reporter(config, world.is_main)
     configuration.choose_micro_batches(config, world.device.type)
     reporter.say(f"device: {describe(world.device)}; ranks: {world.size}")
     lock: list[Any] = []  # held by rank 0 until the run leaves this function
@@ -164,6 +173,7 @@ def run(config: RunConfig, raw: dict[str, Any], world: World, stopping: Stopping
     if not start.phases:
         world.run_on_rank0(lambda: reporter.say(finished_text(config)))
         return
+    reporter.begin()
 
     # Data: rank 0 tokenizes, or finds it in the cache; every rank maps the result into
     # memory. A tokenizer comes with a pretrained model; one trained on the corpus is
@@ -389,6 +399,7 @@ def _save(
             keep_best=config.keep_best,
             report=reporter.say,
         )
+        reporter.saved(step)
     except checkpoint.SaveFailed as failure:
         if leaving or config.on_save_error == "stop":
             raise RunStopped(

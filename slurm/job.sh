@@ -4,7 +4,7 @@
 #
 # Start: snapshot of code and configuration, preflight, one srun task per rank. End, by the exit
 # code of the ranks (dsvae/errors.py):
-#   0            the same command finds a mark of it and leaves at once
+#   0            the same command finds the run finished and leaves at once
 #   75           stopped by a signal: requeued, and the next start continues from what was saved
 #   130          stopped by SIGINT, which only a person sends: the job ends with that code
 #   69, signals  a rank was lost: requeued, at most DSVAE_MAX_FAILURES times
@@ -88,13 +88,9 @@ requeue() { # WHY CODE: back into the queue, or the end
     exit "$2"
 }
 
-# The arguments without the places of the copies, which differ between jobs, and with what is in
-# the copies.
-# shellcheck disable=SC2001
-marker=$(sed 's,[^ ]*/slurm/[^/ ]*/\(code/\)\?\(config\|ds_configs\?\)/,,g' <<< "$command")
-marker+=$(cat "$dir"/config/* "$dir"/ds_config/* 2>/dev/null | cksum)
-if grep -qxF -- "$marker" "$run/slurm/done" 2>/dev/null; then
-    say "finished already ($run/slurm/done): nothing to do"
+ask state "${ARGS[@]}"
+if [ "${ANSWER[0]}" = finished ]; then
+    say "finished already ($run/status.json): nothing to do"
     leave 0
 fi
 if [ "$restarts" -gt "$DSVAE_MAX_RESTARTS" ]; then # by SLURM itself, after lost nodes
@@ -107,7 +103,7 @@ export DSVAE_CONTAINER DSVAE_PYTHON PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}
 step=("${SRUN[@]}" --wait="$DSVAE_WAIT" --open-mode=append --output="${dir//%/%%}/rank-%t.log"
     bash "$code/slurm/rank.sh" "$code/dsvae/train.py" "${ARGS[@]}")
 say "job $job, start $((restarts + 1)): ${NODES[*]}, $RANKS rank(s), $PER_NODE per node;" \
-    "code $code; logs $dir"
+    "code $code; logs $dir; the run: ${ANSWER[0]}"
 say "train.py $command"
 if [ -n "$dry_run" ]; then
     shown "${step[@]}"
@@ -140,7 +136,6 @@ wait "$tail_pid"
 
 # ---- What the exit code asks for.
 if [ "$status" -eq 0 ]; then
-    echo "$marker" >> "$run/slurm/done"
     say "finished"
     leave 0
 fi

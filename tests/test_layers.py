@@ -12,7 +12,7 @@ LAYERS = (
     ("errors",),
     ("console",),
     ("files",),
-    ("config",),
+    ("config", "status"),
     ("run_directory",),
     ("modeling",),
     ("objective", "parallel"),

@@ -1,5 +1,6 @@
 """What ends a rank, and what it says then; the other ranks are a stand-in."""
 
+import json
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ from dsvae.errors import (
     UserError,
 )
 from dsvae.parallel.world import World
+from dsvae.reports.training_log import Reporter
 
 
 class Others:
@@ -60,7 +62,7 @@ def ended(monkeypatch, error, others, rank=0):
             signal.signal(number, handler)
 
 
-SETTINGS = {"ds_config": "x.json", "hang_timeout": 1.0}
+SETTINGS = {"ds_config": "x.json", "hang_timeout": 1.0, "output_dir": "runs/x"}
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -170,6 +172,24 @@ def test_a_stack_that_all_ranks_have_is_shown_once(monkeypatch, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_run_that_is_lost_says_so_in_its_status(monkeypatch, tmp_path):
+    monkeypatch.setitem(SETTINGS, "output_dir", str(tmp_path))
+    operation = raising(RuntimeError("Connection reset"), "torch.distributed.distributed_c10d")
+    begun = []
+    monkeypatch.setattr(
+        train, "Reporter", lambda *given: begun.append(Reporter(*given)) or begun[0]
+    )
+
+    def lose():
+        begun[0].begin()
+        operation()
+
+    assert ended(monkeypatch, lose, Others()) == EXIT_RANK_LOST
+    said = json.loads((tmp_path / "status.json").read_text())
+    assert (said["state"], said["exit_code"]) == ("failed", EXIT_RANK_LOST)
+    assert said["reason"] == "rank 1 no longer answers"
+
+
 def test_a_start_reads_its_files_once_and_leaves_the_configuration_alone(tmp_path, monkeypatch):
     """A first start, and one that goes on in the same directory."""
     texts = [drawn.text for drawn in generate(200, seed=1)]
@@ -196,8 +216,9 @@ def test_a_start_reads_its_files_once_and_leaves_the_configuration_alone(tmp_pat
 
     monkeypatch.setattr(train, "train_phase", stop)
     for _ in range(2):
+        reporter = train.Reporter(config, enabled=True)
         with pytest.raises(KeyboardInterrupt):
-            train.run(config, {}, World(0, 0, 1, torch.device("cpu")), train.Stopping())
+            train.run(config, {}, World(0, 0, 1, torch.device("cpu")), train.Stopping(), reporter)
         assert [file.name for file in read] == ["train.txt"]
         assert config.ds_config == "x.json"
         read.clear()

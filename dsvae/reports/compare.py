@@ -12,7 +12,7 @@ from dsvae.config import field_types
 from dsvae.errors import UserError, nearest
 from dsvae.metrics import catalog
 from dsvae.reports.groups import by_seed
-from dsvae.reports.runs import Run, read_runs
+from dsvae.reports.runs import RunSummary, read_runs
 
 T = TypeVar("T")
 
@@ -24,18 +24,18 @@ _SPREAD = ("se.", "sd.")
 class Comparison:
     """The content of `dsvae compare`."""
 
-    runs: list[Run]
-    """In the order of the table; with `group`, a `Run` may stand for several."""
+    runs: list[RunSummary]
+    """In the order of the table; with `group`, a `RunSummary` may stand for several."""
     settings: list[str]
     """Dotted names of the settings in which the runs differ."""
     metrics: list[str]
     """All metrics of any run: columns of the table first, standard errors and deviations
     last."""
     text: dict[str, str]
-    """Run -> letter of the text that it was measured on; empty if all texts are the
+    """Name of a run -> letter of the text that it was measured on; empty if all are the
     same."""
     tokenizer: dict[str, str]
-    """Run -> letter of its tokenizer; empty if all are the same."""
+    """Name of a run -> letter of its tokenizer; empty if all are the same."""
     warnings: list[str]
     """What is not comparable, and the warnings of each run's own evaluation."""
 
@@ -75,7 +75,7 @@ def compare_runs(
     return Comparison(runs, settings, metrics, text, tokenizer, warnings + of_runs)
 
 
-def _differing(runs: list[Run]) -> list[str]:
+def _differing(runs: list[RunSummary]) -> list[str]:
     """Names of the settings that differ between the runs that use them, in their order."""
     known = [run.settings for run in runs if run.settings]
     fields = field_types()
@@ -89,14 +89,16 @@ def _differing(runs: list[Run]) -> list[str]:
     return [name for name in names if any(value != values(name)[0] for value in values(name))]
 
 
-def _metrics(runs: list[Run]) -> list[str]:
+def _metrics(runs: list[RunSummary]) -> list[str]:
     names = dict.fromkeys(name for run in runs for name in run.metrics)
     columns = [metric.name for metric in catalog.METRICS if catalog.COLUMN in metric.places]
     order = {name: place for place, name in enumerate(columns)}
     return sorted(names, key=lambda name: (name.startswith(_SPREAD), order.get(name, len(order))))
 
 
-def _sorted(runs: list[Run], name: str, settings: list[str], metrics: list[str]) -> list[Run]:
+def _sorted(
+    runs: list[RunSummary], name: str, settings: list[str], metrics: list[str]
+) -> list[RunSummary]:
     known = ["run", "state", *settings, *metrics]
     if name not in known:
         close = nearest(name, known)
@@ -107,7 +109,7 @@ def _sorted(runs: list[Run], name: str, settings: list[str], metrics: list[str])
         )
     sign = -1 if catalog.entry(name).better == "higher" else 1
 
-    def order(run: Run) -> tuple[Any, ...]:
+    def order(run: RunSummary) -> tuple[Any, ...]:
         if name in metrics:
             # Validation values come after final ones, since the two are not comparable.
             signed = sign * run.metrics.get(name, 0.0)
@@ -121,10 +123,10 @@ def _sorted(runs: list[Run], name: str, settings: list[str], metrics: list[str])
     return sorted(runs, key=order)
 
 
-def _texts(runs: list[Run]) -> tuple[dict[str, str], list[str]]:
+def _texts(runs: list[RunSummary]) -> tuple[dict[str, str], list[str]]:
     """Letters of the measured texts if a split has several, and a warning per split."""
 
-    def same(a: Run, b: Run) -> bool:
+    def same(a: RunSummary, b: RunSummary) -> bool:
         sources = a.source(), b.source()
         # Texts with equal numbers of sentences, words and bytes are the same, unless the
         # settings rule it out.
@@ -148,13 +150,13 @@ def _texts(runs: list[Run]) -> tuple[dict[str, str], list[str]]:
     return (_letters(groups) if warnings else {}), warnings
 
 
-def _about(run: Run) -> str:
+def _about(run: RunSummary) -> str:
     counts = ", ".join(f"{run.metrics[name]:,} {name}" for name in _COUNTS if name in run.metrics)
     source = run.source()
     return counts + (f", {source}" if source else "")
 
 
-def _tokenizers(runs: list[Run]) -> tuple[dict[str, str], list[str]]:
+def _tokenizers(runs: list[RunSummary]) -> tuple[dict[str, str], list[str]]:
     """Letters of the tokenizers if there are several, and a warning about them."""
     measured = [run for run in runs if run.split]
     unknown = [run.name for run in measured if not run.tokenizer]
@@ -174,7 +176,9 @@ def _tokenizers(runs: list[Run]) -> tuple[dict[str, str], list[str]]:
     ]
 
 
-def _groups(runs: list[Run], same: Callable[[Run, Run], bool]) -> dict[str, list[Run]]:
+def _groups(
+    runs: list[RunSummary], same: Callable[[RunSummary, RunSummary], bool]
+) -> dict[str, list[RunSummary]]:
     """Letter A, B, ..., Z, A1, ... -> the runs that are the `same`."""
     return {
         f"{chr(65 + index % 26)}{index // 26 or ''}": group
@@ -195,5 +199,5 @@ def grouped(items: Iterable[T], same: Callable[[T, T], bool]) -> list[list[T]]:
     return groups
 
 
-def _letters(groups: dict[str, list[Run]]) -> dict[str, str]:
+def _letters(groups: dict[str, list[RunSummary]]) -> dict[str, str]:
     return {run.name: letter for letter, members in groups.items() for run in members}

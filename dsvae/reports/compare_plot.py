@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dsvae.reports.compare import Comparison, grouped
 from dsvae.reports.figures import COLOR, STYLE, new_figure, short, svg
-from dsvae.reports.runs import Run
+from dsvae.reports.runs import RunSummary
 from dsvae.reports.table import number
 
 _LINES = 9
@@ -88,11 +88,11 @@ def plot(comparison: Comparison) -> str | None:
         return svg(figure)
 
 
-def _injection(run: Run) -> str:
+def _injection(run: RunSummary) -> str:
     return str(run.settings.get("model.injection"))
 
 
-def _about(run: Run) -> str:
+def _about(run: RunSummary) -> str:
     if not run.latent:
         return "no latent"
     shown = [name for name in ("mi", "au") if name in run.metrics]

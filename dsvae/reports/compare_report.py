@@ -12,7 +12,7 @@ from typing import Any
 from dsvae.files import write_text
 from dsvae.metrics import catalog
 from dsvae.reports.compare import Comparison
-from dsvae.reports.runs import Run
+from dsvae.reports.runs import RunSummary
 from dsvae.reports.table import error, markdown, number
 
 
@@ -68,7 +68,7 @@ def text(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _notes(runs: list[Run]) -> list[str]:
+def _notes(runs: list[RunSummary]) -> list[str]:
     notes = []
     if any(run.split == "valid" for run in runs):
         notes.append(
@@ -102,7 +102,7 @@ def _csv(comparison: Comparison) -> str:
     return buffer.getvalue()
 
 
-def _metric(run: Run, name: str) -> str:
+def _metric(run: RunSummary, name: str) -> str:
     if name not in run.metrics:
         return "-"
     value, deviation = run.metrics[name], run.metrics.get(f"sd.{name}")
@@ -110,7 +110,7 @@ def _metric(run: Run, name: str) -> str:
     return number(value) + spread + ("*" if run.split == "valid" else "")
 
 
-def _values_of(run: Run) -> str:
+def _values_of(run: RunSummary) -> str:
     if run.split == "valid":
         return f"valid, step {run.step:,} (phase {run.phase})"
     return run.split or "-"

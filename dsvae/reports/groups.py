@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from dsvae.reports.runs import Run
+from dsvae.reports.runs import RunSummary
 
 SEED = "seed"
 
@@ -19,26 +19,26 @@ SEED = "seed"
 class Groups:
     """Runs, some of which stand for several."""
 
-    runs: list[Run]
+    runs: list[RunSummary]
     """Each group at the place of its first run. Its metrics are means over its runs, and
     its setting `seed` lists their seeds. `sd.NAME` is the sample standard deviation of a
     metric; standard errors over sentences are left out. A metric that one of the runs
     lacks is left out, too."""
-    members: dict[str, list[Run]]
+    members: dict[str, list[RunSummary]]
     """Name of each of `runs` -> the runs that it stands for."""
     warnings: list[str]
     """Seeds that occur twice in a group."""
 
 
-def by_seed(runs: list[Run]) -> Groups:
+def by_seed(runs: list[RunSummary]) -> Groups:
     """Groups finished runs. The others, and runs whose settings cannot be read, stay
     alone."""
-    groups: dict[Any, list[Run]] = {}
+    groups: dict[Any, list[RunSummary]] = {}
     for place, run in enumerate(runs):
         groups.setdefault(_key(run) or place, []).append(run)
     names = [_name(members) for members in groups.values()]
     alone = Counter(names)
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[RunSummary]] = {}
     merged, warnings = [], []
     for name, members in zip(names, groups.values(), strict=True):
         if len(members) == 1:
@@ -56,7 +56,7 @@ def by_seed(runs: list[Run]) -> Groups:
     return Groups(merged, found, warnings)
 
 
-def _key(run: Run) -> str | None:
+def _key(run: RunSummary) -> str | None:
     """Equal for runs of one group; None for a run that stays alone."""
     if run.split != "test" or SEED not in run.settings:
         return None
@@ -64,7 +64,7 @@ def _key(run: Run) -> str | None:
     return repr(sorted(settings.items()))
 
 
-def _name(members: list[Run]) -> str:
+def _name(members: list[RunSummary]) -> str:
     """What the names of runs have in common: `a` of a_s0 and a_s1, `b` of b/seed0 and
     b/seed1. Empty where they have nothing in common."""
     if len(members) == 1:
@@ -75,7 +75,7 @@ def _name(members: list[Run]) -> str:
     return re.sub(r"[-_./ ](s|seed)?[-_=./ ]*$", "", common)
 
 
-def _merged(name: str, members: list[Run]) -> Run:
+def _merged(name: str, members: list[RunSummary]) -> RunSummary:
     first = members[0]
     settings = first.settings | {SEED: ", ".join(str(run.settings[SEED]) for run in members)}
     metrics: dict[str, float] = {}
@@ -86,7 +86,7 @@ def _merged(name: str, members: list[Run]) -> Run:
             # Counts that are the same in all runs stay whole numbers.
             metrics[metric] = values[0] if len(set(values)) == 1 else mean
             metrics[f"sd.{metric}"] = statistics.stdev(values)
-    return Run(
+    return RunSummary(
         directory=first.directory,
         name=name,
         state=f"{len(members)} finished",

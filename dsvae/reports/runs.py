@@ -1,4 +1,4 @@
-"""The output directory of a run: its settings, its progress and its newest numbers.
+"""The output directory of a run: its settings, its state and its newest numbers.
 
 It is only read, without a lock, since the run may still be going on.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsvae import config as configuration
+from dsvae import status
 from dsvae.config import RESUMABLE, RunConfig, flatten, to_tree
 from dsvae.data.sources import source_of
-from dsvae.engine import checkpoint
 from dsvae.errors import UserError
 from dsvae.metrics import catalog
 from dsvae.run_directory import RunDirectory
@@ -29,15 +29,14 @@ _NO_SETTINGS = {*RESUMABLE, "ds_config"} - {"phase"}
 
 
 @dataclass
-class Run:
+class RunSummary:
     """One output directory."""
 
     directory: Path
     name: str
     """The directory's name, with as much of its path as distinguishes the runs."""
     state: str = "failed to read"
-    """finished, finished (phase 1 only), phase P at step I of N (I within the phase), not
-    started, or failed to read."""
+    """As of `RunDirectory.state`, or failed to read."""
     config: RunConfig | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """Dotted name -> value of the settings that affect the outcome, with the content of
@@ -126,8 +125,8 @@ def _natural(path: Path) -> str:
     return re.sub(r"\d+", lambda number: number[0].zfill(20), path.name)
 
 
-def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """The runs in the directories; `Run.problems` lists what cannot be read."""
+def read_runs(directories: Sequence[Path]) -> list[RunSummary]:
+    """The runs in the directories; `RunSummary.problems` lists what cannot be read."""
     whole = [Path(os.path.abspath(directory)) for directory in directories]
     common = os.path.commonpath([path.parent for path in whole])
     return [
@@ -136,34 +135,31 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
     ]
 
 
-def _read(directory: Path, name: str) -> Run:
-    run = Run(directory, name)
+def _read(directory: Path, name: str) -> RunSummary:
+    run = RunSummary(directory, name)
     _read_settings(run)
     run.tokenizer = _tokenizer(run.paths.tokenizer)
-    valid, steps = _read_rows(run)
-    done = _done(run, steps)
+    valid = _newest_validation(run)
     final = _read_json(run, run.paths.metrics, _final)
     if final is not None:
         run.state, run.split, run.phase = "finished", "test", 2
         _take(run, final)
         return run
+    if not run.paths.metrics.exists():  # else it cannot be read
+        run.state = run.paths.state()
     if valid is not None:
         run.split, run.step, run.phase = "valid", valid["step"], valid["phase"]
         _take(run, valid)
-    if run.paths.metrics.exists():
-        pass  # it cannot be read
-    elif run.config is not None:
-        run.state = _state(run.config, run.paths, done)
-    elif not run.problems and not done:
-        run.state = "not started"
-    elif not run.paths.config.exists():
-        run.problems.append("no config.yaml in it")
+    said = status.read(run.paths.status)
+    if said is not None and said.reason is not None:
+        run.problems.append(f"exit code {said.exit_code}: {said.reason}")
     return run
 
 
-def _read_settings(run: Run) -> None:
+def _read_settings(run: RunSummary) -> None:
     path = run.paths.config
     if not path.exists():
+        run.problems += ["no config.yaml in it"] * run.paths.metrics_jsonl.exists()
         return
     try:
         run.config = configuration.load(path)
@@ -192,36 +188,32 @@ def _unused(config: RunConfig) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _read_rows(run: Run) -> tuple[dict[str, Any] | None, dict[int, int]]:
-    """(newest validation, phase -> its last step on the run's one axis) of
-    metrics.jsonl."""
+def _newest_validation(run: RunSummary) -> dict[str, Any] | None:
+    """The last row of metrics.jsonl that evaluates validation text."""
     path = run.paths.metrics_jsonl
-    valid, steps, damaged = None, {}, []
+    valid, damaged = None, []
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line)
-                    if row["split"] in ("train", "valid"):
-                        steps[int(row["phase"])] = int(row["step"])
-                        valid = row if row["split"] == "valid" else valid
+                    valid = row if row["split"] == "valid" else valid
                 except (ValueError, KeyError, TypeError):
-                    damaged += [(number, line)] if line.strip() else []
+                    # The run may be writing a line without an end, or was killed in it.
+                    damaged += [number] if line.strip() and line.endswith(b"\n") else []
     except FileNotFoundError:
         pass
     except OSError as error:
         run.problems.append(_describe_error(error, path))
-    if damaged and not damaged[-1][1].endswith(b"\n"):
-        damaged.pop()  # the run is writing this line, or was interrupted in it
     if damaged:
         run.problems.append(
-            f"{path.name}: {len(damaged)} line(s) cannot be read; the first is line {damaged[0][0]}"
+            f"{path.name}: {len(damaged)} line(s) cannot be read; the first is line {damaged[0]}"
         )
-    return valid, steps
+    return valid
 
 
 def _read_json(
-    run: Run, path: Path, take: Callable[[Any], dict[str, Any]]
+    run: RunSummary, path: Path, take: Callable[[Any], dict[str, Any]]
 ) -> dict[str, Any] | None:
     """What `take` finds in a file; None where there is none or where it cannot be read."""
     if not path.exists():
@@ -241,7 +233,7 @@ def _final(content: Any) -> dict[str, Any]:
     return final
 
 
-def _take(run: Run, evaluation: dict[str, Any]) -> None:
+def _take(run: RunSummary, evaluation: dict[str, Any]) -> None:
     """Stores the numbers and warnings of an evaluation in the run."""
     run.latent = evaluation.get("kl_per_dim") != [] and evaluation.get("latent_dim") != 0
     metrics = {name: value for name, value in flatten(evaluation).items() if _is_number(value)}
@@ -254,37 +246,6 @@ def _take(run: Run, evaluation: dict[str, Any]) -> None:
     }
     warnings = evaluation.get("warnings", [])
     run.warnings = [str(line) for line in warnings] if isinstance(warnings, list) else []
-
-
-def _done(run: Run, steps: dict[int, int]) -> dict[int, int]:
-    """Phase -> the last step within it, by the logged rows and the checkpoints."""
-    done = dict(steps)
-    if 2 in done:
-        done[2] -= _before_phase2(run, steps)
-    for saved in checkpoint.find(run.paths.checkpoints):
-        done[saved.phase] = max(saved.step, done.get(saved.phase, 0))
-    return done
-
-
-def _before_phase2(run: Run, steps: dict[int, int]) -> int:
-    """The number of steps on the run's axis before phase 2."""
-    if run.config is None:
-        return steps.get(1, 0)
-    # A phase 1 that came before leaves rows or weights, here or in the run that this
-    # one went on from.
-    places = (run.paths, RunDirectory(run.config.resume))
-    before = 1 in steps or any(place.phase1_model.is_dir() for place in places)
-    return run.config.phase1.steps if before or steps[2] > run.config.phase2.steps else 0
-
-
-def _state(config: RunConfig, paths: RunDirectory, done: dict[int, int]) -> str:
-    """How far a run has come whose final evaluation is not there."""
-    between = paths.phase1_model.is_dir()
-    if config.phase == "1" and between:
-        return "finished (phase 1 only)"
-    if config.phase != "1" and (2 in done or between):
-        return f"phase 2 at step {done.get(2, 0):,} of {config.phase2.steps:,}"
-    return f"phase 1 at step {done[1]:,} of {config.phase1.steps:,}" if 1 in done else "not started"
 
 
 def _tokenizer(directory: Path) -> str | None:

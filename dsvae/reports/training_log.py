@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -16,7 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from dsvae import status
 from dsvae.config import RunConfig, flatten, to_tree
+from dsvae.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE
 from dsvae.files import finite, write_text
 from dsvae.metrics import catalog
 from dsvae.metrics.throughput import peak_flops
@@ -24,6 +27,9 @@ from dsvae.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_HEARTBEAT = 10.0
+"""Seconds after which a step writes status.json again."""
 
 
 class Reporter:
@@ -35,8 +41,41 @@ class Reporter:
         self._bar: tqdm | None = None
         self._writer: SummaryWriter | None = None
         self._jsonl: TextIO | None = None
+        self._status: status.Status | None = None
+        self._last_beat = 0.0
         self._kl_per_dim: list[tuple[int, list[float]]] = []
         """(step, KL per dimension in nats) of the validations so far."""
+
+    def begin(self) -> None:
+        """Starts status.json, once it is known that there is something to do, and says how
+        the start before this one ended."""
+        if not self.enabled:
+            return
+        if before := status.read(self.directory.status):
+            word = "killed" if before.state == "running" else before.state
+            self.say(f"the start before this one: {before.progress} ({word})")
+        self._status = status.Status()
+        self._write_status()
+
+    def ended(self, code: int, reason: str) -> None:
+        """Writes to status.json why the run ends before it is finished, and its exit
+        code."""
+        if self._status is not None:
+            stopped = code in (EXIT_RESUMABLE, EXIT_INTERRUPTED)
+            self._status.state = "stopped" if stopped else "failed"
+            self._status.exit_code, self._status.reason = code, reason
+            self._write_status()
+
+    def saved(self, step: int) -> None:
+        """Writes to status.json that the phase has a checkpoint of `step`."""
+        if self._status is not None:
+            self._status.saved = step
+            self._write_status()
+
+    def _write_status(self) -> None:
+        if self._status is not None:
+            self._status.write(self.directory.status)
+            self._last_beat = time.monotonic()
 
     def open(self, first_step: int) -> None:
         """Starts writing at global step `first_step`. What an interrupted run wrote from
@@ -67,6 +106,10 @@ class Reporter:
     def start_phase(self, phase: int, steps: int, done: int) -> None:
         """Opens the progress bar of a phase of `steps` optimizer steps, of which `done`
         are done."""
+        if self._status is not None:
+            self._status.phase, self._status.step, self._status.steps = phase, done, steps
+            self._status.saved = done or None
+            self._write_status()
         if self.enabled:
             # A log file gets one line per minute instead of thousands of redrawn bars.
             interval = 0.5 if sys.stderr.isatty() else 60.0
@@ -85,6 +128,10 @@ class Reporter:
         """Counts one optimizer step on the progress bar."""
         if self._bar is not None:
             self._bar.update()
+        if self._status is not None:
+            self._status.step += 1
+            if time.monotonic() > self._last_beat + _HEARTBEAT:
+                self._write_status()
 
     def end_phase(self) -> None:
         """Closes the progress bar of a phase."""
@@ -146,9 +193,12 @@ class Reporter:
             self._writer.flush()
 
     def close(self, final: dict[str, Any] | None) -> None:
-        """Writes the hyperparameters beside the final metrics, if any, and closes the
-        files."""
+        """Ends the log of a finished run: writes the hyperparameters beside the final
+        metrics, if any, and closes the files."""
         self.end_phase()
+        if self._status is not None:
+            self._status.state, self._status.exit_code = "finished", 0
+            self._write_status()
         if self._writer is not None:
             if final is not None:
                 # These scalars are already there, from the final evaluation.

@@ -13,6 +13,8 @@ from matplotlib.text import Annotation
 import dsvae.reports.compare_plot as plot_module
 from dsvae.cli import main
 from dsvae.reports.compare import compare_runs
+from dsvae.run_directory import RunDirectory
+from dsvae.status import Status
 
 TEXT = {"sentences": 100, "tokens": 1200, "words": 1000, "bytes": 5000, "truncated": 0}
 NO_LATENT = {
@@ -74,10 +76,10 @@ def merged(base, more):
 
 
 def make(
-    directory, metrics=None, *, config=None, rows=(), saved=(), tokenizer="one", ds_config=None
+    directory, metrics=None, *, config=None, rows=(), said=None, tokenizer="one", ds_config=None
 ):
-    """An output directory. `metrics` is the final evaluation, and `saved` the (phase,
-    step) of checkpoints."""
+    """An output directory. `metrics` is the final evaluation, and `said` what is in
+    status.json."""
     directory.mkdir(parents=True)
     tree = merged(CONFIG, {"output_dir": str(directory), **(config or {})})
     (directory / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -85,10 +87,8 @@ def make(
         (directory / "metrics.json").write_text(json.dumps({"test": metrics}))
     if rows:
         (directory / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
-    for phase, step in saved:
-        complete = directory / "checkpoints" / f"phase{phase}-step{step:08d}" / "COMPLETE"
-        complete.parent.mkdir(parents=True)
-        complete.write_text("{}")
+    if said is not None:
+        Status(**said).write(directory / "status.json")
     if tokenizer:
         (directory / "tokenizer").mkdir()
         rules = {"version": "1.0", "truncation": None, "model": {"vocab": [[tokenizer, -1.0]]}}
@@ -269,67 +269,38 @@ def test_files_are_shown_by_name_where_names_differ(compare, tmp_path):
 # States
 
 BOTH = [row(s, 1) for s in (10, 50)] + [row(50, 1, "valid", rec=8.0), row(60, 2)]
+RUNNING = {"state": "running", "phase": 2, "step": 1130, "steps": 2000}
+STOPPED = {"state": "stopped", "exit_code": 75, "reason": "SIGTERM: saved at step 70"}
+FAILED = {"state": "failed", "exit_code": 2, "reason": "no such file"}
 
 
 @pytest.mark.parametrize(
-    ("state", "values", "given"),
+    ("said", "state"),
     [
-        ("not started", "-", {}),
-        ("phase 1 at step 10 of 50", "-", {"rows": [row(10, 1)]}),
-        ("phase 1 at step 50 of 50", "valid, step 50 (phase 1)", {"rows": BOTH[:3]}),
-        ("phase 1 at step 30 of 50", "-", {"rows": [row(10, 1)], "saved": [(1, 20), (1, 30)]}),
-        ("phase 2 at step 10 of 200", "valid, step 50 (phase 1)", {"rows": BOTH}),
-        (
-            "phase 2 at step 15 of 200",
-            "valid, step 50 (phase 1)",
-            {"rows": BOTH, "saved": [(1, 50), (2, 15)]},
-        ),
-        (
-            "phase 2 at step 120 of 200",
-            "valid, step 170 (phase 2)",
-            {"rows": [*BOTH, row(170, 2, "valid")]},
-        ),
-        # The final evaluation is logged before the export: without metrics.json the run
-        # is not finished.
-        (
-            "phase 2 at step 200 of 200",
-            "valid, step 250 (phase 2)",
-            {"rows": [row(250, 2, "valid"), row(250, 2, "test")]},
-        ),
-        ("phase 2 at step 60 of 200", "-", {"rows": [row(60, 2)], "config": {"phase": "2"}}),
-        ("phase 1 at step 50 of 50", "-", {"rows": [row(50, 1)], "config": {"phase": "1"}}),
+        (RUNNING, "phase 2 at step 1,130 of 2,000 (killed)"),
+        (RUNNING | STOPPED, "phase 2 at step 1,130 of 2,000 (stopped)"),
+        (FAILED, "preparing (failed)"),
+        ({"state": "finished", "phase": 1, "step": 50, "steps": 50}, "finished (phase 1 only)"),
+        (None, "unfinished"),  # by an older dsvae
     ],
 )
-def test_state_of_a_run_that_is_not_finished(compare, tmp_path, state, values, given):
+def test_state_of_a_run_without_a_final_evaluation(compare, tmp_path, said, state):
     make(tmp_path / "done", evaluation())
-    table, *_ = compare(make(tmp_path / "run", **given), tmp_path / "done")
+    run = make(tmp_path / "run", rows=BOTH, said=said)
+    table, text, *_ = compare(run, tmp_path / "done")
     assert table["run"]["state"] == state
-    assert table["run"].get("values of", "-") == values
+    assert table["run"]["values of"] == "valid, step 50 (phase 1)"
+    assert table["run"]["rec"] == "8.000*"
     assert table["done"]["state"] == "finished"
+    reason = (said or {}).get("reason")
+    assert reason is None or f"run: exit code {said['exit_code']}: {reason}" in text
 
 
-def test_weights_between_the_phases_show_the_progress_of_a_run(compare, tmp_path):
-    for name, config, rows in (
-        ("between", {}, BOTH[:3]),
-        ("only", {"phase": "1"}, BOTH[:3]),
-        ("second", {"phase": "2"}, [row(60, 2)]),
-    ):
-        (make(tmp_path / name, config=config, rows=rows) / "phase1" / "model").mkdir(parents=True)
-    make(
-        tmp_path / "after",
-        config={"phase": "2", "resume": str(tmp_path / "only")},
-        rows=[row(70, 2)],
-    )
-    names = ("between", "only", "second", "after")
-    table, *_ = compare(*(tmp_path / name for name in names))
-    states = [
-        "phase 2 at step 0 of 200",
-        "finished (phase 1 only)",
-        "phase 2 at step 10 of 200",
-        "phase 2 at step 20 of 200",
-    ]
-    assert [table[name]["state"] for name in names] == states
-    assert table["only"]["rec"] == "8.000*"
+def test_a_live_run_is_told_from_a_killed_one(compare, tmp_path):
+    run = make(tmp_path / "run", rows=BOTH, said=RUNNING)
+    with RunDirectory(run).claim():
+        assert compare(run)[0]["run"]["state"].endswith("(running)")
+    assert compare(run)[0]["run"]["state"].endswith("(killed)")
 
 
 def test_validation_values_are_starred_and_never_mixed_with_final_ones(compare, tmp_path):
@@ -388,9 +359,9 @@ def test_what_else_cannot_be_read_is_named(compare, tmp_path):
     assert states == {
         "good": "finished",
         "no_yaml": "finished",
-        "unknown": "failed to read",
-        "lines": "phase 2 at step 40 of 200",
-        "bare": "failed to read",
+        "unknown": "unfinished",
+        "lines": "unfinished",
+        "bare": "unfinished",
         "locked": "not started",
     }
     assert re.search(r"^no_yaml: .*config.yaml: not valid YAML", text, re.M)
@@ -710,7 +681,7 @@ def test_without_values_there_is_no_plot(compare, tmp_path):
     compare(tmp_path / "a")
     assert (tmp_path / "out" / "comparison.svg").read_text().startswith("<?xml")
     table, *_ = compare(tmp_path / "b")
-    assert table["b"]["state"] == "not started"
+    assert table["b"]["state"] == "unfinished"
     # the earlier one would belong to another table
     assert not (tmp_path / "out" / "comparison.svg").exists()
 
@@ -743,7 +714,8 @@ def test_real_runs(compare, tmp_path, tiny):
     assert float(rows["done"]["elbo"]) == pytest.approx(-(final["rec"] + final["kl"]), rel=1e-9)
     assert float(rows["done"]["se.rec"]) == final["se"]["rec"]
     assert table["done"]["state"] == "finished"
-    assert int(re.fullmatch(r"phase 2 at step (\d+) of 5,000", table["live"]["state"])[1]) >= 3
+    state = re.fullmatch(r"phase 2 at step (\d+) of 5,000 \(killed\)", table["live"]["state"])
+    assert int(state[1]) >= 3
     assert re.fullmatch(r"valid, step \d+ \(phase 2\)", table["live"]["values of"])
     assert table["live"]["rec"].endswith("*")
     assert (table["done"]["phase2.free_bits"], table["live"]["phase2.free_bits"]) == ("0.5", "0.2")
