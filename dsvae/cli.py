@@ -879,6 +879,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         prepare_streams()
+        private_names.check_versions()
         with terminable():
             if words == ["--version"]:
                 print(f"dsvae {version('dsvae')}")
@@ -888,11 +889,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             say(f"error: {error}")
-        return EXIT_USER_ERROR
-    except ImportError as error:
-        if (refusal := private_names.explain(error)) is None:
-            raise
-        say(f"error: {refusal}")
         return EXIT_USER_ERROR
     except RunStopped as stopped:  # several ranks that did not meet
         say(stopped.message)

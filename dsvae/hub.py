@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import distribution, requires, version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from dsvae.files import make_place, replace_directory
 from dsvae.generation.fitted_prior import NAME as FITTED_PRIOR
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.pretrained import find_model
+from dsvae.private_names import requirement
 
 AUTO_MAP = {"AutoConfig": "t5_vae.T5VAEConfig", "AutoModel": "t5_vae.T5VAE"}
 
@@ -131,7 +132,7 @@ def code() -> dict[str, str]:
     # error says so.
     check = (
         f"from transformers.utils.versions import require_version\n\n"
-        f'require_version("{_requirement("transformers")}")\n'
+        f'require_version("{requirement("transformers")}")\n'
     )
     files["t5_vae.py"] = files["t5_vae.py"].replace(_FUTURE, f"{_FUTURE}\n{check}", 1)
     return files
@@ -195,7 +196,7 @@ The repository contains the code of the model (Apache License 2.0, see LICENSE),
 `trust_remote_code=True` runs. It needs no dsvae:
 
 ```bash
-pip install "{_requirement("torch")}" "{_requirement("transformers")}"
+pip install "{requirement("torch")}" "{requirement("transformers")}"
 ```
 
 ```python
@@ -208,8 +209,3 @@ tokenizer = AutoTokenizer.from_pretrained(DIR)
 """
     before, use, after = card.partition("\n## Use\n")
     return f"{before.rstrip()}\n\n{section}{use}{after}"
-
-
-def _requirement(library: str) -> str:
-    """The releases of a library that dsvae allows, as pip takes them."""
-    return next(each for each in requires("dsvae") or () if re.match(rf"{library}[<>=!~]", each))

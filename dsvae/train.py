@@ -39,8 +39,14 @@ if __name__ == "__main__":
         signal.signal(_number, lambda *_, code=_code: os._exit(code))
 
 from dsvae import private_names
+from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
 
-sys.excepthook = private_names.except_hook  # for the imports below
+try:
+    private_names.check_versions()  # the imports below fail in other releases
+except UserError as error:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"dsvae: error: {error}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
 
 import datasets
 import numpy as np
@@ -59,7 +65,6 @@ from dsvae.engine.assemble import phase_engine
 from dsvae.engine.checkpoint import Checkpoint
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.non_finite import SkippedSteps
-from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, RunStopped
 from dsvae.failures import end_process, explain
 from dsvae.files import write_json
 from dsvae.metrics.evaluate import against_entropy, evaluate
@@ -77,8 +82,6 @@ from dsvae.reports.training_log import Reporter
 from dsvae.run_directory import RunDirectory
 from dsvae.start import data_of, find_start, write_down
 from dsvae.usage import help_text
-
-sys.excepthook = sys.__excepthook__
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
