@@ -114,9 +114,9 @@ SAID = {
         "differs by sentence",
     ],
     "conditional none": ["no latent (injection none)", "the encoder reads the condition"],
-    "clusters": ["heads: 4 clusters", "the decoder reads z alone", "b3_f1_random"],
+    "clusters": ["- clusters: 4\n", "the decoder reads z alone", "b3_f1_random"],
     "heads": [
-        "heads: classes none, occupation; tags B-OBJ, B-PROF, I-OBJ, O",
+        "- classes: none, occupation\n- tags: B-OBJ, B-PROF, I-OBJ, O\n",
         "--label_column label --tags_column tags",
         "class_majority",
         "entity_f1",
