@@ -52,17 +52,17 @@ class MicroBatch:
     indices: NDArray[np.int64]
     """(B,), which sentences of the split."""
     condition_ids: Tensor | None = None
-    """(B, C) int64, padded; None where the decoder reads no conditions."""
+    """(B, C) int64, padded; None if the decoder reads no conditions."""
     condition_mask: Tensor | None = None
-    """(B, C) int64, 1 = token; None where the decoder reads no conditions."""
+    """(B, C) int64, 1 = token; None if the decoder reads no conditions."""
     class_labels: Tensor | None = None
-    """(B,) int64, -100 where a record has no label; None where no record has one."""
+    """(B,) int64, -100 if a record has no label; None if no record has one."""
     tag_labels: Tensor | None = None
-    """(B, S) int64, the tags of `input_ids`; -100 where a token has no tag: at padding, at
-    EOS, at later pieces of a word, at conditions. None where no record has tags."""
+    """(B, S) int64, the tags of `input_ids`; -100 if a token has no tag: at padding, at
+    EOS, at later pieces of a word, at conditions. None if no record has tags."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device."""
+        """Returns the same on a device."""
         tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in tensors.items()
@@ -92,7 +92,7 @@ def cut_step(
 
     Args:
         lengths: (N,) in the order of the step, from `row_lengths`.
-        token_budget: most padded tokens (rows times longest row) of one rank's share of
+        token_budget: the limit of padded tokens (rows times longest row) of one rank's share of
             a slice.
         micro_batches: cut into exactly this many slices with equal numbers of sentences
             instead.
@@ -116,8 +116,8 @@ def most_micro_batches(
     token_budget: int,
     mixed: bool = False,
 ) -> int:
-    """The most micro-batches that any step can have: those of a step of the longest
-    sentences, each as often as it can occur in one step.
+    """Returns the largest number of micro-batches that a step can have: that of a step of
+    the longest sentences, each as often as it can occur in one step.
 
     Args:
         lengths: `row_lengths` of all sentences, or of the `batch_size` longest.
@@ -299,7 +299,8 @@ class TrainingBatches:
         return len(self.split) / self.batch_size
 
     def step(self, index: int) -> Step:
-        """The `index`-th optimizer step since the start of the phase, for this rank."""
+        """Returns the `index`-th optimizer step since the start of the phase, for this
+        rank."""
         sentences, epochs = draw_step(
             len(self.split), self.batch_size, self.seed, index, self.mixture
         )
@@ -338,8 +339,8 @@ class TrainingBatches:
 def share(
     sentences: NDArray[np.int64], rank: int, world_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """A rank's share of a slice, and its weights: every `world_size`-th sentence, or a
-    filler of weight 0 if none is left."""
+    """Returns a rank's share of a slice, and its weights: every `world_size`-th
+    sentence, or a filler of weight 0 if none is left."""
     own = sentences[rank::world_size]
     if len(own):
         return own, np.ones(len(own), dtype=np.float32)

@@ -86,7 +86,7 @@ class Sentence(NamedTuple):
 
 
 def sentence(factors: Mapping[str, str | int]) -> str:
-    """The English sentence of one choice per factor.
+    """Returns the English sentence of one choice per factor.
 
     Args:
         factors: for each factor of `FACTORS` a value, or its index.
@@ -126,7 +126,8 @@ def sentence(factors: Mapping[str, str | int]) -> str:
 
 
 def parse(text: str) -> dict[str, str] | None:
-    """The factors of a sentence, the inverse of `sentence`; None for any other text."""
+    """Returns the factors of a sentence, the inverse of `sentence`; None for any other
+    text."""
     words = text[:-1].split()
 
     def the_one(forms: Mapping[str, str]) -> str:
@@ -153,8 +154,8 @@ def parse(text: str) -> dict[str, str] | None:
 
 
 def draw(size: int, seed: int) -> Iterator[Sentence]:
-    """`size` sentences drawn with replacement, one at a time. The first ones do not
-    depend on `size`."""
+    """Yields `size` sentences drawn with replacement, one at a time. The first ones do
+    not depend on `size`."""
     # Each sentence comes from a hash and not from a random generator. A hash needs no
     # earlier draw and cannot change with the version of a library.
     names = tuple(FACTORS)
@@ -169,8 +170,8 @@ def draw(size: int, seed: int) -> Iterator[Sentence]:
 
 
 def generate(size: int, seed: int) -> list[Sentence]:
-    """`size` sentences drawn with replacement. The first k of them are `generate(k,
-    seed)` on every machine."""
+    """Returns `size` sentences drawn with replacement. The first k of them are
+    `generate(k, seed)` on every machine."""
     return list(draw(size, seed))
 
 

@@ -86,8 +86,8 @@ def paired(size: int, seed: int) -> Iterator[Variant]:
 
 
 def parse_condition(condition: str) -> dict[str, str] | None:
-    """The subject, verb and object that a condition of a paired sentence names; None for
-    any other text."""
+    """Returns the subject, verb and object that a condition of a paired sentence names;
+    None for any other text."""
     names, values = ("subject", "verb", "object"), condition.split()
     if len(values) != 3 or any(v not in FACTORS[n] for n, v in zip(names, values, strict=True)):
         return None
@@ -95,7 +95,8 @@ def parse_condition(condition: str) -> dict[str, str] | None:
 
 
 def dependent_value(name: str, subject: int, case: int) -> int:
-    """The value of one of the `DEPENDENT` factors in one of 20 equally likely cases.
+    """Returns the value of one of the `DEPENDENT` factors in one of 20 equally likely
+    cases.
 
     A value that the subject decides has 18 of them, and the others share two.
     """
@@ -130,13 +131,14 @@ def relations(size: int, seed: int) -> Iterator[Variant]:
 
 
 def entity(relation: int, case: int) -> int:
-    """The subject or object of a relation in one of 160 equally likely cases."""
+    """Returns the subject or object of a relation in one of 160 equally likely
+    cases."""
     return 2 * relation + case % 2 if case < _OWN else (case - _OWN) % (2 * RELATIONS)
 
 
 def tagged(size: int, seed: int, labelled: int | None = None) -> Iterator[Variant]:
-    """The plain sentences with tags (PROF: an occupation as the subject, OBJ: adjective
-    and object) and the label "occupation" or "none".
+    """Yields the plain sentences with tags (PROF: an occupation as the subject, OBJ:
+    adjective and object) and the label "occupation" or "none".
 
     Args:
         labelled: only the first ones have a label and tags. None: all have.
@@ -158,8 +160,8 @@ KINDS = ("plain", "paired", "relations", "tagged")
 
 
 def draw_lines(kind: str, size: int, seed: int, labelled: int | None = None) -> Iterator[Sentence]:
-    """The lines of a file of some kind, with the factors of each: sentences for plain,
-    JSON objects for the others.
+    """Yields the lines of a file of some kind, with the factors of each: sentences for
+    plain, JSON objects for the others.
 
     Raises:
         UserError: an unknown kind, or `labelled` with another kind than tagged.

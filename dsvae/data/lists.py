@@ -20,11 +20,12 @@ class Lists:
         self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """The lists at `indices`, (T_i,) int64 each; IndexError outside 0..N-1."""
+        """Returns the lists at `indices`, (T_i,) int64 each; IndexError outside
+        0..N-1."""
         return [self._values[chunk][a:b].astype(np.int64) for chunk, a, b in self._bounds(indices)]
 
     def lengths(self, indices: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """(N,) int32, of the lists at `indices`, or of all."""
+        """Returns (N,) int32, of the lists at `indices`, or of all."""
         if indices is None:
             return np.concatenate(
                 [np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)]

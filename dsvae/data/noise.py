@@ -15,7 +15,7 @@ DELETION, LATENT, PRIOR, ORDER, MIXTURE = 1, 2, 3, 4, 5
 
 
 def generator(seed: int, purpose: int, repetition: int, sentence: int) -> np.random.Generator:
-    """The stream of one sentence.
+    """Returns the stream of one sentence.
 
     Args:
         purpose: DELETION, LATENT, PRIOR, ORDER or MIXTURE.
@@ -28,8 +28,8 @@ def generator(seed: int, purpose: int, repetition: int, sentence: int) -> np.ran
 
 
 def mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64, a bijection of uint64: different keys stay different
-    and look random."""
+    """Applies the finalizer of splitmix64, a bijection of uint64: different keys stay
+    different and look random."""
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return keys ^ (keys >> np.uint64(31))

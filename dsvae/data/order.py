@@ -28,17 +28,17 @@ Places = NDArray[np.int64]
 
 @lru_cache(maxsize=2)
 def epoch_order(count: int, seed: int, epoch: int) -> Places:
-    """The order of an epoch's sentences, (count,)."""
+    """Returns the order of an epoch's sentences, (count,)."""
     return generator(seed, ORDER, epoch, 0).permutation(count)
 
 
 def keyed_order(
     places: Places, count: int, seed: int, purpose: int, repetition: int | Places, stream: int = 0
 ) -> Places:
-    """What pseudorandom permutations of 0..count-1 have at `places`, (N,).
+    """Returns what pseudorandom permutations of 0..count-1 have at `places`, (N,).
 
     A Feistel network on the pairs (x // s, x % s), with s the root of `count`, rounded
-    up. It permutes 0..s*s-1; where it leads outside 0..count-1, it is followed until it
+    up. It permutes 0..s*s-1; if it leads outside 0..count-1, it is followed until it
     is back inside (Black & Rogaway 2002).
 
     Args:
@@ -100,7 +100,8 @@ class Mixture:
         return shares
 
     def draw(self, places: Places, seed: int) -> tuple[Places, Places]:
-        """The sentences at `places` of the sequence, and each one's epoch of its file."""
+        """Returns the sentences at `places` of the sequence, and each one's epoch of
+        its file."""
         bounds, counts = np.array(self.bounds), np.array(self.counts)
         cycles, slots = np.divmod(places, _SLOTS)
         slots = keyed_order(slots, _SLOTS, seed, MIXTURE, cycles)
@@ -119,7 +120,8 @@ class Mixture:
 def draw_step(
     count: int, batch_size: int, seed: int, index: int, mixture: Mixture | None = None
 ) -> tuple[Places, Places]:
-    """The sentences of optimizer step `index` and the epoch of each, both (batch_size,).
+    """Returns the sentences of optimizer step `index` and the epoch of each, both
+    (batch_size,).
 
     A sentence may occur twice in a step that two epochs share, and in every step if
     `batch_size` is more than `count`. Its epoch then tells the copies apart.

@@ -26,29 +26,27 @@ TEXT_SUFFIXES = ("", ".txt", ".text")
 _LONGEST_FIELD = 1 << 24
 _ROWS = 10_000
 _Row = tuple[str, dict[str, Any] | None]
-"""Where a row is, behind the name of the file, and its values by their columns; None
+"""Where a row is, to follow the name of the file, and its values by their columns; None
 for an empty row."""
 
 
 def read_file(file: Path, option: str, column: str) -> Iterator[str]:
-    """The sentences of a file as they stand in it, blank ones included.
+    """Yields the sentences of a file as they stand in it, blank ones included.
 
     Args:
         file: of any kind that training reads.
         option: the flag that named the file, for errors.
-        column: of the sentence, where the file has columns.
+        column: of the sentence, if the file has columns.
 
     Raises:
-        UserError: at once where the file cannot be used; while reading where a line
-            cannot.
+        UserError: at once if the file cannot be used; while reading if a line cannot.
     """
     return (record.text for record in read_records(file, option, Columns(column)))
 
 
 def read_records(file: Path, option: str, columns: Columns) -> Iterator[Record]:
-    """The records of a file, those with a blank text included. Arguments and errors are
-    those of `read_file`.
-    """
+    """Yields the records of a file, those with a blank text included. Arguments and
+    errors are those of `read_file`."""
     check_file(file, option, columns)
     rows = _READERS.get(file.suffix.lower(), _read_text)(file, columns)
     return (
@@ -58,8 +56,8 @@ def read_records(file: Path, option: str, columns: Columns) -> Iterator[Record]:
 
 
 def read_labels(file: Path, option: str) -> list[str]:
-    """The lines of a text file with any ending, stripped. Raises what `read_file`
-    raises."""
+    """Returns the lines of a text file with any ending, stripped. Raises what
+    `read_file` raises."""
     _check_readable(file, option)
     return [line.strip() for line in _lines(file)]
 
@@ -181,7 +179,7 @@ def _read_csv(file: Path, columns: Columns) -> Iterator[_Row]:
             # A stray quote would otherwise merge the rows up to the next one.
             if rows.line_num > before + 1:
                 raise UserError(
-                    f"{file}:{before + 1}: a field goes on until line {rows.line_num}; correct "
+                    f"{file}:{before + 1}: a field continues until line {rows.line_num}; correct "
                     f"its quotes, or remove the line breaks from it"
                 )
             before = rows.line_num
@@ -214,7 +212,7 @@ def _table(
     for number, row in rows:
         if row and len(row) != len(header):
             raise UserError(
-                f"{file}:{number}: {len(row)} fields where the header has {len(header)}; {remedy}"
+                f"{file}:{number}: {len(row)} fields, but the header has {len(header)}; {remedy}"
             )
         values = {column: row[position] for column, position in positions.items()} if row else None
         yield f":{number}", values
@@ -246,6 +244,6 @@ _READERS = {
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an error's first cause: libraries wrap errors and write
+    """Returns the first line of an error's first cause: libraries wrap errors and write
     paragraphs."""
     return first_line(error.__cause__ or error)

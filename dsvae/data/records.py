@@ -18,7 +18,7 @@ class Record(NamedTuple):
     text: str
     """As it stands in the source, maybe blank."""
     condition: str | None = None
-    """Not blank, stripped; None where no condition column is named or the text is
+    """Not blank, stripped; None if no condition column is named or the text is
     blank."""
     label: str | None = None
     """None: the record has no label."""
@@ -37,7 +37,7 @@ class Columns:
     label: str | None = None
     tags: str | None = None
     text_kind: str = "text"
-    """What `text` is: condition, where a file is read for its conditions alone."""
+    """What `text` is: condition, if a file is read for its conditions alone."""
 
     @staticmethod
     def of(data: DataConfig) -> Columns:
@@ -57,7 +57,7 @@ class Columns:
 
 
 def record_of(row: Mapping[str, Any], columns: Columns, where: str) -> Record:
-    """The record of one row.
+    """Returns the record of one row.
 
     Args:
         row: the values of the row by their columns. A label and tags may be missing.
@@ -97,7 +97,7 @@ def check_columns(present: Iterable[str], columns: Columns, where: str) -> None:
 
 
 def unknown_column(column: str, present: list[str], where: str, kind: str = "text") -> UserError:
-    """The error for a column that a source does not have.
+    """Returns the error for a column that a source does not have.
 
     Args:
         kind: text, condition, label or tags.
@@ -110,7 +110,7 @@ def unknown_column(column: str, present: list[str], where: str, kind: str = "tex
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in words."""
+    """Returns what a value is, in words."""
     return "nothing (null)" if value is None else f"a value of type {type(value).__name__}"
 
 

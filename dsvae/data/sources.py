@@ -91,7 +91,7 @@ class Source(ABC):
         return self.description
 
     def first(self, records: Iterator[Record]) -> Iterator[Record]:
-        """The records that are read of one file or split."""
+        """Yields the records that are read of one file or split."""
         return islice(records, self.data.max_sentences or None)
 
 

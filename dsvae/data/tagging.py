@@ -28,7 +28,7 @@ class TaggedIds(NamedTuple):
 def tagged_ids(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[TaggedIds]:
-    """Token ids in which every whitespace word has a piece.
+    """Returns token ids in which every whitespace word has a piece.
 
     They are those of `token_ids`, except that a word of which the tokenizer leaves
     nothing becomes the unknown piece: otherwise its tag would have no place.
@@ -39,7 +39,7 @@ def tagged_ids(
     if not tokenizer.is_fast:
         raise UserError(
             "--tags_column needs a fast tokenizer, which says where its pieces stand in the "
-            f"text; {type(tokenizer).__name__} is none: use another model"
+            f"text; {type(tokenizer).__name__} does not: use another model"
         )
     encoded = tokenizer(
         list(texts),

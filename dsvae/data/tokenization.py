@@ -36,7 +36,7 @@ class TokenizedSplit:
 
     Columns of `dataset`: `input_ids` (EOS last and nowhere else, at most max_tokens);
     `words` (whitespace words) and `bytes` (UTF-8) of the text that the ids stand for;
-    `truncated`; `hash` (of the ids). Where they were named: `condition_ids` (as
+    `truncated`; `hash` (of the ids). If they were named: `condition_ids` (as
     `input_ids`) and `condition_hash`; `class_label`; `tag_ids` (one per input id).
 
     The methods with `indices` read these rows alone. The properties hold a number per
@@ -55,11 +55,11 @@ class TokenizedSplit:
         return len(self.dataset)
 
     def ids(self, index: int) -> np.ndarray:
-        """(T,) int64, the token ids of one sentence, EOS last."""
+        """Returns (T,) int64, the token ids of one sentence, EOS last."""
         return self.rows([index])[0]
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """The token ids of the sentences `indices`, (T_i,) int64 each.
+        """Returns the token ids of the sentences `indices`, (T_i,) int64 each.
 
         Raises:
             IndexError: an index outside 0..N-1.
@@ -67,20 +67,20 @@ class TokenizedSplit:
         return self._ids.rows(indices)
 
     def conditions(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray] | None:
-        """The token ids of the conditions of the sentences `indices`, (C_i,) int64 each,
-        EOS last; None where sentences have no conditions."""
+        """Returns the token ids of the conditions of the sentences `indices`, (C_i,)
+        int64 each, EOS last; None if sentences have no conditions."""
         return None if self._conditions is None else self._conditions.rows(indices)
 
     def tags(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray] | None:
-        """The tags of the tokens of the sentences `indices`, (T_i,) int64 each.
+        """Returns the tags of the tokens of the sentences `indices`, (T_i,) int64 each.
 
         A tag stands at the first piece of its word, and -100 at other pieces, at EOS and
-        where a record has no tags. None where sentences have no tags at all.
+        in a record without tags. None if no record has tags.
         """
         return None if self._tags is None else self._tags.rows(indices)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TokenizedSplit:
-        """The sentences `indices` as another split, held in memory."""
+        """Returns the sentences `indices` as another split, held in memory."""
         with no_progress_bars():
             return TokenizedSplit(self.dataset.select(indices).flatten_indices(keep_in_memory=True))
 
@@ -94,13 +94,13 @@ class TokenizedSplit:
         return self._ids.lengths(indices)
 
     def condition_lengths_of(self, indices: np.ndarray | None = None) -> np.ndarray | None:
-        """(N,) int32, tokens of the conditions of the sentences `indices`, or of all, EOS
-        included; None without conditions."""
+        """Returns (N,) int32, tokens of the conditions of the sentences `indices`, or
+        of all, EOS included; None without conditions."""
         return None if self._conditions is None else self._conditions.lengths(indices)
 
     def class_labels_of(self, indices: np.ndarray | slice) -> np.ndarray | None:
-        """(N,) int64, the numbers of the labels of the records `indices`, -100 if a record
-        has none; None if no record has one."""
+        """Returns (N,) int64, the numbers of the labels of the records `indices`, -100
+        if a record has none; None if no record has one."""
         if "class_label" not in self.dataset.column_names:
             return None
         column = self.dataset.select_columns("class_label").with_format("numpy", dtype=np.int64)
@@ -155,7 +155,7 @@ class TokenizedSplit:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a T5, mT5, umT5 or ByT5.
+    """Loads the tokenizer of a T5, mT5, umT5 or ByT5.
 
     Args:
         name_or_path: a directory, or a hub id.
@@ -199,8 +199,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 def token_ids(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[tuple[list[int], bool]]:
-    """For each text its ids, with EOS last and nowhere else, and whether they were
-    truncated to `max_tokens`.
+    """Returns for each text its ids, with EOS last and nowhere else, and whether they
+    were truncated to `max_tokens`.
 
     If the tokenizer leaves nothing of a text, its ids are EOS alone.
     """
@@ -223,7 +223,8 @@ def token_ids(
 
 
 def ordinary_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text with the unknown piece in place of EOS and padding."""
+    """Returns token ids of a text with the unknown piece in place of EOS and
+    padding."""
     # In T5's own vocabulary "</s>" is an ordinary piece, too. It would end a sentence in
     # its middle.
     special = (tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -231,7 +232,7 @@ def ordinary_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int
 
 
 def hash_of(ids: list[int]) -> int:
-    """A hash of token ids, 64 bits."""
+    """Returns a hash of token ids, 64 bits."""
     digest = hashlib.blake2b(np.asarray(ids, "<i4").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

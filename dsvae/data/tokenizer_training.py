@@ -45,7 +45,7 @@ _NEVER = -100.0
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A Unigram tokenizer in the manner of T5.
+    """Trains a Unigram tokenizer in the manner of T5.
 
     Its pieces are <pad> 0, </s> 1 (appended), <unk> 2 (never used), those of the text, and
     256 bytes. It spells every text and reads it back exactly: a character without a piece
@@ -53,7 +53,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     byte. The sentences are held in memory.
 
     Args:
-        vocab_size: most pieces, all kinds together.
+        vocab_size: the largest number of pieces, all kinds together.
 
     Raises:
         UserError: `vocab_size` leaves no room for pieces of the text.
@@ -61,10 +61,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     size = vocab_size - len(_BYTES)
     room = size - len(_SPECIAL)
     if room < 1:
-        least = len(_BYTES) + len(_SPECIAL) + 1
+        smallest = len(_BYTES) + len(_SPECIAL) + 1
         raise UserError(
             f"a vocabulary of {vocab_size} pieces is too small: the {len(_BYTES)} bytes and the "
-            f"{len(_SPECIAL)} special pieces are part of it; give --model.vocab_size {least} or "
+            f"{len(_SPECIAL)} special pieces are part of it; give --model.vocab_size {smallest} or "
             f"more"
         )
     # The Unigram trainer of `tokenizers` iterates over hash maps of random order. Its
