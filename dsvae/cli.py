@@ -144,16 +144,12 @@ def sample(
 
     if n < 1:
         raise UserError(f"-n is {n}: give at least 1")
-    request = sampling.Request(
-        n, condition, conditions_file, source, file, text_column, condition_column
-    )
-    request.check()
-    with model.open(batch_size=batch_size, draws=True, conditions=request.conditional) as (
-        vae,
-        seed,
-    ):
+    given = (condition, conditions_file, file, text_column, condition_column)
+    sampling.check(*given, source)
+    conditional = any(each is not None for each in (condition, conditions_file, condition_column))
+    with model.open(batch_size=batch_size, draws=True, conditions=conditional) as (vae, seed):
         prior = load_prior(model.model_dir) if source == "fitted" else None
-        rows = sampling.rows(vae, request, prior, seed, model.options)
+        rows = sampling.rows(vae, n, *given, seed=seed, prior=prior, **model.options)
         width = len(str(n))
 
         def line(row: dict[str, Any]) -> str:
@@ -329,11 +325,11 @@ def edit(
     """
     from dsvae.generation import editing
 
-    request = editing.read_request(
+    change = editing.read_change(
         set, toward, labels_file, text_file, strength, text_column, condition, condition_column
     )
     with model.open(batch_size=batch_size, conditions=condition is not None) as (vae, seed):
-        row = editing.edit(vae, a, request, seed, model.options, condition)
+        row = editing.edit(vae, a, change, seed, condition, **model.options)
         shown = ("sentence", "reconstruction", "edited")
         model.show([row], lambda row: table({name: row[name] for name in shown}))
 
@@ -681,9 +677,9 @@ def evaluate(
     given = locals()
     # DeepSpeed logs to the stdout that is there when it is imported.
     with contextlib.redirect_stdout(sys.stderr):
-        from dsvae.reports.evaluation import evaluate_model
+        from dsvae.reports.evaluation import evaluate_directory
 
-    evaluate_model(**given)
+    evaluate_directory(**given)
 
 
 def export(

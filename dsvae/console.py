@@ -40,20 +40,41 @@ def one_line(text: str) -> str:
 
 
 def progress(
-    rows: Iterable[Any], total: int | None = None, *, prints_rows: bool = True
+    rows: Iterable[Any],
+    total: int | None = None,
+    *,
+    name: str | None = None,
+    unit: str = "sentence",
+    delay: float = 0.0,
+    shown: bool | None = None,
+    prints_rows: bool = True,
 ) -> Iterable[Any]:
-    """The same rows under a progress bar, where stderr is a terminal.
+    """The same rows under a progress bar. A log file gets one line per minute.
 
     Args:
-        prints_rows: whether the rows are printed while the bar moves. Then there is no
-            bar where stdout is a terminal, too.
+        delay: seconds before the bar appears.
+        shown: None: where stderr is a terminal; and while the rows are printed
+            (`prints_rows`), only where stdout is not one.
     """
-    if not sys.stderr.isatty() or (sys.stdout.isatty() and prints_rows):
+    terminal = sys.stderr.isatty()
+    if shown is None:
+        shown = terminal and not (prints_rows and sys.stdout.isatty())
+    if not shown:
         return rows
     from tqdm import tqdm
 
+    interval = 0.5 if terminal else 60.0
     return tqdm(
-        rows, total=total, unit="sentence", unit_scale=True, dynamic_ncols=True, leave=False
+        rows,
+        name,
+        total,
+        leave=False,
+        mininterval=interval,
+        maxinterval=interval,
+        delay=delay,
+        unit=unit,
+        unit_scale=unit == "sentence",
+        dynamic_ncols=True,
     )
 
 

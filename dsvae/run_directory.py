@@ -65,7 +65,7 @@ class RunDirectory:
         self.phase1_model = self.path / "phase1" / "model"
         """The weights between the phases."""
         self.evaluation = self.path / ".evaluation"
-        """Results of a final evaluation that has not ended (`dsvae.metrics.kept`)."""
+        """Results of a final evaluation that has not ended (`dsvae.inference.kept`)."""
         self.model = self.path / "model"
         """The exported model."""
         self.metrics = self.path / "metrics.json"

@@ -67,9 +67,10 @@ from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.non_finite import SkippedSteps
 from dsvae.failures import end_process, explain
 from dsvae.files import write_json
-from dsvae.metrics.evaluate import against_entropy, evaluate
-from dsvae.metrics.kept import Kept
-from dsvae.metrics.text import samples
+from dsvae.inference.kept import Kept
+from dsvae.inference.passes import Passes
+from dsvae.metrics.evaluate import evaluate
+from dsvae.metrics.reconstruction import samples
 from dsvae.metrics.throughput import Speed
 from dsvae.objective.schedules import next_beta
 from dsvae.parallel.device import describe, local_device
@@ -325,14 +326,7 @@ def _validate(
 ) -> float:
     """Measures and shows validation sentences after global step `step`; the value by
     which the best checkpoint is known."""
-    settings = run.config.eval
-    metrics = evaluate(
-        engine.module,
-        watched,
-        run.world,
-        samples=settings.samples,
-        token_budget=settings.batch_tokens,
-    )
+    metrics, pairs, prior = _evaluate(run, engine, watched, iw_samples=0)
     run.reporter.evaluation(step, phase.number, "valid", metrics)
     shown = ("rec", "kl", "mi", "au", "rec_shuffled", "class_accuracy", "entity_f1", "b3_f1")
     values = (
@@ -341,20 +335,25 @@ def _validate(
         if name in metrics and not math.isnan(metrics[name])
     )
     run.reporter.say(f"step {step}: valid {' '.join(values)}")
-    run.reporter.text(step, *_samples(run, engine, watched))
+    run.reporter.text(step, pairs, prior)
     return phase.validation_loss(metrics)
 
 
-def _samples(run: Run, engine: PhaseEngine, split: TokenizedSplit) -> tuple[Any, Any]:
-    """Reconstructions of sentences of a split, and sentences from the prior."""
-    return samples(
-        engine.module,
-        split,
-        run.data.tokenizer,
-        run.world,
-        run.config.eval.shown,
-        run.config.data.max_tokens,
+def _evaluate(
+    run: Run, engine: PhaseEngine, split: TokenizedSplit, kept: Kept | None = None, **options: Any
+) -> tuple[dict[str, Any], list[tuple[str, str]], list[str]]:
+    """The metrics of sentences, reconstructions of the first ones, and sentences from the
+    prior. `options` are those of `metrics.evaluate.evaluate`."""
+    settings, data = run.config.eval, run.data
+    passes = Passes(engine.module, run.world, token_budget=settings.batch_tokens, kept=kept)
+    metrics, measured = evaluate(passes, split, samples=settings.samples, **options)
+    rows = np.arange(min(settings.shown, len(split)))
+    shown = samples(
+        passes, split, measured.encoded, data.tokenizer, rows, run.config.data.max_tokens
     )
+    if kept is not None and (stop := kept.stop()):
+        raise stop
+    return metrics, *shown
 
 
 def _load(run: Run, engine: PhaseEngine, resumed: Checkpoint) -> None:
@@ -427,24 +426,20 @@ def finish(run: Run, phase: Phase, engine: PhaseEngine) -> dict[str, Any]:
     last = directory.checkpoints / checkpoint.tag(phase.number, phase.steps)
     identity = world.run_on_rank0(lambda: f"{checkpoint.identity(last)} {precision}")
     kept = Kept(directory.evaluation, identity, world, lambda: run.stopping.agreed(world))
+    latent = engine.module.config.latent_dim
     with run.stopping.defer_signals():
-        metrics = evaluate(
-            engine.module,
+        metrics, pairs, prior = _evaluate(
+            run,
+            engine,
             test,
-            world,
-            samples=config.eval.samples,
-            iw_samples=config.eval.iw_samples,
-            token_budget=config.eval.batch_tokens,
+            kept,
+            iw_samples=config.eval.iw_samples if latent else 0,
             more=data.splits["train"],
-            kept=kept,
+            entropy=source_of(config.data).entropy,
+            unk=data.report["splits"]["test"]["unk"],
         )
-        if stop := run.stopping.agreed(world):
-            raise stop
-    unk = data.report["splits"]["test"]["unk"]
-    metrics |= against_entropy(metrics, source_of(config.data).entropy, unk)
     metrics["precision"] = precision
     run.reporter.evaluation(phase.offset + phase.steps, phase.number, "test", metrics)
-    pairs, prior = _samples(run, engine, test)
 
     def extras(target: Path) -> None:
         data.tokenizer.save_pretrained(target)

@@ -411,7 +411,7 @@ def test_evaluate_hands_everything_over(run, monkeypatch):
     seen = {}
     monkeypatch.setattr(
         dsvae.reports.evaluation,
-        "evaluate_model",
+        "evaluate_directory",
         lambda model_dir, **kwargs: seen.update(kwargs, model_dir=model_dir),
     )
     run("evaluate", "DIR", "--test_file", "1.0", "--iw_samples", 8, "--max_tokens", 32)

@@ -13,7 +13,7 @@ from dsvae import T5VAE
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE
 from dsvae.reports import sentences
-from dsvae.reports.evaluation import evaluate_model
+from dsvae.reports.evaluation import evaluate_directory
 
 SYSTEMS = {
     "spike_slab": ("--model.family", "spike_slab", "--phase2.draws", "2"),
@@ -123,7 +123,7 @@ def test_latents_are_written_by_their_names(run, tmp_path):
 def test_units_are_scored_against_the_factors(run, monkeypatch):
     monkeypatch.setattr(sentences, "BUILTIN_SENTENCES", 1_000)
     family, out, _ = run
-    found = evaluate_model(str(out / "model"), output=str(out / "evaluation"), iw_samples=2)
+    found = evaluate_directory(str(out / "model"), output=str(out / "evaluation"), iw_samples=2)
     assert (found["disentanglement"] is None) == (found["au"] == 0)
     if scores := found["disentanglement"]:
         assert len(scores["dimensions"]) == len(scores["information"]) == found["au"]

@@ -93,7 +93,7 @@ def test_sentences_are_tokenized_as_in_training(vae):
     split, _, _ = tokenize(texts, vae.tokenizer, 6, "test")
     short = SentenceVAE(vae.model, vae.tokenizer, max_tokens=6)
     found = short.inputs.of_lines([Line(i + 1, text) for i, text in enumerate(texts)])
-    assert [each.ids for each in found] == [split.ids(i).tolist() for i in range(len(texts))]
+    assert found.ids == [split.ids(i).tolist() for i in range(len(texts))]
     assert short.counts.truncated == sum(split.truncated)
     assert any(split.truncated)
     assert not all(split.truncated)

@@ -17,6 +17,7 @@ LAYERS = (
     ("modeling",),
     ("objective", "parallel"),
     ("phases", "data", "private_names", "pretrained"),
+    ("inference",),
     ("metrics", "generation"),
     ("engine", "planning"),
     ("start",),

@@ -13,16 +13,16 @@ micro-batches. The number of ranks does not change which sentences a step has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsvae.data.noise import DELETION, LATENT, delete_tokens, generator
+from dsvae.data.noise import DELETION, LATENT, delete_tokens, generator, normal
 from dsvae.data.order import Mixture, draw_step
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
@@ -31,6 +31,30 @@ from dsvae.modeling.crf import IGNORE
 PosteriorReads = Literal["both", "condition"]
 """What the posterior's encoder reads of a sentence with a condition: both, or the
 condition alone."""
+
+
+Ids = NDArray[np.int64]
+
+
+class Texts(Protocol):
+    """N texts as token ids, maybe with conditions and tags, as in `TokenizedSplit`."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> NDArray[np.int32]: ...
+
+    def lengths_of(self, indices: Ids) -> NDArray[np.int32]: ...
+
+    def condition_lengths_of(self, indices: Ids | None = None) -> NDArray[np.int32] | None: ...
+
+    def rows(self, indices: Sequence[int] | Ids) -> list[Ids]: ...
+
+    def conditions(self, indices: Sequence[int] | Ids) -> list[Ids] | None: ...
+
+    def tags(self, indices: Sequence[int] | Ids) -> list[Ids] | None: ...
+
+    def class_labels_of(self, indices: Ids) -> Ids | None: ...
 
 
 @dataclass(frozen=True)
@@ -130,7 +154,7 @@ def most_micro_batches(
 
 
 def row_lengths(
-    split: TokenizedSplit,
+    split: Texts,
     posterior_reads: PosteriorReads = "both",
     indices: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int32]:
@@ -179,7 +203,7 @@ def collate(
     else:
         encoder_rows = rows if encoder_rows is None else encoder_rows
         if conditions is not None:
-            condition_ids, condition_mask = _padded(conditions, pad_id)
+            condition_ids, condition_mask = padded(conditions, pad_id)
             encoder_rows = [
                 np.concatenate(pair) for pair in zip(conditions, encoder_rows, strict=True)
             ]
@@ -188,7 +212,7 @@ def collate(
                     np.concatenate([np.full(len(condition), IGNORE), row])
                     for condition, row in zip(conditions, tags, strict=True)
                 ]
-    input_ids, attention_mask = _padded(encoder_rows, pad_id)
+    input_ids, attention_mask = padded(encoder_rows, pad_id)
     return MicroBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -204,7 +228,7 @@ def collate(
 
 
 def collate_split(
-    split: TokenizedSplit,
+    split: Texts,
     indices: NDArray[np.int64],
     *,
     pad_id: int,
@@ -244,7 +268,7 @@ def collate_split(
     )
 
 
-def _padded(rows: list[NDArray[np.int64]], pad_id: int) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int] | Ids], pad_id: int) -> tuple[Tensor, Tensor]:
     """Padded ids and their mask, (B, T) int64 each."""
     ids = _pad(rows, pad_id)
     lengths = np.array([len(row) for row in rows])
@@ -252,7 +276,7 @@ def _padded(rows: list[NDArray[np.int64]], pad_id: int) -> tuple[Tensor, Tensor]
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def _pad(rows: list[NDArray[np.int64]], value: int) -> NDArray[np.int64]:
+def _pad(rows: Sequence[Sequence[int] | Ids], value: int) -> NDArray[np.int64]:
     padded = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
     for row, target in zip(rows, padded, strict=True):
         target[: len(row)] = row
@@ -318,9 +342,7 @@ class TrainingBatches:
         own, weight = share(sentences, self.rank, self.world_size)
         keys = list(zip(share(epochs, self.rank, self.world_size)[0].tolist(), own, strict=True))
         # The first draw has the same numbers whatever the number of draws.
-        shape = self.draws, self.noise_width
-        streams = (generator(self.seed, LATENT, *key) for key in keys)
-        noise = np.stack([each.standard_normal(shape, dtype=np.float32) for each in streams])
+        noise = normal(self.seed, LATENT, keys, self.draws, self.noise_width)
 
         def delete(row: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
             return delete_tokens(ids, self.deletion, generator(self.seed, DELETION, *keys[row]))

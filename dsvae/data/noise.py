@@ -7,6 +7,8 @@ draws what the uninterrupted run would have drawn.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,6 +27,21 @@ def generator(seed: int, purpose: int, repetition: int, sentence: int) -> np.ran
     key = np.array([(seed << 8) + purpose, repetition], dtype=np.uint64)
     counter = np.array([0, 0, sentence, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def normal(
+    seed: int, purpose: int, keys: Iterable[tuple[int, int]], *shape: int
+) -> NDArray[np.float32]:
+    """Standard normal numbers (N, *shape) from the streams of N sentences.
+
+    Args:
+        keys: (repetition, sentence) of each, as in `generator`.
+    """
+    keys = list(keys)
+    numbers = np.empty((len(keys), *shape), dtype=np.float32)
+    for row, key in zip(numbers, keys if numbers.size else (), strict=False):
+        generator(seed, purpose, *key).standard_normal(dtype=np.float32, out=row)
+    return numbers
 
 
 def mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:

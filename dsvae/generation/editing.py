@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dsvae.console import progress
 from dsvae.errors import UserError
@@ -15,20 +15,11 @@ from dsvae.generation.inputs import repeated
 from dsvae.generation.reading import check_labels, read_labels, read_records
 from dsvae.generation.sentence_vae import SentenceVAE
 
-
-@dataclass(frozen=True)
-class Toward:
-    """A move along the attribute vector of a label."""
-
-    label: str
-    labels_file: str
-    text_file: str
-    text_column: str
-    condition_column: str | None
-    strength: float
+Change = Callable[[SentenceVAE, Tensor], tuple[Tensor, dict[str, Any]]]
+"""Maps a model and z (1, Z) to the edited z and what was asked for, for the output."""
 
 
-def read_request(
+def read_change(
     categories: str | None,
     toward: str | None,
     labels_file: str | None,
@@ -37,11 +28,9 @@ def read_request(
     text_column: str,
     condition: str | None,
     condition_column: str | None,
-) -> dict[int, int] | Toward:
-    """What the flags of `dsvae edit` ask for, checked as far as it can be without a
-    model.
-
-    Returns: variable -> category, or a move.
+) -> Change:
+    """Reads the flags of `dsvae edit`; returns what they ask for, checked as far as it
+    can be without a model: categories to set, or a move along an attribute vector.
 
     Raises:
         UserError: flags that do not belong together, or files that do not fit.
@@ -63,7 +52,9 @@ def read_request(
         ]
         if given:
             raise UserError(f"--set and {given[0]} are given: use one way to edit")
-        return read_categories(categories)
+        asked = read_categories(categories)
+        names = {str(variable): category for variable, category in asked.items()}
+        return lambda vae, point: (vae.with_categories(point, asked), {"set": names})
     if toward is None or labels_file is None or text_file is None:
         missing = next(name for name, value in needed.items() if value is None)
         raise UserError(
@@ -71,10 +62,17 @@ def read_request(
             f"categorical latent"
         )
     check_labels(labels_file, text_file, text_column, toward)
-    strength = 1.0 if strength is None else strength
     if condition_column is not None:  # checks the column before the model loads
         next(read_records(text_file, text_column, condition_column, "--text_file"), None)
-    return Toward(toward, labels_file, text_file, text_column, condition_column, strength)
+
+    def move(vae: SentenceVAE, point: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        records = read_records(text_file, text_column, condition_column, "--text_file")
+        shown = progress(records, prints_rows=False)
+        direction = vae.attribute_vector(shown, read_labels(labels_file), toward)
+        length = 1.0 if strength is None else strength
+        return point + length * direction, {"strength": length}
+
+    return move
 
 
 def read_categories(text: str) -> dict[int, int]:
@@ -100,30 +98,19 @@ def read_categories(text: str) -> dict[int, int]:
 def edit(
     vae: SentenceVAE,
     sentence: str,
-    request: dict[int, int] | Toward,
+    change: Change,
     seed: int,
-    options: Mapping[str, Any],
     condition: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """A sentence as it is, reconstructed, and edited, with what was asked for.
+    """Decodes a sentence as it is and edited; returns both with what was asked for.
 
     Sampled tokens of the reconstruction and of the edited sentence come from the same
     random numbers: they differ by the edit alone.
     """
     # Checks the sentence before a file is encoded.
     point = vae.encode([sentence], repeated(condition)).point
-    if isinstance(request, Toward):
-        records = read_records(
-            request.text_file, request.text_column, request.condition_column, "--text_file"
-        )
-        direction = vae.attribute_vector(
-            progress(records, prints_rows=False), read_labels(request.labels_file), request.label
-        )
-        edited = point + request.strength * direction
-        asked: dict[str, Any] = {"strength": request.strength}
-    else:
-        edited = vae.with_categories(point, request)
-        asked = {"set": {str(variable): category for variable, category in request.items()}}
+    edited, asked = change(vae, point)
     row: dict[str, Any] = {"sentence": sentence}
     for name, latent in (("reconstruction", point), ("edited", edited)):
         torch.manual_seed(seed)

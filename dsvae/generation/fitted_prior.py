@@ -14,13 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsvae import pretrained
-from dsvae.data.noise import LATENT, generator
+from dsvae.data.noise import LATENT, normal
 from dsvae.data.records import Record
 from dsvae.data.tokenization import hash_of
 from dsvae.errors import UserError, first_line
@@ -85,16 +84,15 @@ def draw(vae: SentenceVAE, records: Iterable[str | Record], seed: int = 0) -> Dr
     keys: list[tuple[int, int]] = []
     parts = []
     for _, inputs in vae.inputs.stream(records, vae.batch_size):
-        noise = []
-        for each in inputs:
-            key = hash_of(each.ids)
+        first = len(keys)
+        conditions = inputs.condition_ids or [[]] * len(inputs)
+        for condition, ids in zip(conditions, inputs.ids, strict=True):
+            key = hash_of(condition + ids)
             keys.append((key, seen[key]))
             seen[key] += 1
-            rng = generator(seed, LATENT, *reversed(keys[-1]))
-            noise.append(rng.standard_normal(family.noise_width, dtype=np.float32))
-        (rows,) = vae.read(inputs, "posterior_parameters")
-        posterior = family.of(torch.stack(rows))
-        parts.append(posterior.sample(torch.from_numpy(np.stack(noise))))
+        pairs = ((repetition, key) for key, repetition in keys[first:])
+        noise = torch.from_numpy(normal(seed, LATENT, pairs, family.noise_width))
+        parts.append(vae.encode_inputs(inputs).posterior.sample(noise))
     order = sorted(range(len(keys)), key=keys.__getitem__)
     latent = torch.cat(parts)[order] if parts else torch.empty(0, family.latent_width)
     tenth = torch.tensor([keys[i][0] % 10 for i in order])

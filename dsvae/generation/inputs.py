@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dsvae.data.records import Record
@@ -16,7 +14,7 @@ from dsvae.data.tagging import tagged_ids
 from dsvae.data.tokenization import token_ids
 from dsvae.errors import UserError
 from dsvae.generation.reading import Line, not_blank, windows
-from dsvae.modeling.crf import IGNORE
+from dsvae.inference.passes import Rows
 from dsvae.modeling.t5_vae import T5VAE
 
 
@@ -36,15 +34,55 @@ class Counts:
     """Generated sentences that reached `max_new_tokens` before EOS."""
 
 
-class Input(NamedTuple):
-    """A sentence for the model."""
+@dataclass(frozen=True)
+class Inputs:
+    """N sentences for the model (`Texts`), in memory."""
 
-    ids: list[int]
-    """What the encoder reads: `x EOS`, or `c EOS x EOS` with a condition."""
-    condition: list[int] | None = None
-    """`c EOS`, which the decoder and a learned prior read."""
-    words: list[int] | None = None
+    ids: list[list[int]]
+    """`x EOS` of each."""
+    condition_ids: list[list[int]] | None = None
+    """`c EOS` of each; None if the model reads no conditions."""
+    words: list[list[int]] | None = None
     """For tags: the number of the word whose first piece each of `ids` is, or -100."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        return _lengths(self.ids)
+
+    def lengths_of(self, indices: Rows) -> NDArray[np.int32]:
+        return self.lengths[indices]
+
+    def condition_lengths_of(self, indices: Rows | None = None) -> NDArray[np.int32] | None:
+        if self.condition_ids is None:
+            return None
+        lengths = _lengths(self.condition_ids)
+        return lengths if indices is None else lengths[indices]
+
+    def rows(self, indices: Sequence[int] | Rows) -> list[Rows]:
+        return [np.array(self.ids[i]) for i in indices]
+
+    def conditions(self, indices: Sequence[int] | Rows) -> list[Rows] | None:
+        given = self.condition_ids
+        return None if given is None else [np.array(given[i]) for i in indices]
+
+    def tags(self, indices: Sequence[int] | Rows) -> list[Rows] | None:
+        """The tags are not known: any number but -100 says that a word begins there."""
+        given = self.words
+        return None if given is None else [np.minimum(given[i], 0) for i in indices]
+
+    def select(self, indices: Sequence[int]) -> Inputs:
+        """Those of some sentences."""
+
+        def part(rows: list[list[int]] | None) -> list[list[int]] | None:
+            return rows and [rows[i] for i in indices]
+
+        return Inputs([self.ids[i] for i in indices], part(self.condition_ids), part(self.words))
+
+    def class_labels_of(self, indices: Rows) -> None:
+        return None
 
 
 class InputReader:
@@ -83,11 +121,9 @@ class InputReader:
             "model that was trained with data.condition_column"
         )
 
-    def sentences(
-        self, texts: Sequence[str], conditions: Sequence[str] | None = None
-    ) -> list[Input]:
-        """The inputs of a list of sentences, each with its condition where the model
-        reads them.
+    def sentences(self, texts: Sequence[str], conditions: Sequence[str] | None = None) -> Inputs:
+        """The inputs of a list of sentences, each with its condition if the model reads
+        them.
 
         Raises:
             UserError: one of them cannot be read whole, or conditions are missing, too
@@ -98,12 +134,11 @@ class InputReader:
         if not texts:
             raise UserError("no sentences: give at least one")
         read = self.conditions(conditions, len(texts))
-        ids = self._whole(texts, "sentence")
-        return [_packed(row, None if read is None else read[i]) for i, row in enumerate(ids)]
+        return Inputs(self._whole(texts, "sentence"), read)
 
     def conditions(self, conditions: Sequence[str] | None, count: int) -> list[list[int]] | None:
-        """The ids of the conditions of `count` sentences; None where the model reads
-        none. Raises what `sentences` raises."""
+        """The ids of the conditions of `count` sentences; None if the model reads none.
+        Raises what `sentences` raises."""
         if isinstance(conditions, str):
             raise TypeError("give a list of conditions, not one string")
         self.check(conditions is not None)
@@ -117,50 +152,42 @@ class InputReader:
 
     def stream(
         self, texts: Iterable[str | Record], batch_size: int, *, tags: bool = False
-    ) -> Iterator[tuple[list[Line], list[Input]]]:
+    ) -> Iterator[tuple[list[Line], Inputs]]:
         """(sentences, their inputs), window by window. Blank sentences are skipped, long
         ones truncated, and both counted.
 
         Args:
-            tags: make `Input.words`, too.
+            tags: make `Inputs.words`, too.
 
         Raises:
             UserError: as `check`.
         """
-        for window in windows(not_blank(texts, self._skipped), batch_size):
-            lines, inputs = [], []
-            for line, each in zip(window, self.of_lines(window, tags=tags), strict=True):
-                # Nothing but EOS; training skips it, too.
-                if len(each.ids) == len(each.condition or ()) + 1:
-                    self._skipped()
-                    continue
-                lines.append(line)
-                inputs.append(each)
-            if lines:
-                self.counts.sentences += len(lines)
-                yield lines, inputs
+        for lines in windows(not_blank(texts, self._skipped), batch_size):
+            inputs = self.of_lines(lines, tags=tags)
+            # Nothing but EOS; training skips it, too.
+            kept = [i for i, ids in enumerate(inputs.ids) if len(ids) > 1]
+            self.counts.blank += len(lines) - len(kept)
+            self.counts.sentences += len(kept)
+            if kept:
+                yield [lines[i] for i in kept], inputs.select(kept)
 
-    def of_lines(self, lines: Sequence[Line], *, tags: bool = False) -> list[Input]:
+    def of_lines(self, lines: Sequence[Line], *, tags: bool = False) -> Inputs:
         """The inputs of sentences of a stream, long ones truncated and counted. Raises
         what `check` raises."""
         for line in lines:
             self.check(line.condition is not None)
         texts = [line.text for line in lines]
-        words: list[list[int] | None] = [None] * len(texts)
+        words = conditions = None
         if tags:
-            found = tagged_ids(texts, self.tokenizer, self.max_tokens)
-            ids = [(each.ids, each.truncated) for each in found]
-            words = [each.words for each in found]
+            tagged = tagged_ids(texts, self.tokenizer, self.max_tokens)
+            ids = [(each.ids, each.truncated) for each in tagged]
+            words = [each.words for each in tagged]
         else:
             ids = token_ids(texts, self.tokenizer, self.max_tokens)
         self.counts.truncated += sum(truncated for _, truncated in ids)
-        conditions: list[list[int] | None] = [None] * len(texts)
         if self.config.conditional:
-            conditions = [*self._of_conditions([line.condition or "" for line in lines])]
-        return [
-            _packed(row, condition, places)
-            for (row, _), condition, places in zip(ids, conditions, words, strict=True)
-        ]
+            conditions = self._of_conditions([line.condition or "" for line in lines])
+        return Inputs([row for row, _ in ids], conditions, words)
 
     def condition_stream(
         self, conditions: Iterable[str], batch_size: int
@@ -207,30 +234,5 @@ def repeated(condition: str | None, count: int = 1) -> list[str] | None:
     return None if condition is None else [condition] * count
 
 
-def by_length(inputs: Sequence[Input], batch_size: int) -> Iterator[list[int]]:
-    """Indices of inputs, a batch at a time, longest first. Rows of similar length need
-    little padding, and their sentences end at about the same time."""
-    order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i].ids))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def padded(
-    rows: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Rows of numbers as one tensor, and its mask (1 = number, 0 = padding), both (B, S)
-    int64."""
-    tensor = pad_sequence(
-        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=pad
-    )
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(tensor.shape[1]) < lengths[:, None]).long()
-    return tensor.to(device), mask.to(device)
-
-
-def _packed(ids: list[int], condition: list[int] | None, words: list[int] | None = None) -> Input:
-    if condition is None:
-        return Input(ids, None, words)
-    if words is not None:
-        words = [IGNORE] * len(condition) + words
-    return Input(condition + ids, condition, words)
+def _lengths(rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    return np.array([len(row) for row in rows], dtype=np.int32)

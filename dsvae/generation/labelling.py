@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dsvae.data.records import Record
@@ -45,44 +44,41 @@ class Tagged(NamedTuple):
 
 
 def cluster_stream(vae: SentenceVAE, texts: Records) -> Iterator[tuple[Line, int, float]]:
-    """(sentence, its most probable cluster from 0, its probability)."""
+    """Yields (sentence, its most probable cluster from 0, its probability)."""
     _need(vae, vae.model.config.clusters, "clusters", "model.clusters")
     for lines, inputs in vae.inputs.stream(texts, vae.batch_size):
-        (rows,) = vae.read(inputs, "clusters")
-        for line, row in zip(lines, rows, strict=True):
-            yield line, *_best(row)
+        yield from _most_probable(lines, vae.encode_inputs(inputs).clusters)
 
 
 def classify_stream(vae: SentenceVAE, texts: Records) -> Iterator[tuple[Line, str, float]]:
-    """(sentence, its most probable class, its probability)."""
+    """Yields (sentence, its most probable class, its probability)."""
     names = vae.model.config.classes
     _need(vae, names, "classes", "data.label_column")
     for lines, inputs in vae.inputs.stream(texts, vae.batch_size):
-        (rows,) = vae.read(inputs, "class_logits")
-        for line, row in zip(lines, rows, strict=True):
-            best, probability = _best(row.softmax(0))
+        logits = vae.encode_inputs(inputs).class_logits
+        assert logits is not None
+        for line, best, probability in _most_probable(lines, logits.softmax(1)):
             yield line, names[best], probability
 
 
 def tag_stream(vae: SentenceVAE, texts: Records) -> Iterator[tuple[Line, Tagged]]:
-    """(sentence, its words with the tags that are most probable together)."""
+    """Yields (sentence, its words with the tags that are most probable together)."""
     names = vae.model.config.tags
     _need(vae, names, "tags", "data.tags_column")
     for lines, inputs in vae.inputs.stream(texts, vae.batch_size, tags=True):
-        words = [each.words or [] for each in inputs]
-        # The tags are not known: any label but -100 says that a word begins there.
-        labels = [[IGNORE if word == IGNORE else 0 for word in row] for row in words]
-        (found,) = vae.read(inputs, "tags", tag_labels=labels)
-        for line, numbers, row in zip(lines, words, found, strict=True):
-            text = line.text.split()
-            places = [number for number in numbers if number != IGNORE]
-            tags = [names[tag] for tag in row.tolist() if tag != IGNORE]
-            yield line, Tagged([text[place] for place in places], tags)
+        found = vae.encode_inputs(inputs).tags
+        assert found is not None
+        assert inputs.words is not None
+        for line, numbers, row in zip(lines, inputs.words, found.tolist(), strict=True):
+            words = line.text.split()
+            own = [words[number] for number in numbers if number != IGNORE]
+            yield line, Tagged(own, [names[tag] for tag in row if tag != IGNORE])
 
 
-def _best(probabilities: Tensor) -> tuple[int, float]:
-    probability, best = torch.max(probabilities, 0)
-    return int(best), float(probability)
+def _most_probable(lines: list[Line], rows: Tensor | None) -> Iterator[tuple[Line, int, float]]:
+    assert rows is not None
+    probabilities, best = rows.max(1)
+    return zip(lines, best.tolist(), probabilities.tolist(), strict=True)
 
 
 def _need(vae: SentenceVAE, head: Any, name: str, setting: str) -> None:

@@ -31,6 +31,8 @@ class Line(NamedTuple):
     """Stripped; not blank."""
     condition: str | None = None
     """Stripped; None where the source gives none."""
+    label: str | None = None
+    """None where the source gives none."""
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def not_blank(
     for number, each in enumerate(sentences, 1):
         record = each if isinstance(each, Record) else Record(each)
         if text := record.text.strip():
-            yield Line(number, text, record.condition)
+            yield Line(number, text, record.condition, record.label)
         else:
             skipped()
 

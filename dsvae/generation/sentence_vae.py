@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dsvae import pretrained
-from dsvae.data.noise import LATENT, ORDER, PRIOR, generator
+from dsvae.data.batches import row_lengths
+from dsvae.data.noise import LATENT, ORDER, PRIOR, generator, normal
 from dsvae.data.records import Record
 from dsvae.errors import UserError, first_line
 from dsvae.generation import geometry
-from dsvae.generation.inputs import Counts, Input, InputReader, by_length, padded, repeated
+from dsvae.generation.inputs import Counts, InputReader, Inputs, repeated
 from dsvae.generation.options import refusal
 from dsvae.generation.reading import Line, windows
-from dsvae.modeling.crf import IGNORE
+from dsvae.inference.passes import Encoded, Passes
 from dsvae.modeling.densities import Density
 from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAE
@@ -123,7 +124,12 @@ class SentenceVAE:
     def encode(self, texts: Sequence[str], conditions: Sequence[str] | None = None) -> Distribution:
         """q(z|x), or q(z|x,c), of N sentences, on CPU, float32. The Gaussian has mean and
         logvar, (N, Z) each."""
-        return self._encode(self.inputs.sentences(texts, conditions))
+        return self.encode_inputs(self.inputs.sentences(texts, conditions)).posterior
+
+    def encode_inputs(self, inputs: Inputs) -> Encoded:
+        """What the encoder's heads make of sentences that are tokenized."""
+        self._need_latent()
+        return self._passes.encode(inputs)
 
     def decode(
         self, latent: Tensor, conditions: Sequence[str] | None = None, **options: Any
@@ -143,8 +149,7 @@ class SentenceVAE:
         self, texts: Iterable[str | Record]
     ) -> Iterator[tuple[list[Line], Distribution]]:
         """(sentences, their posteriors on CPU), window by window."""
-        for lines, inputs in self.inputs.stream(texts, self.batch_size):
-            yield lines, self._encode(inputs)
+        return ((lines, posterior) for lines, posterior, _ in self.latents_stream(texts))
 
     def latents_stream(
         self, texts: Iterable[str | Record]
@@ -152,12 +157,9 @@ class SentenceVAE:
         """(sentences, their posteriors, their priors) window by window, on CPU. The priors
         p(z|c) are None unless they are learned."""
         learned = self.model.config.prior == "learned"
-        names = (
-            ("posterior_parameters", "prior_parameters") if learned else ("posterior_parameters",)
-        )
         for lines, inputs in self.inputs.stream(texts, self.batch_size):
-            found = [self.model.family.of(torch.stack(rows)) for rows in self.read(inputs, *names)]
-            yield lines, found[0], found[1] if learned else None
+            found = self.encode_inputs(inputs)
+            yield lines, found.posterior, found.prior if learned else None
 
     def reconstruct_stream(
         self, texts: Iterable[str | Record], **options: Any
@@ -169,7 +171,7 @@ class SentenceVAE:
     def prior(self, condition: str | None = None) -> Distribution:
         """p(z), or the learned p(z|c) of a condition, one row on CPU."""
         read = self.inputs.conditions(None if condition is None else [condition], 1)
-        return self._prior(read)
+        return self._passes.prior(read)
 
     # Samples
 
@@ -262,9 +264,10 @@ class SentenceVAE:
         for window in windows(lines, self.batch_size):
             inputs = self.inputs.of_lines(window)
             numbers, width = range(done, done + len(window)), self.model.family.noise_width
-            latent = self._encode(inputs).sample(_noise(seed, LATENT, numbers, width))
+            noise = _noise(seed, LATENT, numbers, width)
+            latent = self.encode_inputs(inputs).posterior.sample(noise)
             done += len(window)
-            texts = self._decode(latent, _conditions_of(inputs), options)
+            texts = self._decode(latent, inputs.condition_ids, options)
             yield from zip(window, texts, strict=True)
 
     def _draw(
@@ -288,9 +291,9 @@ class SentenceVAE:
         while part := list(islice(pairs, self.batch_size)):
             numbers, conditions = zip(*part, strict=True)
             read = None if conditions[0] is None else list(conditions)
-            own = self._prior(read) if prior is None else prior
+            own = self._passes.prior(read) if prior is None else prior
             latent = own.sample(_noise(seed, PRIOR, numbers, width))
-            yield from self._decode_batch(latent, read, options)
+            yield from self._decode(latent, read, options)
 
     # Paths and directions
 
@@ -376,7 +379,7 @@ class SentenceVAE:
         if scale not in SCALES:
             raise UserError(f"scale {scale!r} is not one of {', '.join(SCALES)}")
         offsets = torch.linspace(-width, width, steps)
-        posterior = self._encode(self.inputs.sentences([text], repeated(condition)) * steps)
+        posterior = self.encode([text] * steps, repeated(condition, steps))
         latent = posterior.point.clone()
         about = posterior if scale == "posterior" else self.prior(condition)
         latent[:, unit] = about.along(unit, offsets)[0]
@@ -441,29 +444,22 @@ class SentenceVAE:
         self._need_continuous("a direction")
         sums = torch.zeros(2, self.latent_dim, dtype=torch.float64)
         counts = [0, 0]
-        # Numbers and labels of the sentences that are read and not yet encoded.
-        waiting: deque[tuple[int, str]] = deque()
 
-        def labelled() -> Iterator[str | Record]:
-            for number, (text, label) in enumerate(zip_longest(texts, labels), 1):
+        def labelled() -> Iterator[Record]:
+            for number, (text, label) in enumerate(zip_longest(texts, labels)):
                 if text is None or label is None:
                     more, fewer = (
                         ("labels", "sentences") if text is None else ("sentences", "labels")
                     )
                     raise UserError(
-                        f"{number - 1} {fewer} and more {more}: give one label per sentence, in "
-                        f"the same order"
+                        f"{number} {fewer} and more {more}: give one label per sentence, in the "
+                        f"same order"
                     )
-                waiting.append((number, label))
-                yield text
-
-        def label_of(line: Line) -> str:
-            while (pair := waiting.popleft())[0] != line.line:
-                pass  # a blank sentence
-            return pair[1]
+                record = text if isinstance(text, Record) else Record(text)
+                yield record._replace(label=label)
 
         for lines, posterior in self.encode_stream(labelled()):
-            side = torch.tensor([label_of(line) == toward for line in lines]).long()  # 1: toward
+            side = torch.tensor([line.label == toward for line in lines]).long()  # 1: toward
             sums.index_add_(0, side, posterior.point.double())
             for each in side.tolist():
                 counts[each] += 1
@@ -519,104 +515,44 @@ class SentenceVAE:
                 f"{kind} {unit}: the model's latent has {kind}s 0 to {family.units - 1}"
             )
 
-    # Batches
+    # Passes
 
-    @torch.no_grad()
-    def read(
-        self,
-        inputs: Sequence[Input],
-        *names: str,
-        tag_labels: Sequence[Sequence[int]] | None = None,
-    ) -> list[list[Tensor]]:
-        """What the encoder's heads make of N sentences: for each name N rows, on CPU.
+    @property
+    def _passes(self) -> Passes:
+        return Passes(self.model, batch_size=self.batch_size)
 
-        Args:
-            names: of fields of `T5VAEOutput`.
-            tag_labels: as the model reads them, of each sentence.
-        """
-        self._need_latent()
-        found = [[torch.empty(0)] * len(inputs) for _ in names]
-        pad, device = self.model.config.pad_token_id, self.model.device
-        for part in by_length(inputs, self.batch_size):
-            ids, mask = padded([inputs[i].ids for i in part], pad, device)
-            given = self._condition(_conditions_of([inputs[i] for i in part]))
-            if tag_labels is not None:
-                given["tag_labels"], _ = padded([tag_labels[i] for i in part], IGNORE, device)
-            out = self.model(ids, mask, encode_only=True, **given)
-            for name, rows in zip(names, found, strict=True):
-                for i, row in zip(part, out[name].cpu(), strict=True):
-                    rows[i] = row
-        return found
-
-    def _encode(self, inputs: Sequence[Input]) -> Distribution:
-        (rows,) = self.read(inputs, "posterior_parameters")
-        return self.model.family.of(torch.stack(rows))
-
-    def _reconstruct(self, inputs: Sequence[Input], options: dict[str, Any]) -> list[str]:
-        point = self._encode(inputs).point
-        texts = [""] * len(inputs)
-        for part in by_length(inputs, self.batch_size):
-            conditions = _conditions_of([inputs[i] for i in part])
-            for i, text in zip(
-                part, self._decode_batch(point[part], conditions, options), strict=True
-            ):
-                texts[i] = text
-        return texts
-
-    @torch.no_grad()
-    def _prior(self, conditions: list[list[int]] | None) -> Distribution:
-        return self.model.prior(**self._condition(conditions)).to("cpu")
+    def _reconstruct(self, inputs: Inputs, options: dict[str, Any]) -> list[str]:
+        point = self.encode_inputs(inputs).posterior.point
+        return self._decode(point, inputs.condition_ids, options, row_lengths(inputs))
 
     def _decode(
-        self, latent: Tensor, conditions: list[list[int]] | None, options: dict[str, Any]
+        self,
+        latent: Tensor,
+        conditions: list[list[int]] | None,
+        options: dict[str, Any],
+        lengths: NDArray[np.int32] | None = None,
     ) -> list[str]:
-        texts = []
-        for start in range(0, len(latent), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            own = None if conditions is None else conditions[part]
-            texts += self._decode_batch(latent[part], own, options)
-        return texts
-
-    def _decode_batch(
-        self, latent: Tensor, conditions: list[list[int]] | None, options: dict[str, Any]
-    ) -> list[str]:
+        """The sentences of z (N, Z) under the ids of their conditions; `lengths` as of
+        `Passes.generate`."""
+        settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **options}
         try:
-            ids = self.model.generate(
-                latent=latent.to(self.model.device),
-                **self._condition(conditions),
-                **{"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **options},
-            )
+            rows = self._passes.generate(latent, conditions, lengths, **settings)
         except (ValueError, TypeError) as error:
             if not options:
                 raise
             raise refusal(options, error) from error
-        assert isinstance(ids, Tensor)
-        # Beams pad with EOS, so only its presence after the start token counts.
-        self.counts.unfinished += int((ids[:, 1:] != self.tokenizer.eos_token_id).all(1).sum())
+        self.counts.unfinished += sum(row[-1] != self.model.config.eos_token_id for row in rows)
         return self.tokenizer.batch_decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [row.tolist() for row in rows],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
         )
-
-    def _condition(self, conditions: list[list[int]] | None) -> dict[str, Tensor]:
-        """What the model takes for the conditions of a batch."""
-        if conditions is None:
-            return {}
-        ids, mask = padded(conditions, self.model.config.pad_token_id, self.model.device)
-        return {"condition_ids": ids, "condition_mask": mask}
 
 
 def _noise(seed: int, purpose: int, numbers: Iterable[int], width: int) -> Tensor:
     """Standard normal noise of samples by their numbers, (N, width). Each has its own
     stream, whatever the batch."""
-    rows = [
-        generator(seed, purpose, 0, i).standard_normal(width, dtype=np.float32) for i in numbers
-    ]
-    return torch.from_numpy(np.stack(rows))
-
-
-def _conditions_of(inputs: Sequence[Input]) -> list[list[int]] | None:
-    found = [each.condition for each in inputs if each.condition is not None]
-    return found or None
+    return torch.from_numpy(normal(seed, purpose, ((0, i) for i in numbers), width))
 
 
 def check_seed(seed: int | None) -> int:

@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 from enum import Flag, auto
 from typing import Any, Literal
 
-NATS = "nats/sentence"
+NATS, SCORE, BLEU = "nats/sentence", "0-1", "0-100"
+Better = Literal["lower", "higher"] | None
+LOWER: Better = "lower"
+HIGHER: Better = "higher"
 USE = "Does the decoder use z?"
 
 
@@ -46,14 +49,14 @@ class Metric:
     """Its key in metrics.json or in a logged training step; `outer.inner` if nested."""
     unit: str = ""
     meaning: str = ""
-    better: Literal["lower", "higher"] | None = None
+    better: Better = None
     """None for a metric without a better direction, such as kl."""
     places: Place = NOWHERE
     section: str | None = None
     """Its section in the table of `dsvae evaluate` and in report.html; None: no row."""
-    again: tuple[str, str] | None = None
+    second_row: tuple[str, str] | None = None
     """Section and meaning of a second row with the same value."""
-    exact: str | None = None
+    meaning_without_latent: str | None = None
     """Its meaning for a model without a latent, whose likelihood is no bound. None: the
     tables of such a model leave it out."""
     latent: bool = False
@@ -71,302 +74,185 @@ def _section(title: str, *metrics: Metric) -> tuple[Metric, ...]:
     return tuple(replace(metric, section=title) for metric in metrics)
 
 
-def _count(name: str, meaning: str, places: Place = NOWHERE) -> Metric:
-    return Metric(name, "", meaning, None, places, exact=meaning)
+def _any(
+    name: str, unit: str, meaning: str, better: Better = None, places: Place = NOWHERE
+) -> Metric:
+    """A metric that means the same with and without a latent."""
+    return Metric(name, unit, meaning, better, places, meaning_without_latent=meaning)
 
 
-def _output(
+def _bound(name: str, unit: str, meaning: str, better: Better, places: Place) -> Metric:
+    """A metric that is exact without a latent."""
+    from_elbo = f"{meaning} from the ELBO (an upper bound)"
+    return Metric(name, unit, from_elbo, better, places, meaning_without_latent=meaning)
+
+
+def _z(
     name: str,
     unit: str,
     meaning: str,
-    better: Literal["lower", "higher"] | None = None,
+    better: Better = None,
     places: Place = NOWHERE,
+    difference: tuple[str, str] | None = None,
 ) -> Metric:
-    """A metric of what a model puts out, with or without a latent."""
-    return Metric(name, unit, meaning, better, places, exact=meaning)
+    """A metric of the latent."""
+    return Metric(name, unit, meaning, better, places, latent=True, difference=difference)
 
 
-def _score_of(
-    name: str,
-    meaning: str,
-    places: Place = SUMMARY,
-    better: Literal["lower", "higher"] | None = "higher",
-) -> Metric:
-    """A score in [0, 1] of the heads, with or without a latent."""
-    return Metric(name, "0-1", meaning, better, places, exact=meaning)
-
-
-def _score(name: str, meaning: str) -> Metric:
-    return Metric(f"disentanglement.{name}", "0-1", meaning, "higher", latent=True)
+def _factor(name: str, meaning: str) -> Metric:
+    return _z(f"disentanglement.{name}", SCORE, meaning, HIGHER)
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("loss", NATS, "rec + beta * penalty, as it was trained", None, PROGRESS),
+    Metric("loss", NATS, "training loss: rec + beta * penalty", None, PROGRESS),
     *_section(
         "Likelihood",
         Metric(
-            "rec",
-            NATS,
-            "-log p(x|z), z from q(z|x): what is left to say once z is known",
-            "lower",
-            SUMMARY | COLUMN | PROGRESS,
-            again=(USE, "with the sentence's own z"),
-            exact="-log p(x), exact: a language model without a latent",
+            *("rec", NATS, "reconstruction loss, -log p(x|z) for z from q(z|x)"),
+            *(LOWER, SHOWN | PROGRESS),
+            second_row=(USE, "with the sentence's own z"),
+            meaning_without_latent="-log p(x), exact: a language model without a latent",
         ),
+        _z("kl", NATS, "KL(q(z|x) || p(z))", None, SHOWN | PROGRESS),
+        Metric("elbo", NATS, "-(rec + kl), a lower bound of log p(x)", HIGHER, SHOWN),
+        _any("entropy", NATS, "of the corpus: no code needs less", None, SUMMARY),
         Metric(
-            "kl",
-            NATS,
-            "KL(q(z|x) || p(z)): what z costs",
-            None,
-            SUMMARY | COLUMN | PROGRESS,
-            latent=True,
+            *("above_entropy", NATS, "rec + kl - entropy: excess over the best code"),
+            *(LOWER, SUMMARY),
+            meaning_without_latent="rec - entropy: excess over the best code",
         ),
-        Metric("elbo", NATS, "-(rec + kl), a lower bound of log p(x)", "higher", SUMMARY | COLUMN),
-        Metric(
-            "entropy",
-            NATS,
-            "of the corpus itself: no code needs less than this",
-            None,
-            SUMMARY,
-            exact="of the corpus itself: no code needs less than this",
-        ),
-        Metric(
-            "above_entropy",
-            NATS,
-            "rec + kl - entropy: what the model pays above the best possible code",
-            "lower",
-            SUMMARY,
-            exact="rec - entropy: what the model pays above the best possible code",
-        ),
-        Metric(
-            "ppl_token",
-            "",
-            "perplexity per token from the ELBO (an upper bound)",
-            "lower",
-            SUMMARY | COLUMN,
-            exact="perplexity per token",
-        ),
-        Metric(
-            "ppl_word",
-            "",
-            "perplexity per word from the ELBO (an upper bound)",
-            "lower",
-            SUMMARY,
-            exact="perplexity per word",
-        ),
-        Metric(
-            "bits_per_byte",
-            "bits",
-            "bits per byte from the ELBO (an upper bound)",
-            "lower",
-            SUMMARY | COLUMN,
-            exact="bits per byte",
-        ),
-        Metric(
-            "nll_iw",
-            NATS,
-            "-log p(x), importance-weighted bound with k samples (an upper bound)",
-            "lower",
-            SUMMARY | COLUMN,
-        ),
-        Metric(
-            "iw_samples", "k", "samples of the importance-weighted bound", None, SUMMARY | NO_CHART
-        ),
-        Metric(
-            "iw_ess",
-            "samples",
-            "effective sample size of the k of nll_iw, mean over sentences",
-            None,
-            SUMMARY | COLUMN,
-        ),
-        Metric(
-            "iw_ess_min", "samples", "the smallest effective sample size: near 1 the bound is loose"
-        ),
-        Metric("ppl_token_iw", "", "perplexity per token from nll_iw (an upper bound)", "lower"),
-        Metric("ppl_word_iw", "", "perplexity per word from nll_iw (an upper bound)", "lower"),
-        Metric("bits_per_byte_iw", "bits", "bits per byte from nll_iw (an upper bound)", "lower"),
+        _bound("ppl_token", "", "perplexity per token", LOWER, SHOWN),
+        _bound("ppl_word", "", "perplexity per word", LOWER, SUMMARY),
+        _bound("bits_per_byte", "bits", "bits per byte", LOWER, SHOWN),
+        Metric("nll_iw", NATS, "-log p(x), importance-weighted upper bound", LOWER, SHOWN),
+        Metric("iw_samples", "k", "samples of nll_iw", None, SUMMARY | NO_CHART),
+        Metric("iw_ess", "samples", "effective sample size of nll_iw, mean", None, SHOWN),
+        Metric("iw_ess_min", "samples", "its minimum: near 1 the bound is loose"),
+        Metric("ppl_token_iw", "", "perplexity per token from nll_iw (an upper bound)", LOWER),
+        Metric("ppl_word_iw", "", "perplexity per word from nll_iw (an upper bound)", LOWER),
+        Metric("bits_per_byte_iw", "bits", "bits per byte from nll_iw (an upper bound)", LOWER),
     ),
     Metric("beta", "", "weight of the KL term", None, PROGRESS),
-    Metric("class_nats", NATS, "-log p(label|x), 0 without a label", "lower", PROGRESS),
-    Metric("tag_nats", NATS, "-log p(tags|x), 0 without tags", "lower", PROGRESS),
+    Metric("class_nats", NATS, "-log p(label|x), 0 without a label", LOWER, PROGRESS),
+    Metric("tag_nats", NATS, "-log p(tags|x), 0 without tags", LOWER, PROGRESS),
     *_section(
         "Information in z",
-        Metric(
-            "mi",
-            "nats",
-            "I(x; z), a lower bound: at most mi_cap",
-            "higher",
-            SUMMARY | COLUMN | MAIN,
-            latent=True,
-        ),
-        Metric("mi_upper", "nats", "I(x; z), an upper bound", None, SUMMARY | COLUMN, latent=True),
-        Metric("mi_cap", "nats", "ln of mi_posteriors", None, SUMMARY | NO_CHART, latent=True),
-        Metric("mi_sentences", "", "sentences that mi averages", latent=True),
-        Metric("mi_posteriors", "", "posteriors in its aggregate", latent=True),
-        Metric(
-            "marginal_kl",
-            "nats",
-            "KL(q(z) || p(z)), an upper bound: kl - mi; - where mi is near its cap",
-            None,
-            SUMMARY,
-            latent=True,
-        ),
-        Metric(
-            "au",
-            "units",
-            "units whose activity exceeds 0.01",
-            "higher",
-            SUMMARY | COLUMN | MAIN,
-            latent=True,
-        ),
+        _z("mi", "nats", "I(x; z), a lower bound: at most mi_cap", HIGHER, SHOWN | MAIN),
+        _z("mi_upper", "nats", "I(x; z), an upper bound", None, SHOWN),
+        _z("mi_cap", "nats", "ln of mi_posteriors", None, SUMMARY | NO_CHART),
+        _z("mi_sentences", "", "sentences that mi averages"),
+        _z("mi_posteriors", "", "posteriors in its aggregate"),
+        _z("marginal_kl", "nats", "KL(q(z) || p(z)) = kl - mi, an upper bound", None, SUMMARY),
+        _z("au", "units", "active units: activity above 0.01", HIGHER, SHOWN | MAIN),
         Metric("latent_dim", "units", "dimensions or variables of z", None, NO_CHART),
-        Metric(
-            "hoyer",
-            "0-1",
-            "sparsity of the decoded point: 1 for one non-zero entry per sentence",
-            latent=True,
-        ),
-        Metric("hoyer_draws", "0-1", "the same of draws of z", latent=True),
-        Metric(
-            "units_used", "units", "dimensions per sentence that are not in the spike", latent=True
-        ),
-        Metric(
-            "tc",
-            "nats",
-            "total correlation of the variables under q(z); - where there are too many codes",
-            latent=True,
-        ),
-        Metric("tc_pairwise", "nats", "information of pairs of variables, summed", latent=True),
-        Metric(
-            "marginal_kl_units",
-            "nats",
-            "KL(q(z_d) || p(z_d)), summed over the variables: kl = mi + tc + this",
-            latent=True,
-        ),
+        _z("hoyer", SCORE, "Hoyer sparsity of the decoded point: 1 for one non-zero entry"),
+        _z("hoyer_draws", SCORE, "Hoyer sparsity of draws of z"),
+        _z("units_used", "units", "dimensions per sentence that are not in the spike"),
+        _z("tc", "nats", "total correlation under q(z); - if there are too many codes"),
+        _z("tc_pairwise", "nats", "mutual information of pairs of variables, summed"),
+        _z("marginal_kl_units", "nats", "sum of KL(q(z_d) || p(z_d)): kl = mi + tc + this"),
     ),
     *_section(
         USE,
-        Metric(
-            "rec_shuffled",
-            NATS,
-            "rec with the z of another text: far above rec if the decoder uses z",
-            "higher",
-            SUMMARY,
-            latent=True,
-        ),
-        Metric("rec_prior", NATS, "rec with a z from the prior", None, SUMMARY, latent=True),
+        _z("rec_shuffled", NATS, "rec with another text's z: above rec if used", HIGHER, SUMMARY),
+        _z("rec_prior", NATS, "rec with z from the prior", None, SUMMARY),
     ),
-    Metric(
-        "rec_shuffled-rec",
-        NATS,
-        "what another sentence's z costs: near 0 the decoder does not use z",
-        "higher",
-        COLUMN | MAIN,
-        latent=True,
+    _z(
+        *("rec_shuffled-rec", NATS, "loss by another text's z: near 0 if z is not used"),
+        *(HIGHER, COLUMN | MAIN),
         difference=("rec_shuffled", "rec"),
     ),
     *_section(
         "Reconstruction (greedy, from the posterior mean)",
-        Metric("exact_match", "share", "sentences whose text comes back", "higher"),
-        Metric(
-            "token_accuracy",
-            "share",
-            "tokens (EOS included) at their place in the reconstruction",
-            "higher",
-        ),
-        Metric("bleu", "0-100", "corpus BLEU (sacrebleu)", "higher"),
-        Metric("chrf", "0-100", "corpus chrF (sacrebleu)", "higher"),
+        Metric("exact_match", "share", "sentences whose text comes back", HIGHER),
+        Metric("token_accuracy", "share", "tokens (EOS included) at their place", HIGHER),
+        Metric("bleu", BLEU, "corpus BLEU (sacrebleu)", HIGHER),
+        Metric("chrf", BLEU, "corpus chrF (sacrebleu)", HIGHER),
     ),
     *_section(
         "Linear probe of the posterior means, held out",
-        Metric("probes", "accuracy", "one row per label", latent=True),
+        _z("probes", "accuracy", "one row per label"),
     ),
     *_section(
         "Disentanglement against the factors, posterior means",
-        _score("mig", "mutual information gap (Chen et al. 2018)"),
-        _score("dci_disentanglement", "each unit for one factor (Eastwood & Williams 2018)"),
-        _score("dci_completeness", "each factor in one unit"),
-        _score("dci_informativeness", "held-out accuracy of random forests that read the factors"),
-        _score("z_diff", "beta-VAE metric (Higgins et al. 2017)"),
-        _score(
-            "sap",
-            "SAP, categorical: held-out balanced accuracy of a tree on the best unit minus the "
-            "second best (after Kumar et al. 2018)",
-        ),
+        _factor("mig", "mutual information gap (Chen et al. 2018)"),
+        _factor("dci_disentanglement", "each unit for one factor (Eastwood & Williams 2018)"),
+        _factor("dci_completeness", "each factor in one unit"),
+        _factor("dci_informativeness", "held-out accuracy of random forests on the units"),
+        _factor("z_diff", "beta-VAE metric (Higgins et al. 2017)"),
+        _factor("sap", "separated attribute predictability (after Kumar et al. 2018)"),
     ),
     *_section(
         "Generated sentences (greedy, z from the prior)",
-        _output("adherence", "share", "outputs that say what their condition says", "higher"),
-        _output("adherence_classifier", "share", "of texts that adherence's classifier gets right"),
-        _output("triples", "", "choices of tense, polarity, type per condition, mean", "higher"),
-        _output("conditions", "", "different conditions", None, NO_CHART),
-        _output("outputs", "", "generated sentences", None, NO_CHART),
-        _output("distinct_1", "share", "different words of all words, outputs pooled", "higher"),
-        _output("distinct_2", "share", "different word pairs of all pairs, pooled", "higher"),
-        _output("self_bleu", "0-100", "BLEU of an output against all others", "lower"),
-        _output("self_bleu_max", "0-100", "of the output most like others"),
-        _output("self_bleu_min", "0-100", "of the output least like others"),
-        _output("self_bleu_outputs", "", "outputs that self_bleu compares", None, NO_CHART),
-        _output("distinct_1_within", "share", "distinct_1 of one condition, mean", "higher"),
-        _output("distinct_2_within", "share", "distinct_2 of one condition, mean", "higher"),
-        _output("self_bleu_within", "0-100", "BLEU against others of the condition", "lower"),
-        _output("self_bleu_within_max", "0-100", "of the output most like others, mean"),
-        _output("self_bleu_within_min", "0-100", "of the output least like others, mean"),
-        _output("bleu_max", "0-100", "BLEU of the best output of a condition, mean", "higher"),
-        _output("bleu_mean", "0-100", "BLEU of an output against the data, mean", "higher"),
-        _output("bleu_min", "0-100", "BLEU of the worst output of a condition, mean", "higher"),
-        _output("bleu_precision", "0-100", "output and its closest reference", "higher"),
-        _output("bleu_recall", "0-100", "reference and its closest output", "higher"),
+        _any("adherence", "share", "outputs that say what their condition says", HIGHER),
+        _any("adherence_classifier", "share", "accuracy of adherence's classifier on texts"),
+        _any("triples", "", "choices of tense, polarity, type per condition, mean", HIGHER),
+        _any("conditions", "", "different conditions", None, NO_CHART),
+        _any("outputs", "", "generated sentences", None, NO_CHART),
+        _any("distinct_1", "share", "different words of all words, outputs pooled", HIGHER),
+        _any("distinct_2", "share", "different word pairs of all pairs, pooled", HIGHER),
+        _any("self_bleu", BLEU, "BLEU of an output against all others", LOWER),
+        _any("self_bleu_max", BLEU, "of the output most like others"),
+        _any("self_bleu_min", BLEU, "of the output least like others"),
+        _any("self_bleu_outputs", "", "outputs that self_bleu compares", None, NO_CHART),
+        _any("distinct_1_within", "share", "distinct_1 of one condition, mean", HIGHER),
+        _any("distinct_2_within", "share", "distinct_2 of one condition, mean", HIGHER),
+        _any("self_bleu_within", BLEU, "BLEU against others of the condition", LOWER),
+        _any("self_bleu_within_max", BLEU, "of the output most like others, mean"),
+        _any("self_bleu_within_min", BLEU, "of the output least like others, mean"),
+        _any("bleu_max", BLEU, "BLEU of the best output of a condition, mean", HIGHER),
+        _any("bleu_mean", BLEU, "BLEU of an output against the data, mean", HIGHER),
+        _any("bleu_min", BLEU, "BLEU of the worst output of a condition, mean", HIGHER),
+        _any("bleu_precision", BLEU, "output and its closest reference", HIGHER),
+        _any("bleu_recall", BLEU, "reference and its closest output", HIGHER),
     ),
     *_section(
         "Clusters against the labels",
-        _score_of("b3_precision", "share of a sentence's cluster with its label"),
-        _score_of("b3_recall", "share of a sentence's label in its cluster"),
-        _score_of("b3_f1", "harmonic mean of b3_precision and b3_recall", SHOWN | MAIN),
-        _score_of("b3_f1_one_cluster", "b3_f1 if all were in one cluster", SHOWN, None),
-        _score_of("b3_f1_random", "b3_f1 of random clusters of these sizes", SHOWN, None),
-        _score_of("homogeneity", "1 - H(label given cluster) / H(label)", NOWHERE),
-        _score_of("completeness", "1 - H(cluster given label) / H(cluster)", NOWHERE),
-        _score_of("v_measure", "harmonic mean of homogeneity and completeness", SHOWN),
-        _score_of("v_measure_random", "v_measure of random clusters (of one: 0)", SHOWN, None),
-        _output(
-            "ari", "", "adjusted Rand index: 0 for random clusters, 1 at most", "higher", SHOWN
-        ),
-        _output("clusters_used", "", "clusters that a sentence is in", None, SUMMARY),
-        _output("label_values", "", "different labels", None, NO_CHART),
+        _any("b3_precision", SCORE, "share of its cluster with its label", HIGHER, SUMMARY),
+        _any("b3_recall", SCORE, "share of its label in its cluster", HIGHER, SUMMARY),
+        _any("b3_f1", SCORE, "harmonic mean of b3_precision and b3_recall", HIGHER, SHOWN | MAIN),
+        _any("b3_f1_one_cluster", SCORE, "b3_f1 if all were in one cluster", None, SHOWN),
+        _any("b3_f1_random", SCORE, "b3_f1 of random clusters of these sizes", None, SHOWN),
+        _any("homogeneity", SCORE, "1 - H(label given cluster) / H(label)", HIGHER),
+        _any("completeness", SCORE, "1 - H(cluster given label) / H(cluster)", HIGHER),
+        _any("v_measure", SCORE, "harmonic mean of homogeneity and completeness", HIGHER, SHOWN),
+        _any("v_measure_random", SCORE, "v_measure of random clusters (of one: 0)", None, SHOWN),
+        _any("ari", "", "adjusted Rand index: 0 for random clusters, 1 at most", HIGHER, SHOWN),
+        _any("clusters_used", "", "clusters that a sentence is in", None, SUMMARY),
+        _any("label_values", "", "different labels", None, NO_CHART),
     ),
     *_section(
         "Classes and tags",
-        _score_of("class_accuracy", "sentences with the right class", SHOWN | MAIN),
-        _score_of("class_majority", "the same for the commonest class", SHOWN | NO_CHART, None),
-        _score_of("class_macro_f1", "F1 of each class, mean over the classes", SHOWN),
-        _score_of("class_f1", "F1 of the class that is asked for"),
-        _score_of("entity_precision", "predicted entities that are right"),
-        _score_of("entity_recall", "true entities that are found"),
-        _score_of("entity_f1", "harmonic mean of the two (strict IOB2)", SHOWN | MAIN),
-        _output("entities", "", "true entities", None, SUMMARY | NO_CHART),
-        _output("entities_predicted", "", "predicted entities"),
-        _output("labelled", "", "sentences with a label", None, NO_CHART),
-        _output("tagged", "", "sentences with tags", None, NO_CHART),
+        _any("class_accuracy", SCORE, "sentences with the right class", HIGHER, SHOWN | MAIN),
+        _any("class_majority", SCORE, "accuracy of the commonest class", None, SHOWN | NO_CHART),
+        _any("class_macro_f1", SCORE, "F1 of each class, mean over the classes", HIGHER, SHOWN),
+        _any("class_f1", SCORE, "F1 of the class that is asked for", HIGHER, SUMMARY),
+        _any("entity_precision", SCORE, "predicted entities that are right", HIGHER, SUMMARY),
+        _any("entity_recall", SCORE, "true entities that are found", HIGHER, SUMMARY),
+        _any("entity_f1", SCORE, "harmonic mean of the two (strict IOB2)", HIGHER, SHOWN | MAIN),
+        _any("entities", "", "true entities", None, SUMMARY | NO_CHART),
+        _any("entities_predicted", "", "predicted entities"),
+        _any("labelled", "", "sentences with a label", None, NO_CHART),
+        _any("tagged", "", "sentences with tags", None, NO_CHART),
     ),
     *_section(
         "Text",
-        _count("sentences", "", NO_CHART),
-        _count("tokens", "EOS included", NO_CHART),
-        _count("words", "whitespace words", NO_CHART),
-        _count("bytes", "UTF-8", NO_CHART),
-        _count("truncated", "sentences cut to max_tokens"),
-        _count("unk", "tokens outside the vocabulary"),
-        _count("skipped_blank", "blank lines"),
-        _count("conditions_truncated", "conditions cut to max_tokens"),
-        _count("tags_truncated", "tags cut off with their words"),
+        _any("sentences", "", "", None, NO_CHART),
+        _any("tokens", "", "EOS included", None, NO_CHART),
+        _any("words", "", "whitespace words", None, NO_CHART),
+        _any("bytes", "", "UTF-8", None, NO_CHART),
+        _any("truncated", "", "sentences cut to max_tokens"),
+        _any("unk", "", "tokens outside the vocabulary"),
+        _any("skipped_blank", "", "blank lines"),
+        _any("conditions_truncated", "", "conditions cut to max_tokens"),
+        _any("tags_truncated", "", "tags cut off with their words"),
     ),
     Metric("samples", "", "z drawn per sentence for rec", None, NO_CHART),
-    Metric("kl_per_dim", "nats", "kl per unit of z", latent=True),
-    Metric("au_curve", "units", "active units over thresholds", latent=True),
+    _z("kl_per_dim", "nats", "kl per unit of z"),
+    _z("au_curve", "units", "active units over thresholds"),
     Metric("max_tokens", "tokens", "longest sentence, EOS included", None, NO_CHART),
     Metric("rec_per_token", "nats/token", "rec per predicted token"),
-    Metric("free_bits", "nats", "KL threshold, where it changes (phase2.release)"),
+    Metric("free_bits", "nats", "KL threshold, if it changes (phase2.release)"),
     Metric("lr", "", "learning rate"),
     Metric("grad_norm", "", "norm of the gradient before clipping"),
     Metric("skipped_steps", "steps", "steps without an update since the start of the phase"),
@@ -374,7 +260,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("tokens_per_s", "tokens/s", "predicted tokens, all ranks", None, SPEED),
     Metric("flops_per_s", "FLOP/s", "operations of the model, rank 0", None, SPEED),
     Metric("mfu", "share", "flops_per_s of what the device could do", None, SPEED),
-    Metric("peak_memory_gb", "GB", "most memory since the start, rank 0", None, SPEED),
+    Metric("peak_memory_gb", "GB", "peak memory since the start, rank 0", None, SPEED),
 )
 
 CHARTS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -10,7 +10,9 @@ one for the end of the line. `se` holds their standard errors over sentences by 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +21,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsvae.data.noise import LATENT, PRIOR
+from dsvae.data.noise import LATENT, PRIOR, normal
 from dsvae.data.tokenization import TokenizedSplit
-from dsvae.metrics import information, likelihood, passes
+from dsvae.inference.passes import Encoded, Passes, Rows, by_rows
+from dsvae.metrics import information, likelihood
 from dsvae.metrics.codes import of_codes
 from dsvae.metrics.information import active_units, mutual_information, near_cap
-from dsvae.metrics.kept import Kept
 from dsvae.metrics.labelled import of_heads
 from dsvae.modeling.families import Distribution
-from dsvae.modeling.t5_vae import T5VAE
-from dsvae.parallel.world import World
+
+EVALUATION_SEED = 0
+"""Evaluation does not use the run's seed, so that two models are compared on the same
+noise."""
 
 NO_USE = 0.01
 """The decoder does not use z if another text's z costs less than this share of rec, with
@@ -47,10 +51,14 @@ class Measured:
     """Results of the passes over N sentences, one row per sentence, in nats; the same on
     every rank."""
 
-    encoded: passes.Encoded
+    encoded: Encoded
     """Of all sentences."""
+    draws: Tensor
+    """(N, Z): the first sample of z ~ q(z|x)."""
     log_px_z: Tensor
     """(S, N) float64: log p(x|z_s) for S samples z_s ~ q(z|x)."""
+    log_weights: Tensor
+    """(k, N) float64: the importance weights of k samples, the first S of them the same."""
     kl: Tensor
     """(N, Z) float64."""
     mi_rows: Tensor
@@ -79,101 +87,130 @@ class Measured:
 
 
 def evaluate(
-    model: T5VAE,
+    passes: Passes,
     split: TokenizedSplit,
-    world: World,
     *,
     samples: int,
-    token_budget: int,
-    iw_samples: int = 0,
-    seed: int = passes.EVALUATION_SEED,
+    iw_samples: int | None = None,
+    seed: int = EVALUATION_SEED,
     more: TokenizedSplit | None = None,
-    kept: Kept | None = None,
-) -> dict[str, Any]:
-    """The metrics of `model` on `split` that need only a few passes; the same on every
-    rank. Collective.
+    entropy: float | None = None,
+    unk: int = 0,
+) -> tuple[dict[str, Any], Measured]:
+    """Measures a model on a split; returns its metrics and what they were computed from,
+    the same on every rank. Collective.
 
     Args:
         samples: z drawn per sentence for `rec`.
-        token_budget: most padded tokens of one forward pass on one rank; changes the
-            speed only.
-        iw_samples: z drawn per sentence for the importance-weighted bound; 0 for none.
+        iw_samples: z drawn per sentence for the importance-weighted bound; 0 or None for
+            none.
         seed: of the draws of z.
         more: other sentences of the same kind, such as training ones. Their posteriors
             join the aggregate, and mi is bounded more closely.
-        kept: lets an interrupted evaluation continue.
+        entropy: of the corpus, in nats per sentence, if it is known.
+        unk: the number of unknown pieces in the split.
 
     Raises:
-        RunStopped: on every rank, if the run was asked to stop; only with `kept`.
+        RunStopped: on every rank, if the run was asked to stop.
     """
-    options: dict[str, Any] = {"token_budget": token_budget, "seed": seed, "kept": kept}
-    measured = measure(model, split, world, samples=samples, more=more, **options)
-    config = model.config
+    config = passes.model.config
+    measured = measure(
+        passes, split, samples=samples, iw_samples=iw_samples or 0, seed=seed, more=more
+    )
     metrics = summarize(measured, split)
     add(metrics, of_heads(measured.encoded, split, config.classes, config.tags, seed))
-    if iw_samples and model.config.latent_dim:
-        options["count"] = iw_samples
-        add(metrics, importance_weighted(model, split, measured.encoded, world, **options))
-    metrics["warnings"] = warnings_of(metrics, measured)
-    return metrics
+    if len(measured.log_weights):
+        add(metrics, importance_weighted(measured.log_weights, split))
+    metrics |= against_entropy(metrics, entropy, unk)
+    metrics["warnings"] = warnings_of(metrics, measured, unk)
+    return metrics, measured
 
 
 def measure(
-    model: T5VAE,
+    passes: Passes,
     split: TokenizedSplit,
-    world: World,
     *,
     samples: int,
-    token_budget: int,
     seed: int,
+    iw_samples: int = 0,
     more: TokenizedSplit | None = None,
-    kept: Kept | None = None,
 ) -> Measured:
-    """The passes of `evaluate`, with its arguments. Collective."""
-    training = model.training
-    model.eval()
-    keys = split.content_keys
-    family = model.family
-    encoded = passes.encode(model, split, world, token_budget, kept)
+    """Runs the passes of `evaluate`, with its arguments. Collective.
+
+    The random numbers of a sentence are keyed by its content, not by its place: results
+    do not depend on the order of the file.
+    """
+    family, keys = passes.family, split.content_keys
+    encoded = passes.encode(split)
     posterior, prior = encoded.posterior, encoded.prior
+    posterior_of, prior_of = by_rows(family, posterior), by_rows(family, prior)
+
+    def noise(rows: Rows, purpose: int, sample: int) -> Tensor:
+        pairs = [(sample, key) for key in keys[rows].tolist()]
+        return torch.from_numpy(normal(seed, purpose, pairs, family.noise_width))
+
+    def sampled(rows: Rows, sample: int) -> tuple[Tensor, Tensor]:
+        own = posterior_of(rows)
+        z = own.sample(noise(rows, LATENT, sample))
+        more = [z.double()[:, : 0 if sample else None]]
+        if sample < iw_samples:
+            # float64, because the weight is the exponential of a sum of large terms with
+            # opposite signs.
+            exact = z.double()
+            more += [own.log_prob(exact)[:, None] for own in (prior_of(rows), own)]
+        return z, torch.cat(more, dim=1)
+
+    log_px_z: list[Tensor] = []
+    log_weights: list[Tensor] = []
+    draws = torch.zeros(0)
+    for sample in range(max(samples, iw_samples)):
+        if sample == 0 or family.units:  # without a latent, all samples are one
+            width = (0 if sample else family.latent_width) + 2 * (sample < iw_samples)
+            draw = functools.partial(sampled, sample=sample)
+            nats, more_of = passes.decode(
+                split, draw, f"sample {sample} of seed {seed}, {width}", width
+            )
+        if sample == 0:
+            draws = more_of[:, : family.latent_width].float()
+        if sample < samples:
+            log_px_z.append(nats)
+        if sample < iw_samples:
+            log_pz, log_qz = more_of[:, -2:].T
+            log_weights.append(likelihood.log_importance_weights(nats, log_pz, log_qz))
+
+    def rec_of(latent: Callable[[Rows], Tensor], name: str) -> Tensor:
+        if not family.units:
+            return -log_px_z[0]
+        with_nothing = lambda rows: (latent(rows), torch.zeros(len(rows), 0))  # noqa: E731
+        return -passes.decode(split, with_nothing, f"{name} of seed {seed}")[0]
 
     other = another_sentence(split.text_keys, keys)
-
-    def rec_of(latent: Tensor) -> Tensor:
-        return passes.decode(model, split, latent, world, token_budget, kept).double()
-
-    def noise(purpose: int, sample: int) -> Tensor:
-        return passes.noise_of(keys, purpose, sample, family.noise_width, seed)
-
-    draws = (posterior.sample(noise(LATENT, s)) for s in range(samples))
-    first = next(draws)
-    log_px_z = torch.stack([-rec_of(first), *(-rec_of(latent) for latent in draws)])
     # Content keys look random, so the sentences with the smallest keys are a random
     # subset, which is the same in every order of the file.
     chosen = torch.from_numpy(np.argsort(keys)[: information.POSTERIORS])
     # Against priors that differ by sentence, I(x; z) and the marginal KL say nothing.
-    one_prior = model.config.prior == "fixed"
+    one_prior = passes.model.config.prior == "fixed"
     parameters = posterior.parameters[chosen]
     room = information.POSTERIORS - len(chosen)
     if more is not None and family.units and room and one_prior:
-        others = passes.encode(model, _sample(more, room), world, token_budget, kept).posterior
+        others = passes.encode(_sample(more, room)).posterior
         parameters = torch.cat([parameters, others.parameters])
     rows = chosen[: information.SENTENCES if one_prior else 0]
-    measured = Measured(
+    return Measured(
         encoded=encoded,
-        log_px_z=log_px_z,
+        draws=draws,
+        log_px_z=torch.stack(log_px_z),
+        log_weights=torch.stack(log_weights) if log_weights else torch.zeros(0, len(split)),
         kl=posterior.kl(prior).double(),
         mi_rows=rows,
-        mi_terms=mutual_information(family.of(parameters), first[rows], world),
+        mi_terms=mutual_information(family.of(parameters), draws[rows], passes.world),
         mi_posteriors=len(parameters) if one_prior else 0,
         rec_shuffled=torch.full((len(split),), math.nan).double()
         if other is None
-        else rec_of(first[other]),
-        rec_prior=rec_of(prior.sample(noise(PRIOR, 0))),
-        codes=of_codes(posterior, first, family.continuous) if family.units else {},
+        else rec_of(lambda rows: draws[other[rows]], "another's sample"),
+        rec_prior=rec_of(lambda rows: prior_of(rows).sample(noise(rows, PRIOR, 0)), "prior"),
+        codes=of_codes(posterior, draws, family.continuous) if family.units else {},
     )
-    model.train(training)
-    return measured
 
 
 def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
@@ -228,40 +265,20 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
     }
 
 
-def importance_weighted(
-    model: T5VAE,
-    split: TokenizedSplit,
-    encoded: passes.Encoded,
-    world: World,
-    *,
-    count: int,
-    token_budget: int,
-    seed: int,
-    kept: Kept | None = None,
-) -> dict[str, Any]:
-    """The metrics of the importance-weighted bound with `count` samples, to be passed to
-    `add`. Collective."""
-    training = model.training
-    model.eval()
-    weights = likelihood.draw_log_weights(
-        model,
-        split,
-        encoded,
-        world,
-        count=count,
-        token_budget=token_budget,
-        seed=seed,
-        kept=kept,
-    )
-    model.train(training)
-    nll = -likelihood.importance_weighted_bound(weights)
-    size = likelihood.effective_sample_size(weights)
+def importance_weighted(log_weights: Tensor, split: TokenizedSplit) -> dict[str, Any]:
+    """The metrics of the importance-weighted bound, to be passed to `add`.
+
+    Args:
+        log_weights: (k, N), of the sentences of the split.
+    """
+    nll = -likelihood.importance_weighted_bound(log_weights)
+    size = likelihood.effective_sample_size(log_weights)
     value, error = likelihood.mean(nll)
     units, units_se = likelihood.per_unit(nll, split, "_iw")
     ess, ess_se = likelihood.mean(size)
     return {
         "nll_iw": value,
-        "iw_samples": count,
+        "iw_samples": len(log_weights),
         "iw_ess": ess,
         "iw_ess_min": float(size.min()),
         **units,
@@ -284,12 +301,12 @@ def against_entropy(metrics: dict[str, Any], entropy: float | None, unk: int) ->
     return {"entropy": entropy, "above_entropy": -metrics["elbo"] - entropy}
 
 
-def warnings_of(metrics: dict[str, Any], measured: Measured) -> list[str]:
+def warnings_of(metrics: dict[str, Any], measured: Measured, unk: int = 0) -> list[str]:
     """What a reader of the numbers must know, one sentence each.
 
     Args:
-        metrics: of `summarize`, with those of `importance_weighted` and with `unk` if
-            they are known.
+        metrics: of `summarize`, with those of `importance_weighted` if they are known.
+        unk: the number of unknown pieces.
     """
     if not metrics["kl_per_dim"]:
         return []
@@ -319,9 +336,9 @@ def warnings_of(metrics: dict[str, Any], measured: Measured) -> list[str]:
             f"iw_ess {size:.1f} of {count} samples: few of them carry the importance-weighted "
             f"bound, and nll_iw is too high; take more samples"
         )
-    if metrics.get("unk", 0) > 0.01 * metrics["tokens"]:
+    if unk > 0.01 * metrics["tokens"]:
         warnings.append(
-            f"{metrics['unk'] / metrics['tokens']:.1%} of the tokens are unknown pieces: "
+            f"{unk / metrics['tokens']:.1%} of the tokens are unknown pieces: "
             f"likelihoods are too good"
         )
     if metrics["truncated"] > 0.01 * metrics["sentences"]:
@@ -343,7 +360,7 @@ def _sample(split: TokenizedSplit, count: int) -> TokenizedSplit:
     more."""
     if len(split) <= count:
         return split
-    rng = np.random.default_rng(passes.EVALUATION_SEED)
+    rng = np.random.default_rng(EVALUATION_SEED)
     return split.select(np.sort(rng.choice(len(split), count, replace=False)))
 
 

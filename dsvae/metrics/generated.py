@@ -17,19 +17,17 @@ from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsvae.data import grammar
 from dsvae.data.grammar_variants import parse_condition
-from dsvae.data.noise import PRIOR
+from dsvae.data.noise import PRIOR, normal
 from dsvae.data.tokenization import TokenizedSplit
-from dsvae.metrics import likelihood, passes
+from dsvae.inference.passes import Passes, by_rows, texts_of
+from dsvae.metrics import likelihood
 from dsvae.metrics.diversity import of_conditions, of_outputs
-from dsvae.metrics.reconstruction import greedy, reconstruct, texts
+from dsvae.metrics.reconstruction import generate
 from dsvae.modeling.families import Distribution
-from dsvae.modeling.t5_vae import T5VAE
-from dsvae.parallel.world import World
 
 OUTPUTS = 500
 """Sentences of a model that reads no condition."""
@@ -44,21 +42,13 @@ CLASSES = 20
 
 
 def decode_prior(
-    model: T5VAE,
-    tokenizer: PreTrainedTokenizerBase,
-    world: World,
-    *,
-    token_budget: int,
-    max_tokens: int,
-    seed: int,
+    passes: Passes, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int
 ) -> list[str]:
-    """`OUTPUTS` greedy sentences with z from the fixed prior. Collective."""
-    keys = np.arange(OUTPUTS, dtype=np.uint64)
-    noise = passes.noise_of(keys, PRIOR, 0, model.family.noise_width, seed)
-    latent = model.family.prior().sample(noise)
-    lengths = np.ones(OUTPUTS, dtype=np.int32)
-    limits = {"token_budget": token_budget, "max_tokens": max_tokens}
-    return texts(greedy(model, latent, lengths, world, None, **limits), tokenizer)
+    """Generates `OUTPUTS` greedy sentences with z from the fixed prior. Collective."""
+    keys = ((0, number) for number in range(OUTPUTS))
+    noise = normal(seed, PRIOR, keys, passes.family.noise_width)
+    latent = passes.family.prior().sample(torch.from_numpy(noise))
+    return texts_of(generate(passes, latent, max_tokens), tokenizer)
 
 
 def of_prior(outputs: Sequence[str], seed: int) -> dict[str, Any]:
@@ -90,55 +80,32 @@ class Conditions:
 
 
 def decode_conditions(
-    model: T5VAE,
+    passes: Passes,
     split: TokenizedSplit,
     prior: Distribution,
     tokenizer: PreTrainedTokenizerBase,
-    world: World,
-    *,
-    token_budget: int,
     max_tokens: int,
     seed: int,
 ) -> list[list[str]]:
-    """`DRAWS` greedy sentences for each of the chosen `Conditions` of a split, with z from
-    the condition's prior. Collective.
+    """Generates `DRAWS` greedy sentences for each of the chosen `Conditions` of a split,
+    with z from the condition's prior. Collective.
 
     A model without a latent has one sentence per condition, which stands for all draws.
 
     Args:
         prior: of each sentence of the split, or one for all.
     """
-    first = np.array([rows[0] for rows in Conditions.of(split).chosen])
-    draws = DRAWS if model.config.latent_dim else 1
-    latent = _draws(model, split, prior, first, draws, seed).flatten(0, 1)
-    repeated = split.select(np.repeat(first, draws))
-    limits = {"token_budget": token_budget, "max_tokens": max_tokens}
-    decoded = texts(reconstruct(model, repeated, latent, world, **limits), tokenizer)
-    outputs = [decoded[i : i + draws] for i in range(0, len(decoded), draws)]
-    return [each * (DRAWS // draws) for each in outputs]
-
-
-def _draws(
-    model: T5VAE,
-    split: TokenizedSplit,
-    prior: Distribution,
-    first: NDArray[np.int64],
-    draws: int,
-    seed: int,
-) -> Tensor:
-    """z from the priors of the sentences `first` (C,), (C, draws, Z)."""
-    hashes = split.condition_hashes
+    family, hashes = passes.family, split.condition_hashes
     assert hashes is not None
-    one_for_all = len(prior.parameters) == 1
-    own = model.family.of(prior.parameters[np.zeros_like(first) if one_for_all else first])
-    width = model.family.noise_width
-    return torch.stack(
-        [
-            own.sample(passes.noise_of(hashes[first], PRIOR, draw, width, seed))
-            for draw in range(draws)
-        ],
-        dim=1,
-    )
+    first = np.array([rows[0] for rows in Conditions.of(split).chosen])
+    draws = DRAWS if family.units else 1
+    each = np.repeat(first, draws)
+    keys = [(i % draws, key) for i, key in enumerate(hashes[each].tolist())]
+    noise = normal(seed, PRIOR, keys, family.noise_width)
+    latent = by_rows(family, prior)(each).sample(torch.from_numpy(noise))
+    decoded = texts_of(generate(passes, latent, max_tokens, split.select(each)), tokenizer)
+    outputs = [decoded[i : i + draws] for i in range(0, len(decoded), draws)]
+    return [texts * (DRAWS // draws) for texts in outputs]
 
 
 def of_conditional(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsvae.metrics.progress import progress
+from dsvae.console import progress
 from dsvae.modeling.families import ACTIVE, Distribution
 from dsvae.parallel.world import World
 
@@ -63,7 +63,9 @@ def mutual_information(aggregate: Distribution, latent: Tensor, world: World) ->
     latent = latent.to(world.device)
     rows_at_a_time = max(1, PAIRS // all_posteriors)
     starts = range(world.rank * rows_at_a_time, count, world.size * rows_at_a_time)
-    for start in progress(starts, world, "mutual information"):
+    for start in progress(
+        starts, name="mutual information", unit="batch", delay=10, shown=world.is_main
+    ):
         rows = torch.arange(start, min(start + rows_at_a_time, count), device=world.device)
         pairwise = aggregate.pairwise_log_prob(latent[rows])  # (rows, P)
         own = pairwise.gather(1, rows[:, None])[:, 0]

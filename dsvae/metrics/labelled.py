@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from dsvae.data.tokenization import TokenizedSplit
+from dsvae.inference.passes import Encoded
 from dsvae.metrics.clustering import of_clusters
-from dsvae.metrics.passes import Encoded
 from dsvae.metrics.tagging import of_classes, of_entities
 from dsvae.modeling.crf import IGNORE
 

@@ -21,12 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsvae.data.noise import LATENT
 from dsvae.data.tokenization import TokenizedSplit
-from dsvae.metrics import passes
-from dsvae.metrics.kept import Kept
-from dsvae.modeling.t5_vae import T5VAE
-from dsvae.parallel.world import World
 
 
 def elbo(log_px_z: Tensor, kl: Tensor) -> Tensor:
@@ -61,40 +56,6 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return torch.exp(
         2 * torch.logsumexp(log_weights, dim=0) - torch.logsumexp(2 * log_weights, dim=0)
     )
-
-
-def draw_log_weights(
-    model: T5VAE,
-    split: TokenizedSplit,
-    encoded: passes.Encoded,
-    world: World,
-    *,
-    count: int,
-    token_budget: int,
-    seed: int,
-    kept: Kept | None = None,
-) -> Tensor:
-    """The log importance weights of `count` samples per sentence, (count, N) float64, on
-    every rank. Collective.
-
-    Each sample takes one decoding pass over the split, and no encoding.
-
-    Args:
-        encoded: of all N sentences.
-    """
-    posterior, prior = encoded.posterior, encoded.prior
-    rows = []
-    for sample in range(count):
-        noise = passes.noise_of(split.content_keys, LATENT, sample, model.family.noise_width, seed)
-        latent = posterior.sample(noise)
-        log_px_z = -passes.decode(model, split, latent, world, token_budget, kept)
-        # float64, because the weight is the exponential of a sum of large terms with
-        # opposite signs.
-        exact = latent.double()
-        rows.append(
-            log_importance_weights(log_px_z, prior.log_prob(exact), posterior.log_prob(exact))
-        )
-    return torch.stack(rows)
 
 
 def per_unit(

@@ -1,4 +1,4 @@
-"""Greedy decoding of z; of the posterior's point of a sentence: its reconstruction."""
+"""Greedy decoding of z, and how alike sentences and their reconstructions are."""
 
 from __future__ import annotations
 
@@ -12,77 +12,77 @@ from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dsvae.data.batches import evaluation_batches, row_lengths
+from dsvae.data.batches import row_lengths
+from dsvae.data.noise import PRIOR, normal
 from dsvae.data.tokenization import TokenizedSplit
+from dsvae.inference.passes import Encoded, Passes, Rows, by_rows, texts_of
 from dsvae.metrics import likelihood
-from dsvae.metrics.passes import batch_of
-from dsvae.modeling.t5_vae import T5VAE
-from dsvae.parallel.world import World
+from dsvae.metrics.evaluate import EVALUATION_SEED
 
 
-def reconstruct(
-    model: T5VAE,
-    split: TokenizedSplit,
-    latent: Tensor,
-    world: World,
-    *,
-    token_budget: int,
-    max_tokens: int,
-) -> list[NDArray[np.int64]]:
-    """What `greedy` makes of z (N, Z) of the N sentences of a split, under their own
-    conditions where the decoder reads any. Collective."""
-    lengths = row_lengths(split, "condition") if model.config.conditional else split.lengths
-    limits = {"token_budget": token_budget, "max_tokens": max_tokens}
-    return greedy(model, latent, lengths, world, split, **limits)
-
-
-@torch.no_grad()
-def greedy(
-    model: T5VAE,
-    latent: Tensor,
-    lengths: NDArray[np.int32],
-    world: World,
-    split: TokenizedSplit | None = None,
-    *,
-    token_budget: int,
-    max_tokens: int,
-) -> list[NDArray[np.int64]]:
-    """The greedy decoding of z (N, Z): N arrays of token ids (T_i,), which end with EOS
-    if it came within `max_tokens`. Collective.
+def generate(
+    passes: Passes, latent: Tensor, max_tokens: int, split: TokenizedSplit | None = None
+) -> list[Rows]:
+    """The greedy decoding of z (N, Z): token ids (T_i,), which end with EOS if it came
+    within `max_tokens`. Collective.
 
     Args:
-        lengths: (N,), the tokens that are expected of each.
-        split: has the N conditions of a conditional model.
+        split: the N sentences that z stands for, which have the conditions of a
+            conditional model.
     """
-    training = model.training
-    model.eval()
-    eos = model.config.eos_token_id
-    # 1 + token id, and 0 for no token: the sum over the ranks joins the rows of all.
-    ids = torch.zeros(len(latent), max_tokens, dtype=torch.int32, device=world.device)
-    # Batches of similar length, so that few rows wait for the longest. A text may become
-    # as long as `max_tokens`.
-    lengths = np.maximum(lengths, max_tokens // 4)
-    for indices, weight in evaluation_batches(
-        lengths, token_budget=token_budget, rank=world.rank, world_size=world.size
-    ):
-        condition: dict[str, Tensor | None] = {}
-        if split is not None and model.config.conditional:
-            batch = batch_of(model, split, indices).to(world.device)
-            condition["condition_ids"] = batch.condition_ids
-            condition["condition_mask"] = batch.condition_mask
-        decoded = model.generate(
-            latent=latent[indices].to(world.device),
-            **condition,
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            num_beams=1,
-        )[:, 1:]  # without the start token
-        world.heartbeat("reconstruction")
-        rows = torch.from_numpy(indices[weight > 0]).to(world.device)
-        ids[rows, : decoded.shape[1]] = decoded[: len(rows)].to(torch.int32) + 1
-    model.train(training)
-    rows_of_all = world.sum(ids).cpu().numpy().astype(np.int64)
-    return [_until(row[row > 0] - 1, eos) for row in rows_of_all]
+    conditions, lengths = None, np.ones(len(latent), dtype=np.int32)
+    if split is not None:
+        lengths = split.lengths
+        if passes.model.config.conditional:
+            conditions = split.conditions(range(len(split)))
+            lengths = row_lengths(split, "condition")
+    return passes.generate(
+        latent,
+        conditions,
+        # Few rows wait for the longest. A text may become as long as `max_tokens`.
+        np.maximum(lengths, max_tokens // 4),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        num_beams=1,
+    )
+
+
+def samples(
+    passes: Passes,
+    split: TokenizedSplit,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    max_tokens: int,
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Decodes greedily: (sentence, reconstruction from the posterior mean) of the
+    sentences `rows` of a split, and as many sentences with z from the prior. Collective.
+
+    A language model has no z and so a single greedy sentence: it gets that sentence and
+    no pairs. With conditions, each sentence is decoded for its own, which stands before
+    those of the prior.
+
+    Args:
+        encoded: of all sentences of the split.
+    """
+    config, family = passes.model.config, passes.family
+    if not family.units and not config.conditional:
+        rows = rows[:1]
+    if not len(rows):
+        return [], []
+    keys = [(0, key) for key in split.content_keys[rows].tolist()]
+    noise = torch.from_numpy(normal(EVALUATION_SEED, PRIOR, keys, family.noise_width))
+    drawn = by_rows(family, encoded.prior)(rows).sample(noise)
+    own = rows if family.units else rows[:0]
+    latent = torch.cat([encoded.posterior.point[own], drawn])
+    conditions = split.select([*own, *rows]) if config.conditional else None
+    decoded = texts_of(generate(passes, latent, max_tokens, conditions), tokenizer)
+    from_prior = decoded[len(own) :]
+    if conditions is not None:
+        names = texts_of(split.conditions(rows) or [], tokenizer)
+        from_prior = [f"{name} -> {text}" for name, text in zip(names, from_prior, strict=True)]
+    originals = texts_of(split.rows(own), tokenizer)
+    return list(zip(originals, decoded[: len(own)], strict=True)), from_prior
 
 
 def compare(
@@ -109,7 +109,7 @@ def compare(
         se: standard errors over sentences of the first two.
     """
     originals = split.rows(np.arange(len(split)))
-    hypotheses = texts(decoded, tokenizer)
+    hypotheses = texts_of(decoded, tokenizer)
     exact = torch.tensor(
         [a.split() == b.split() for a, b in zip(references, hypotheses, strict=True)]
     )
@@ -128,20 +128,3 @@ def compare(
         "chrf_signature": str(chrf.get_signature()),
         "se": {"exact_match": exact_se, "token_accuracy": token_se},
     }
-
-
-def texts(rows: list[NDArray[np.int64]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Token ids as text, without EOS and padding; an unknown piece stays visible."""
-    hidden = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]
-    shown = [row[~np.isin(row, hidden)].tolist() for row in rows]
-    # Cleaning up would change the text ("do n't" to "don't"), but not the reference.
-    return [
-        str(tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        for row in shown
-    ]
-
-
-def _until(ids: NDArray[np.int64], eos: int) -> NDArray[np.int64]:
-    """The ids up to the first EOS, which is included."""
-    ends = np.flatnonzero(ids == eos)
-    return ids[: ends[0] + 1] if len(ends) else ids

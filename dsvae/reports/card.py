@@ -28,7 +28,7 @@ def write_card(
 
     Args:
         model: the configuration of its model.
-        pairs, prior: text samples from `dsvae.metrics.text`.
+        pairs, prior: text samples from `dsvae.metrics.reconstruction.samples`.
     """
     trained = {"all": "phase 1 and phase 2", "1": "phase 1", "2": "phase 2"}[config.phase]
     table = result_table("test", metrics)

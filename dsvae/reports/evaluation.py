@@ -6,7 +6,8 @@ scores and plots from their results, and writes the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,40 +15,32 @@ from typing import Any, TypeVar
 
 import datasets
 import numpy as np
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dsvae import pretrained
 from dsvae.config import DataConfig
 from dsvae.data import grammar
-from dsvae.data.noise import LATENT
-from dsvae.data.records import Columns
+from dsvae.data.records import Columns, Record
 from dsvae.errors import UserError
 from dsvae.files import make_writable, write_json
 from dsvae.generation.sentence_vae import check_seed
-from dsvae.metrics import generated, passes
+from dsvae.inference.passes import Passes
+from dsvae.metrics import generated
 from dsvae.metrics.disentanglement import disentanglement
-from dsvae.metrics.evaluate import (
-    Measured,
-    add,
-    against_entropy,
-    importance_weighted,
-    measure,
-    summarize,
-    warnings_of,
-)
+from dsvae.metrics.evaluate import EVALUATION_SEED, Measured, add, evaluate
 from dsvae.metrics.information import active_unit_curve
-from dsvae.metrics.labelled import of_heads
 from dsvae.metrics.probes import probe
-from dsvae.metrics.reconstruction import compare, reconstruct
-from dsvae.metrics.text import samples as text_samples
-from dsvae.modeling.families import ACTIVE, Distribution
+from dsvae.metrics.reconstruction import compare, generate
+from dsvae.metrics.reconstruction import samples as show_samples
+from dsvae.modeling.families import ACTIVE
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.world import World, joined
 from dsvae.reports.html import write_report
 from dsvae.reports.projector import write_projector
-from dsvae.reports.sentences import Sentences, check_factors, input_hashes, read
+from dsvae.reports.sentences import Sentences, check_factors, input_hashes, of_records, read
 from dsvae.reports.table import table
 
 SHOWN = 20
@@ -70,6 +63,68 @@ class Evaluation:
 
 
 def evaluate_model(
+    model: T5VAE,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str | Record],
+    *,
+    samples: int = 1,
+    iw_samples: int | None = None,
+    token_budget: int = 16384,
+    max_tokens: int | None = None,
+    seed: int = EVALUATION_SEED,
+) -> dict[str, Any]:
+    """Measures a model on sentences; returns the metrics, with the names and units of
+    metrics.json. `se` has the standard error over sentences of every mean.
+
+        from dsvae.reports.evaluation import evaluate_model
+        metrics = evaluate_model(model, tokenizer, ["the food was cold .", ...])
+        print(metrics["elbo"], "+-", metrics["se"]["elbo"])
+
+    If torch.distributed is initialized, every rank calls it, and the ranks share the
+    work.
+
+    Args:
+        model: on the device where it is to run.
+        sentences: texts, or records (`dsvae.data.records.Record`) that also have a
+            condition, a label or tags, if the model reads or predicts them.
+        samples: samples of z per sentence for the ELBO.
+        iw_samples: samples of z per sentence for the importance-weighted bound. None:
+            the bound is not measured.
+        token_budget: most padded tokens per forward pass on one rank; it changes only the
+            speed.
+        max_tokens: longest sentence in tokens, EOS included. None: that of the model's
+            training.
+        seed: of the draws of z and of the folds of the probes.
+
+    Raises:
+        UserError: on every rank, if an argument does not fit.
+    """
+    _check(samples, iw_samples, token_budget, max_tokens, seed)
+    limit = _limit(model, max_tokens)
+    records = [each if isinstance(each, Record) else Record(each) for each in sentences]
+    if any(record.condition is None for record in records) and any(r.condition for r in records):
+        raise UserError("some records have a condition and some have none: give each one its own")
+    condition, label, tags = (
+        kind if any(getattr(record, kind) is not None for record in records) else None
+        for kind in ("condition", "label", "tags")
+    )
+    columns = Columns("text", condition, label, tags)
+    where = "the list of sentences"
+    text = of_records(records, columns, model.config, tokenizer, limit, where, where)
+    with joined() if dist.is_initialized() else nullcontext() as world:
+        passes = Passes(model, world, token_budget=token_budget)
+        return evaluate_sentences(
+            passes,
+            tokenizer,
+            text,
+            samples=samples,
+            iw_samples=iw_samples,
+            max_tokens=limit,
+            seed=seed,
+        ).metrics
+
+
+def evaluate_directory(
     model_dir: str,
     test_file: str | None = None,
     labels_file: str | None = None,
@@ -79,26 +134,21 @@ def evaluate_model(
     batch_tokens: int = 16384,
     text_column: str = "text",
     max_tokens: int | None = None,
-    seed: int = passes.EVALUATION_SEED,
+    seed: int = EVALUATION_SEED,
     condition_column: str | None = None,
     label_column: str | None = None,
     tags_column: str | None = None,
     sentences: int | None = None,
 ) -> dict[str, Any]:
-    """Measures a finished model on sentences, prints a table, and writes metrics.json,
-    report.html and the projector's files.
-
-        from dsvae.reports.evaluation import evaluate_model
-        metrics = evaluate_model("runs/yelp/model", "test.txt", "test.labels")
-        print(metrics["elbo"], "+-", metrics["se"]["elbo"])
+    """Runs `dsvae evaluate`: measures the model of a directory, prints a table, and
+    writes metrics.json, report.html and the projector's files.
 
     Under deepspeed, torchrun or srun every process calls it. The ranks share the work,
     and rank 0 prints and writes.
 
     The arguments are the flags of `dsvae evaluate`, and its help describes them.
 
-    Returns: the metrics, on every rank, with names and units as in the table. `se` has
-        the standard error over sentences of every mean.
+    Returns: the metrics, on every rank, as `evaluate_model`.
 
     Raises:
         UserError: on every rank, before anything is written.
@@ -108,7 +158,7 @@ def evaluate_model(
     datasets.disable_progress_bars()
     with joined() as world:
         model, tokenizer = _main_first(world, lambda: pretrained.load(model_dir))
-        limit = max_tokens or model.config.max_tokens or DataConfig.max_tokens
+        limit = _limit(model, max_tokens)
         columns = Columns(text_column, condition_column, label_column, tags_column)
         text = _main_first(
             world,
@@ -122,13 +172,11 @@ def evaluate_model(
         world.run_on_rank0(lambda: make_writable(directory, "--output"))
         nn.Module.to(model, world.device)  # transformers' own `to` is not annotated
         evaluation = evaluate_sentences(
-            model,
+            Passes(model, world, token_budget=batch_tokens),
             tokenizer,
             text,
-            world,
             samples=samples,
             iw_samples=iw_samples,
-            token_budget=batch_tokens,
             max_tokens=limit,
             seed=seed,
         )
@@ -138,47 +186,40 @@ def evaluate_model(
 
 
 def evaluate_sentences(
-    model: T5VAE,
+    passes: Passes,
     tokenizer: PreTrainedTokenizerBase,
     text: Sentences,
-    world: World,
     *,
     samples: int,
     iw_samples: int | None,
-    token_budget: int,
     max_tokens: int,
     seed: int,
 ) -> Evaluation:
     """Measures a model and writes nothing; arguments as in `evaluate_model`.
     Collective."""
-    split, config = text.split, model.config
-    measured = measure(model, split, world, samples=samples, token_budget=token_budget, seed=seed)
-    metrics = summarize(measured, split)
-    add(metrics, of_heads(measured.encoded, split, config.classes, config.tags, seed))
-    limits = {"token_budget": token_budget, "max_tokens": max_tokens}
-    if iw_samples:
-        options: dict[str, Any] = {"count": iw_samples, "token_budget": token_budget, "seed": seed}
-        add(metrics, importance_weighted(model, split, measured.encoded, world, **options))
+    split, config, world = text.split, passes.model.config, passes.world
+    metrics, measured = evaluate(
+        passes,
+        split,
+        samples=samples,
+        iw_samples=iw_samples,
+        seed=seed,
+        entropy=None if text.factors is None else grammar.ENTROPY,
+        unk=text.counts["unk"],
+    )
     pairs: list[tuple[str, str]] = []
     prior: list[str] = []
     if config.latent_dim:
         metrics["au_curve"] = active_unit_curve(measured.posterior)
-        decoded = reconstruct(model, split, measured.posterior.point, world, **limits)
+        decoded = generate(passes, measured.posterior.point, max_tokens, split)
         add(metrics, world.run_on_rank0(lambda: compare(split, text.texts, decoded, tokenizer)))
-        noise = passes.noise_of(split.content_keys, LATENT, 0, model.family.noise_width, seed)
-        draws = measured.posterior.sample(noise)
-        metrics |= world.run_on_rank0(
-            lambda: _use_of_latents(model, measured.posterior, draws, text, seed)
-        )
+        metrics |= world.run_on_rank0(lambda: _use_of_latents(passes.model, measured, text, seed))
     if config.latent_dim or config.conditional:
         shown = np.argsort(split.content_keys)[:SHOWN]
-        some = split.select(shown)
-        pairs, prior = text_samples(model, some, tokenizer, world, len(shown), max_tokens)
-        pairs = [(text.texts[i], again) for i, (_, again) in zip(shown, pairs, strict=False)]
-        add(metrics, _generated(model, tokenizer, measured, text, world, seed, limits))
+        pairs, prior = show_samples(passes, split, measured.encoded, tokenizer, shown, max_tokens)
+        pairs = [(text.texts[i], decoded) for i, (_, decoded) in zip(shown, pairs, strict=False)]
+        add(metrics, _generated(passes, tokenizer, measured, text, max_tokens, seed))
     metrics |= {name: count for name, count in text.counts.items() if name != "truncated"}
-    known = None if text.factors is None else grammar.ENTROPY
-    metrics |= against_entropy(metrics, known, text.counts["unk"])
     metrics |= {
         "latent_dim": config.latent_dim,
         "source": text.source,
@@ -188,7 +229,7 @@ def evaluate_sentences(
         "estimators": _estimators(samples, iw_samples, config.latent_dim),
         "policies": _policies(max_tokens, tokenizer.is_fast, config, metrics.get("conditions")),
     }
-    metrics["warnings"] = [*warnings_of(metrics, measured), *text.warnings]
+    metrics["warnings"] += text.warnings
     if not metrics["au"] and ("probes" in metrics or "disentanglement" in metrics):
         metrics["warnings"].append(
             "no unit of z is active, so the probes and the scores of disentanglement are null"
@@ -197,37 +238,34 @@ def evaluate_sentences(
 
 
 def _generated(
-    model: T5VAE,
+    passes: Passes,
     tokenizer: PreTrainedTokenizerBase,
     measured: Measured,
     text: Sentences,
-    world: World,
+    max_tokens: int,
     seed: int,
-    limits: dict[str, int],
 ) -> dict[str, Any]:
     """The metrics of greedy sentences with z from the prior. Collective."""
-    if not model.config.conditional:
-        outputs = generated.decode_prior(model, tokenizer, world, seed=seed, **limits)
+    world = passes.world
+    if not passes.model.config.conditional:
+        outputs = generated.decode_prior(passes, tokenizer, max_tokens, seed)
         return world.run_on_rank0(lambda: generated.of_prior(outputs, seed))
     assert text.conditions is not None
     conditions, prior = text.conditions, measured.encoded.prior
-    answers = generated.decode_conditions(
-        model, text.split, prior, tokenizer, world, seed=seed, **limits
-    )
+    answers = generated.decode_conditions(passes, text.split, prior, tokenizer, max_tokens, seed)
     return world.run_on_rank0(
         lambda: generated.of_conditional(answers, text.split, text.texts, conditions)
     )
 
 
-def _use_of_latents(
-    model: T5VAE, posterior: Distribution, draws: Tensor, text: Sentences, seed: int
-) -> dict[str, Any]:
+def _use_of_latents(model: T5VAE, measured: Measured, text: Sentences, seed: int) -> dict[str, Any]:
     """Probes for every label, and disentanglement where the factors are known, of the
-    active units; null where none is active. `draws` (N, Z) has one per sentence."""
+    active units; null if none is active."""
+    posterior = measured.posterior
     active = np.flatnonzero((posterior.activity() > ACTIVE).numpy())
     width = model.family.latent_width // model.family.units
     columns = (active[:, None] * width + np.arange(width)).ravel()
-    means, drawn = (z.double().numpy()[:, columns] for z in (posterior.point, draws))
+    means, drawn = (z.double().numpy()[:, columns] for z in (posterior.point, measured.draws))
     # Random numbers below follow the order of the rows, which must not be that of the file.
     keys = text.split.content_keys
     hashes = input_hashes(text.split, model.config)
@@ -338,6 +376,11 @@ def _default_output(model_dir: str) -> Path:
     return directory / "evaluation" if directory.is_dir() else Path("evaluation")
 
 
+def _limit(model: T5VAE, max_tokens: int | None) -> int:
+    """The longest sentence in tokens: as given, or as in the model's training."""
+    return max_tokens or model.config.max_tokens or DataConfig.max_tokens
+
+
 def _main_first(world: World, load: Callable[[], T]) -> T:
     """Calls `load` on every rank, on rank 0 first. A UserError of one is raised on all."""
     box: list[T] = []
@@ -351,7 +394,7 @@ def _check(
     batch_tokens: int,
     max_tokens: int | None,
     seed: int,
-    sentences: int | None,
+    sentences: int | None = None,
 ) -> None:
     numbers = {"samples": (samples, 1), "batch_tokens": (batch_tokens, 1), "seed": (seed, 0)}
     optional = {

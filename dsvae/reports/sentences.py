@@ -5,6 +5,7 @@ from."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from dsvae.data.record_tokens import Names, tokenize
 from dsvae.data.records import Columns, Record
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
+from dsvae.inference.passes import texts_of
 from dsvae.metrics.probes import usable_labels
-from dsvae.metrics.reconstruction import texts as decoded
 
 _COUNTED = ("unk", "truncated", "skipped_blank")
 BUILTIN_SENTENCES = 5_000
@@ -47,6 +48,8 @@ class Sentences:
     """(N, K), indices of values in `grammar.FACTORS`, for the built-in corpus."""
     conditions: list[str] | None = None
     """As the user wrote them; None where none are read."""
+    kept: NDArray[np.int64] | None = None
+    """(N,), which of the records each sentence is; None for the built-in corpus."""
     warnings: list[str] = field(default_factory=list)
     """What cannot be measured on them, one sentence each."""
 
@@ -73,7 +76,8 @@ def read(
         UserError: a file is missing, empty or not what it should be, the labels do not
             fit the sentences, or the columns do not fit the model.
     """
-    _check_columns(test_file, labels_file, columns, config)
+    _check_model(columns, config)
+    _check_columns(test_file, labels_file, columns)
     if test_file is None:
         return _builtin(tokenizer, max_tokens, min(most or BUILTIN_SENTENCES, BUILTIN_SENTENCES))
     path = Path(test_file).expanduser()
@@ -85,25 +89,51 @@ def read(
         source = f"{most:,} sentences of {source}, chosen by hash"
         records, texts = [records[i] for i in rows], [texts[i] for i in rows]
         labels = None if labels is None else labels[rows]
+    found = of_records(records, columns, config, tokenizer, max_tokens, str(path), source)
+    if labels is not None:
+        # Checked before hours of work.
+        labels = labels[found.kept]
+        usable_labels(_pairs(labels, found.split, config), str(labels_file))
+        found.labels["label"] = labels
+    return found
+
+
+def of_records(
+    records: Sequence[Record],
+    columns: Columns,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    where: str,
+    source: str,
+) -> Sentences:
+    """The sentences of records, with what belongs to them in `columns`; arguments as in
+    `read`.
+
+    Args:
+        where: what errors call the place of the records.
+        source: what the report calls it.
+
+    Raises:
+        UserError: no sentence is left, or the columns do not fit the model.
+    """
+    _check_model(columns, config)
     known = tuple(config.classes) or tuple(sorted({r.label for r in records if r.label}))
     names = Names(known, tuple(config.tags))
-    split, kept, figures = tokenize(records, tokenizer, max_tokens, str(path), columns, names)
+    split, kept, figures = tokenize(records, tokenizer, max_tokens, where, columns, names)
     counted = [*_COUNTED]
     counted += ["conditions_truncated"] * (columns.condition is not None)
     counted += ["tags_truncated"] * (columns.tags is not None)
     found = Sentences(
         split,
-        _as_seen([texts[i] for i in kept], split, tokenizer),
+        _as_seen([records[i].text for i in kept], split, tokenizer),
         source,
         {name: figures[name] for name in counted},
         conditions=None if columns.condition is None else [str(records[i].condition) for i in kept],
+        kept=kept,
     )
-    if labels is not None:
-        # Checked before hours of work.
-        usable_labels(_pairs(labels[kept], split, config), str(labels_file))
-        found.labels["label"] = labels[kept]
-    elif columns.label is not None:
-        _probe_column(found, [records[i] for i in kept], config, f"{path}, {columns.label}")
+    if columns.label is not None:
+        _probe_column(found, [records[i] for i in kept], config, f"{where}, {columns.label}")
     return found
 
 
@@ -128,19 +158,20 @@ def input_hashes(split: TokenizedSplit, config: PreTrainedConfig) -> NDArray[np.
     return split.record_hashes
 
 
-def _check_columns(
-    test_file: str | None, labels_file: str | None, columns: Columns, config: PreTrainedConfig
-) -> None:
+def _check_model(columns: Columns, config: PreTrainedConfig) -> None:
     reads = config.conditional or config.posterior_reads == "condition"
     if reads and columns.condition is None:
         raise UserError(
-            "this model reads conditions: give a --test_file that has them, and name their column "
-            "with --condition_column"
+            "this model reads conditions: give every sentence its own (Record.condition, or "
+            "--condition_column of --test_file)"
         )
     if not reads and columns.condition is not None:
-        raise UserError("this model reads no conditions: leave out --condition_column")
+        raise UserError("this model reads no conditions: leave out theirs (--condition_column)")
     if columns.tags is not None and not config.tags:
-        raise UserError("this model predicts no tags: leave out --tags_column")
+        raise UserError("this model predicts no tags: leave out theirs (--tags_column)")
+
+
+def _check_columns(test_file: str | None, labels_file: str | None, columns: Columns) -> None:
     flags = {"labels_file": labels_file is not None}
     flags |= {f"{kind}_column": True for kind in columns.extra}
     for flag in (name for name, given in flags.items() if given):
@@ -210,7 +241,7 @@ def _as_seen(
             spans = tokenizer(texts[i], return_offsets_mapping=True, **plain)["offset_mapping"]
             texts[i] = texts[i][: spans[len(ids) - 1][1]]
         else:
-            texts[i] = decoded([ids], tokenizer)[0]
+            texts[i] = texts_of([ids], tokenizer)[0]
     return texts
 
 

@@ -60,7 +60,7 @@ def result_table(title: str, metrics: dict[str, Any]) -> str:
     lines = [f"{title} ({metrics['sentences']:,} sentences)"]
     rows = []
     for metric in catalog.METRICS:
-        meaning = metric.meaning if latent else metric.exact
+        meaning = metric.meaning if latent else metric.meaning_without_latent
         if catalog.SUMMARY in metric.places and meaning is not None:
             rows += _rows(metric, meaning, metrics)
     width = max(13, *(len(row.name) for row in rows))
@@ -103,11 +103,11 @@ def error(value: float | None, se: float | None) -> str:
 
 def _meaning(metric: Metric, title: str, latent: bool) -> str | None:
     """The words of a metric in a section; None where it has no row there."""
-    if latent and metric.again is not None and metric.again[0] == title:
-        return metric.again[1]
+    if latent and metric.second_row is not None and metric.second_row[0] == title:
+        return metric.second_row[1]
     if metric.section != title:
         return None
-    return metric.meaning if latent else metric.exact
+    return metric.meaning if latent else metric.meaning_without_latent
 
 
 def _rows(metric: Metric, meaning: str, metrics: dict[str, Any]) -> list[Row]:

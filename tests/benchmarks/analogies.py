@@ -56,7 +56,7 @@ from benchmarks.style_transfer import Given
 
 from dsvae.errors import UserError
 from dsvae.generation import geometry
-from dsvae.metrics import likelihood, passes
+from dsvae.metrics import likelihood
 from dsvae.metrics.diversity import bleu
 from dsvae.reports.table import error, markdown, number
 
@@ -169,9 +169,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if not given.vae.model.family.continuous:
         raise UserError(f"{args.model_dir} has categories, which cannot be added: give another")
     chosen, language_model = given.chosen, given.language_model
-    point = passes.encode(
-        given.vae.model, given.split, style_transfer.WORLD, style_transfer.BUDGET
-    ).posterior.point
+    point = style_transfer.passes(given.vae.model).encode(given.split).posterior.point
     moved = analogies(given, point, args.pairs, args.train_sentences, args.seed)
     reconstructions = given.vae.decode(point)
     texts = {name: given.vae.decode(latent) for name, latent in moved.items()}

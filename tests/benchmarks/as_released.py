@@ -39,7 +39,7 @@ from dsvae.data import batches, order
 from dsvae.data.batches import MicroBatch, TrainingBatches
 from dsvae.engine import engine, weights
 from dsvae.failures import end_process
-from dsvae.metrics import passes
+from dsvae.inference import passes
 from dsvae.modeling import t5_vae
 from dsvae.modeling.attention import LATENT_ATTENTION, latent_attention_forward
 from dsvae.modeling.backbone import T5Backbone

@@ -57,6 +57,7 @@ from dsvae.data.record_tokens import tokenize
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.files import write_json
+from dsvae.inference.passes import Passes
 from dsvae.metrics import evaluate
 from dsvae.modeling.families import GaussianFamily
 from dsvae.parallel.world import World
@@ -230,9 +231,9 @@ def measure(
     model: Any, split: TokenizedSplit, more: TokenizedSplit, args: argparse.Namespace
 ) -> dict[str, Any]:
     """`test` and `many_draws` as in the JSON file."""
-    options: dict[str, Any] = {"token_budget": BUDGET, "seed": 0}
+    passes = Passes(model, WORLD, token_budget=BUDGET)
     with torch.inference_mode():
-        found = evaluate.measure(model, split, WORLD, samples=1, more=more, **options)
+        found = evaluate.measure(passes, split, samples=1, seed=0, more=more)
         test = evaluate.summarize(found, split)
         results = {"test": test}
         if model.config.latent_dim:
@@ -242,10 +243,8 @@ def measure(
             ):
                 rows = np.argsort(split.content_keys)[:sentences]
                 part = split.select(rows)
-                encoded = evaluate.passes.encode(model, part, WORLD, BUDGET)
-                more_of = evaluate.importance_weighted(
-                    model, part, encoded, WORLD, count=draws, **options
-                )
+                own_of = evaluate.measure(passes, part, samples=1, iw_samples=draws, seed=0)
+                more_of = evaluate.importance_weighted(own_of.log_weights, part)
                 if name == "many_draws":
                     own = {"rec": found.rec[rows], "kl": found.kl.sum(1)[rows]}
                     means = {each: evaluate.likelihood.mean(own[each]) for each in own}

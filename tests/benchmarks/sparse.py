@@ -47,10 +47,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.labelled import Labelled, longest, read, tokens
 
 from dsvae import pretrained
-from dsvae.data.noise import LATENT
+from dsvae.data.noise import LATENT, normal
 from dsvae.errors import UserError
 from dsvae.files import write_json
-from dsvae.metrics import passes
+from dsvae.inference.passes import Passes
 from dsvae.metrics.catalog import differences
 from dsvae.metrics.codes import average_hoyer, hoyer
 from dsvae.modeling.families import Distribution
@@ -93,9 +93,10 @@ def accuracy(train: tuple[Tensor, Any], test: tuple[Tensor, Any]) -> float:
 def encode(model: T5VAE, tokenizer: Any, sentences: Labelled) -> tuple[Distribution, Tensor, Any]:
     """The posteriors of sentences, a draw of each, and their labels."""
     split, kept = tokens(sentences, tokenizer, longest(model))
-    posterior = passes.encode(model, split, WORLD, BUDGET).posterior
-    noise = passes.noise_of(split.content_keys, LATENT, 0, model.family.noise_width)
-    return posterior, posterior.sample(noise), kept.labels
+    posterior = Passes(model, WORLD, token_budget=BUDGET).encode(split).posterior
+    keys = [(0, key) for key in split.content_keys.tolist()]
+    noise = normal(0, LATENT, keys, model.family.noise_width)
+    return posterior, posterior.sample(torch.from_numpy(noise)), kept.labels
 
 
 def measure(directory: Path, train: Labelled, test: Labelled) -> dict[str, float]:

@@ -59,7 +59,8 @@ from dsvae.data.record_tokens import tokenize
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE
-from dsvae.metrics import likelihood, passes
+from dsvae.inference.passes import Passes
+from dsvae.metrics import likelihood
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.world import World
 from dsvae.reports.table import error, markdown, number
@@ -131,7 +132,7 @@ def transfers(
         }
         return rows, {"length_of_direction": float(toward.norm()), "toward": other, "from": one}
     split, kept = tokens(train, vae.tokenizer, vae.inputs.max_tokens)
-    found = passes.encode(vae.model, split, WORLD, BUDGET).posterior.point
+    found = passes(vae.model).encode(split).posterior.point
     codes = found.view(len(found), family.units, -1).argmax(-1).numpy()
     chosen = choose(codes, kept.labels)
     unit = chosen["variable"]
@@ -167,6 +168,11 @@ def train_classifier(train: Labelled) -> Pipeline:
     return make_pipeline(features, LogisticRegression(max_iter=1000)).fit(train.texts, train.labels)
 
 
+def passes(model: T5VAE) -> Passes:
+    """Passes with progress bars."""
+    return Passes(model, WORLD, token_budget=BUDGET)
+
+
 def perplexity(model: T5VAE, tokenizer: Any, texts: list[str]) -> dict[str, float]:
     """`ppl`, per token, and its standard error, of the sentences that are not blank, by a
     language model; `blank` and `unk`, the blank ones and the unknown tokens."""
@@ -174,8 +180,9 @@ def perplexity(model: T5VAE, tokenizer: Any, texts: list[str]) -> dict[str, floa
         split, _, counts = tokenize(texts, tokenizer, LONGEST, "the sentences")
     except UserError:  # nothing but blank ones
         return {"ppl": math.nan, "ppl_se": math.nan, "blank": len(texts), "unk": 0}
-    nats = passes.decode(model, split, torch.zeros(len(split), 0), WORLD, BUDGET)
-    values, errors = likelihood.per_unit(nats, split)
+    nothing = torch.zeros(len(split), 0)
+    log_p, _ = passes(model).decode(split, lambda rows: (nothing[rows], nothing[rows]), "")
+    values, errors = likelihood.per_unit(-log_p, split)
     return {
         "ppl": values["ppl_token"],
         "ppl_se": errors["ppl_token"],
@@ -269,7 +276,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     given = load(args)
     vae, train, test, chosen = given.vae, given.train, given.test, given.chosen
     targets, language_model = given.targets, given.language_model
-    point = passes.encode(vae.model, given.split, WORLD, BUDGET).posterior.point
+    point = passes(vae.model).encode(given.split).posterior.point
     deciding = train.draw(args.train_sentences, args.seed)
     moved, how = transfers(vae, deciding, point, targets, args.strengths)
 

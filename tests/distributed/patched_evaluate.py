@@ -35,9 +35,9 @@ if os.environ["RANK"] == "1":
     if fault == "load":
         pretrained.load = no_weights
     elif fault == "error":
-        evaluation.reconstruct = no_memory
+        evaluation.generate = no_memory
     elif fault == "killed":
-        evaluation.reconstruct = killed
+        evaluation.generate = killed
     elif fault == "gpu":
         world._device = lambda local_rank: torch.device("cuda", local_rank)
         torch.accelerator.device_count = lambda: 1

@@ -34,7 +34,7 @@ from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.model_directory import ModelDirectory
 from dsvae.engine.weights import full_weights
 from dsvae.errors import UserError
-from dsvae.metrics.kept import Kept
+from dsvae.inference.kept import Kept
 from dsvae.modeling.vocabulary import VocabularyHead
 from dsvae.parallel import world
 from dsvae.parallel.stopping import Stopping

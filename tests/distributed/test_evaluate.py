@@ -10,7 +10,7 @@ from launch import start
 from small_models import make_vae, small_tokenizer
 
 from dsvae.data.grammar import generate
-from dsvae.reports.evaluation import evaluate_model
+from dsvae.reports.evaluation import evaluate_directory
 
 PATCHED = Path(__file__).with_name("patched_evaluate.py")
 
@@ -83,8 +83,8 @@ def test_the_callers_environment_is_left_as_it_was(before, directory, tmp_path, 
         monkeypatch.setenv(name, value)
     environment = dict(os.environ)
     arguments = {"test_file": str(directory / "test.txt"), "output": str(tmp_path / "out")}
-    evaluate_model(str(directory / "model"), **arguments)
+    evaluate_directory(str(directory / "model"), **arguments)
     assert dict(os.environ) == environment
     with pytest.raises(Exception, match="nowhere"):
-        evaluate_model(str(tmp_path / "nowhere"), **arguments)
+        evaluate_directory(str(tmp_path / "nowhere"), **arguments)
     assert dict(os.environ) == environment

@@ -16,9 +16,9 @@ from dsvae.config import load
 from dsvae.data.batches import TrainingBatches
 from dsvae.data.prepared import load_prepared, prepare
 from dsvae.export import export_checkpoint
+from dsvae.inference.passes import Passes
 from dsvae.metrics.evaluate import evaluate
 from dsvae.modeling.crf import IGNORE
-from dsvae.parallel.world import World
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "old", "new", "small", "big"]
 TAGS = {"cat": "B-X", "dog": "B-X", "small": "I-X", "big": "I-X"}
@@ -161,13 +161,11 @@ def test_the_evaluation_on_two_ranks_is_that_of_the_exported_model_on_one(run):
     assert (model.config.classes, model.config.tags) == (["no", "yes"], ["B-X", "I-X", "O"])
     assert (model.config.prior, model.config.clusters) == ("learned", 3)
     config, data = prepared_of(directory)
-    alone = evaluate(
-        model,
+    alone, _ = evaluate(
+        Passes(model, token_budget=10_000),
         data.splits["test"],
-        World(0, 0, 1, torch.device("cpu")),
         samples=config.eval.samples,
         iw_samples=config.eval.iw_samples,
-        token_budget=10_000,
         more=data.splits["train"],
     )
     found = json.loads((directory / "metrics.json").read_text())["test"]

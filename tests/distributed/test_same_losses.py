@@ -17,8 +17,8 @@ from dsvae.config import DataConfig
 from dsvae.data.batches import TrainingBatches
 from dsvae.data.prepared import load_prepared, prepare
 from dsvae.export import export_checkpoint
+from dsvae.inference.passes import Passes
 from dsvae.metrics.evaluate import evaluate
-from dsvae.parallel.world import World
 
 STEPS = 6
 
@@ -354,13 +354,11 @@ def test_losses_and_weights_are_those_of_plain_torch(
 
     # The evaluation at the end, sharded over ranks and weights, against one process
     # with the whole model.
-    alone = evaluate(
-        exported,
+    alone, _ = evaluate(
+        Passes(exported, token_budget=700),
         prepared.splits["test"],
-        World(0, 0, 1, torch.device("cpu")),
         samples=1,
         iw_samples=10,
-        token_budget=700,
         more=prepared.splits["train"],
     )
     final = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]

@@ -4,12 +4,14 @@ import sys
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import torch
 
 from dsvae.data.grammar import generate
 from dsvae.data.record_tokens import tokenize
 from dsvae.engine.process_group import lend_to_deepspeed
-from dsvae.metrics import text
+from dsvae.inference.passes import Passes
+from dsvae.metrics.reconstruction import samples
 from dsvae.parallel.world import join, leave
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -40,7 +42,8 @@ def diverge(module, arguments, output):
 
 
 model.module.register_forward_hook(diverge)
-pairs, prior = text.samples(model.module, split, tokenizer, world, 2, 12)
+inference = Passes(model.module, world, token_budget=4096)
+pairs, prior = samples(inference, split, inference.encode(split), tokenizer, np.arange(2), 12)
 print(f"rank {world.rank}: {len(passes)} passes, {max(map(len, prior))} characters")
 sys.stdout.flush()
 leave(world)

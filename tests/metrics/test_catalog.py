@@ -4,7 +4,6 @@ import csv
 import json
 
 import pytest
-import torch
 import yaml
 from small_models import SMALL, make_vae, small_tokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,10 +13,11 @@ from dsvae.config import RunConfig
 from dsvae.data.grammar import generate
 from dsvae.data.record_tokens import tokenize
 from dsvae.data.records import Columns
+from dsvae.data.record_tokens import tokenize
+from dsvae.inference.passes import Passes
 from dsvae.metrics import catalog, clustering, diversity, tagging
 from dsvae.metrics.catalog import COLUMN, MAIN, METRICS, SUMMARY, Metric
 from dsvae.metrics.evaluate import evaluate
-from dsvae.parallel.world import World
 from dsvae.reports.card import write_card
 from dsvae.reports.evaluation import evaluate_sentences
 from dsvae.reports.html import write_report
@@ -25,7 +25,6 @@ from dsvae.reports.sentences import read
 from dsvae.reports.table import result_table, table
 from dsvae.reports.training_log import Reporter
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
 TEXTS = [drawn.text for drawn in generate(60, seed=3)]
 NAMES = {metric.name for metric in METRICS}
 
@@ -41,8 +40,8 @@ def evaluation(tokenizer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dsvae.reports.sentences.BUILTIN_SENTENCES", 120)
         text = read(None, None, Columns(), make_vae().config, tokenizer, 64)
-    options = {"samples": 1, "iw_samples": 2, "token_budget": 4096, "max_tokens": 64, "seed": 0}
-    found = evaluate_sentences(make_vae(), tokenizer, text, ALONE, **options)
+    options = {"samples": 1, "iw_samples": 2, "max_tokens": 64, "seed": 0}
+    found = evaluate_sentences(Passes(make_vae(), token_budget=4096), tokenizer, text, **options)
     found.metrics["model"] = "a model"
     return text, found
 
@@ -55,7 +54,7 @@ def test_names_are_unique():
 def test_every_metric_of_a_run_has_an_entry(tokenizer, injection):
     split = tokenize(TEXTS, tokenizer, 64, "test")[0]
     model = make_vae(injection=injection)
-    found = evaluate(model, split, ALONE, samples=1, token_budget=4096, iw_samples=2)
+    found, _ = evaluate(Passes(model, token_budget=4096), split, samples=1, iw_samples=2)
     assert set(found) - {"se", "warnings"} <= NAMES
     assert set(found["se"]) <= NAMES
 

@@ -12,15 +12,14 @@ from launch import start
 from small_models import SMALL, make_vae, small_tokenizer
 
 from dsvae.data.grammar_variants import paired, relations, tagged
-from dsvae.data.noise import LATENT, PRIOR
+from dsvae.data.noise import LATENT, PRIOR, normal
 from dsvae.data.record_tokens import tokenize
 from dsvae.data.records import Columns, Record
 from dsvae.errors import UserError
-from dsvae.metrics import passes
+from dsvae.inference.passes import Passes
 from dsvae.metrics.evaluate import evaluate, measure
-from dsvae.metrics.likelihood import draw_log_weights
 from dsvae.parallel.world import World
-from dsvae.reports.evaluation import evaluate_model
+from dsvae.reports.evaluation import evaluate_directory
 from dsvae.reports.table import result_table, table
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -94,12 +93,14 @@ def single(model, split, row):
 def test_a_learned_prior_is_measured_as_by_single_records(pairs, family):
     model = make_vae(**MODELS["paired"], family=family, latent_dim=3, categories=4)
     width = model.family.noise_width
-    found = measure(model, pairs, ALONE, samples=1, token_budget=512, seed=0)
-    weights = draw_log_weights(
-        model, pairs, found.encoded, ALONE, count=2, token_budget=512, seed=0
+    found = measure(Passes(model, token_budget=512), pairs, samples=1, iw_samples=2, seed=0)
+    weights = found.log_weights
+    first, second, drawn = (
+        torch.from_numpy(
+            normal(0, purpose, [(s, key) for key in pairs.content_keys.tolist()], width)
+        )
+        for purpose, s in ((LATENT, 0), (LATENT, 1), (PRIOR, 0))
     )
-    first, second = (passes.noise_of(pairs.content_keys, LATENT, s, width) for s in (0, 1))
-    drawn = passes.noise_of(pairs.content_keys, PRIOR, 0, width)
     for i in (0, 7, 39):
         q, p, rec = single(model, pairs, i)
         assert float(found.kl[i].sum()) == pytest.approx(float(q.kl(p).sum()), rel=1e-3)
@@ -116,21 +117,21 @@ def test_a_learned_prior_is_measured_as_by_single_records(pairs, family):
 @pytest.mark.parametrize("count", [1, 40])
 def test_against_priors_that_differ_there_is_no_information(pairs, count):
     split = pairs.select(range(count))
-    options = {"samples": 1, "token_budget": 512, "more": pairs}
-    found = evaluate(make_vae(**MODELS["paired"]), split, ALONE, **options)
+    passes = Passes(make_vae(**MODELS["paired"]), token_budget=512)
+    found, _ = evaluate(passes, split, samples=1, more=pairs)
     for name in ("mi", "mi_upper", "mi_cap", "marginal_kl"):
         assert math.isnan(found[name])
         assert "differs by sentence" in found["undefined"][name]
     assert found["mi_posteriors"] == found["mi_sentences"] == 0
     lines = [line for line in result_table("test", found).splitlines() if " mi " in line]
     assert ["-" in line and "differs by sentence" in line for line in lines] == [True]
-    fixed = evaluate(make_vae(conditional=True), pairs, ALONE, samples=1, token_budget=512)
+    fixed, _ = evaluate(Passes(make_vae(conditional=True), token_budget=512), pairs, samples=1)
     assert fixed["mi"] > 0
     assert "undefined" not in fixed
 
 
 def run(place, kind, output, **options):
-    return evaluate_model(
+    return evaluate_directory(
         str(place / kind),
         str(place / f"{kind}.jsonl"),
         output=str(output),
@@ -264,6 +265,6 @@ def test_two_ranks_change_nothing(found, place, tmp_path):
 def test_bad_columns(place, tmp_path, kind, change, message):
     arguments = {"test_file": str(place / f"{kind}.jsonl"), "output": str(tmp_path / "out")}
     with pytest.raises(UserError, match=message) as raised:
-        evaluate_model(str(place / kind), **arguments | COLUMNS[kind] | change)
+        evaluate_directory(str(place / kind), **arguments | COLUMNS[kind] | change)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()

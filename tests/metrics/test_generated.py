@@ -8,10 +8,11 @@ import torch
 from small_models import SMALL, make_vae, small_tokenizer
 
 from dsvae.data.grammar_variants import paired, parse_condition
-from dsvae.data.noise import PRIOR
+from dsvae.data.noise import PRIOR, normal
 from dsvae.data.record_tokens import tokenize
 from dsvae.data.records import Columns, Record
-from dsvae.metrics import generated, passes
+from dsvae.inference.passes import Passes
+from dsvae.metrics import generated
 from dsvae.metrics.generated import Conditions, of_classifier, of_conditional, of_pairs
 from dsvae.parallel.world import World
 
@@ -124,15 +125,16 @@ def test_outputs_are_those_of_single_conditions(tokenizer, monkeypatch, prior):
     monkeypatch.setattr(generated, "DRAWS", 2)
     model = make_vae(conditional=True, prior=prior)
     split = split_of(RECORDS, tokenizer)
-    encoded = passes.encode(model, split, ALONE, 512)
-    options = {"token_budget": 64, "max_tokens": 9, "seed": 5}
-    found = generated.decode_conditions(model, split, encoded.prior, tokenizer, ALONE, **options)
+    passes = Passes(model, token_budget=64)
+    prior_of_each = passes.encode(split).prior
+    found = generated.decode_conditions(passes, split, prior_of_each, tokenizer, 9, seed=5)
     assert len(found) == 3
     for rows, outputs in zip(Conditions.of(split).chosen, found, strict=True):
         condition = torch.from_numpy(split.conditions(rows[:1])[0])[None]
         p = model.prior(condition)
         for draw in range(2):
-            noise = passes.noise_of(split.condition_hashes[rows[:1]], PRIOR, draw, 6, 5)
+            key = (draw, int(split.condition_hashes[rows[0]]))
+            noise = torch.from_numpy(normal(5, PRIOR, [key], 6))
             ids = model.generate(
                 latent=p.sample(noise), condition_ids=condition, max_new_tokens=9, do_sample=False
             )
@@ -146,8 +148,8 @@ def test_outputs_are_those_of_single_conditions(tokenizer, monkeypatch, prior):
 def test_without_a_latent_all_outputs_of_a_condition_are_one(tokenizer):
     model = make_vae(conditional=True, injection="none")
     split = split_of(RECORDS[:4], tokenizer)
-    prior = passes.encode(model, split, ALONE, 512).prior
-    options = {"token_budget": 64, "max_tokens": 9, "seed": 5}
-    found = generated.decode_conditions(model, split, prior, tokenizer, ALONE, **options)
+    passes = Passes(model, token_budget=64)
+    prior = passes.encode(split).prior
+    found = generated.decode_conditions(passes, split, prior, tokenizer, 9, seed=5)
     assert [len(each) for each in found] == [generated.DRAWS] * 4
     assert all(len(set(each)) == 1 for each in found)

@@ -8,13 +8,19 @@ from small_models import SMALL, make_vae, small_tokenizer
 from dsvae.data.grammar import generate
 from dsvae.data.record_tokens import tokenize
 from dsvae.errors import RunStopped
-from dsvae.metrics.evaluate import evaluate
-from dsvae.metrics.kept import Kept
+from dsvae.inference.kept import Kept
+from dsvae.inference.passes import Passes
+from dsvae.metrics import evaluate as metrics
 from dsvae.parallel.world import World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 SENTENCES = [drawn.text for drawn in generate(60, seed=3)]
-OPTIONS = {"samples": 2, "token_budget": 128, "iw_samples": 3}
+
+
+def evaluate(model, split, kept=None, token_budget=128):
+    """The metrics of two samples of z, and of three for the bound."""
+    passes = Passes(model, ALONE, token_budget=token_budget, kept=kept)
+    return metrics.evaluate(passes, split, samples=2, iw_samples=3)[0]
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +54,14 @@ def cut_every(batches):
 @pytest.mark.parametrize("batches", [1, 3])
 def test_cut_every_few_batches(batches, split, tmp_path):
     counting = Counting(make_vae())
-    uncut = evaluate(counting.model, split, ALONE, **OPTIONS)
-    # six passes instead of eight: the bound's first two samples of z are the ELBO's
-    needed, counting.count = counting.count * 6 // 8, 0
+    uncut = evaluate(counting.model, split)
+    needed, counting.count = counting.count, 0
     stop, starts, found = cut_every(batches), 0, None
     while found is None:
         starts += 1
         kept = Kept(tmp_path / "kept", "these weights", ALONE, stop)
         try:
-            found = evaluate(counting.model, split, ALONE, kept=kept, **OPTIONS)
+            found = evaluate(counting.model, split, kept)
         except RunStopped:
             assert starts <= needed
     assert found == uncut
@@ -75,15 +80,15 @@ def test_what_other_weights_gave_is_not_taken_over(split, tmp_path):
 
     def of(model, name, **options):
         kept = Kept(tmp_path / "kept", name, ALONE, lambda: None)
-        return evaluate(model, split, ALONE, kept=kept, **(OPTIONS | options))
+        return evaluate(model, split, kept, **options)
 
-    assert of(first, "first") == evaluate(first, split, ALONE, **OPTIONS)
+    assert of(first, "first") == evaluate(first, split)
     counting = Counting(first)
     of(first, "first")
     assert counting.count == 0
     of(first, "first", token_budget=256)
     assert counting.count > 0
-    assert of(second, "second") == evaluate(second, split, ALONE, **OPTIONS)
+    assert of(second, "second") == evaluate(second, split)
     assert len(list((tmp_path / "kept").iterdir())) == 1
 
 
@@ -94,6 +99,6 @@ def test_a_disk_that_takes_nothing_changes_no_number(split, tmp_path, monkeypatc
     monkeypatch.setattr("os.fsync", full)
     model = make_vae()
     kept = Kept(tmp_path / "kept", "these weights", ALONE, lambda: None)
-    found = evaluate(model, split, ALONE, kept=kept, **OPTIONS)
-    assert found == evaluate(model, split, ALONE, **OPTIONS)
+    found = evaluate(model, split, kept)
+    assert found == evaluate(model, split)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

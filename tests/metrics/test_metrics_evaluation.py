@@ -22,13 +22,14 @@ from small_models import SMALL, make_t5, make_vae, small_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from dsvae import T5VAE
 from dsvae.data import grammar
 from dsvae.data.grammar import generate
-from dsvae.data.noise import LATENT
+from dsvae.data.noise import LATENT, normal
+from dsvae.data.records import Columns, Record
 from dsvae.data.record_tokens import tokenize
-from dsvae.data.records import Columns
 from dsvae.errors import UserError
-from dsvae.metrics import passes
+from dsvae.inference.passes import Passes
 from dsvae.metrics.evaluate import (
     Measured,
     against_entropy,
@@ -37,16 +38,15 @@ from dsvae.metrics.evaluate import (
     measure,
     warnings_of,
 )
-from dsvae.metrics.likelihood import draw_log_weights
-from dsvae.metrics.reconstruction import compare, reconstruct
+from dsvae.metrics.reconstruction import compare
+from dsvae.metrics.reconstruction import generate as greedy
 from dsvae.modeling.families import GaussianFamily
 from dsvae.parallel.world import World
 from dsvae.reports import html
-from dsvae.reports.evaluation import evaluate_model, evaluate_sentences
+from dsvae.reports.evaluation import evaluate_directory, evaluate_model, evaluate_sentences
 from dsvae.reports.plots import plots
 from dsvae.reports.sentences import read
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
 SENTENCES = [drawn.text for drawn in generate(60, seed=3)]
 LABELS = [f"type {drawn.factors[0]}" for drawn in generate(60, seed=3)]
 SENTENCES[7] = SENTENCES[20]  # a repeated one
@@ -92,7 +92,7 @@ def run(directory, output, **options):
         "max_tokens": 24,
         **options,
     }
-    return evaluate_model(
+    return evaluate_directory(
         str(directory / "model"), str(directory / "test.txt"), output=str(output), **options
     )
 
@@ -136,7 +136,7 @@ def test_order_of_the_file_changes_nothing(directory, metrics, tmp_path):
     order = np.random.default_rng(0).permutation(len(SENTENCES))
     (tmp_path / "test.txt").write_text("".join(SENTENCES[i] + "\n" for i in order))
     (tmp_path / "test.labels").write_text("".join(LABELS[i] + "\n" for i in order))
-    found = evaluate_model(
+    found = evaluate_directory(
         str(directory / "model"),
         str(tmp_path / "test.txt"),
         str(tmp_path / "test.labels"),
@@ -263,13 +263,19 @@ def test_among_different_texts_another_sentence_is_the_next_by_content_key(split
     assert dict(enumerate(found)) == expected
 
 
+def noise_of(split, sample, model):
+    """The noise of a sample of every sentence, (N, Z)."""
+    keys = [(sample, key) for key in split.content_keys.tolist()]
+    return torch.from_numpy(normal(0, LATENT, keys, model.config.latent_dim))
+
+
 @torch.no_grad()
 def test_rec_shuffled_is_that_of_another_text(tokenizer):
     """Computed sentence by sentence, for two texts with three sentences each."""
     model = make_vae()
     split = tokenize([SENTENCES[0], SENTENCES[1]] * 3, tokenizer, 64, "test")[0]
-    found = measure(model, split, ALONE, samples=1, token_budget=512, seed=0)
-    noise = passes.noise_of(split.content_keys, LATENT, 0, model.config.latent_dim)
+    found = measure(Passes(model, token_budget=512), split, samples=1, seed=0)
+    noise = noise_of(split, 0, model)
     ids = [torch.from_numpy(split.ids(i))[None] for i in range(6)]
     for i in range(6):
         possible = []
@@ -288,7 +294,7 @@ def test_rec_shuffled_is_that_of_another_text(tokenizer):
 @pytest.mark.parametrize("count", [1, 4])
 def test_without_another_text_there_is_no_rec_shuffled(directory, tmp_path, count):
     (tmp_path / "test.txt").write_text(f"{SENTENCES[0]}\n" * count)
-    found = evaluate_model(
+    found = evaluate_directory(
         str(directory / "model"),
         str(tmp_path / "test.txt"),
         output=str(tmp_path / "out"),
@@ -334,7 +340,17 @@ def test_a_collapse_differs_from_too_few_sentences(gain, deviation, said):
     rec = torch.full((100,), 40.0, dtype=torch.float64)
     nothing = torch.zeros(100)
     measured = Measured(
-        None, -rec[None], nothing, nothing, None, 0, rec + gain + deviation * unit, nothing, {}
+        encoded=None,
+        draws=nothing,
+        log_px_z=-rec[None],
+        log_weights=nothing,
+        kl=nothing,
+        mi_rows=nothing,
+        mi_terms=None,
+        mi_posteriors=0,
+        rec_shuffled=rec + gain + deviation * unit,
+        rec_prior=nothing,
+        codes={},
     )
     metrics = {
         "kl_per_dim": [1.0],
@@ -342,7 +358,6 @@ def test_a_collapse_differs_from_too_few_sentences(gain, deviation, said):
         "mi_cap": 4.6,
         "sentences": 100,
         "rec": 40.0,
-        "unk": 0,
         "tokens": 9,
         "truncated": 0,
     }
@@ -358,10 +373,11 @@ def test_other_posteriors_of_the_same_text_raise_the_cap(tokenizer, monkeypatch)
     """Ten sentences with training ones beside them, but no more of those than fit."""
     split = tokenize(SENTENCES[:10], tokenizer, 64, "test")[0]
     more = tokenize(SENTENCES[10:], tokenizer, 64, "train")[0]
-    model, options = make_vae(), {"samples": 1, "token_budget": 512}
+    model, options = make_vae(), {"samples": 1}
+    passes = Passes(model, token_budget=512)
     with torch.no_grad():
         model.posterior.head.bias[model.config.latent_dim :] = -30.0  # posteriors far apart
-    alone, both = (evaluate(model, split, ALONE, more=m, **options) for m in (None, more))
+    alone, both = (evaluate(passes, split, more=m, **options)[0] for m in (None, more))
     assert alone["mi"] == pytest.approx(np.log(10), abs=1e-3)
     assert both["mi_cap"] == pytest.approx(np.log(60))
     assert both["mi"] == pytest.approx(np.log(60), abs=0.2)  # one sentence stands there twice
@@ -372,9 +388,33 @@ def test_other_posteriors_of_the_same_text_raise_the_cap(tokenizer, monkeypatch)
     assert (both["mi_sentences"], both["mi_posteriors"]) == (10, 60)
     monkeypatch.setattr("dsvae.metrics.information.POSTERIORS", 30)
     monkeypatch.setattr("dsvae.metrics.information.SENTENCES", 4)
-    few = evaluate(model, split, ALONE, more=more, **options)
+    few = evaluate(passes, split, more=more, **options)[0]
     assert (few["mi_sentences"], few["mi_posteriors"]) == (4, 30)
     assert few["rec"] == alone["rec"]
+
+
+def test_the_python_entry_measures_what_the_command_does(directory, metrics, tokenizer):
+    """Without a file, and without its labels."""
+    sentences = ["", *SENTENCES]
+    model = T5VAE.from_pretrained(directory / "model")
+    found = evaluate_model(model, tokenizer, sentences, iw_samples=3, max_tokens=24)
+    assert found.pop("skipped_blank") == 1
+    numbers_of = numbers(found)
+    expected = numbers({name: metrics[name] for name in found if name in metrics})
+    assert len(numbers_of) > 100
+    for name, value in numbers_of.items():
+        assert value == pytest.approx(expected[name], rel=1e-4, abs=1e-4, nan_ok=True), name
+
+
+def test_the_python_entry_takes_records(tokenizer):
+    model = make_vae(conditional=True)
+    records = [Record(text, condition="a condition") for text in SENTENCES[:8]]
+    found = evaluate_model(model, tokenizer, records)
+    assert found["conditions"] == 1
+    with pytest.raises(UserError, match="condition"):
+        evaluate_model(model, tokenizer, SENTENCES[:8])
+    with pytest.raises(UserError, match="condition"):
+        evaluate_model(model, tokenizer, [*records, Record("another")])
 
 
 def test_what_is_left_behind(directory, metrics):
@@ -394,9 +434,9 @@ def test_what_is_left_behind(directory, metrics):
 @torch.no_grad()
 def test_weights_are_those_of_single_sentences(split):
     model = make_vae()
-    encoded = passes.encode(model, split, ALONE, 512)
-    found = draw_log_weights(model, split, encoded, ALONE, count=2, token_budget=512, seed=0)
-    noise = passes.noise_of(split.content_keys, LATENT, 1, model.config.latent_dim)
+    passes = Passes(model, token_budget=512)
+    found = measure(passes, split, samples=1, iw_samples=2, seed=0).log_weights
+    noise = noise_of(split, 1, model)
     for i in (0, 7, 20, 59):
         ids = torch.from_numpy(split.ids(i))[None]
         q = model.encode(ids)
@@ -409,8 +449,9 @@ def test_weights_are_those_of_single_sentences(split):
 
 def test_reconstructions_are_those_of_single_sentences(split):
     model = make_vae()
-    mean = passes.encode(model, split, ALONE, 512).posterior.mean
-    decoded = reconstruct(model, split, mean, ALONE, token_budget=256, max_tokens=12)
+    passes = Passes(model, token_budget=256)
+    mean = passes.encode(split).posterior.mean
+    decoded = greedy(passes, mean, 12, split)
     for i in range(0, 60, 7):
         alone = model.generate(latent=mean[i : i + 1], max_new_tokens=12, do_sample=False)[0, 1:]
         np.testing.assert_array_equal(decoded[i], alone.numpy()[: len(decoded[i])])
@@ -484,7 +525,11 @@ def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split
     with torch.no_grad():
         logits = model(labels=ids, latent=torch.zeros(1, 0)).logits
     alone = -torch.log_softmax(logits, -1)[0, torch.arange(ids.shape[1]), ids[0]].sum()
-    one = passes.decode(model, split, torch.zeros(60, 0), ALONE, 512)[0]
+    passes = Passes(model, token_budget=512)
+    nats, _ = passes.decode(
+        split, lambda rows: (torch.zeros(len(rows), 0), torch.zeros(len(rows), 0)), "nothing"
+    )
+    one = -nats[0]
     assert float(one) == pytest.approx(float(alone), abs=1e-3)
     assert "probes" not in found
     assert "exact_match" not in found
@@ -521,17 +566,20 @@ def test_long_work_is_not_taken_for_a_hang(tokenizer, monkeypatch):
     monkeypatch.setattr("dsvae.reports.evaluation.probe", train)
     world = World(0, 0, 1, torch.device("cpu"), watchdog)
     text = read(None, None, Columns(), make_vae().config, tokenizer, 24)
-    options = {"samples": 1, "iw_samples": None, "token_budget": 128, "max_tokens": 24, "seed": 0}
-    evaluate_sentences(make_vae(), tokenizer, text, world, **options)
+    options = {"samples": 1, "iw_samples": None, "max_tokens": 24, "seed": 0}
+    passes = Passes(make_vae(), world, token_budget=128)
+    evaluate_sentences(passes, tokenizer, text, **options)
     assert len(suspended) == 10  # nine factors to probe, and their scores
     assert min(suspended) == 1
-    assert watchdog.beats.count("reconstruction") >= 10  # one per batch
+    assert watchdog.beats.count("generation") >= 10  # one per batch
 
 
 def test_the_built_in_corpus_brings_its_factors(directory, tmp_path, monkeypatch):
     monkeypatch.setattr("dsvae.reports.sentences.BUILTIN_SENTENCES", 400)
     # more than scikit-learn takes
-    found = evaluate_model(str(directory / "model"), output=str(tmp_path / "out"), seed=2**53 - 1)
+    found = evaluate_directory(
+        str(directory / "model"), output=str(tmp_path / "out"), seed=2**53 - 1
+    )
     assert len(found["probes"]) == len(found["disentanglement"]["per_factor"]) == 9
     assert 0 <= found["disentanglement"]["mig"] <= 1
     assert "nll_iw" not in found
@@ -547,7 +595,7 @@ def test_a_collapsed_latent_has_nothing_to_probe(tmp_path, tokenizer, monkeypatc
         head.weight[: model.config.latent_dim] *= 1e-3
         head.bias[: model.config.latent_dim] *= 1e-3
     save(tmp_path, model, tokenizer)
-    found = evaluate_model(str(tmp_path / "model"), output=str(tmp_path / "out"))
+    found = evaluate_directory(str(tmp_path / "model"), output=str(tmp_path / "out"))
     assert found["au"] == 0
     assert found["disentanglement"] is None
     assert len(found["probes"]) == 9
@@ -588,7 +636,7 @@ def test_without_output_nothing_is_written_where_a_hub_model_would_be_looked_for
         lambda name, **_: {"someone/model": directory / "model"}[name],
     )
     local = shutil.copytree(directory / "model", tmp_path / "local" / "model")
-    evaluate_model(
+    evaluate_directory(
         "someone/model" if hub else "local/model", str(directory / "test.txt"), max_tokens=24
     )
     output = tmp_path / "evaluation" if hub else local / "evaluation"
@@ -604,7 +652,7 @@ def test_markup_in_sentences_stays_text(directory, tmp_path):
         "".join(f"the <b>king</b> sold ﬁne $ {SENTENCES[i]} $\n" for i in range(20))
     )
     (tmp_path / "t.labels").write_text("".join(f"<b>$x_{i % 2}$</b>\n" for i in range(20)))
-    evaluate_model(
+    evaluate_directory(
         str(directory / "model"),
         str(tmp_path / "t.txt"),
         str(tmp_path / "t.labels"),
@@ -701,14 +749,14 @@ def test_sentences_are_cut_where_training_cut_them(directory, tmp_path, tokenize
     model.config.max_tokens = trained
     lengths = [len(tokenizer(text).input_ids) for text in SENTENCES]
     save(tmp_path, model, tokenizer)
-    found = evaluate_model(str(tmp_path / "model"), str(tmp_path / "test.txt"))
+    found = evaluate_directory(str(tmp_path / "model"), str(tmp_path / "test.txt"))
     limit = trained or 64
     assert (found["max_tokens"], found["tokens"]) == (
         limit,
         sum(min(length, limit) for length in lengths),
     )
     assert found["truncated"] == sum(length > limit for length in lengths)
-    found = evaluate_model(str(tmp_path / "model"), str(tmp_path / "test.txt"), max_tokens=12)
+    found = evaluate_directory(str(tmp_path / "model"), str(tmp_path / "test.txt"), max_tokens=12)
     assert (found["max_tokens"], found["tokens"]) == (
         12,
         sum(min(length, 12) for length in lengths),
@@ -775,7 +823,7 @@ def test_bad_input(name, directory, tmp_path):
     }
     change, message = BAD[name]
     with pytest.raises(UserError, match=message) as raised:
-        evaluate_model(**arguments | change(directory, tmp_path))
+        evaluate_directory(**arguments | change(directory, tmp_path))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
 
@@ -784,12 +832,12 @@ def test_damaged_models(directory, tmp_path, tokenizer):
     model = make_vae()
     model.save_pretrained(tmp_path / "no_tokenizer")
     with pytest.raises(UserError, match="tokenizer"):
-        evaluate_model(str(tmp_path / "no_tokenizer"), str(directory / "test.txt"))
+        evaluate_directory(str(tmp_path / "no_tokenizer"), str(directory / "test.txt"))
     model.save_pretrained(tmp_path / "no_weights")
     tokenizer.save_pretrained(tmp_path / "no_weights")
     (tmp_path / "no_weights" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
-        evaluate_model(str(tmp_path / "no_weights"), str(directory / "test.txt"))
+        evaluate_directory(str(tmp_path / "no_weights"), str(directory / "test.txt"))
     state = {
         name: weight
         for name, weight in model.state_dict().items()
@@ -798,7 +846,7 @@ def test_damaged_models(directory, tmp_path, tokenizer):
     model.save_pretrained(tmp_path / "no_head", state_dict=state)
     tokenizer.save_pretrained(tmp_path / "no_head")
     with pytest.raises(UserError, match=r"lacks weights: posterior"):
-        evaluate_model(str(tmp_path / "no_head"), str(directory / "test.txt"))
+        evaluate_directory(str(tmp_path / "no_head"), str(directory / "test.txt"))
     model.save_pretrained(tmp_path / "edited")
     tokenizer.save_pretrained(tmp_path / "edited")
     config = tmp_path / "edited" / "config.json"
@@ -806,4 +854,4 @@ def test_damaged_models(directory, tmp_path, tokenizer):
     with pytest.raises(
         UserError, match=r"its config.json does not describe: encoder\..*original config.json$"
     ):
-        evaluate_model(str(tmp_path / "edited"), str(directory / "test.txt"))
+        evaluate_directory(str(tmp_path / "edited"), str(directory / "test.txt"))

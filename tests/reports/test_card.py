@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 
+import numpy as np
 import pytest
 import torch
 from small_models import SMALL, make_vae, small_tokenizer
@@ -14,12 +15,11 @@ from dsvae.data.grammar import generate
 from dsvae.data.grammar_variants import draw_lines
 from dsvae.data.record_tokens import Names, tokenize
 from dsvae.data.records import Columns, record_of
+from dsvae.inference.passes import Passes
 from dsvae.metrics.evaluate import evaluate
-from dsvae.metrics.text import samples
-from dsvae.parallel.world import World
+from dsvae.metrics.reconstruction import samples
 from dsvae.reports.card import write_card, write_checkpoint_card
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
 TEXTS = [drawn.text for drawn in generate(40, seed=3)]
 
 
@@ -61,8 +61,10 @@ def card(request, tmp_path, monkeypatch):
     names = Names(tuple(sorted({r.label for r in records if r.label})), tuple(model.config.tags))
     columns = Columns.of(config.data)
     split = tokenize(records, tokenizer, 64, "test", columns, names)[0]
-    metrics = evaluate(model, split, ALONE, samples=1, token_budget=4096) | {"precision": "fp32"}
-    pairs, prior = samples(model, split, tokenizer, ALONE, 3, 12)
+    passes = Passes(model, token_budget=4096)
+    metrics, measured = evaluate(passes, split, samples=1)
+    metrics["precision"] = "fp32"
+    pairs, prior = samples(passes, split, measured.encoded, tokenizer, np.arange(3), 12)
     model.save_pretrained("model")
     tokenizer.save_pretrained("model")
     write_card(tmp_path / "model" / "README.md", config, model.config, metrics, pairs, prior)

@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import RunStopped
 from dsvae.parallel.world import World
 
@@ -48,14 +48,11 @@ class Kept:
 
         world.run_on_rank0(make)
 
-    def key(self, split: TokenizedSplit, latent: Tensor | None, token_budget: int) -> str:
-        """The name of a pass over `split`: the decoding of `latent` (N, Z), or encoding
-        if it is None."""
-        digest = hashlib.sha256(f"{token_budget} {latent is None}".encode())
+    def key(self, split: Any, name: str, token_budget: int) -> str:
+        """The key of a pass over `split`, whose name says what it computes."""
+        digest = hashlib.sha256(f"{token_budget} {name}".encode())
         for array in (split.content_keys, split.lengths):
             digest.update(np.ascontiguousarray(array).data)
-        if latent is not None:
-            digest.update(latent.contiguous().numpy().data)
         return digest.hexdigest()
 
     def load(self, key: str, result: Tensor) -> int:

@@ -1,0 +1,2 @@
+"""The one way from texts to latents and from latents to texts, for metrics, generation
+and priors."""

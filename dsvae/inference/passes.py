@@ -1,0 +1,321 @@
+"""Passes of a model over texts, in batches of similar length.
+
+Under several ranks every method is collective: the ranks share the batches, each has
+equally many (at ZeRO 3 every pass gathers the weights from all of them), and each gets
+every result. The ranks and the batches change no result but by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from dsvae.console import progress
+from dsvae.data.batches import (
+    MicroBatch,
+    Texts,
+    collate_split,
+    evaluation_batches,
+    padded,
+    row_lengths,
+)
+from dsvae.inference.kept import Kept
+from dsvae.modeling.crf import IGNORE
+from dsvae.modeling.families import Distribution, Family
+from dsvae.modeling.t5_vae import T5VAE
+from dsvae.parallel.world import World
+
+Rows = NDArray[np.int64]
+"""(B,), the places of texts or latents among N."""
+Batch = tuple[Rows, NDArray[np.float32]]
+"""The rows of a batch, and their weights (B,): 0 for a filler."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder's heads make of N texts, in their order, on CPU."""
+
+    posterior: Distribution
+    """q(z|x) of each text."""
+    prior: Distribution
+    """p(z|c) of each text, or p(z) in one row."""
+    clusters: Tensor | None
+    """(N, R), the probabilities of the clusters; None without clusters."""
+    class_logits: Tensor | None
+    """(N, C); None without a class head."""
+    tags: Tensor | None
+    """(N, S) int64, the most probable tags where the texts have tags, -100 elsewhere; None
+    without a tag head, or if no text has tags."""
+
+
+class Passes:
+    """A model and how its passes are cut and shared.
+
+    Args:
+        world: the ranks. None: this process alone, on the model's device, without
+            progress bars.
+        token_budget: most padded tokens of a forward pass on one rank; or
+        batch_size: texts or latents of a forward pass.
+        kept: keeps the results of encoding and decoding, so that an interrupted
+            evaluation continues.
+    """
+
+    def __init__(
+        self,
+        model: T5VAE,
+        world: World | None = None,
+        *,
+        token_budget: int = 0,
+        batch_size: int = 0,
+        kept: Kept | None = None,
+    ) -> None:
+        self.model, self.family = model, model.family
+        self.world = World(0, 0, 1, model.device) if world is None else world
+        self._shows_progress = world is not None and world.is_main
+        self._token_budget, self._batch_size, self._kept = token_budget, batch_size, kept
+
+    def encode(self, texts: Texts) -> Encoded:
+        """The posteriors and priors of N texts, and what the heads say of them."""
+        config, family = self.model.config, self.family
+        learned = config.prior == "learned"
+        tagged = bool(config.tags) and texts.tags([]) is not None
+        widths = {
+            "posterior_parameters": family.parameter_width,
+            "prior_parameters": family.parameter_width if learned else 0,
+            "clusters": config.clusters,
+            "class_logits": len(config.classes),
+            "tags": int(self._lengths(texts).max()) if tagged else 0,
+        }
+        widths = {name: width for name, width in widths.items() if width}
+
+        def heads(batch: MicroBatch, _: Rows) -> dict[str, Tensor]:
+            out = self.model(
+                batch.input_ids,
+                batch.attention_mask,
+                condition_ids=batch.condition_ids,
+                condition_mask=batch.condition_mask,
+                tag_labels=batch.tag_labels if tagged else None,
+                encode_only=True,
+            )
+            found = {name: out[name] for name in widths}
+            if tagged:
+                room = widths["tags"] - out.tags.shape[1]
+                found["tags"] = F.pad(out.tags, (0, room), value=IGNORE)
+            return found
+
+        part = self._over(texts, "encoding", widths, heads)
+        nothing = torch.zeros(len(texts), 0)
+        return Encoded(
+            family.of(part.get("posterior_parameters", nothing)),
+            family.of(part["prior_parameters"]) if learned else family.prior(),
+            part.get("clusters"),
+            part.get("class_logits"),
+            part["tags"].long() if tagged else None,
+        )
+
+    def decode(
+        self,
+        texts: Texts,
+        draw: Callable[[Rows], tuple[Tensor, Tensor]],
+        name: str,
+        columns: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """The likelihood of N texts under z, each decoded with teacher forcing.
+
+        Args:
+            draw: makes of the places of a batch its z (B, Z), and any other numbers of
+                these texts (B, columns), on CPU. A rank calls it for its own texts alone.
+            name: what these z are; equal only for the same z of the same texts.
+
+        Returns: log p(x|z) in nats, (N,), and the other numbers, (N, columns); float64.
+        """
+
+        def nats(batch: MicroBatch, rows: Rows) -> dict[str, Tensor]:
+            latent, more = draw(rows)
+            out = self.model(
+                labels=batch.labels,
+                sentence_weights=batch.weight,
+                latent=latent.to(self.world.device),
+                condition_ids=batch.condition_ids,
+                condition_mask=batch.condition_mask,
+            )
+            return {"nats": out.nats[:, None], "more": more.to(self.world.device)}
+
+        widths = {"nats": 1, "more": columns}
+        found = self._over(texts, f"decoding {name}", widths, nats, torch.float64)
+        return -found["nats"][:, 0], found["more"]
+
+    def generate(
+        self,
+        latent: Tensor,
+        conditions: Sequence[Sequence[int] | Rows] | None = None,
+        lengths: NDArray[np.int32] | None = None,
+        **options: Any,
+    ) -> list[Rows]:
+        """What `T5VAE.generate` makes of N latents.
+
+        Args:
+            latent: (N, Z).
+            conditions: (C_i,) each, EOS last, for a conditional model.
+            lengths: (N,), the tokens that are expected of each: latents of similar
+                length share a batch. None: batches follow the order of the latents.
+            options: of `generate`.
+
+        Returns: token ids (T_i,), which end with EOS if it came in time.
+        """
+        model, world = self.model, self.world
+        eos, device = model.config.eos_token_id, world.device
+        # At ZeRO 3, a rank that ends a text sooner must go on with empty passes, or the
+        # others wait for it forever. `generate` detects this only if transformers itself
+        # set up DeepSpeed.
+        partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+        options["synced_gpus"] = world.size > 1 and partitioned
+        if lengths is None:
+            lengths = np.ones(len(latent), dtype=np.int32)
+        found: dict[int, Rows] = {}
+        with self._evaluating():
+            for rows, weight in self._progress("generating", self._batches(lengths)):
+                given = self._conditions(conditions and [conditions[i] for i in rows])
+                decoded = model.generate(latent=latent[rows].to(device), **given, **options)
+                world.heartbeat("generation")
+                texts = decoded[:, 1:].cpu().numpy()  # without the start token
+                found |= {
+                    row: until(ids, eos)
+                    for row, ids, real in zip(rows.tolist(), texts, weight, strict=True)
+                    if real
+                }
+        joined = {row: ids for part in world.gather(found) for row, ids in part.items()}
+        return [joined[row] for row in range(len(latent))]
+
+    def prior(self, conditions: Sequence[Sequence[int] | Rows] | None) -> Distribution:
+        """p(z) in one row, or the learned p(z|c) of conditions (C_i,), on CPU."""
+        with self._evaluating():
+            return self.model.prior(**self._conditions(conditions)).to("cpu")
+
+    def _conditions(self, rows: Sequence[Sequence[int] | Rows] | None) -> dict[str, Tensor]:
+        """What the model takes for the conditions of a batch."""
+        if rows is None:
+            return {}
+        ids, mask = padded(rows, self.model.config.pad_token_id)
+        device = self.world.device
+        return {"condition_ids": ids.to(device), "condition_mask": mask.to(device)}
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """How every pass runs: in evaluation mode, without gradients."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+    def _over(
+        self,
+        texts: Texts,
+        name: str,
+        widths: Mapping[str, int],
+        compute: Callable[[MicroBatch, Rows], Mapping[str, Tensor]],
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Tensor]:
+        """The results of `compute` for every text, by name (N, width) on CPU.
+
+        Args:
+            name: of the pass, to find what was kept of it.
+            compute: maps a batch of B texts and their places (B,) to results by name,
+                (B, width) each. Without a width, it is not called.
+
+        Raises:
+            RunStopped: on every rank, if the run was asked to stop; what was done is kept.
+        """
+        world, kept, total = self.world, self._kept, sum(widths.values())
+        # One rank computes each row and the others leave it 0, so the sum is exact.
+        result = torch.zeros(len(texts), total, dtype=dtype, device=world.device)
+        batches = self._batches(self._lengths(texts)) if total else []
+        key, done = "", 0
+        if kept is not None:
+            key = kept.key(texts, name, self._token_budget)
+            done = kept.load(key, result)
+        with self._evaluating():
+            for number, (rows, weight) in enumerate(
+                self._progress(name.split()[0], batches[done:]), start=done + 1
+            ):
+                batch = self._batch(texts, rows, weight)
+                found = compute(batch, rows)
+                values = torch.cat([found[each].to(dtype) for each in widths], dim=1)
+                world.heartbeat("evaluation")
+                real = batch.weight.bool()
+                result[torch.from_numpy(rows).to(world.device)[real]] = values[real]
+                if kept is not None and (stop := kept.stop()):
+                    kept.save(key, number, world.sum(result))
+                    raise stop
+        result = world.sum(result).cpu()
+        if kept is not None and done < len(batches):
+            kept.save(key, len(batches), result)
+        return dict(zip(widths, result.split(list(widths.values()), dim=1), strict=True))
+
+    def _lengths(self, texts: Texts) -> NDArray[np.int32]:
+        return row_lengths(texts, self.model.config.posterior_reads)
+
+    def _batches(self, lengths: NDArray[np.int32]) -> list[Batch]:
+        """This rank's batches of texts of these lengths, longest first."""
+        if not self._batch_size:
+            shares = {"rank": self.world.rank, "world_size": self.world.size}
+            return list(evaluation_batches(lengths, token_budget=self._token_budget, **shares))
+        order = np.argsort(-lengths, kind="stable")
+        parts = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
+        return [(part, np.ones(len(part), dtype=np.float32)) for part in parts]
+
+    def _batch(self, texts: Texts, rows: Rows, weight: NDArray[np.float32]) -> MicroBatch:
+        """The texts of a batch as the model reads them, without noise."""
+        return collate_split(
+            texts,
+            rows,
+            pad_id=self.model.config.pad_token_id,
+            noise=np.zeros((len(rows), 0), dtype=np.float32),
+            weight=weight,
+            posterior_reads=self.model.config.posterior_reads,
+        ).to(self.world.device)
+
+    def _progress(self, name: str, batches: list[Batch]) -> Iterator[Batch]:
+        return iter(
+            progress(batches, name=name, unit="batch", delay=10, shown=self._shows_progress)
+        )
+
+
+def by_rows(family: Family, each: Distribution) -> Callable[[Rows], Distribution]:
+    """The distributions of some rows (B,) of N; a fixed prior has one row for all."""
+    parameters = each.parameters
+
+    def rows_of(rows: Rows) -> Distribution:
+        one = len(parameters) == 1
+        return family.of(parameters.expand(len(rows), -1) if one else parameters[rows])
+
+    return rows_of
+
+
+def until(ids: Rows, eos: int) -> Rows:
+    """The ids up to the first EOS, which is included."""
+    ends = np.flatnonzero(ids == eos)
+    return ids[: ends[0] + 1] if len(ends) else ids
+
+
+def texts_of(rows: Sequence[Rows], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Token ids as text, without EOS and padding; an unknown piece stays visible."""
+    hidden = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]
+    shown = [row[~np.isin(row, hidden)].tolist() for row in rows]
+    # Cleaning up would change the text ("do n't" to "don't"), but not the reference.
+    return [
+        str(tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for row in shown
+    ]
