@@ -27,7 +27,7 @@ from dsvae.inference.passes import Encoded, Passes, Rows, by_rows
 from dsvae.metrics import information, likelihood
 from dsvae.metrics.codes import of_codes
 from dsvae.metrics.information import active_units, mutual_information, near_cap
-from dsvae.metrics.labelled import of_heads
+from dsvae.metrics.labelled import add, of_heads
 from dsvae.modeling.families import Distribution
 
 EVALUATION_SEED = 0
@@ -152,12 +152,12 @@ def measure(
     def sampled(rows: Rows, sample: int) -> tuple[Tensor, Tensor]:
         own = posterior_of(rows)
         z = own.sample(noise(rows, LATENT, sample))
-        more = [z.double()[:, : 0 if sample else None]]
+        # float64, because the weight is the exponential of a sum of large terms with
+        # opposite signs.
+        exact = z.double()
+        more = [exact[:, : 0 if sample else None]]
         if sample < iw_samples:
-            # float64, because the weight is the exponential of a sum of large terms with
-            # opposite signs.
-            exact = z.double()
-            more += [own.log_prob(exact)[:, None] for own in (prior_of(rows), own)]
+            more += [each.log_prob(exact)[:, None] for each in (prior_of(rows), own)]
         return z, torch.cat(more, dim=1)
 
     log_px_z: list[Tensor] = []
@@ -166,23 +166,25 @@ def measure(
     for sample in range(max(samples, iw_samples)):
         if sample == 0 or family.units:  # without a latent, all samples are one
             width = (0 if sample else family.latent_width) + 2 * (sample < iw_samples)
+            name = f"sample {sample} of seed {seed}, {width}"
             draw = functools.partial(sampled, sample=sample)
-            nats, more_of = passes.decode(
-                split, draw, f"sample {sample} of seed {seed}, {width}", width
-            )
+            nats, numbers = passes.decode(split, draw, name, width)
         if sample == 0:
-            draws = more_of[:, : family.latent_width].float()
+            draws = numbers[:, : family.latent_width].float()
         if sample < samples:
             log_px_z.append(nats)
         if sample < iw_samples:
-            log_pz, log_qz = more_of[:, -2:].T
+            log_pz, log_qz = numbers[:, -2:].T
             log_weights.append(likelihood.log_importance_weights(nats, log_pz, log_qz))
 
     def rec_of(latent: Callable[[Rows], Tensor], name: str) -> Tensor:
         if not family.units:
             return -log_px_z[0]
-        with_nothing = lambda rows: (latent(rows), torch.zeros(len(rows), 0))  # noqa: E731
-        return -passes.decode(split, with_nothing, f"{name} of seed {seed}")[0]
+
+        def draw(rows: Rows) -> tuple[Tensor, Tensor]:
+            return latent(rows), torch.zeros(len(rows), 0)
+
+        return -passes.decode(split, draw, f"{name} of seed {seed}")[0]
 
     other = another_sentence(split.text_keys, keys)
     # Content keys look random, so the sentences with the smallest keys are a random
@@ -220,20 +222,18 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
     """
     kl = measured.kl.sum(1)
     bound = likelihood.elbo(measured.log_px_z, kl)
-    means = {
+    terms = measured.mi_terms
+    per_sentence = {
         "rec": measured.rec,
         "kl": kl,
         "elbo": bound,
-        "mi": measured.mi_terms.lower,
-        "mi_upper": measured.mi_terms.upper,
-        "marginal_kl": kl[measured.mi_rows] - measured.mi_terms.lower,
+        "mi": terms.lower,
+        "mi_upper": terms.upper,
+        "marginal_kl": kl[measured.mi_rows] - terms.lower,
         "rec_shuffled": measured.rec_shuffled,
         "rec_prior": measured.rec_prior,
     }
-    value: dict[str, float] = {}
-    se: dict[str, float] = {}
-    for name, per_sentence in means.items():
-        value[name], se[name] = likelihood.mean(per_sentence)
+    value, se = likelihood.means(per_sentence)
     # kl = I(x; z) + KL(q(z) || p(z)) is an upper bound too
     if len(measured.mi_rows) and not value["mi_upper"] < value["kl"]:
         value["mi_upper"], se["mi_upper"] = value["kl"], se["kl"]
@@ -273,17 +273,10 @@ def importance_weighted(log_weights: Tensor, split: TokenizedSplit) -> dict[str,
     """
     nll = -likelihood.importance_weighted_bound(log_weights)
     size = likelihood.effective_sample_size(log_weights)
-    value, error = likelihood.mean(nll)
+    values, se = likelihood.means({"nll_iw": nll, "iw_ess": size})
     units, units_se = likelihood.per_unit(nll, split, "_iw")
-    ess, ess_se = likelihood.mean(size)
-    return {
-        "nll_iw": value,
-        "iw_samples": len(log_weights),
-        "iw_ess": ess,
-        "iw_ess_min": float(size.min()),
-        **units,
-        "se": {"nll_iw": error, "iw_ess": ess_se, **units_se},
-    }
+    counts = {"iw_samples": len(log_weights), "iw_ess_min": float(size.min())}
+    return {**values, **counts, **units, "se": se | units_se}
 
 
 def against_entropy(metrics: dict[str, Any], entropy: float | None, unk: int) -> dict[str, float]:
@@ -345,14 +338,6 @@ def warnings_of(metrics: dict[str, Any], measured: Measured, unk: int = 0) -> li
         share = metrics["truncated"] / metrics["sentences"]
         warnings.append(f"{share:.1%} of the sentences are truncated: give a larger max_tokens")
     return warnings
-
-
-def add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
-    """Adds metrics, with their standard errors under `se`."""
-    metrics["se"] |= more.pop("se")
-    if reasons := more.pop("undefined", None):
-        metrics["undefined"] = metrics.get("undefined", {}) | reasons
-    metrics |= more
 
 
 def _sample(split: TokenizedSplit, count: int) -> TokenizedSplit:

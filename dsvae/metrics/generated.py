@@ -167,12 +167,9 @@ def of_pairs(outputs: Sequence[Sequence[str]], wanted: Sequence[dict[str, str]])
         shares.append(sum(factors.items() <= each.items() for each in good) / len(sentences))
         seen = {(each["tense"], each["polarity"], each["sentence_type"]) for each in good}
         triples.append(len(seen))
-    found = {"adherence": shares, "triples": triples}
-    means = {name: likelihood.mean(torch.tensor(values)) for name, values in found.items()}
-    return {
-        **{name: value for name, (value, _) in means.items()},
-        "se": {name: error for name, (_, error) in means.items()},
-    }
+    found = {"adherence": torch.tensor(shares), "triples": torch.tensor(triples)}
+    values, se = likelihood.means(found)
+    return {**values, "se": se}
 
 
 def of_classifier(
@@ -218,10 +215,6 @@ def of_classifier(
     right = classifier.predict([records[i] for i in other.tolist()]) == conditions[other]
     own = np.repeat(np.arange(len(outputs)), [len(each) for each in outputs])
     followed = classifier.predict([text for each in outputs for text in each]) == own
-    accuracy, accuracy_se = likelihood.mean(torch.from_numpy(right))
-    share, share_se = likelihood.mean(torch.from_numpy(followed))
-    return {
-        "adherence": share,
-        "adherence_classifier": accuracy,
-        "se": {"adherence": share_se, "adherence_classifier": accuracy_se},
-    }
+    found = {"adherence": followed, "adherence_classifier": right}
+    values, se = likelihood.means({name: torch.from_numpy(row) for name, row in found.items()})
+    return {**values, "se": se}

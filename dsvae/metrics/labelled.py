@@ -45,7 +45,7 @@ def of_heads(
                 [classes[i] for i in each]
                 for each in (labels[has], _best(encoded.class_logits)[has])
             )
-            _add(metrics, of_classes(true, predicted))
+            add(metrics, of_classes(true, predicted))
         if encoded.clusters is not None:
             # The random clusters follow the order of the rows, which must not be that of
             # the file.
@@ -60,7 +60,7 @@ def of_heads(
             found["b3_f1_one_cluster"] = one["b3_f1"]
             found["b3_f1_random"] = shuffled["b3_f1"]
             found["v_measure_random"] = shuffled["v_measure"]
-            _add(metrics, found)
+            add(metrics, found)
     if encoded.tags is not None:
         rows = split.tags(range(len(split)))
         assert rows is not None  # the pass had them
@@ -70,7 +70,7 @@ def of_heads(
         ]
         names = [[[tags[i] for i in each] for each in pair] for pair in pairs if len(pair[0])]
         metrics["tagged"] = len(names)
-        _add(metrics, of_entities([true for true, _ in names], [found for _, found in names]))
+        add(metrics, of_entities([true for true, _ in names], [found for _, found in names]))
     return metrics
 
 
@@ -78,6 +78,9 @@ def _best(scores: Tensor) -> np.ndarray:
     return scores.argmax(-1).numpy()
 
 
-def _add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
-    metrics["se"] |= more.pop("se", {})
+def add(metrics: dict[str, Any], more: dict[str, Any]) -> None:
+    """Adds metrics, with their standard errors under `se`."""
+    metrics["se"] |= more.pop("se")
+    if reasons := more.pop("undefined", None):
+        metrics["undefined"] = metrics.get("undefined", {}) | reasons
     metrics |= more

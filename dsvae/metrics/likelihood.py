@@ -15,6 +15,7 @@ whose log p(x) is known.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -93,6 +94,12 @@ def mean(values: Tensor) -> tuple[float, float]:
     count = len(values)
     error = float(values.std()) / math.sqrt(count) if count > 1 else math.nan
     return float(values.mean()), error
+
+
+def means(named: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+    """The means of several values over sentences and their standard errors, by name."""
+    found = {name: mean(values) for name, values in named.items()}
+    return {n: value for n, (value, _) in found.items()}, {n: se for n, (_, se) in found.items()}
 
 
 def ratio(values: Tensor, units: NDArray[np.integer]) -> tuple[float, float]:

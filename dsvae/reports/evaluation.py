@@ -30,8 +30,9 @@ from dsvae.generation.sentence_vae import check_seed
 from dsvae.inference.passes import Passes
 from dsvae.metrics import generated
 from dsvae.metrics.disentanglement import disentanglement
-from dsvae.metrics.evaluate import EVALUATION_SEED, Measured, add, evaluate
+from dsvae.metrics.evaluate import EVALUATION_SEED, Measured, evaluate
 from dsvae.metrics.information import active_unit_curve
+from dsvae.metrics.labelled import add
 from dsvae.metrics.probes import probe
 from dsvae.metrics.reconstruction import compare, generate
 from dsvae.metrics.reconstruction import samples as show_samples
@@ -69,7 +70,7 @@ def evaluate_model(
     *,
     samples: int = 1,
     iw_samples: int | None = None,
-    token_budget: int = 16384,
+    batch_tokens: int = 16384,
     max_tokens: int | None = None,
     seed: int = EVALUATION_SEED,
 ) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def evaluate_model(
         samples: samples of z per sentence for the ELBO.
         iw_samples: samples of z per sentence for the importance-weighted bound. None:
             the bound is not measured.
-        token_budget: most padded tokens per forward pass on one rank; it changes only the
+        batch_tokens: most padded tokens per forward pass on one rank; it changes only the
             speed.
         max_tokens: longest sentence in tokens, EOS included. None: that of the model's
             training.
@@ -99,7 +100,7 @@ def evaluate_model(
     Raises:
         UserError: on every rank, if an argument does not fit.
     """
-    _check(samples, iw_samples, token_budget, max_tokens, seed)
+    _check(samples, iw_samples, batch_tokens, max_tokens, seed)
     limit = _limit(model, max_tokens)
     records = [each if isinstance(each, Record) else Record(each) for each in sentences]
     if any(record.condition is None for record in records) and any(r.condition for r in records):
@@ -112,7 +113,7 @@ def evaluate_model(
     where = "the list of sentences"
     text = of_records(records, columns, model.config, tokenizer, limit, where, where)
     with joined() if dist.is_initialized() else nullcontext() as world:
-        passes = Passes(model, world, token_budget=token_budget)
+        passes = Passes(model, world, token_budget=batch_tokens)
         return evaluate_sentences(
             passes,
             tokenizer,
@@ -293,20 +294,16 @@ def _use_of_latents(model: T5VAE, measured: Measured, text: Sentences, seed: int
 
 def _estimators(samples: int, iw_samples: int | None, latent_dim: int) -> dict[str, str]:
     """The estimator of each likelihood."""
+    bounded = "ppl_token, ppl_word, bits_per_byte"
     if latent_dim == 0:
-        return {
-            "rec, ppl_token, ppl_word, bits_per_byte": (
-                "log p(x) itself: a language model has no latent, so nothing is bounded"
-            )
-        }
+        return {f"rec, {bounded}": "log p(x) itself: without a latent, nothing is bounded"}
     estimators = {
-        "elbo, ppl_token, ppl_word, bits_per_byte": (
-            f"ELBO with closed-form KL and {samples} sample(s) of z per sentence (Kingma & "
-            "Welling 2014): log p(x) from below, perplexities from above"
-        )
+        f"elbo, {bounded}": f"ELBO with closed-form KL and {samples} sample(s) of z per sentence "
+        "(Kingma & Welling 2014): log p(x) from below, perplexities from above"
     }
     if iw_samples:
-        estimators["nll_iw, ppl_token_iw, ppl_word_iw, bits_per_byte_iw"] = (
+        names = ", ".join(f"{name}_iw" for name in ("nll", *bounded.split(", ")))
+        estimators[names] = (
             f"importance-weighted bound with k = {iw_samples} (Burda et al. 2016): tighter, in "
             "the same direction"
         )
@@ -321,12 +318,8 @@ def _policies(
     Args:
         conditions: how many have generated sentences, if any.
     """
-    compared = "up to the end of its last token"
-    if not offsets:
-        compared = (
-            "as its decoded tokens, since this tokenizer does not say where they end in the text"
-        )
     policies = {}
+    only_z = "tokens are not sampled, only z varies"
     if config.conditional:
         draws = f"{generated.DRAWS} draws of z from p(z|c)" if config.latent_dim else "a sentence"
         policies["condition"] = (
@@ -335,37 +328,25 @@ def _policies(
         )
         policies["generated sentences"] = (
             f"greedy decoding of {draws} for each of {conditions} conditions, chosen by hash: "
-            f"tokens are not sampled, only z varies; BLEU against at most "
-            f"{generated.REFERENCES} texts of the condition in the file"
+            f"{only_z}; BLEU against at most {generated.REFERENCES} texts of the condition"
         )
     elif config.latent_dim:
         policies["generated sentences"] = (
-            f"greedy decoding of {generated.OUTPUTS} draws of z from p(z): tokens are not sampled, "
-            f"only z varies"
+            f"greedy decoding of {generated.OUTPUTS} draws of z from p(z): {only_z}"
         )
+    compared = "the end of its last token" if offsets else "its last token, as decoded text"
     return policies | {
-        "end of sentence": (
-            "EOS is predicted: it is part of every likelihood, is one of the tokens, and counts "
-            "as one more word in ppl_word and one more byte in bits_per_byte"
-        ),
-        "truncation": (
-            f"sentences over {max_tokens} tokens (EOS included) are cut to {max_tokens}, EOS "
-            "last, and counted in truncated; words and bytes are those of the remaining text"
-        ),
-        "unknown": (
-            "tokens outside the vocabulary are predicted as one unknown piece and counted in "
-            "unk: many of them make likelihoods too good, and comparable only between models "
-            "with the same tokenizer"
-        ),
-        "reconstruction": (
-            "exact_match, bleu and chrf compare with the sentence as it is in the source; a "
-            f"truncated one is compared {compared}"
-        ),
+        "end of sentence": "EOS is predicted: it is part of every likelihood, is one of the "
+        "tokens, and counts as one more word in ppl_word and one more byte in bits_per_byte",
+        "truncation": f"sentences over {max_tokens} tokens (EOS included) are cut to that, EOS "
+        "last, and counted in truncated; words and bytes are those of the remaining text",
+        "unknown": "tokens outside the vocabulary are predicted as one unknown piece and counted "
+        "in unk: with many, likelihoods are too good, and comparable only under one tokenizer",
+        "reconstruction": "exact_match, bleu and chrf compare with the sentence as it is in the "
+        f"source; a truncated one is compared up to {compared}",
         "blank": "blank lines are skipped and counted in skipped_blank",
-        "standard errors": (
-            "over sentences: deviation / sqrt(N); for ratios and perplexities by linearization "
-            "(the delta method)"
-        ),
+        "standard errors": "over sentences: deviation / sqrt(N); for ratios and perplexities by "
+        "linearization (the delta method)",
     }
 
 
@@ -396,16 +377,14 @@ def _check(
     seed: int,
     sentences: int | None = None,
 ) -> None:
+    numbers: dict[str, tuple[Any, int]]
     numbers = {"samples": (samples, 1), "batch_tokens": (batch_tokens, 1), "seed": (seed, 0)}
-    optional = {
-        "iw_samples": (iw_samples, 1),
-        "max_tokens": (max_tokens, 2),
-        "sentences": (sentences, 1),
-    }
-    given = {name: pair for name, pair in optional.items() if pair[0] is not None}
-    for name, (value, least) in (numbers | given).items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"--{name} {value}: give a whole number of at least {least}")
+    numbers |= {"iw_samples": (iw_samples, 1), "max_tokens": (max_tokens, 2)}
+    for name, (value, least) in (numbers | {"sentences": (sentences, 1)}).items():
+        optional = name in ("iw_samples", "max_tokens", "sentences") and value is None
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not optional and (not whole or value < least):
+            raise UserError(f"{name} {value}: give a whole number of at least {least}")
     check_seed(seed)
 
 

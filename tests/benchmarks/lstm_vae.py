@@ -59,6 +59,7 @@ from dsvae.errors import UserError
 from dsvae.files import write_json
 from dsvae.inference.passes import Passes
 from dsvae.metrics import evaluate
+from dsvae.metrics.labelled import add
 from dsvae.modeling.families import GaussianFamily
 from dsvae.parallel.world import World
 from dsvae.reports.table import result_table
@@ -253,7 +254,7 @@ def measure(
                         **{each: mean for each, (mean, _) in means.items()},
                         "se": {each: error for each, (_, error) in means.items()},
                     }
-                evaluate.add(results[name], more_of)
+                add(results[name], more_of)
         gain, error = evaluate.likelihood.mean(found.rec_shuffled - found.rec)
         test["rec_shuffled-rec"], test["se"]["rec_shuffled-rec"] = gain, error
         test["warnings"] = evaluate.warnings_of(test, found)
