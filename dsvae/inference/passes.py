@@ -181,20 +181,19 @@ class Passes:
         options["synced_gpus"] = world.size > 1 and partitioned
         if lengths is None:
             lengths = np.ones(len(latent), dtype=np.int32)
-        found: dict[int, Rows] = {}
+        found: dict[int, list[Rows]] = {}
         with self._evaluating():
             for rows, weight in self._progress("generating", self._batches(lengths)):
                 given = self._conditions(conditions and [conditions[i] for i in rows])
                 decoded = model.generate(latent=latent[rows].to(device), **given, **options)
                 world.heartbeat("generation")
-                texts = decoded[:, 1:].cpu().numpy()  # without the start token
-                found |= {
-                    row: until(ids, eos)
-                    for row, ids, real in zip(rows.tolist(), texts, weight, strict=True)
-                    if real
-                }
+                # `num_return_sequences` texts per latent, without the start token
+                groups = np.split(decoded[:, 1:].cpu().numpy(), len(rows))
+                for row, texts, real in zip(rows.tolist(), groups, weight, strict=True):
+                    if real:
+                        found[row] = [until(ids, eos) for ids in texts]
         joined = {row: ids for part in world.gather(found) for row, ids in part.items()}
-        return [joined[row] for row in range(len(latent))]
+        return [ids for row in range(len(latent)) for ids in joined[row]]
 
     def prior(self, conditions: Sequence[Sequence[int] | Rows] | None) -> Distribution:
         """p(z) in one row, or the learned p(z|c) of conditions (C_i,), on CPU."""
