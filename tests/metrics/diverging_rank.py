@@ -44,6 +44,6 @@ def diverge(module, arguments, output):
 model.module.register_forward_hook(diverge)
 inference = Passes(model.module, world, token_budget=4096)
 pairs, prior = samples(inference, split, inference.encode(split), tokenizer, np.arange(2), 12)
-print(f"rank {world.rank}: {len(passes)} passes, {max(map(len, prior))} characters")
+print(f"rank {world.rank}: {len(passes)} passes, {len(prior[0])} and {len(prior[1])} characters")
 sys.stdout.flush()
 leave(world)

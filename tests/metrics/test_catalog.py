@@ -13,7 +13,6 @@ from dsvae.config import RunConfig
 from dsvae.data.grammar import generate
 from dsvae.data.record_tokens import tokenize
 from dsvae.data.records import Columns
-from dsvae.data.record_tokens import tokenize
 from dsvae.inference.passes import Passes
 from dsvae.metrics import catalog, clustering, diversity, tagging
 from dsvae.metrics.catalog import COLUMN, MAIN, METRICS, SUMMARY, Metric

@@ -26,8 +26,8 @@ from dsvae import T5VAE
 from dsvae.data import grammar
 from dsvae.data.grammar import generate
 from dsvae.data.noise import LATENT, normal
-from dsvae.data.records import Columns, Record
 from dsvae.data.record_tokens import tokenize
+from dsvae.data.records import Columns, Record
 from dsvae.errors import UserError
 from dsvae.inference.passes import Passes
 from dsvae.metrics.evaluate import (
