@@ -21,7 +21,7 @@ ADVICE = "name the directory `model` in the output_dir of a run"
 
 
 def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
-    """The model in evaluation mode, float32, on CPU, and its tokenizer.
+    """Loads the model in evaluation mode, float32, on CPU, and its tokenizer.
 
     Args:
         model_dir: a directory, or a hub id.
@@ -64,7 +64,7 @@ def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
 
 
 def find_model(model_dir: str | Path) -> Path:
-    """The directory of a T5VAE, by its config.json; arguments and errors as of `load`."""
+    """Finds the directory of a T5VAE by its config.json; arguments and errors as of `load`."""
     directory = find_directory(str(model_dir))
     kind = _model_type(directory)
     if kind != T5VAEConfig.model_type:
@@ -80,7 +80,7 @@ def find_model(model_dir: str | Path) -> Path:
 
 
 def find_directory(name: str) -> Path:
-    """The directory of that name, or that of a downloaded hub model."""
+    """Finds the directory of that name, or that of a downloaded hub model."""
     directory = Path(name).expanduser()
     is_path = directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if is_path or directory.exists():

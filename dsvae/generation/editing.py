@@ -76,7 +76,7 @@ def read_change(
 
 
 def read_categories(text: str) -> dict[int, int]:
-    """Variable -> category of `3=7,5=0`.
+    """Reads variable -> category of `3=7,5=0`.
 
     Raises:
         UserError: anything else.

@@ -71,7 +71,7 @@ def check(vae: SentenceVAE) -> None:
 
 
 def draw(vae: SentenceVAE, records: Iterable[str | Record], seed: int = 0) -> Draws:
-    """Draws of the posteriors of a stream of sentences.
+    """Draws from the posteriors of a stream of sentences.
 
     The noise of a sentence is keyed by its content and the number of equal ones before
     it, so nothing depends on the order of the file.
@@ -106,7 +106,7 @@ def draw(vae: SentenceVAE, records: Iterable[str | Record], seed: int = 0) -> Dr
 
 
 def fit(draws: Draws, kind: str, components: int | None = None, seed: int = 0) -> Density:
-    """A density of the draws.
+    """Fits a density to the draws.
 
     Args:
         kind: gaussian: mean and full covariance. gmm: a mixture of Gaussians with full
@@ -132,7 +132,7 @@ def fit(draws: Draws, kind: str, components: int | None = None, seed: int = 0) -
 
 
 def compare(vae: SentenceVAE, density: Density, held_out: Tensor) -> dict[str, float]:
-    """How well a density fits draws (N, Z), beside the model's own prior.
+    """Measures how well a density fits draws (N, Z), beside the model's own prior.
 
     Returns: in nats per sentence `log_p_prior` and `log_p_fitted`, the mean
         log-densities; `gain`, their difference, by which the marginal KL falls, and
@@ -150,7 +150,7 @@ def compare(vae: SentenceVAE, density: Density, held_out: Tensor) -> dict[str, f
 
 
 def place(model_dir: str) -> Path:
-    """Where the prior of a model is written. Raises UserError for a model that is not in
+    """Finds where the prior of a model is written. Raises UserError for a model that is not in
     a directory of its own."""
     directory = Path(model_dir).expanduser()
     if not directory.is_dir():
@@ -162,7 +162,7 @@ def place(model_dir: str) -> Path:
 
 
 def load_prior(model_dir: str) -> Density:
-    """The prior that was fitted to a model, from its directory or hub id.
+    """Loads the prior that was fitted to a model, from its directory or hub id.
 
     Raises:
         UserError: there is none, or the file is damaged.

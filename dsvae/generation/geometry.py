@@ -11,7 +11,7 @@ _PARALLEL = 1e-6  # sine of an angle below which two directions define no great 
 
 
 def interpolate(a: Tensor, b: Tensor, steps: int, path: str = "linear") -> Tensor:
-    """`steps` points from `a` to `b` (Z,), both included and equally spaced, (steps,
+    """Computes `steps` points from `a` to `b` (Z,), both included and equally spaced, (steps,
     Z).
 
     Args:
@@ -30,7 +30,7 @@ def interpolate(a: Tensor, b: Tensor, steps: int, path: str = "linear") -> Tenso
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """The point at `t` in [0, 1] on the great circle from `a` to `b` (Z,) (Shoemake
+    """Computes the point at `t` in [0, 1] on the great circle from `a` to `b` (Z,) (Shoemake
     1985; White 2016).
 
     The direction turns at constant speed while the norm changes linearly from |a| to
@@ -54,5 +54,5 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def analogy(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """b - a + c: what is to c as b is to a (Mikolov et al. 2013), all (Z,)."""
+    """Computes b - a + c: what is to c as b is to a (Mikolov et al. 2013), all (Z,)."""
     return b - a + c

@@ -102,7 +102,7 @@ class InputReader:
         self.counts = Counts()
 
     def check(self, conditions: bool) -> None:
-        """Raises UserError unless conditions are given exactly where the model reads
+        """Raises UserError unless conditions are given exactly if the model reads
         them."""
         if conditions == self.config.conditional:
             return
@@ -122,7 +122,7 @@ class InputReader:
         )
 
     def sentences(self, texts: Sequence[str], conditions: Sequence[str] | None = None) -> Inputs:
-        """The inputs of a list of sentences, each with its condition if the model reads
+        """Makes the inputs of a list of sentences, each with its condition if the model reads
         them.
 
         Raises:
@@ -137,7 +137,7 @@ class InputReader:
         return Inputs(self._whole(texts, "sentence"), read)
 
     def conditions(self, conditions: Sequence[str] | None, count: int) -> list[list[int]] | None:
-        """The ids of the conditions of `count` sentences; None if the model reads none.
+        """Makes the ids of the conditions of `count` sentences; None if the model reads none.
         Raises what `sentences` raises."""
         if isinstance(conditions, str):
             raise TypeError("give a list of conditions, not one string")
@@ -153,7 +153,7 @@ class InputReader:
     def stream(
         self, texts: Iterable[str | Record], batch_size: int, *, tags: bool = False
     ) -> Iterator[tuple[list[Line], Inputs]]:
-        """(sentences, their inputs), window by window. Blank sentences are skipped, long
+        """Yields (sentences, their inputs), window by window. Blank sentences are skipped, long
         ones truncated, and both counted.
 
         Args:
@@ -172,7 +172,7 @@ class InputReader:
                 yield [lines[i] for i in kept], inputs.select(kept)
 
     def of_lines(self, lines: Sequence[Line], *, tags: bool = False) -> Inputs:
-        """The inputs of sentences of a stream, long ones truncated and counted. Raises
+        """Makes the inputs of sentences of a stream, long ones truncated and counted. Raises
         what `check` raises."""
         for line in lines:
             self.check(line.condition is not None)
@@ -192,7 +192,7 @@ class InputReader:
     def condition_stream(
         self, conditions: Iterable[str], batch_size: int
     ) -> Iterator[tuple[list[Line], list[list[int]]]]:
-        """(conditions, their ids), window by window, as `stream` takes sentences."""
+        """Yields (conditions, their ids), window by window, as `stream` takes sentences."""
         for window in windows(not_blank(conditions, self._skipped), batch_size):
             self.counts.sentences += len(window)
             yield window, self._of_conditions([line.text for line in window])
@@ -230,7 +230,7 @@ class InputReader:
 
 
 def repeated(condition: str | None, count: int = 1) -> list[str] | None:
-    """The conditions of `count` sentences that have the same one."""
+    """Repeats the condition of `count` sentences that have the same one."""
     return None if condition is None else [condition] * count
 
 

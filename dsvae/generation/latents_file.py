@@ -46,7 +46,7 @@ def write_latents(
     of z over all sentences: (z - normalizer_mean) / normalizer_std has mean 0 and variance 1.
 
     Args:
-        batches: at least one: sentences, their posteriors, and their priors where these
+        batches: at least one: sentences, their posteriors, and their priors if these
             are learned.
 
     Raises:
@@ -76,7 +76,7 @@ def _rows(posterior: Distribution, prior: Distribution | None) -> dict[str, Tens
 def write_tensors(
     place: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file, which appears whole or not at all. Raises UserError where
+    """Writes a safetensors file, which appears whole or not at all. Raises UserError if
     it cannot."""
     rows = {name: tensor.contiguous() for name, tensor in tensors.items()}
     known = {"format": "pt", "dsvae": version("dsvae"), **(metadata or {})}

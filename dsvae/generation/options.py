@@ -18,10 +18,10 @@ SAMPLING: dict[str, type] = {
     "epsilon_cutoff": float,
     "eta_cutoff": float,
 }
-"""Read only where `do_sample` is on."""
+"""Read only if `do_sample` is on."""
 
 BEAMS: dict[str, type] = {"early_stopping": bool, "length_penalty": float}
-"""Read only where `num_beams` is at least 2."""
+"""Read only if `num_beams` is at least 2."""
 
 OPTIONS: dict[str, type] = {
     "do_sample": bool,
@@ -67,7 +67,7 @@ def check(options: Mapping[str, Any]) -> None:
 
 
 def refusal(options: Mapping[str, Any], error: Exception) -> UserError:
-    """The error for options that transformers refused."""
+    """Makes the error for options that transformers refused."""
     given = " ".join(f"--{name} {value}" for name, value in options.items())
     return UserError(
         f"transformers' generate refuses {given or 'its options'}: "

@@ -30,13 +30,13 @@ class Line(NamedTuple):
     text: str
     """Stripped; not blank."""
     condition: str | None = None
-    """Stripped; None where the source gives none."""
+    """Stripped; None if the source gives none."""
     label: str | None = None
-    """None where the source gives none."""
+    """None if the source gives none."""
 
     @property
     def fields(self) -> dict[str, Any]:
-        """`line`, `sentence`, and `condition` where there is one, for the output."""
+        """`line`, `sentence`, and `condition` if there is one, for the output."""
         condition = {} if self.condition is None else {"condition": self.condition}
         return {"line": self.line, **condition, "sentence": self.text}
 
@@ -44,7 +44,7 @@ class Line(NamedTuple):
 def read_records(
     file: str | None, text_column: str, condition_column: str | None = None, option: str = "FILE"
 ) -> Iterator[Record]:
-    """The records of a file or of stdin as they stand there, blank ones included.
+    """Reads the records of a file or of stdin as they stand there, blank ones included.
 
     Args:
         file: .txt (one sentence per line), .jsonl, .csv, .tsv or .parquet. None or "-":
@@ -71,12 +71,12 @@ def read_records(
 
 
 def read_sentences(file: str | None, text_column: str, option: str = "FILE") -> Iterator[str]:
-    """The texts of `read_records`."""
+    """Reads the texts of `read_records`."""
     return (record.text for record in read_records(file, text_column, None, option))
 
 
 def read_conditions(file: str, column: str | None) -> Iterator[str]:
-    """The conditions of a file as they stand there, blank ones included.
+    """Reads the conditions of a file as they stand there, blank ones included.
 
     Args:
         column: of the condition, where the file has columns; None: "condition".
@@ -92,7 +92,7 @@ def read_conditions(file: str, column: str | None) -> Iterator[str]:
 def not_blank(
     sentences: Iterable[str | Record], skipped: Callable[[], None] = lambda: None
 ) -> Iterator[Line]:
-    """The sentences that are not blank, stripped. `skipped` is called for each of the
+    """Yields the sentences that are not blank, stripped. `skipped` is called for each of the
     others."""
     for number, each in enumerate(sentences, 1):
         record = each if isinstance(each, Record) else Record(each)
@@ -105,7 +105,7 @@ def not_blank(
 def draw_sentences(
     file: str, text_column: str, count: int, seed: int, condition_column: str | None = None
 ) -> Iterator[Line]:
-    """`count` sentences of a file, maybe with their conditions, drawn uniformly with
+    """Draws `count` sentences of a file, maybe with their conditions, uniformly with
     replacement, in the order of the file.
 
     The file is read twice, and only `count` numbers are held in memory.
@@ -129,7 +129,7 @@ def draw_sentences(
 
 
 def read_labels(file: str) -> Iterable[str]:
-    """One label per line, stripped. Raises UserError as `read_sentences`."""
+    """Reads one label per line, stripped. Raises UserError as `read_sentences`."""
     return readers.read_labels(Path(file).expanduser(), "--labels_file")
 
 
@@ -175,12 +175,12 @@ def check_labels(labels_file: str, text_file: str, text_column: str, toward: str
 
 
 def no_sentences(source: str) -> UserError:
-    """The error for a source that is empty or has only blank sentences."""
+    """Makes the error for a source that is empty or has only blank sentences."""
     return UserError(f"{source} has no sentences: give at least one that is not blank")
 
 
 def windows(items: Iterable[T], batch_size: int) -> Iterator[list[T]]:
-    """Lists of consecutive items, to be sorted by length.
+    """Yields lists of consecutive items, to be sorted by length.
 
     The first is one batch, so that output starts at once. Each of the next has twice as
     many items, up to `WINDOW` batches.

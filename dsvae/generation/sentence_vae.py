@@ -53,7 +53,7 @@ class SentenceVAE:
     transformers.
 
     Args:
-        model: on the device where it is to run. It is put into evaluation mode. A
+        model: on the device on which it is to run. It is put into evaluation mode. A
             conditional model without a latent can only sample.
         tokenizer: the one that the model was trained with.
         batch_size: sentences at a time. It changes the speed, and which random numbers
@@ -97,7 +97,7 @@ class SentenceVAE:
 
         Raises:
             UserError: there is no such device or model, or its weights or tokenizer are
-                missing, or it is no T5VAE with a latent or a condition.
+                missing, or it is not a T5VAE with a latent or a condition.
         """
         where = find_device(device)
         model, tokenizer = pretrained.load(model_dir)
@@ -122,19 +122,19 @@ class SentenceVAE:
     # Encoding and decoding
 
     def encode(self, texts: Sequence[str], conditions: Sequence[str] | None = None) -> Distribution:
-        """q(z|x), or q(z|x,c), of N sentences, on CPU, float32. The Gaussian has mean and
+        """Encodes N sentences: q(z|x), or q(z|x,c), on CPU, float32. The Gaussian has mean and
         logvar, (N, Z) each."""
         return self.encode_inputs(self.inputs.sentences(texts, conditions)).posterior
 
     def encode_inputs(self, inputs: Inputs) -> Encoded:
-        """What the encoder's heads make of sentences that are tokenized."""
+        """Encodes sentences that are tokenized, for all heads of the encoder."""
         self._need_latent()
         return self._passes.encode(inputs)
 
     def decode(
         self, latent: Tensor, conditions: Sequence[str] | None = None, **options: Any
     ) -> list[str]:
-        """One sentence for each z of (N, Z)."""
+        """Decodes one sentence for each z of (N, Z)."""
         if latent.ndim != 2 or latent.shape[1] != self.latent_dim:
             raise ValueError(f"the latent is {tuple(latent.shape)}, not (N, {self.latent_dim})")
         return self._decode(latent, self.inputs.conditions(conditions, len(latent)), options)
@@ -142,19 +142,19 @@ class SentenceVAE:
     def reconstruct(
         self, texts: Sequence[str], conditions: Sequence[str] | None = None, **options: Any
     ) -> list[str]:
-        """The sentences that the decoder makes of the posterior means."""
+        """Decodes the posterior means of sentences."""
         return self._reconstruct(self.inputs.sentences(texts, conditions), options)
 
     def encode_stream(
         self, texts: Iterable[str | Record]
     ) -> Iterator[tuple[list[Line], Distribution]]:
-        """(sentences, their posteriors on CPU), window by window."""
+        """Yields (sentences, their posteriors on CPU), window by window."""
         return ((lines, posterior) for lines, posterior, _ in self.latents_stream(texts))
 
     def latents_stream(
         self, texts: Iterable[str | Record]
     ) -> Iterator[tuple[list[Line], Distribution, Distribution | None]]:
-        """(sentences, their posteriors, their priors) window by window, on CPU. The priors
+        """Yields (sentences, their posteriors, their priors) window by window, on CPU. The priors
         p(z|c) are None unless they are learned."""
         learned = self.model.config.prior == "learned"
         for lines, inputs in self.inputs.stream(texts, self.batch_size):
@@ -164,12 +164,12 @@ class SentenceVAE:
     def reconstruct_stream(
         self, texts: Iterable[str | Record], **options: Any
     ) -> Iterator[tuple[Line, str]]:
-        """(sentence, reconstruction), one by one."""
+        """Yields (sentence, reconstruction), one by one."""
         for lines, inputs in self.inputs.stream(texts, self.batch_size):
             yield from zip(lines, self._reconstruct(inputs, options), strict=True)
 
     def prior(self, condition: str | None = None) -> Distribution:
-        """p(z), or the learned p(z|c) of a condition, one row on CPU."""
+        """Returns p(z), or the learned p(z|c) of a condition, one row on CPU."""
         read = self.inputs.conditions(None if condition is None else [condition], 1)
         return self._passes.prior(read)
 
@@ -186,7 +186,7 @@ class SentenceVAE:
         seed: int | None = None,
         **options: Any,
     ) -> list[str]:
-        """`count` sentences of random z, from the prior or from the aggregate posterior
+        """Generates `count` sentences of random z, from the prior or from the aggregate posterior
         of `texts`.
 
         Args:
@@ -229,8 +229,7 @@ class SentenceVAE:
         prior: Density | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Sentences of `count` z from the prior, the model's own or another one, one by
-        one."""
+        """Yields sentences of `count` z from the prior, the model's own or another one."""
         read = self.inputs.conditions(None if condition is None else [condition], 1)
         pairs = ((i, None if read is None else read[0]) for i in range(count))
         return self._draw(pairs, seed, prior, options)
@@ -244,7 +243,7 @@ class SentenceVAE:
         prior: Density | None = None,
         **options: Any,
     ) -> Iterator[tuple[Line, str]]:
-        """(condition, sentence of one z from its prior), one by one: `count` for each
+        """Yields (condition, sentence of one z from its prior): `count` for each
         condition of a stream.
 
         Sample i has the same noise under every condition, whatever the other conditions
@@ -259,7 +258,7 @@ class SentenceVAE:
     def posterior_stream(
         self, lines: Iterable[Line], *, seed: int, **options: Any
     ) -> Iterator[tuple[Line, str]]:
-        """(sentence, generated sentence of one z from its posterior), one by one."""
+        """Yields (sentence, generated sentence of one z from its posterior)."""
         done = 0
         for window in windows(lines, self.batch_size):
             inputs = self.inputs.of_lines(window)
@@ -307,7 +306,7 @@ class SentenceVAE:
         condition: str | None = None,
         **options: Any,
     ) -> list[str]:
-        """`steps` sentences from `a` to `b`. The first and the last are their
+        """Generates `steps` sentences from `a` to `b`. The first and the last are their
         reconstructions.
 
         Args:
@@ -324,8 +323,8 @@ class SentenceVAE:
     def analogy(
         self, a: str, b: str, c: str, *, condition: str | None = None, **options: Any
     ) -> str:
-        """The sentence that is to `c` as `b` is to `a`, from z_b - z_a + z_c, all four
-        under one condition."""
+        """Generates the sentence that is to `c` as `b` is to `a`, from z_b - z_a + z_c, all
+        four under one condition."""
         self._need_continuous("an analogy")
         point = self.encode([a, b, c], repeated(condition, 3)).point
         return self.decode(geometry.analogy(*point)[None], repeated(condition), **options)[0]
@@ -340,7 +339,7 @@ class SentenceVAE:
         scale: str | None = None,
         condition: str | None = None,
     ) -> tuple[list[dict[str, float]], Tensor]:
-        """The posterior's point of a sentence with one unit of the latent moved.
+        """Moves one unit of the latent, from the posterior's point of a sentence.
 
         Args:
             unit: a dimension, or a categorical variable, which takes all its categories.
@@ -350,7 +349,7 @@ class SentenceVAE:
             scale: of a dimension. prior (the default): it takes the values that the
                 prior has there, whatever the sentence. posterior: it moves about the
                 sentence's own value.
-            condition: of the sentence, and of the prior where it is learned.
+            condition: of the sentence, and of the prior if it is learned.
 
         Returns: of each of the J places `offset` (in standard deviations) and `value`, or
             `category`; and z (J, Z).
@@ -397,14 +396,14 @@ class SentenceVAE:
         condition: str | None = None,
         **options: Any,
     ) -> list[str]:
-        """The sentences of a `traversal`, whose settings it takes."""
+        """Decodes a `traversal`, whose settings it takes."""
         _, latent = self.traversal(
             text, unit, steps=steps, width=width, scale=scale, condition=condition
         )
         return self.decode(latent, repeated(condition, len(latent)), **options)
 
     def with_categories(self, latent: Tensor, categories: Mapping[int, int]) -> Tensor:
-        """z (1, Z) with some of its variables set.
+        """Sets some variables of z (1, Z).
 
         Args:
             categories: variable -> category.
@@ -431,8 +430,8 @@ class SentenceVAE:
     def attribute_vector(
         self, texts: Iterable[str | Record], labels: Iterable[str], toward: str
     ) -> Tensor:
-        """Mean latent of the sentences labelled `toward` minus that of all others, (Z,)
-        float32 (Larsen et al. 2016).
+        """Computes the mean latent of the sentences labelled `toward` minus that of all
+        others, (Z,) float32 (Larsen et al. 2016).
 
         `texts` and `labels` are streams side by side. The label of a blank sentence is
         skipped with it.
@@ -479,8 +478,7 @@ class SentenceVAE:
         condition: str | None = None,
         **options: Any,
     ) -> str:
-        """The sentence of z + strength * direction (Z,), where z is the posterior mean of
-        `text`."""
+        """Decodes z + strength * direction (Z,) of the posterior mean z of `text`."""
         point = self.encode([text], repeated(condition)).point
         return self.decode(point + strength * direction, repeated(condition), **options)[0]
 
@@ -556,7 +554,7 @@ def _noise(seed: int, purpose: int, numbers: Iterable[int], width: int) -> Tenso
 
 
 def check_seed(seed: int | None) -> int:
-    """The seed itself, or a fresh one for None. Raises UserError for a seed outside
+    """Returns the seed itself, or a fresh one for None. Raises UserError for a seed outside
     0 .. 2^53 - 1."""
     if seed is None:
         return secrets.randbits(32)
@@ -566,7 +564,7 @@ def check_seed(seed: int | None) -> int:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of a name. None: the accelerator, or the CPU if there is none. Raises
+    """Finds the device of a name. None: the accelerator, or the CPU if there is none. Raises
     UserError for a device that does not exist or cannot be used."""
     if name is None:
         return local_device()

@@ -27,7 +27,7 @@ def session(
     draws: bool = False,
     conditions: bool = False,
 ) -> Iterator[tuple[SentenceVAE, int]]:
-    """A model and the seed of its random numbers.
+    """Opens a model; yields it and the seed of its random numbers.
 
     Args:
         model_dir, device, max_tokens, batch_size: as of `SentenceVAE.from_pretrained`.
@@ -69,7 +69,7 @@ def session(
 
 
 def check_not_empty(vae: SentenceVAE, file: str | None) -> None:
-    """Raises UserError where a stream held no sentence.
+    """Raises UserError if a stream held no sentence.
 
     Args:
         file: what it was read from; stdin for None and "-".

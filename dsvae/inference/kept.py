@@ -24,12 +24,12 @@ class Kept:
     """The results of the passes of one evaluation of one model.
 
     A pass is identified by what it computes, not by its place among the others. Only
-    rank 0 reads and writes. A full disk is no error: everything kept is then deleted to
+    rank 0 reads and writes. A full disk is not an error: everything kept is then deleted to
     make room, and the next start computes it again.
 
     Args:
         root: the directory, which holds one evaluation at a time.
-        identity: equal only where the same weights are evaluated in the same precision.
+        identity: equal only if the same weights are evaluated in the same precision.
         stop: returns what all ranks raise if one of them was asked to stop, else None.
             Collective.
     """

@@ -53,7 +53,7 @@ class Encoded:
     class_logits: Tensor | None
     """(N, C); None without a class head."""
     tags: Tensor | None
-    """(N, S) int64, the most probable tags where the texts have tags, -100 elsewhere; None
+    """(N, S) int64, the most probable tags if the texts have tags, -100 elsewhere; None
     without a tag head, or if no text has tags."""
 
 
@@ -84,7 +84,7 @@ class Passes:
         self._token_budget, self._batch_size, self._kept = token_budget, batch_size, kept
 
     def encode(self, texts: Texts) -> Encoded:
-        """The posteriors and priors of N texts, and what the heads say of them."""
+        """Encodes N texts: posteriors, priors, and what the other heads say of them."""
         config, family = self.model.config, self.family
         learned = config.prior == "learned"
         tagged = bool(config.tags) and texts.tags([]) is not None
@@ -129,7 +129,7 @@ class Passes:
         name: str,
         columns: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """The likelihood of N texts under z, each decoded with teacher forcing.
+        """Computes the likelihood of N texts under z, each decoded with teacher forcing.
 
         Args:
             draw: makes of the places of a batch its z (B, Z), and any other numbers of
@@ -161,7 +161,7 @@ class Passes:
         lengths: NDArray[np.int32] | None = None,
         **options: Any,
     ) -> list[Rows]:
-        """What `T5VAE.generate` makes of N latents.
+        """Generates from N latents with `T5VAE.generate`.
 
         Args:
             latent: (N, Z).
@@ -196,7 +196,7 @@ class Passes:
         return [ids for row in range(len(latent)) for ids in joined[row]]
 
     def prior(self, conditions: Sequence[Sequence[int] | Rows] | None) -> Distribution:
-        """p(z) in one row, or the learned p(z|c) of conditions (C_i,), on CPU."""
+        """Returns p(z) in one row, or the learned p(z|c) of conditions (C_i,), on CPU."""
         with self._evaluating():
             return self.model.prior(**self._conditions(conditions)).to("cpu")
 
@@ -293,7 +293,8 @@ class Passes:
 
 
 def by_rows(family: Family, each: Distribution) -> Callable[[Rows], Distribution]:
-    """The distributions of some rows (B,) of N; a fixed prior has one row for all."""
+    """Makes a function that returns the distributions of some rows (B,) of N; a fixed
+    prior has one row for all."""
     parameters = each.parameters
 
     def rows_of(rows: Rows) -> Distribution:
@@ -304,13 +305,13 @@ def by_rows(family: Family, each: Distribution) -> Callable[[Rows], Distribution
 
 
 def until(ids: Rows, eos: int) -> Rows:
-    """The ids up to the first EOS, which is included."""
+    """Cuts ids after the first EOS."""
     ends = np.flatnonzero(ids == eos)
     return ids[: ends[0] + 1] if len(ends) else ids
 
 
 def texts_of(rows: Sequence[Rows], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Token ids as text, without EOS and padding; an unknown piece stays visible."""
+    """Spells token ids, without EOS and padding; an unknown piece stays visible."""
     hidden = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]
     shown = [row[~np.isin(row, hidden)].tolist() for row in rows]
     # Cleaning up would change the text ("do n't" to "don't"), but not the reference.

@@ -1,4 +1,4 @@
-"""Every metric once: its unit, its meaning, its better direction, and where it is shown.
+"""Every metric once: its unit, its meaning, its better direction, and the places that show it.
 
 The console, TensorBoard, the model card, report.html and `dsvae compare` all read this
 list. A new metric needs the function that computes it and one entry here.
@@ -292,12 +292,12 @@ matter" is for runs with a latent, and "labels" for those with labels or tags.""
 
 
 def entry(name: str) -> Metric:
-    """The entry of a metric; a plain one for an unlisted name."""
+    """Returns the entry of a metric; a plain one for an unlisted name."""
     return next((metric for metric in METRICS if metric.name == name), Metric(name))
 
 
 def differences(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that are the difference of two others, if both are there."""
+    """Computes the metrics that are the difference of two others, if both are there."""
     values = {}
     for metric in METRICS:
         if metric.difference is not None:

@@ -15,7 +15,7 @@ Names = Sequence[str] | NDArray[Any]
 
 
 def of_clusters(labels: Names, clusters: Names, seed: int) -> dict[str, Any]:
-    """The agreement of clusters with labels, beside two clusterings that read nothing.
+    """Measures the agreement of clusters with labels, beside two clusterings that read nothing.
 
     Args:
         labels: of N sentences, the class of each.
@@ -40,7 +40,7 @@ def of_clusters(labels: Names, clusters: Names, seed: int) -> dict[str, Any]:
 
 
 def agreement(labels: Names, clusters: Names) -> dict[str, Any]:
-    """The agreement of a clustering with the labels.
+    """Measures the agreement of a clustering with the labels.
 
     Returns:
         b3_precision, b3_recall, b3_f1: `b_cubed`, in [0, 1].
@@ -63,8 +63,8 @@ def agreement(labels: Names, clusters: Names) -> dict[str, Any]:
 
 
 def b_cubed(labels: Names, clusters: Names) -> dict[str, Any]:
-    """B-cubed precision, recall and F1 (Bagga & Baldwin 1998), with standard errors under
-    `se`.
+    """Computes B-cubed precision, recall and F1 (Bagga & Baldwin 1998), with standard
+    errors under `se`.
 
     The precision of a sentence is the share of the sentences of its cluster, itself
     included, that have its label. Its recall is the share of the sentences of its label

@@ -16,7 +16,7 @@ ENUMERABLE = 65_536
 
 
 def of_codes(posterior: Distribution, draws: Tensor, continuous: bool) -> dict[str, float]:
-    """The metrics of this module that the family has, by name.
+    """Computes the metrics of this module that the family has, by name.
 
     Args:
         posterior: q(z|x) of N sentences.
@@ -38,7 +38,7 @@ def of_codes(posterior: Distribution, draws: Tensor, continuous: bool) -> dict[s
 
 
 def hoyer(z: Tensor) -> Tensor:
-    """Hoyer's sparsity of every row of z (N, Z), (N,) float64 in [0, 1].
+    """Computes Hoyer's sparsity of every row of z (N, Z), (N,) float64 in [0, 1].
 
     (sqrt(Z) - |z|_1 / |z|_2) / (sqrt(Z) - 1): 1 for a row with one non-zero entry, 0 for
     one whose entries are equal (Hurley & Rickard 2009). NaN for rows of zeros, which have
@@ -51,11 +51,11 @@ def hoyer(z: Tensor) -> Tensor:
 
 
 def average_hoyer(z: Tensor) -> float:
-    """The mean sparsity of sentences, z (N, Z), each dimension first divided by its
-    standard deviation over the sentences (Prokhorov et al. 2021).
+    """Computes the mean sparsity of sentences, z (N, Z), each dimension first divided
+    by its standard deviation over the sentences (Prokhorov et al. 2021).
 
     Without that, a dimension that is always small would count as sparsity. Rows of zeros
-    and dimensions that never vary are left out. NaN where nothing remains.
+    and dimensions that never vary are left out. NaN if nothing remains.
     """
     z = z.double()
     deviation = z.std(0) if len(z) > 1 else torch.zeros(z.shape[1], dtype=torch.float64)
@@ -66,7 +66,7 @@ def average_hoyer(z: Tensor) -> float:
 
 
 def marginal_kl_of_variables(probabilities: Tensor) -> float:
-    """sum_d KL(q(z_d) || p_d) in nats, for a uniform prior p.
+    """Computes sum_d KL(q(z_d) || p_d) in nats, for a uniform prior p.
 
     Args:
         probabilities: q(z_d = k|x_n), (N, D, K).
@@ -76,10 +76,10 @@ def marginal_kl_of_variables(probabilities: Tensor) -> float:
 
 
 def pairwise_total_correlation(probabilities: Tensor) -> float:
-    """sum over pairs of variables of I(z_d; z_e) under q(z) = mean_n q(z|x_n), in nats.
+    """Sums I(z_d; z_e) over pairs of variables under q(z) = mean_n q(z|x_n), in nats.
 
     Exact for q(z) of these N sentences. It is the total correlation itself for two
-    variables, and 0 exactly where the variables are pairwise independent. N sentences
+    variables, and 0 exactly if the variables are pairwise independent. N sentences
     add about (K - 1)^2 / (2N) nats per pair by chance, at most.
 
     Args:
@@ -96,7 +96,7 @@ def pairwise_total_correlation(probabilities: Tensor) -> float:
 
 def total_correlation(probabilities: Tensor) -> float:
     """KL(q(z) || prod_d q(z_d)) in nats under q(z) = mean_n q(z|x_n), by enumeration; NaN
-    where there are more than `ENUMERABLE` codes.
+    if there are more than `ENUMERABLE` codes.
 
     With I(x; z) of the same N sentences it is exact that mean_n KL(q(z|x_n) || p) =
     I(x; z) + total correlation + sum_d KL(q(z_d) || p_d) (Chen et al. 2018).

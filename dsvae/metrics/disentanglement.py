@@ -40,7 +40,7 @@ Factors = NDArray[np.integer]
 def disentanglement(
     means: Codes, draws: Codes, factors: Factors, names: list[str], seed: int, columns: int = 1
 ) -> dict[str, Any]:
-    """The scores of posterior means, of one draw of q(z|x) per sentence, and of chance.
+    """Scores posterior means, of one draw of q(z|x) per sentence, and chance.
 
     Means show what a posterior points at, however wide it is. Draws show how much of that
     is left in z. Chance is the score of the means beside the factors of other sentences.
@@ -66,7 +66,7 @@ def disentanglement(
 def scores(
     codes: Codes, factors: Factors, names: list[str], seed: int, columns: int = 1
 ) -> dict[str, Any]:
-    """mig, dci_disentanglement, dci_completeness, dci_informativeness, z_diff and sap.
+    """Computes mig, dci_disentanglement, dci_completeness, dci_informativeness, z_diff and sap.
 
     Args:
         codes: (N, U * C), U >= 1.
@@ -150,7 +150,7 @@ def z_diff(codes: Codes, factors: Factors, seed: int, columns: int = 1) -> tuple
     """The beta-VAE metric (Higgins et al. 2017): held-out accuracy of a linear
     classifier that tells which factor two sentences share, from the mean |z - z'| of 64
     pairs that share it and are random otherwise. Chance is 1/K. Of categories, |z - z'|
-    is 1 where they differ and 0 where they are equal.
+    is 1 if they differ and 0 if they are equal.
 
     Returns: the mean of five repeats with other pairs, and its standard error. The
         error is that of the choice of pairs; the sentences stay the same.

@@ -35,7 +35,7 @@ _BLEU = BLEU(tokenize="none", smooth_method="exp", effective_order=True, force=T
 
 
 def of_outputs(outputs: Sequence[str], seed: int) -> dict[str, Any]:
-    """The diversity of outputs that belong to no condition.
+    """Measures the diversity of outputs that belong to no condition.
 
     Args:
         outputs: generated texts.
@@ -70,7 +70,7 @@ def of_outputs(outputs: Sequence[str], seed: int) -> dict[str, Any]:
 def of_conditions(
     outputs: Sequence[Sequence[str]], references: Sequence[Sequence[str]] | None = None
 ) -> dict[str, Any]:
-    """The diversity of several outputs per condition, and how well they match what the
+    """Measures the diversity of several outputs per condition, and how well they match what the
     data have for it.
 
     Args:
@@ -118,10 +118,10 @@ def of_conditions(
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams / n-grams of all texts together (Li et al. 2016); NaN where no
+    """Computes different n-grams / n-grams of all texts together (Li et al. 2016); NaN if no
     text has n words.
 
-    It is no mean over texts, and falls with their number.
+    It is not a mean over texts, and falls with their number.
     """
     grams = [
         tuple(words[i : i + n])

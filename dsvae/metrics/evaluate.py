@@ -66,7 +66,7 @@ class Measured:
     mi_terms: information.Terms
     """Of these J sentences."""
     mi_posteriors: int
-    """P, the posteriors in the aggregate; 0 where there is none, since priors differ by
+    """P, the posteriors in the aggregate; 0 if there is none, since priors differ by
     sentence."""
     rec_shuffled: Tensor
     """(N,) float64: -log p(x|z) under the z of another text; NaN if there is none."""
@@ -216,7 +216,7 @@ def measure(
 
 
 def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
-    """The metrics of the results of `measure` on `split`.
+    """Computes the metrics of the results of `measure` on `split`.
 
     `undefined` says why a metric is null that a model of this kind cannot have.
     """
@@ -266,7 +266,7 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
 
 
 def importance_weighted(log_weights: Tensor, split: TokenizedSplit) -> dict[str, Any]:
-    """The metrics of the importance-weighted bound, to be passed to `add`.
+    """Computes the metrics of the importance-weighted bound, for `add`.
 
     Args:
         log_weights: (k, N), of the sentences of the split.
@@ -280,8 +280,7 @@ def importance_weighted(log_weights: Tensor, split: TokenizedSplit) -> dict[str,
 
 
 def against_entropy(metrics: dict[str, Any], entropy: float | None, unk: int) -> dict[str, float]:
-    """The entropy of the corpus and the nats per sentence that the model needs above it;
-    empty if the entropy is not known.
+    """Compares a model with the entropy of the corpus; empty if it is not known.
 
     Args:
         metrics: of `summarize`.
@@ -295,7 +294,7 @@ def against_entropy(metrics: dict[str, Any], entropy: float | None, unk: int) ->
 
 
 def warnings_of(metrics: dict[str, Any], measured: Measured, unk: int = 0) -> list[str]:
-    """What a reader of the numbers must know, one sentence each.
+    """Writes down what a reader of the numbers must know, one sentence each.
 
     Args:
         metrics: of `summarize`, with those of `importance_weighted` if they are known.
@@ -352,8 +351,8 @@ def _sample(split: TokenizedSplit, count: int) -> TokenizedSplit:
 def another_sentence(
     text_keys: NDArray[np.uint64], content_keys: NDArray[np.uint64]
 ) -> Tensor | None:
-    """For each of N sentences the index of one with another text, (N,); None if all
-    texts are equal. The order of the sentences does not matter.
+    """Finds for each of N sentences one with another text, (N,); None if all texts are
+    equal. The order of the sentences does not matter.
 
     The result is a permutation, so that every z is used once. Only if more than half of
     the sentences have the same text, the z of the others are used several times.

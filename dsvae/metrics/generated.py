@@ -52,7 +52,7 @@ def decode_prior(
 
 
 def of_prior(outputs: Sequence[str], seed: int) -> dict[str, Any]:
-    """The metrics of `decode_prior`'s sentences."""
+    """Computes the metrics of `decode_prior`'s sentences."""
     return {"outputs": len(outputs), **of_outputs(outputs, seed)}
 
 
@@ -114,7 +114,7 @@ def of_conditional(
     records: Sequence[str],
     conditions: Sequence[str],
 ) -> dict[str, Any]:
-    """The metrics of `decode_conditions`' sentences.
+    """Computes the metrics of `decode_conditions`' sentences.
 
     Args:
         records, conditions: the N texts of the split and their conditions as text.
@@ -147,7 +147,7 @@ def of_conditional(
 
 
 def of_pairs(outputs: Sequence[Sequence[str]], wanted: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """How well sentences follow the conditions of `grammar_variants.paired`.
+    """Measures how well sentences follow the conditions of `grammar_variants.paired`.
 
     Args:
         outputs: of each condition, its sentences.
@@ -178,7 +178,7 @@ def of_classifier(
     conditions: NDArray[np.int64],
     training: NDArray[np.bool_],
 ) -> dict[str, Any]:
-    """How often a classifier that knows only the data finds the condition of an output.
+    """Measures how often a classifier that knows only the data finds the condition of an output.
 
     It is a logistic regression (L2, C = 1) on the TF-IDF of words and pairs of words.
 

@@ -43,13 +43,13 @@ class Terms:
 
 
 def mutual_information(aggregate: Distribution, latent: Tensor, world: World) -> Terms:
-    """A lower and an upper bound of I(x; z) from pairs of sentences and posteriors.
+    """Bounds I(x; z) from below and above by pairs of sentences and posteriors.
     Collective.
 
     Both hold in expectation over sentences that are drawn independently (Poole et al.
     2019, On Variational Bounds of Mutual Information). With a sentence's own posterior in
     the aggregate q(z), the terms are at most ln P and their mean is too low; without it,
-    the mean is too high. The two meet where P is far above exp(I).
+    the mean is too high. The two meet if P is far above exp(I).
 
     Args:
         aggregate: the posteriors of P sentences.
@@ -69,7 +69,7 @@ def mutual_information(aggregate: Distribution, latent: Tensor, world: World) ->
         rows = torch.arange(start, min(start + rows_at_a_time, count), device=world.device)
         pairwise = aggregate.pairwise_log_prob(latent[rows])  # (rows, P)
         own = pairwise.gather(1, rows[:, None])[:, 0]
-        # Subtracting it from the sum of all would lose the others where it is nearly the
+        # Subtracting it from the sum of all would lose the others if it is nearly the
         # whole sum.
         others = pairwise.scatter(1, rows[:, None], -math.inf).logsumexp(1)
         terms[0, rows] = own - torch.logaddexp(own, others) + math.log(all_posteriors)
@@ -79,20 +79,20 @@ def mutual_information(aggregate: Distribution, latent: Tensor, world: World) ->
 
 
 def near_cap(mi: float, cap: float) -> bool:
-    """Whether a lower bound of the mutual information says little more than how many
+    """Tells whether a lower bound of the mutual information says little more than how many
     posteriors the aggregate has."""
     return mi > cap - NEAR_CAP
 
 
 def active_units(posterior: Distribution, threshold: float = ACTIVE) -> int:
-    """Units whose activity over the sentences exceeds `threshold` (Burda et al.
+    """Counts units whose activity over the sentences exceeds `threshold` (Burda et al.
     2016)."""
     return int((posterior.activity() > threshold).sum())
 
 
 def active_unit_curve(posterior: Distribution) -> dict[str, list]:
-    """Active units at each of `CURVE_THRESHOLDS`: a count that depends on its threshold
-    is no property of the model."""
+    """Counts active units at each of `CURVE_THRESHOLDS`: a count that depends on its threshold
+    is not a property of the model."""
     activity = posterior.activity()
     return {
         "threshold": list(CURVE_THRESHOLDS),

@@ -22,8 +22,8 @@ def of_heads(
     tags: Sequence[str],
     seed: int,
 ) -> dict[str, Any]:
-    """The scores of classes, of clusters and of tags, over the sentences that have labels
-    or tags; without those that the model or the split lacks.
+    """Scores classes, clusters and tags over the sentences that have labels or tags.
+    What the model or the split lacks has no score.
 
     Args:
         classes, tags: the names of the model's heads.

@@ -26,7 +26,7 @@ from dsvae.data.tokenization import TokenizedSplit
 
 
 def elbo(log_px_z: Tensor, kl: Tensor) -> Tensor:
-    """The evidence lower bound per sentence in nats, (N,) float64.
+    """Computes the evidence lower bound per sentence in nats, (N,) float64.
 
     Args:
         log_px_z: (S, N), log p(x|z_s) in nats for S samples z_s ~ q(z|x).
@@ -36,19 +36,19 @@ def elbo(log_px_z: Tensor, kl: Tensor) -> Tensor:
 
 
 def log_importance_weights(log_px_z: Tensor, log_pz: Tensor, log_qz: Tensor) -> Tensor:
-    """log w = log p(x|z) + log p(z) - log q(z|x) in nats, float64, for z ~ q(z|x); all of
+    """Computes log w = log p(x|z) + log p(z) - log q(z|x) in nats, float64, for z ~ q(z|x); all of
     one shape."""
     return log_px_z.double() + log_pz.double() - log_qz.double()
 
 
 def importance_weighted_bound(log_weights: Tensor) -> Tensor:
-    """log (1/k) sum_s w_s per sentence in nats, (N,) float64, for log-weights (k, N)
+    """Computes log (1/k) sum_s w_s per sentence in nats, (N,) float64, for log-weights (k, N)
     (Burda et al. 2016)."""
     return torch.logsumexp(log_weights.double(), dim=0) - math.log(len(log_weights))
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """(sum_s w_s)^2 / sum_s w_s^2 per sentence, (N,) float64, between 1 and k, for
+    """Computes (sum_s w_s)^2 / sum_s w_s^2 per sentence, (N,) float64, from 1 to k, for
     log-weights (k, N) (Kong 1992).
 
     Near 1 a single sample decides the bound, which is then loose.
@@ -62,7 +62,7 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 def per_unit(
     nats: Tensor, split: TokenizedSplit, suffix: str = ""
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Perplexities and bits of a bound of -log p(x), and their standard errors, under
+    """Computes perplexities and bits of a bound of -log p(x), and their standard errors, under
     the same names.
 
     ppl_token = exp(nats / tokens), where EOS is a token. ppl_word = exp(nats / (words +
@@ -88,7 +88,7 @@ def per_unit(
 
 
 def mean(values: Tensor) -> tuple[float, float]:
-    """The mean over N sentences and its standard error: sample deviation / sqrt N, NaN
+    """Computes the mean over N sentences and its standard error: sample deviation / sqrt N, NaN
     for one sentence."""
     values = values.double()
     count = len(values)
@@ -97,13 +97,13 @@ def mean(values: Tensor) -> tuple[float, float]:
 
 
 def means(named: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
-    """The means of several values over sentences and their standard errors, by name."""
+    """Computes the means of several values over sentences and their standard errors, by name."""
     found = {name: mean(values) for name, values in named.items()}
     return {n: value for n, (value, _) in found.items()}, {n: se for n, (_, se) in found.items()}
 
 
 def ratio(values: Tensor, units: NDArray[np.integer]) -> tuple[float, float]:
-    """sum(values) / sum(units) over N sentences, and its standard error by
+    """Computes sum(values) / sum(units) over N sentences, and its standard error by
     linearization (the delta method).
 
     Sentences are independent, not their tokens.
@@ -118,5 +118,5 @@ def ratio(values: Tensor, units: NDArray[np.integer]) -> tuple[float, float]:
 
 
 def _exp(value: float) -> float:
-    """exp(value), infinite where it overflows."""
+    """exp(value), infinite if it overflows."""
     return math.exp(value) if value < 700 else math.inf

@@ -32,8 +32,8 @@ def probe(
     groups: NDArray[np.uint64],
     seed: int,
 ) -> dict[str, Any]:
-    """Accuracy of a linear and of a nearest-neighbour probe on held-out sentences,
-    beside the majority baseline and chance.
+    """Measures the accuracy of a linear and of a nearest-neighbour probe on held-out
+    sentences, beside the majority baseline and chance.
 
     Every sentence is held out once, in five stratified folds. Equal sentences are in the
     same fold, so that no probe is tested on what it was trained on. Features are
@@ -100,7 +100,7 @@ def probe(
 
 
 def usable_labels(pairs: Iterable[tuple[str, Hashable]], where: str) -> list[str]:
-    """The labels of `pairs` (label, sentence) that at least five different sentences
+    """Finds the labels of `pairs` (label, sentence) that at least five different sentences
     have, so that every fold can hold out one.
 
     Raises:

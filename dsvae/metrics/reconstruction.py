@@ -23,7 +23,7 @@ from dsvae.metrics.evaluate import EVALUATION_SEED
 def generate(
     passes: Passes, latent: Tensor, max_tokens: int, split: TokenizedSplit | None = None
 ) -> list[Rows]:
-    """The greedy decoding of z (N, Z): token ids (T_i,), which end with EOS if it came
+    """Decodes z (N, Z) greedily: token ids (T_i,), which end with EOS if it came
     within `max_tokens`. Collective.
 
     Args:
@@ -91,7 +91,7 @@ def compare(
     decoded: list[NDArray[np.int64]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
-    """How alike sentences and their reconstructions are.
+    """Measures how alike sentences and their reconstructions are.
 
     Args:
         references: the N sentences as the user wrote them. Decoding their tokens instead

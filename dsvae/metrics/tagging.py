@@ -22,12 +22,12 @@ Entity = tuple[str, int, int]
 def of_entities(
     true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
-    """Precision, recall and F1 of entities: one is right if its type, its first and its
+    """Computes precision, recall and F1 of entities: one is right if its type, its first and its
     last word are.
 
     This is the `strict` mode of seqeval with IOB2: an `I-type` that does not continue an
-    entity of its type is part of none. As there, a ratio is 0 where its denominator is;
-    but all are NaN where there is no entity on either side.
+    entity of its type is part of none. As there, a ratio is 0 if its denominator is;
+    but all are NaN if there is no entity on either side.
 
     Args:
         true, predicted: of each of N sentences, a tag per word: `O`, `B-type`, `I-type`.
@@ -59,7 +59,7 @@ def of_entities(
 
 
 def entities(tags: Sequence[str]) -> list[Entity]:
-    """The entities of one sentence in IOB2, from its first word to its last.
+    """Finds the entities of one sentence in IOB2, from its first word to its last.
 
     An entity is a `B-type` and all `I-type` that follow it without a gap.
     """
@@ -78,7 +78,7 @@ def entities(tags: Sequence[str]) -> list[Entity]:
 def of_classes(
     true: Sequence[str], predicted: Sequence[str], positive: str | None = None
 ) -> dict[str, Any]:
-    """How often the class of a sentence is right.
+    """Measures how often the class of a sentence is right.
 
     Args:
         true, predicted: of each of N sentences, its class.
@@ -89,7 +89,7 @@ def of_classes(
         class_majority: the same, if every sentence got the commonest class.
         class_macro_f1: mean over the classes of `true` and `predicted` of their F1; a
             class that is never right has F1 0.
-        class_f1: F1 of `positive`, if given; NaN where no sentence has it on either side.
+        class_f1: F1 of `positive`, if given; NaN if no sentence has it on either side.
         se: standard errors of all.
     """
     labels, answers = np.asarray(true), np.asarray(predicted)

@@ -85,7 +85,7 @@ def evaluate_model(
     work.
 
     Args:
-        model: on the device where it is to run.
+        model: on the device on which it is to run.
         sentences: texts, or records (`dsvae.data.records.Record`) that also have a
             condition, a label or tags, if the model reads or predicts them.
         samples: samples of z per sentence for the ELBO.
@@ -260,7 +260,7 @@ def _generated(
 
 
 def _use_of_latents(model: T5VAE, measured: Measured, text: Sentences, seed: int) -> dict[str, Any]:
-    """Probes for every label, and disentanglement where the factors are known, of the
+    """Computes probes for every label, and disentanglement if the factors are known, of the
     active units; null if none is active."""
     posterior = measured.posterior
     active = np.flatnonzero((posterior.activity() > ACTIVE).numpy())
