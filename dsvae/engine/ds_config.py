@@ -22,34 +22,6 @@ from pydantic import ValidationError
 from dsvae.config import PhaseConfig
 from dsvae.errors import UserError, did_you_mean
 
-KEYS = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "torch_autocast",
-    "data_types",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "aio",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "comms_logger",
-    "flops_profiler",
-    "disable_allgather",
-    "log_level",
-}
-"""Top-level keys that are passed on to DeepSpeed."""
-
 ELSEWHERE = {
     "scheduler": "the learning-rate schedule is --phase1.lr_schedule and --phase2.lr_schedule",
     "activation_checkpointing": "use --model.gradient_checkpointing",
@@ -72,6 +44,25 @@ NESTED = {
 """The known keys of each section: a tuple, or a pydantic model with a field per key."""
 
 OBJECTS = (*NESTED, "optimizer", "aio", "flops_profiler", "comms_logger")
+KEYS = {
+    *OBJECTS,
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "disable_allgather",
+    "log_level",
+}
+"""Top-level keys that are passed on to DeepSpeed."""
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
 """The sections that set a precision."""
 OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay"}

@@ -225,16 +225,7 @@ def _efficient_attention() -> Iterator[None]:
     """
     stock = F.scaled_dot_product_attention
 
-    def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        **_: Any,
-    ) -> Tensor:
+    def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
         if torch.is_autocast_enabled("cpu"):
             to = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(to), key.to(to), value.to(to)
@@ -242,8 +233,8 @@ def _efficient_attention() -> Iterator[None]:
         if bias is not None:
             k = key.shape[2]
             bias = bias.to(query.dtype)
-            if k % MASK_ALIGNMENT:
-                bias = F.pad(bias, (0, MASK_ALIGNMENT - k % MASK_ALIGNMENT))[..., :k]
+            if padding := -k % MASK_ALIGNMENT:
+                bias = F.pad(bias, (0, padding))[..., :k]
             bias = bias.expand(*query.shape[:3], k)
         kernel = torch.ops.aten._scaled_dot_product_efficient_attention
         return kernel(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
