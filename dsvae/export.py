@@ -21,7 +21,7 @@ from dsvae import private_names
 from dsvae.config import RunConfig
 from dsvae.data.tokenization import load_tokenizer
 from dsvae.engine import checkpoint
-from dsvae.engine.build import Columns, find_origin
+from dsvae.engine.build import Annotations, find_origin
 from dsvae.engine.checkpoint import COMPLETE, Checkpoint
 from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
 from dsvae.engine.weights import freeze_decoder, freeze_pretrained
@@ -92,7 +92,7 @@ def export_checkpoint(
         saved = _saved(found, meta)  # open files stay readable, whatever the run removes
     between = run.phase1_model
     began = between if found.phase == 2 and between.is_dir() else None
-    columns = Columns(config.conditional, meta.get("classes", ()), meta.get("tags", ()))
+    columns = Annotations(config.conditional, meta.get("classes", ()), meta.get("tags", ()))
     tokenizer = load_tokenizer(str(run.tokenizer))
     origin = find_origin(config.model, tokenizer, began, config.seed, columns)
     model = cast(T5VAE, origin.skeleton())

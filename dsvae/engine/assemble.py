@@ -14,7 +14,7 @@ from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.prepared import Prepared
 from dsvae.engine import compilation, ds_config, nvme
-from dsvae.engine.build import Columns, build_model
+from dsvae.engine.build import Annotations, build_model
 from dsvae.engine.checkpoint import Checkpoint
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.process_group import lend_to_deepspeed
@@ -81,7 +81,7 @@ def phase_engine(
         engine.close()
 
 
-def _columns(config: RunConfig, data: Prepared) -> Columns:
+def _columns(config: RunConfig, data: Prepared) -> Annotations:
     given = config.data
     for column, names in ((given.label_column, data.labels), (given.tags_column, data.tags)):
         if column is not None and not names:
@@ -90,7 +90,7 @@ def _columns(config: RunConfig, data: Prepared) -> Columns:
                 f"label some records"
             )
     heads = config.heads
-    return Columns(
+    return Annotations(
         config.conditional,
         data.labels if heads.class_weight else (),
         data.tags if heads.tag_weight else (),

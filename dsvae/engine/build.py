@@ -28,7 +28,7 @@ from dsvae.parallel.world import World
 
 
 @dataclass(frozen=True)
-class Columns:
+class Annotations:
     """What the records of a run have besides their text."""
 
     conditional: bool = False
@@ -52,7 +52,7 @@ LATENT_FIELDS = (
 """The fields of `T5VAEConfig` that have the names and values of `ModelConfig`."""
 
 
-def latent_fields(settings: ModelConfig, columns: Columns) -> dict[str, Any]:
+def latent_fields(settings: ModelConfig, columns: Annotations) -> dict[str, Any]:
     """The fields of `T5VAEConfig` that a run decides, with the values that it asks for. A
     T5VAE to start from must share them."""
     given: dict[str, Any] = {name: getattr(settings, name) for name in LATENT_FIELDS}
@@ -71,7 +71,7 @@ def build_model(
     seed: int,
     world: World,
     ds_config: dict[str, Any],
-    columns: Columns = Columns(),
+    columns: Annotations = Annotations(),
 ) -> tuple[T5VAE, Origin | None]:
     """A T5VAE, and on rank 0 the source of its weights. Collective.
 
@@ -121,7 +121,7 @@ def find_origin(
     tokenizer: PreTrainedTokenizerBase,
     weights: Path | None,
     seed: int,
-    columns: Columns = Columns(),
+    columns: Annotations = Annotations(),
 ) -> Origin:
     """The source of the weights of `build_model`, with the same arguments and errors. On
     this process alone."""
@@ -177,7 +177,7 @@ def _origin(
     tokenizer: PreTrainedTokenizerBase,
     weights: Path | None,
     seed: int,
-    columns: Columns,
+    columns: Annotations,
 ) -> Origin:
     latent = latent_fields(settings, columns)
     if weights is not None:

@@ -17,7 +17,7 @@ import torch
 from dsvae import config as configuration
 from dsvae.config import RunConfig
 from dsvae.engine import ds_config
-from dsvae.engine.build import Columns, latent_fields
+from dsvae.engine.build import Annotations, latent_fields
 from dsvae.errors import UserError, first_line
 from dsvae.modeling.t5_vae import T5VAEConfig, read_config
 from dsvae.planning import memory
@@ -210,7 +210,7 @@ def _dry_run(vae: str, *, precision: str, autocast: bool, **settings: Any) -> Dr
 def _model_of(config: RunConfig) -> T5VAEConfig:
     """The T5VAE of a run."""
     settings = config.model
-    latent = latent_fields(settings, Columns(config.conditional))
+    latent = latent_fields(settings, Annotations(config.conditional))
     try:
         if settings.name is None:
             t5: Any = {"model_type": "t5", "decoder_start_token_id": 0, **settings.t5}

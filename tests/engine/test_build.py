@@ -9,7 +9,7 @@ from small_models import make_t5, make_vae
 
 from dsvae import T5VAE
 from dsvae.config import ModelConfig
-from dsvae.engine.build import Columns, find_origin
+from dsvae.engine.build import Annotations, find_origin
 from dsvae.errors import UserError
 
 SMALL = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
@@ -78,7 +78,7 @@ def test_sentences_with_conditions_make_a_conditional_model(tmp_path):
         (ModelConfig(name=str(tmp_path), injection="none"), True, "fixed"),
         (ModelConfig(t5=SMALL), True, "learned"),
     ):
-        config = find_origin(settings, TOKENIZER, None, 0, Columns(conditional)).config
+        config = find_origin(settings, TOKENIZER, None, 0, Annotations(conditional)).config
         assert (config.conditional, config.prior) == (conditional, prior)
 
 
@@ -105,8 +105,8 @@ def test_a_t5vae_with_other_conditions_or_another_prior_is_refused(
     fields = {"latent_dim": 6, "memory_slots": 2, **settings}
     asked = ModelConfig(name=str(tmp_path), **fields)
     if message is None:
-        loaded = find_origin(asked, TOKENIZER, None, 0, Columns(conditional)).build()
+        loaded = find_origin(asked, TOKENIZER, None, 0, Annotations(conditional)).build()
         torch.testing.assert_close(loaded.state_dict(), model.state_dict())
     else:
         with pytest.raises(UserError, match=message):
-            find_origin(asked, TOKENIZER, None, 0, Columns(conditional))
+            find_origin(asked, TOKENIZER, None, 0, Annotations(conditional))
