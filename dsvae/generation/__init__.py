@@ -15,8 +15,8 @@ __all__ = ["SentenceVAE"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and transformers only when the class is needed, and not for the help
-    of the command line."""
+    """Imports torch and transformers only when the class is needed, and not for the
+    help of the command line."""
     if name == "SentenceVAE":
         from dsvae.generation.sentence_vae import SentenceVAE
 

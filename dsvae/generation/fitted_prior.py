@@ -1,4 +1,5 @@
-"""What `dsvae fit_prior` does: a density fitted to draws of q(z), kept beside the model.
+"""What `dsvae fit_prior` does: a density fitted to draws of q(z), kept beside the
+model.
 
 The aggregate posterior q(z) = E_x q(z|x) is where the decoder was trained. It differs from
 the prior p(z) by the marginal KL, KL(q(z) || p(z)) = E_q log q(z) - E_q log p(z). With a
@@ -34,11 +35,12 @@ NAME = "fitted_prior.safetensors"
 
 KINDS = ("gaussian", "gmm", "flow")
 COMPONENTS = (1, 2, 5, 10, 20, 50)
-"""The numbers of Gaussians that a gmm is tried with, until one is worse than the last."""
+"""The numbers of Gaussians that a gmm is tried with, until one is worse than the
+last."""
 
 STEPS, BATCH, RATE, CHECK_EVERY = 2000, 512, 1e-3, 100
-"""Of the training of a flow: steps, draws per step, the first learning rate of Adam, which
-falls to 0, and the steps between two looks at the validation draws."""
+"""Of the training of a flow: steps, draws per step, the first learning rate of Adam,
+which falls to 0, and the steps between two looks at the validation draws."""
 
 
 class Draws(NamedTuple):
@@ -150,8 +152,8 @@ def compare(vae: SentenceVAE, density: Density, held_out: Tensor) -> dict[str, f
 
 
 def place(model_dir: str) -> Path:
-    """Finds where the prior of a model is written. Raises UserError for a model that is not in
-    a directory of its own."""
+    """Finds where the prior of a model is written. Raises UserError for a model that is
+    not in a directory of its own."""
     directory = Path(model_dir).expanduser()
     if not directory.is_dir():
         raise UserError(

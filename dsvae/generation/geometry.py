@@ -1,4 +1,5 @@
-"""Paths and directions in the latent space, for the latents of any continuous family."""
+"""Paths and directions in the latent space, for the latents of any continuous
+family."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ _PARALLEL = 1e-6  # sine of an angle below which two directions define no great 
 
 
 def interpolate(a: Tensor, b: Tensor, steps: int, path: str = "linear") -> Tensor:
-    """Computes `steps` points from `a` to `b` (Z,), both included and equally spaced, (steps,
-    Z).
+    """Computes `steps` points from `a` to `b` (Z,), both included and equally spaced,
+    (steps, Z).
 
     Args:
         steps: at least 2.
@@ -30,8 +31,8 @@ def interpolate(a: Tensor, b: Tensor, steps: int, path: str = "linear") -> Tenso
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Computes the point at `t` in [0, 1] on the great circle from `a` to `b` (Z,) (Shoemake
-    1985; White 2016).
+    """Computes the point at `t` in [0, 1] on the great circle from `a` to `b` (Z,)
+    (Shoemake 1985; White 2016).
 
     The direction turns at constant speed while the norm changes linearly from |a| to
     |b|. Points between typical draws of a high-dimensional prior thus stay at typical

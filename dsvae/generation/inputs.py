@@ -122,8 +122,8 @@ class InputReader:
         )
 
     def sentences(self, texts: Sequence[str], conditions: Sequence[str] | None = None) -> Inputs:
-        """Makes the inputs of a list of sentences, each with its condition if the model reads
-        them.
+        """Makes the inputs of a list of sentences, each with its condition if the model
+        reads them.
 
         Raises:
             UserError: one of them cannot be read whole, or conditions are missing, too
@@ -137,8 +137,8 @@ class InputReader:
         return Inputs(self._whole(texts, "sentence"), read)
 
     def conditions(self, conditions: Sequence[str] | None, count: int) -> list[list[int]] | None:
-        """Makes the ids of the conditions of `count` sentences; None if the model reads none.
-        Raises what `sentences` raises."""
+        """Makes the ids of the conditions of `count` sentences; None if the model reads
+        none. Raises what `sentences` raises."""
         if isinstance(conditions, str):
             raise TypeError("give a list of conditions, not one string")
         self.check(conditions is not None)
@@ -153,8 +153,8 @@ class InputReader:
     def stream(
         self, texts: Iterable[str | Record], batch_size: int, *, tags: bool = False
     ) -> Iterator[tuple[list[Line], Inputs]]:
-        """Yields (sentences, their inputs), window by window. Blank sentences are skipped, long
-        ones truncated, and both counted.
+        """Yields (sentences, their inputs), window by window. Blank sentences are
+        skipped, long ones truncated, and both counted.
 
         Args:
             tags: make `Inputs.words`, too.
@@ -172,8 +172,8 @@ class InputReader:
                 yield [lines[i] for i in kept], inputs.select(kept)
 
     def of_lines(self, lines: Sequence[Line], *, tags: bool = False) -> Inputs:
-        """Makes the inputs of sentences of a stream, long ones truncated and counted. Raises
-        what `check` raises."""
+        """Makes the inputs of sentences of a stream, long ones truncated and counted.
+        Raises what `check` raises."""
         for line in lines:
             self.check(line.condition is not None)
         texts = [line.text for line in lines]
@@ -192,7 +192,8 @@ class InputReader:
     def condition_stream(
         self, conditions: Iterable[str], batch_size: int
     ) -> Iterator[tuple[list[Line], list[list[int]]]]:
-        """Yields (conditions, their ids), window by window, as `stream` takes sentences."""
+        """Yields (conditions, their ids), window by window, as `stream` takes
+        sentences."""
         for window in windows(not_blank(conditions, self._skipped), batch_size):
             self.counts.sentences += len(window)
             yield window, self._of_conditions([line.text for line in window])

@@ -1,5 +1,5 @@
-"""The options of transformers' `generate` that the command line takes: names, types, and
-combinations without effect."""
+"""The options of transformers' `generate` that the command line takes: names, types,
+and combinations without effect."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ OPTIONS: dict[str, type] = {
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Raises UserError for options that transformers would refuse, or ignore with only a
-    warning."""
+    """Raises UserError for options that transformers would refuse, or ignore with only
+    a warning."""
     # Imported here: help and usage errors of the command line need only the names.
     from transformers import GenerationConfig
 

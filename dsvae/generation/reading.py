@@ -92,8 +92,8 @@ def read_conditions(file: str, column: str | None) -> Iterator[str]:
 def not_blank(
     sentences: Iterable[str | Record], skipped: Callable[[], None] = lambda: None
 ) -> Iterator[Line]:
-    """Yields the sentences that are not blank, stripped. `skipped` is called for each of the
-    others."""
+    """Yields the sentences that are not blank, stripped. `skipped` is called for each
+    of the others."""
     for number, each in enumerate(sentences, 1):
         record = each if isinstance(each, Record) else Record(each)
         if text := record.text.strip():

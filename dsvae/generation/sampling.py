@@ -1,5 +1,5 @@
-"""What `dsvae sample` does: sentences from the prior, the model's or a fitted one, under
-conditions, or from the aggregate posterior of a file."""
+"""What `dsvae sample` does: sentences from the prior, the model's or a fitted one,
+under conditions, or from the aggregate posterior of a file."""
 
 from __future__ import annotations
 

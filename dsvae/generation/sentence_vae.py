@@ -122,8 +122,8 @@ class SentenceVAE:
     # Encoding and decoding
 
     def encode(self, texts: Sequence[str], conditions: Sequence[str] | None = None) -> Distribution:
-        """Encodes N sentences: q(z|x), or q(z|x,c), on CPU, float32. The Gaussian has mean and
-        logvar, (N, Z) each."""
+        """Encodes N sentences: q(z|x), or q(z|x,c), on CPU, float32. The Gaussian has
+        mean and logvar, (N, Z) each."""
         return self.encode_inputs(self.inputs.sentences(texts, conditions)).posterior
 
     def encode_inputs(self, inputs: Inputs) -> Encoded:
@@ -154,8 +154,8 @@ class SentenceVAE:
     def latents_stream(
         self, texts: Iterable[str | Record]
     ) -> Iterator[tuple[list[Line], Distribution, Distribution | None]]:
-        """Yields (sentences, their posteriors, their priors) window by window, on CPU. The priors
-        p(z|c) are None unless they are learned."""
+        """Yields (sentences, their posteriors, their priors) window by window, on CPU.
+        The priors p(z|c) are None unless they are learned."""
         learned = self.model.config.prior == "learned"
         for lines, inputs in self.inputs.stream(texts, self.batch_size):
             found = self.encode_inputs(inputs)
@@ -186,8 +186,8 @@ class SentenceVAE:
         seed: int | None = None,
         **options: Any,
     ) -> list[str]:
-        """Generates `count` sentences of random z, from the prior or from the aggregate posterior
-        of `texts`.
+        """Generates `count` sentences of random z, from the prior or from the aggregate
+        posterior of `texts`.
 
         Args:
             condition: of all sentences from the prior.
@@ -229,7 +229,8 @@ class SentenceVAE:
         prior: Density | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Yields sentences of `count` z from the prior, the model's own or another one."""
+        """Yields sentences of `count` z from the prior, the model's own or another
+        one."""
         read = self.inputs.conditions(None if condition is None else [condition], 1)
         pairs = ((i, None if read is None else read[0]) for i in range(count))
         return self._draw(pairs, seed, prior, options)
@@ -276,8 +277,8 @@ class SentenceVAE:
         prior: Density | None,
         options: dict[str, Any],
     ) -> Iterator[str]:
-        """Sentences of z from the prior, one for each pair of the number of its noise and
-        the ids of its condition.
+        """Sentences of z from the prior, one for each pair of the number of its noise
+        and the ids of its condition.
 
         Raises:
             UserError: another prior than the model's that has another number of
@@ -323,8 +324,8 @@ class SentenceVAE:
     def analogy(
         self, a: str, b: str, c: str, *, condition: str | None = None, **options: Any
     ) -> str:
-        """Generates the sentence that is to `c` as `b` is to `a`, from z_b - z_a + z_c, all
-        four under one condition."""
+        """Generates the sentence that is to `c` as `b` is to `a`, from z_b - z_a + z_c,
+        all four under one condition."""
         self._need_continuous("an analogy")
         point = self.encode([a, b, c], repeated(condition, 3)).point
         return self.decode(geometry.analogy(*point)[None], repeated(condition), **options)[0]
@@ -554,8 +555,8 @@ def _noise(seed: int, purpose: int, numbers: Iterable[int], width: int) -> Tenso
 
 
 def check_seed(seed: int | None) -> int:
-    """Returns the seed itself, or a fresh one for None. Raises UserError for a seed outside
-    0 .. 2^53 - 1."""
+    """Returns the seed itself, or a fresh one for None. Raises UserError for a seed
+    outside 0 .. 2^53 - 1."""
     if seed is None:
         return secrets.randbits(32)
     if not 0 <= seed < 2**53:
@@ -564,8 +565,8 @@ def check_seed(seed: int | None) -> int:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Finds the device of a name. None: the accelerator, or the CPU if there is none. Raises
-    UserError for a device that does not exist or cannot be used."""
+    """Finds the device of a name. None: the accelerator, or the CPU if there is none.
+    Raises UserError for a device that does not exist or cannot be used."""
     if name is None:
         return local_device()
     try:

@@ -129,7 +129,8 @@ class Passes:
         name: str,
         columns: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Computes the likelihood of N texts under z, each decoded with teacher forcing.
+        """Computes the likelihood of N texts under z, each decoded with teacher
+        forcing.
 
         Args:
             draw: makes of the places of a batch its z (B, Z), and any other numbers of
@@ -196,7 +197,8 @@ class Passes:
         return [ids for row in range(len(latent)) for ids in joined[row]]
 
     def prior(self, conditions: Sequence[Sequence[int] | Rows] | None) -> Distribution:
-        """Returns p(z) in one row, or the learned p(z|c) of conditions (C_i,), on CPU."""
+        """Returns p(z) in one row, or the learned p(z|c) of conditions (C_i,), on
+        CPU."""
         with self._evaluating():
             return self.model.prior(**self._conditions(conditions)).to("cpu")
 

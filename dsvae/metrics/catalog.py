@@ -1,4 +1,5 @@
-"""Every metric once: its unit, its meaning, its better direction, and the places that show it.
+"""Every metric once: its unit, its meaning, its better direction, and the places that
+show it.
 
 The console, TensorBoard, the model card, report.html and `dsvae compare` all read this
 list. A new metric needs the function that computes it and one entry here.
@@ -19,15 +20,16 @@ USE = "Does the decoder use z?"
 
 
 class Place(Flag):
-    """A place that shows a metric, besides the table of `dsvae evaluate` and report.html,
-    which have all that is in a section."""
+    """A place that shows a metric, besides the table of `dsvae evaluate` and
+    report.html, which have all that is in a section."""
 
     SUMMARY = auto()
     """The lines at the end of a run, and the model card."""
     COLUMN = auto()
     """The table of `dsvae compare`, whose CSV file has every metric."""
     MAIN = auto()
-    """TensorBoard's group `main`, of validation text; elsewhere the group of its split."""
+    """TensorBoard's group `main`, of validation text; elsewhere the group of its
+    split."""
     NO_CHART = auto()
     """Not in TensorBoard: a constant would be a straight line."""
     PROGRESS = auto()

@@ -15,7 +15,8 @@ Names = Sequence[str] | NDArray[Any]
 
 
 def of_clusters(labels: Names, clusters: Names, seed: int) -> dict[str, Any]:
-    """Measures the agreement of clusters with labels, beside two clusterings that read nothing.
+    """Measures the agreement of clusters with labels, beside two clusterings that read
+    nothing.
 
     Args:
         labels: of N sentences, the class of each.

@@ -95,8 +95,8 @@ def pairwise_total_correlation(probabilities: Tensor) -> float:
 
 
 def total_correlation(probabilities: Tensor) -> float:
-    """KL(q(z) || prod_d q(z_d)) in nats under q(z) = mean_n q(z|x_n), by enumeration; NaN
-    if there are more than `ENUMERABLE` codes.
+    """KL(q(z) || prod_d q(z_d)) in nats under q(z) = mean_n q(z|x_n), by enumeration;
+    NaN if there are more than `ENUMERABLE` codes.
 
     With I(x; z) of the same N sentences it is exact that mean_n KL(q(z|x_n) || p) =
     I(x; z) + total correlation + sum_d KL(q(z_d) || p_d) (Chen et al. 2018).

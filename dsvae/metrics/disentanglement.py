@@ -1,5 +1,5 @@
-"""Does each unit of z stand for one factor of variation? Scores against the true factors
-of a corpus that has them.
+"""Does each unit of z stand for one factor of variation? Scores against the true
+factors of a corpus that has them.
 
 Codes are posterior means or draws (N, U * C): U units with C columns each. A unit is one
 number (C = 1) or a categorical variable as a one-hot vector of its C values. Factors are
@@ -66,7 +66,8 @@ def disentanglement(
 def scores(
     codes: Codes, factors: Factors, names: list[str], seed: int, columns: int = 1
 ) -> dict[str, Any]:
-    """Computes mig, dci_disentanglement, dci_completeness, dci_informativeness, z_diff and sap.
+    """Computes mig, dci_disentanglement, dci_completeness, dci_informativeness, z_diff
+    and sap.
 
     Args:
         codes: (N, U * C), U >= 1.
@@ -213,8 +214,8 @@ def sap_scores(
 
 
 def gaps(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Best minus second-best of the scores (U, K) of every factor, (K,); of `sap_scores`
-    their mean is the separated attribute predictability."""
+    """Best minus second-best of the scores (U, K) of every factor, (K,); of
+    `sap_scores` their mean is the separated attribute predictability."""
     ordered = np.sort(scores, axis=0)[::-1]
     return ordered[0] - ordered[1] if len(ordered) > 1 else ordered[0]
 
@@ -254,8 +255,8 @@ def _split(count: int, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 
 
 def _entropy(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The entropy of every row as a distribution, to the base of its length, from 0 to 1.
-    It is 1 for a row of zeros, which says nothing."""
+    """The entropy of every row as a distribution, to the base of its length, from 0 to
+    1. It is 1 for a row of zeros, which says nothing."""
     count = rows.shape[1]
     if count == 1:
         return np.zeros(len(rows))

@@ -1,4 +1,5 @@
-"""How different generated texts are, and how much of what was said in answer they cover.
+"""How different generated texts are, and how much of what was said in answer they
+cover.
 
 N-grams are those of whitespace words. BLEU is the sentence BLEU of sacrebleu (Post 2018)
 on them, from 0 to 100, up to 4-grams, without further tokenization. Its smoothing is
@@ -70,8 +71,8 @@ def of_outputs(outputs: Sequence[str], seed: int) -> dict[str, Any]:
 def of_conditions(
     outputs: Sequence[Sequence[str]], references: Sequence[Sequence[str]] | None = None
 ) -> dict[str, Any]:
-    """Measures the diversity of several outputs per condition, and how well they match what the
-    data have for it.
+    """Measures the diversity of several outputs per condition, and how well they match
+    what the data have for it.
 
     Args:
         outputs: of each of C conditions, its generated texts.
@@ -118,8 +119,8 @@ def of_conditions(
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Computes different n-grams / n-grams of all texts together (Li et al. 2016); NaN if no
-    text has n words.
+    """Computes different n-grams / n-grams of all texts together (Li et al. 2016); NaN
+    if no text has n words.
 
     It is not a mean over texts, and falls with their number.
     """

@@ -35,8 +35,8 @@ EVALUATION_SEED = 0
 noise."""
 
 NO_USE = 0.01
-"""The decoder does not use z if another text's z costs less than this share of rec, with
-three standard errors added."""
+"""The decoder does not use z if another text's z costs less than this share of rec,
+with three standard errors added."""
 
 OF_ONE_PRIOR = ("mi", "mi_upper", "mi_cap", "marginal_kl")
 """Metrics that compare all posteriors with one prior."""
@@ -48,8 +48,8 @@ of its samples."""
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of the passes over N sentences, one row per sentence, in nats; the same on
-    every rank."""
+    """Results of the passes over N sentences, one row per sentence, in nats; the same
+    on every rank."""
 
     encoded: Encoded
     """Of all sentences."""
@@ -58,7 +58,8 @@ class Measured:
     log_px_z: Tensor
     """(S, N) float64: log p(x|z_s) for S samples z_s ~ q(z|x)."""
     log_weights: Tensor
-    """(k, N) float64: the importance weights of k samples, the first S of them the same."""
+    """(k, N) float64: the importance weights of k samples, the first S of them the
+    same."""
     kl: Tensor
     """(N, Z) float64."""
     mi_rows: Tensor
@@ -97,8 +98,8 @@ def evaluate(
     entropy: float | None = None,
     unk: int = 0,
 ) -> tuple[dict[str, Any], Measured]:
-    """Measures a model on a split; returns its metrics and what they were computed from,
-    the same on every rank. Collective.
+    """Measures a model on a split; returns its metrics and what they were computed
+    from, the same on every rank. Collective.
 
     Args:
         samples: z drawn per sentence for `rec`.

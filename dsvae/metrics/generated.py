@@ -58,16 +58,16 @@ def of_prior(outputs: Sequence[str], seed: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Conditions:
-    """The different conditions of N records, in an order that does not depend on that of
-    the records."""
+    """The different conditions of N records, in an order that does not depend on that
+    of the records."""
 
     rows: list[NDArray[np.int64]]
     """Of each condition, its records, in the order of their content keys."""
 
     @staticmethod
     def of(split: TokenizedSplit) -> Conditions:
-        """Those of a split that has conditions. The hash of their tokens orders them, so
-        the first ones are a random choice."""
+        """Those of a split that has conditions. The hash of their tokens orders them,
+        so the first ones are a random choice."""
         hashes = split.condition_hashes
         assert hashes is not None
         order = np.lexsort((split.content_keys, hashes))
@@ -87,8 +87,8 @@ def decode_conditions(
     max_tokens: int,
     seed: int,
 ) -> list[list[str]]:
-    """Generates `DRAWS` greedy sentences for each of the chosen `Conditions` of a split,
-    with z from the condition's prior. Collective.
+    """Generates `DRAWS` greedy sentences for each of the chosen `Conditions` of a
+    split, with z from the condition's prior. Collective.
 
     A model without a latent has one sentence per condition, which stands for all draws.
 
@@ -178,7 +178,8 @@ def of_classifier(
     conditions: NDArray[np.int64],
     training: NDArray[np.bool_],
 ) -> dict[str, Any]:
-    """Measures how often a classifier that knows only the data finds the condition of an output.
+    """Measures how often a classifier that knows only the data finds the condition of
+    an output.
 
     It is a logistic regression (L2, C = 1) on the TF-IDF of words and pairs of words.
 

@@ -38,8 +38,8 @@ class Terms:
     lower: Tensor
     """log q(z_j|x_j) - log of the mean density of all P posteriors at z_j."""
     upper: Tensor
-    """The same without the sentence's own posterior in the mean; infinite if there is no
-    other."""
+    """The same without the sentence's own posterior in the mean; infinite if there is
+    no other."""
 
 
 def mutual_information(aggregate: Distribution, latent: Tensor, world: World) -> Terms:
@@ -79,8 +79,8 @@ def mutual_information(aggregate: Distribution, latent: Tensor, world: World) ->
 
 
 def near_cap(mi: float, cap: float) -> bool:
-    """Tells whether a lower bound of the mutual information says little more than how many
-    posteriors the aggregate has."""
+    """Tells whether a lower bound of the mutual information says little more than how
+    many posteriors the aggregate has."""
     return mi > cap - NEAR_CAP
 
 
@@ -91,8 +91,8 @@ def active_units(posterior: Distribution, threshold: float = ACTIVE) -> int:
 
 
 def active_unit_curve(posterior: Distribution) -> dict[str, list]:
-    """Counts active units at each of `CURVE_THRESHOLDS`: a count that depends on its threshold
-    is not a property of the model."""
+    """Counts active units at each of `CURVE_THRESHOLDS`: a count that depends on its
+    threshold is not a property of the model."""
     activity = posterior.activity()
     return {
         "threshold": list(CURVE_THRESHOLDS),

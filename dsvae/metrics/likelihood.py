@@ -36,14 +36,14 @@ def elbo(log_px_z: Tensor, kl: Tensor) -> Tensor:
 
 
 def log_importance_weights(log_px_z: Tensor, log_pz: Tensor, log_qz: Tensor) -> Tensor:
-    """Computes log w = log p(x|z) + log p(z) - log q(z|x) in nats, float64, for z ~ q(z|x); all of
-    one shape."""
+    """Computes log w = log p(x|z) + log p(z) - log q(z|x) in nats, float64, for z ~
+    q(z|x); all of one shape."""
     return log_px_z.double() + log_pz.double() - log_qz.double()
 
 
 def importance_weighted_bound(log_weights: Tensor) -> Tensor:
-    """Computes log (1/k) sum_s w_s per sentence in nats, (N,) float64, for log-weights (k, N)
-    (Burda et al. 2016)."""
+    """Computes log (1/k) sum_s w_s per sentence in nats, (N,) float64, for log-weights
+    (k, N) (Burda et al. 2016)."""
     return torch.logsumexp(log_weights.double(), dim=0) - math.log(len(log_weights))
 
 
@@ -62,8 +62,8 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 def per_unit(
     nats: Tensor, split: TokenizedSplit, suffix: str = ""
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Computes perplexities and bits of a bound of -log p(x), and their standard errors, under
-    the same names.
+    """Computes perplexities and bits of a bound of -log p(x), and their standard
+    errors, under the same names.
 
     ppl_token = exp(nats / tokens), where EOS is a token. ppl_word = exp(nats / (words +
     sentences)): the end of a sentence counts as a word. bits_per_byte = nats / ln 2 /
@@ -88,8 +88,8 @@ def per_unit(
 
 
 def mean(values: Tensor) -> tuple[float, float]:
-    """Computes the mean over N sentences and its standard error: sample deviation / sqrt N, NaN
-    for one sentence."""
+    """Computes the mean over N sentences and its standard error: sample deviation /
+    sqrt N, NaN for one sentence."""
     values = values.double()
     count = len(values)
     error = float(values.std()) / math.sqrt(count) if count > 1 else math.nan
@@ -97,7 +97,8 @@ def mean(values: Tensor) -> tuple[float, float]:
 
 
 def means(named: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
-    """Computes the means of several values over sentences and their standard errors, by name."""
+    """Computes the means of several values over sentences and their standard errors, by
+    name."""
     found = {name: mean(values) for name, values in named.items()}
     return {n: value for n, (value, _) in found.items()}, {n: se for n, (_, se) in found.items()}
 

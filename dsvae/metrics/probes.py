@@ -100,8 +100,8 @@ def probe(
 
 
 def usable_labels(pairs: Iterable[tuple[str, Hashable]], where: str) -> list[str]:
-    """Finds the labels of `pairs` (label, sentence) that at least five different sentences
-    have, so that every fold can hold out one.
+    """Finds the labels of `pairs` (label, sentence) that at least five different
+    sentences have, so that every fold can hold out one.
 
     Raises:
         UserError: fewer than two such labels; `where` names them.

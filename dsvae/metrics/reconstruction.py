@@ -56,7 +56,8 @@ def samples(
     max_tokens: int,
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Decodes greedily: (sentence, reconstruction from the posterior mean) of the
-    sentences `rows` of a split, and as many sentences with z from the prior. Collective.
+    sentences `rows` of a split, and as many sentences with z from the prior.
+    Collective.
 
     A language model has no z and so a single greedy sentence: it gets that sentence and
     no pairs. With conditions, each sentence is decoded for its own, which stands before

@@ -22,8 +22,8 @@ Entity = tuple[str, int, int]
 def of_entities(
     true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
-    """Computes precision, recall and F1 of entities: one is right if its type, its first and its
-    last word are.
+    """Computes precision, recall and F1 of entities: one is right if its type, its
+    first and its last word are.
 
     This is the `strict` mode of seqeval with IOB2: an `I-type` that does not continue an
     entity of its type is part of none. As there, a ratio is 0 if its denominator is;
@@ -119,7 +119,8 @@ def of_classes(
 def _counts(
     wanted: list[set[Entity]], found: list[set[Entity]], kind: str | None
 ) -> NDArray[np.float64]:
-    """Right, predicted and true entities of a type (None: of all) per sentence, (3, N)."""
+    """Right, predicted and true entities of a type (None: of all) per sentence, (3,
+    N)."""
 
     def count(each: set[Entity]) -> int:
         return sum(kind is None or entity[0] == kind for entity in each)
@@ -151,13 +152,14 @@ def _f1_residuals(true: NDArray[np.bool_], answers: NDArray[np.bool_]) -> NDArra
 
 
 def _residuals(values: NDArray[np.floating], units: NDArray[np.floating]) -> NDArray[np.floating]:
-    """What each of N sentences adds to sum(values) / sum(units), to first order, times N:
-    their mean is 0."""
+    """What each of N sentences adds to sum(values) / sum(units), to first order, times
+    N: their mean is 0."""
     return (values - values.sum() / units.sum() * units) / units.mean()
 
 
 def _error(residuals: NDArray[np.floating]) -> float:
-    """The standard error of a mean whose N terms have these residuals; NaN for N = 1."""
+    """The standard error of a mean whose N terms have these residuals; NaN for N =
+    1."""
     count = len(residuals)
     if count < 2:
         return math.nan

@@ -39,8 +39,8 @@ PEAKS = {
     "L4": 121e12,
     "MI300X": 1307e12,
 }
-"""Words of a device's name -> its FLOP/s for dense matrices in 16 bits, from its vendor's
-data sheet. The first entry that matches is used."""
+"""Words of a device's name -> its FLOP/s for dense matrices in 16 bits, from its
+vendor's data sheet. The first entry that matches is used."""
 
 
 CROSS_KEYS = (

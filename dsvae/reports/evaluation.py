@@ -260,8 +260,8 @@ def _generated(
 
 
 def _use_of_latents(model: T5VAE, measured: Measured, text: Sentences, seed: int) -> dict[str, Any]:
-    """Computes probes for every label, and disentanglement if the factors are known, of the
-    active units; null if none is active."""
+    """Computes probes for every label, and disentanglement if the factors are known, of
+    the active units; null if none is active."""
     posterior = measured.posterior
     active = np.flatnonzero((posterior.activity() > ACTIVE).numpy())
     width = model.family.latent_width // model.family.units
@@ -363,7 +363,8 @@ def _limit(model: T5VAE, max_tokens: int | None) -> int:
 
 
 def _main_first(world: World, load: Callable[[], T]) -> T:
-    """Calls `load` on every rank, on rank 0 first. A UserError of one is raised on all."""
+    """Calls `load` on every rank, on rank 0 first. A UserError of one is raised on
+    all."""
     box: list[T] = []
     world.run_on_rank0(lambda: box.append(load()))
     return world.run_on_all(lambda: box[0] if world.is_main else load())
