@@ -25,7 +25,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from dsvae import T5VAE
 from dsvae.data import grammar
 from dsvae.data.grammar import generate
-from dsvae.data.noise import LATENT, normal
+from dsvae.data.noise import LATENT, PRIOR, normal
 from dsvae.data.record_tokens import tokenize
 from dsvae.data.records import Columns, Record
 from dsvae.errors import UserError
@@ -535,6 +535,38 @@ def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split
     assert "exact_match" not in found
     assert (tmp_path / "out" / "report.html").is_file()
     assert not (tmp_path / "out" / "projector").exists()
+
+
+def test_a_language_model_is_decoded_once(split):
+    model, count = make_vae(injection="none"), []
+    model.register_forward_hook(lambda *_: count.append(1))
+    evaluate(Passes(model, token_budget=10_000), split, samples=2, iw_samples=3)
+    assert len(count) == 1  # all sentences are one batch
+
+
+class Half(World):
+    """One of two ranks, which never meets the other."""
+
+    def _reduce(self, tensor, how):
+        return tensor
+
+
+def test_a_rank_draws_the_noise_of_its_own_sentences(split, monkeypatch):
+    drawn = {0: [], 1: []}
+    for rank, found in drawn.items():
+
+        def recorded(seed, purpose, keys, *shape, found=found):
+            found += [(purpose, *key) for key in keys]
+            return normal(seed, purpose, keys, *shape)
+
+        monkeypatch.setattr("dsvae.metrics.evaluate.normal", recorded)
+        passes = Passes(make_vae(), Half(rank, rank, 2, torch.device("cpu")), token_budget=128)
+        measure(passes, split, samples=2, iw_samples=3, seed=0)
+    streams = ((LATENT, 0), (LATENT, 1), (LATENT, 2), (PRIOR, 0))
+    expected = {(*stream, key) for stream in streams for key in split.content_keys.tolist()}
+    assert set(drawn[0]) | set(drawn[1]) == expected
+    # a rank without a sentence takes a filler, once per pass at most
+    assert len(drawn[0]) + len(drawn[1]) <= len(expected) + len(streams)
 
 
 class Watchdog:
