@@ -28,7 +28,9 @@ LATENT_ATTENTION = "dsvae_latent_sdpa"
 """Name under which transformers finds `latent_attention_forward`: the decoder's
 `_attn_implementation`."""
 ENCODER_ATTENTION = "dsvae_sdpa"
-"""The encoder's: the stock SDPA, with a mask that is always written out."""
+"""The encoder's, `encoder_attention_forward`, with a mask that is always written out."""
+MASK_ALIGNMENT = 8
+"""The memory-efficient kernel copies a bias whose rows do not begin at multiples of it."""
 
 
 def latent_attention_forward(
@@ -78,6 +80,62 @@ def latent_attention_forward(
     )
 
 
+def encoder_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    position_bias: Tensor | None = None,
+    masked_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The stock SDPA. With `masked_bias` of `mask_bias`, all layers use the same memory;
+    otherwise each layer makes (B, H, S, S) numbers, and keeps them for its backward
+    pass."""
+    if masked_bias is not None:
+        attention_mask = _MaskedBias.apply(position_bias, attention_mask, masked_bias)
+        position_bias = None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, position_bias=position_bias, **kwargs
+    )
+
+
+@torch.no_grad()
+def mask_bias(position_bias: Tensor, attention_mask: Tensor) -> Tensor:
+    """The sum of bias and mask that SDPA takes, (B, H, S, S), in the dtype that the layers
+    compute in.
+
+    Args:
+        position_bias: (1, H, S, S).
+        attention_mask: (B, S), 1 = token, 0 = padding.
+    """
+    device, length = position_bias.device.type, position_bias.shape[-1]
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    more = (0, -length % MASK_ALIGNMENT)
+    kept = F.pad(attention_mask, more).bool()[:, None, None]
+    bias = F.pad(position_bias, more).contiguous()
+    lowest = torch.finfo(low or bias.dtype).min
+    return torch.where(kept, bias, lowest).to(low or bias.dtype)[..., :length]
+
+
+class _MaskedBias(torch.autograd.Function):
+    """(position_bias (1, H, Q, K), mask (B, 1, Q, K) boolean, masked_bias (B, H, Q, K)) ->
+    masked_bias, with the gradient that masking position_bias here would have."""
+
+    @staticmethod
+    def forward(ctx: Any, position_bias: Tensor, mask: Tensor, masked_bias: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.dtype = position_bias.dtype
+        return masked_bias.view_as(masked_bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return torch.where(mask, gradient.to(ctx.dtype), 0).sum(0, keepdim=True), None, None
+
+
 def explicit_mask(
     batch_size: int,
     q_length: int,
@@ -119,6 +177,6 @@ def explicit_mask(
 
 
 AttentionInterface.register(LATENT_ATTENTION, latent_attention_forward)
-AttentionInterface.register(ENCODER_ATTENTION, sdpa_attention_forward)
+AttentionInterface.register(ENCODER_ATTENTION, encoder_attention_forward)
 for _name in (LATENT_ATTENTION, ENCODER_ATTENTION):
     AttentionMaskInterface.register(_name, explicit_mask)

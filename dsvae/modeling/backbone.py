@@ -11,7 +11,7 @@ from collections.abc import Container
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.mt5.modeling_mt5 import MT5Stack
 from transformers.models.t5.modeling_t5 import T5LayerNorm, T5Stack
@@ -23,7 +23,7 @@ from transformers.models.t5gemma.modeling_t5gemma import (
 )
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
-from dsvae.modeling.attention import ENCODER_ATTENTION, LATENT_ATTENTION
+from dsvae.modeling.attention import ENCODER_ATTENTION, LATENT_ATTENTION, mask_bias
 
 
 class T5Backbone:
@@ -159,6 +159,14 @@ class T5Backbone:
         `inputs_embeds`."""
         return self._stack(is_decoder=False)
 
+    def shared_by_layers(self, encoder: Any, attention_mask: Tensor) -> dict[str, Tensor]:
+        """What all layers of an encoder from `encoder` use alike, as keywords of its call:
+        the sum of the position bias and a mask (B, S)."""
+        first, length = encoder.block[0].layer[0].SelfAttention, attention_mask.shape[1]
+        with torch.no_grad():
+            bias = first.compute_bias(length, length, device=attention_mask.device)
+        return {"masked_bias": mask_bias(bias, attention_mask)}
+
     def norm(self) -> nn.Module:
         """A fresh norm, as the encoder applies it to its states last."""
         return T5LayerNorm(self.encoder_width, eps=self.config.layer_norm_epsilon)
@@ -239,6 +247,9 @@ class UMT5Backbone(T5Backbone):
     def tied_by_default(self) -> bool:
         return False
 
+    def shared_by_layers(self, encoder: Any, attention_mask: Tensor) -> dict[str, Tensor]:
+        return {}  # each layer has a position bias of its own
+
     def output_scale(self, tied: bool) -> float:
         # As it was trained: with the scale where the projection is the embedding. Its
         # configuration does not say so: transformers 5 calls all of them tied.
@@ -318,6 +329,9 @@ class T5GemmaBackbone(T5Backbone):
 
     def output_scale(self, tied: bool) -> float:
         return 1.0
+
+    def shared_by_layers(self, encoder: Any, attention_mask: Tensor) -> dict[str, Tensor]:
+        return {}  # rotary positions, no bias
 
     def norm(self) -> nn.Module:
         return T5GemmaRMSNorm(self.encoder_width, eps=self.config.encoder.rms_norm_eps)

@@ -469,10 +469,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
     def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The encoder's states, (B, S, d)."""
-        own = self.config.backbone.own_embeddings
-        embeddings = (self.encoder_embedding if own else self.shared)(input_ids)
+        base = self.config.backbone
+        embeddings = (self.encoder_embedding if base.own_embeddings else self.shared)(input_ids)
         return self.encoder(
-            inputs_embeds=embeddings, attention_mask=attention_mask
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask,
+            **base.shared_by_layers(self.encoder, attention_mask),
         ).last_hidden_state
 
     def _read(

@@ -24,13 +24,10 @@ from torch.utils._pytree import tree_iter
 
 from dsvae.engine.weights import freeze_decoder as freeze_decoder_of
 from dsvae.engine.weights import freeze_pretrained
+from dsvae.modeling.attention import MASK_ALIGNMENT
 from dsvae.modeling.families import make_family
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 from dsvae.objective.elbo import loss_share
-
-MASK_ALIGNMENT = 16
-"""The memory-efficient kernel wants rows of the bias that are multiples of 16 elements;
-torch pads them."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +230,8 @@ def _efficient_attention() -> Iterator[None]:
         if bias is not None:
             k = key.shape[2]
             bias = bias.to(query.dtype)
-            if padding := -k % MASK_ALIGNMENT:
-                bias = F.pad(bias, (0, padding))[..., :k]
+            if any(stride % MASK_ALIGNMENT for stride in bias.stride()[:-1]):  # torch pads it
+                bias = F.pad(bias, (0, MASK_ALIGNMENT - k % MASK_ALIGNMENT))[..., :k]
             bias = bias.expand(*query.shape[:3], k)
         kernel = torch.ops.aten._scaled_dot_product_efficient_attention
         return kernel(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
