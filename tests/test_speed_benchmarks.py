@@ -1,11 +1,19 @@
 """The scripts that measure speed, with shapes that a CPU does in a moment."""
 
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
+from traceback import walk_stack
 
+import pytest
 import torch
-from benchmarks import gpu
+from benchmarks import gpu, sides
 from launch import CONFIGS
+
+from dsvae import T5VAE
+from dsvae.parallel.world import World
 
 
 def test_cases_are_measured_one_after_the_other_and_a_failed_one_does_not_stop_them(
@@ -28,6 +36,40 @@ def test_cases_are_measured_one_after_the_other_and_a_failed_one_does_not_stop_t
     gpu.main(["--table", str(path)])
     printed = capsys.readouterr().out
     assert all(f"| {case['name']} " in printed for case in found["cases"])
+
+
+def test_the_figures_are_found_whatever_is_printed_after_them():
+    worker = gpu.Worker.__new__(gpu.Worker)
+    lines = '{"tokens_per_s": 1.5}', "7", "late: a warning"
+    script = f"for line in {lines!r}: print(line)"
+    worker.process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert worker.result(60) == {"tokens_per_s": 1.5}
+
+
+@pytest.mark.skipif(not find_spec("accelerate"), reason="needs accelerate")
+def test_every_trainer_computes_in_bf16_and_without_ddp(monkeypatch):
+    """Also the second one on the same model, and between variables of a rank."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    job = gpu.job_of(gpu.cases(gpu.SMALL_ORDER, ["trainer", "bf16"])[0])
+    model, encode, seen = T5VAE(job.model()), T5VAE._encode, []
+
+    def observed(self, *args):
+        modules = {type(each.f_locals.get("self")).__name__ for each, _ in walk_stack(None)}
+        seen.append((torch.is_autocast_enabled("cpu"), "DistributedDataParallel" in modules))
+        return encode(self, *args)
+
+    monkeypatch.setattr(T5VAE, "_encode", observed)
+    world = World(0, 0, 1, torch.device("cpu"))
+    side = sides.make_side(job, model, sides.random_split(job, 64), world)
+    for first in (0, 1):
+        tokens, _, skipped = side(first, 1)
+        assert tokens > 0
+        assert skipped == 0
+    assert set(seen) == {(True, False)}
+    assert os.environ["RANK"] == "0"
 
 
 def test_the_time_is_kept(tmp_path):

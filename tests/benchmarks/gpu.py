@@ -139,9 +139,9 @@ def measure(case: Case, ready: Any = lambda: None) -> dict[str, Any]:
     first = time.monotonic() - start
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    tokens, seconds = side(1, WARM_UP)
+    tokens, seconds, _ = side(1, WARM_UP)
     steps = max(2, min(STEPS, int(SECONDS * WARM_UP / seconds)))
-    tokens, seconds = side(1 + WARM_UP, steps)
+    tokens, seconds, skipped = side(1 + WARM_UP, steps)
     peak = peak_flops(job.precision)
     rate = flops_per_token(flops, split, job) * tokens / seconds
     figures = {
@@ -154,6 +154,7 @@ def measure(case: Case, ready: Any = lambda: None) -> dict[str, Any]:
         "planned_gb": None if planned is None else planned / 1e9,
         "first_step_s": first,
         "steps": steps,
+        "skipped_steps": skipped,
         "graphs": int(torch._dynamo.utils.counters["stats"]["unique_graphs"]),
     }
     leave(world)
@@ -235,12 +236,12 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.end()
             return {"error": f"not done within {limit:.0f} s"}
-        last = output.strip().splitlines()[-1:] or [""]
-        try:
-            return json.loads(last[0])
-        except ValueError:
-            tail = " ".join(output.split())[-600:]
-            return {"error": f"exit code {self.process.returncode}: {tail}"}
+        for line in reversed(output.splitlines()):  # libraries may print after the figures
+            with contextlib.suppress(ValueError):
+                if isinstance(found := json.loads(line), dict):
+                    return found
+        tail = " ".join(output.split())[-600:]
+        return {"error": f"exit code {self.process.returncode}: {tail}"}
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -307,6 +308,7 @@ def table(path: Path) -> str:
             "MFU": f"{case['mfu']:.1%}" if case.get("mfu") else "",
             "peak GB": f"{case['peak_gb']:.1f}" if rate else "",
             "planned GB": f"{case['planned_gb']:.1f}" if case.get("planned_gb") else "",
+            "skipped": str(case.get("skipped_steps") or ""),
             "first step, s": f"{case['first_step_s']:.0f}" if rate else "",
         }
         for heading, cell in row.items():

@@ -1,15 +1,17 @@
 """Three ways to train the same T5VAE with the same loss: dsvae's engine, a bare loop of
 torch, and the Trainer of transformers. trainer.py and gpu.py measure their speed.
 
-Each side is a function (first step, steps) -> (predicted tokens, seconds by `_now`), and can be
-called again and again.
+Each side is a function (first step, steps) -> (predicted tokens, seconds by `_now`, steps that
+were skipped because float16 overflowed), and can be called again and again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from dsvae.objective.elbo import Penalty
 from dsvae.parallel.world import World
 from dsvae.phases import Phase
 
-Side = Callable[[int, int], tuple[int, float]]
+Side = Callable[[int, int], tuple[int, float, int]]
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -123,17 +125,18 @@ def make_side(job: Job, model: T5VAE, split: TokenizedSplit, world: World) -> Si
     return _trainer(job, model, split, world.device)
 
 
-def _timed(do: Callable[[int, Step], None], job: Job, split: TokenizedSplit) -> Side:
+def _timed(do: Callable[[int, Step], bool], job: Job, split: TokenizedSplit) -> Side:
+    """A side whose `do` takes a step and says whether it was skipped."""
     batches = training_batches(job, split)
 
-    def side(first: int, steps: int) -> tuple[int, float]:
-        tokens = 0
+    def side(first: int, steps: int) -> tuple[int, float, int]:
+        tokens = skipped = 0
         start = _now()
         for index in range(first, first + steps):
             step = batches.step(index)
-            do(index, step)
+            skipped += do(index, step)
             tokens += step.tokens
-        return tokens, _now() - start
+        return tokens, _now() - start, skipped
 
     return side
 
@@ -154,32 +157,34 @@ def training_engine(job: Job, model: T5VAE, world: World) -> engine.PhaseEngine:
         engine.frozen_digest = digest
 
 
-def _engine_step(job: Job, model: T5VAE, world: World) -> Callable[[int, Step], None]:
+def _engine_step(job: Job, model: T5VAE, world: World) -> Callable[[int, Step], bool]:
     trained = training_engine(job, model, world)
 
-    def do(index: int, step: Step) -> None:
-        trained.train_step(index, step, Penalty(BETA))
+    def do(index: int, step: Step) -> bool:
+        return trained.train_step(index, step, Penalty(BETA)).skipped
 
     return do
 
 
-def _bare_step(job: Job, model: T5VAE, device: torch.device) -> Callable[[int, Step], None]:
+def _bare_step(job: Job, model: T5VAE, device: torch.device) -> Callable[[int, Step], bool]:
     """Weights in float32, autocast, torch's AdamW: what a loop by hand does."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=job.precision == "fp16")
     dtype = DTYPES[job.precision]
 
-    def do(_: int, step: Step) -> None:
+    def do(_: int, step: Step) -> bool:
         for batch in (each.to(device) for each in step.micro_batches):
             with torch.autocast(device.type, dtype=dtype, enabled=job.precision != "fp32"):
                 loss = _loss(model, batch) * len(batch.labels) / step.sentences
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        return scaler.get_scale() < before
 
     return do
 
@@ -198,12 +203,16 @@ def _loss(model: Any, batch: MicroBatch | Any) -> torch.Tensor:
 
 
 class _Clock(TrainerCallback):
-    """When the first step began and the last one ended."""
+    """When the first step began and the last one ended, and how many were skipped."""
 
     start = end = 0.0
+    skipped = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start = self.start or _now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.skipped += kwargs["optimizer"].step_was_skipped
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.end = _now()
@@ -228,9 +237,9 @@ def _trainer(job: Job, model: T5VAE, split: TokenizedSplit, device: torch.device
         labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
         return {"input_ids": ids, "attention_mask": (labels != IGNORE).long(), "labels": labels}
 
-    def side(first: int, steps: int) -> tuple[int, float]:
+    def side(first: int, steps: int) -> tuple[int, float, int]:
         clock = _Clock()
-        with tempfile.TemporaryDirectory() as directory:
+        with tempfile.TemporaryDirectory() as directory, _without_ranks():
             arguments = TrainingArguments(
                 output_dir=directory,
                 max_steps=steps,
@@ -261,10 +270,25 @@ def _trainer(job: Job, model: T5VAE, split: TokenizedSplit, device: torch.device
                 callbacks=[clock],
             )
             trainer.train()
-        model.__dict__.pop("forward", None)  # wrapped once more by every Trainer
-        return int(trainer.tokens), clock.end - clock.start
+        # A Trainer wraps the model's forward pass in autocast and marks the model. Without
+        # the mark's removal, the next one would not wrap it again, and would run in float32.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            model.__dict__.pop(name, None)
+        return int(trainer.tokens), clock.end - clock.start, clock.skipped
 
     return side
+
+
+@contextlib.contextmanager
+def _without_ranks() -> Iterator[None]:
+    """Hides the variables that `join` lends to DeepSpeed: with them, the Trainer would wrap
+    the model in DDP, with a search for unused parameters."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _now() -> float:

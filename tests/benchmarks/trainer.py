@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace) -> command.Results:
         rates: dict[str, list[float]] = {name: [] for name in sides}
         for block in range(-1, args.blocks):
             for name in sorted(sides, reverse=block % 2 == 1):
-                tokens, seconds = sides[name]((block + 1) * args.steps, args.steps)
+                tokens, seconds, _ = sides[name]((block + 1) * args.steps, args.steps)
                 if block >= 0:  # the first one warms up
                     rates[name].append(tokens / seconds)
             print(f"block {block + 1} of {args.blocks}", file=sys.stderr, flush=True)
