@@ -139,16 +139,23 @@ class TagHead(nn.Module):
 
 
 def _words_first(emissions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The words of each sentence side by side, for the W of the longest one, at least 1.
+    """The words of each sentence side by side, for at least the W of the longest one, and
+    at least 1.
 
     Returns: their emissions (B, W, K), float32 and 0 where a sentence has fewer words;
         their places in the sentence (B, W); and where there is a word (B, W).
     """
-    width = max(1, int(mask.sum(1).max()))
+    width = _width(mask)
     words, places = mask.to(torch.int8).sort(dim=1, descending=True, stable=True)
     words, places = words[:, :width].bool(), places[:, :width]
     own = emissions.gather(1, places[:, :, None].expand(-1, -1, emissions.shape[2]))
     return own.float().masked_fill(~words[:, :, None], 0.0), places, words
+
+
+def _width(mask: Tensor) -> int:
+    """How many words to compute. On a GPU it is the number of pieces: to know the number of
+    words, the host would wait for the device in every pass."""
+    return max(1, int(mask.sum(1).max())) if mask.device.type == "cpu" else mask.shape[1]
 
 
 def _last(words: Tensor) -> Tensor:

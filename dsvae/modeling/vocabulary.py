@@ -117,10 +117,16 @@ class _Nats(torch.autograd.Function):
         piece: Any,
     ) -> tuple[Tensor, Tensor]:
         of_hidden, of_weight = ctx.needs_input_grad[:2]
+        ctx.dtype = weight.dtype
+        d_hidden = torch.empty_like(hidden) if of_hidden else None
+        if torch.is_autocast_enabled(hidden.device.type):
+            # Here and not left to autocast: it does not know the sum that adds to the
+            # gradient of the weight, which would be a float32 product.
+            low = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(low), weight.to(low)
         dtype = hidden.dtype if of_hidden or of_weight else None
         # in float32, so that the sum over the pieces is not rounded at each of them
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
-        d_hidden = torch.empty_like(hidden) if of_hidden else None
         nats = torch.empty_like(scale)
         # Each piece adds to the whole gradient of the weight. With as many rows as the
         # weight is wide, it has as many numbers itself.
@@ -136,7 +142,7 @@ class _Nats(torch.autograd.Function):
                     d_weight.addmm_(d_logits.T, hidden[part])
                 else:
                     d_weight += d_logits.T @ hidden[part]
-        ctx.d_hidden, ctx.d_weight, ctx.dtype = d_hidden, d_weight, weight.dtype
+        ctx.d_hidden, ctx.d_weight = d_hidden, d_weight
         ctx.mark_non_differentiable(nats)
         return nats, nats @ scale
 

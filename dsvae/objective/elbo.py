@@ -212,6 +212,12 @@ def negative_entropy(probabilities: Tensor) -> Tensor:
     return (probabilities * probabilities.clamp(min=tiny).log()).sum(-1)
 
 
+def _pairs(variables: int, device: torch.device) -> Tensor:
+    """The two variables of each pair, (2, pairs). They are made on the device: indices on
+    the host would be copied there at every use."""
+    return torch.triu_indices(variables, variables, offset=1, device=device)
+
+
 def pair_statistics(probabilities: Tensor) -> Tensor:
     """The statistics of each sentence for the pairwise total correlation.
 
@@ -222,7 +228,7 @@ def pair_statistics(probabilities: Tensor) -> Tensor:
         for each pair of variables.
     """
     variables = probabilities.shape[1]
-    first, second = torch.triu_indices(variables, variables, offset=1)
+    first, second = _pairs(variables, probabilities.device)
     products = probabilities[:, first, :, None] * probabilities[:, second, None, :]
     return torch.cat([probabilities.flatten(1), products.flatten(1)], dim=-1)
 
@@ -239,7 +245,7 @@ def pairwise_total_correlation(mean: Tensor, variables: int) -> Tensor:
     categories = (root - variables) // (2 * pairs) if pairs else len(mean) // variables
     alone = mean[: variables * categories].view(variables, categories)
     joint = mean[variables * categories :].view(pairs, categories, categories)
-    first, second = torch.triu_indices(variables, variables, offset=1)
+    first, second = _pairs(variables, mean.device)
     independent = alone[first, :, None] * alone[second, None, :]
     tiny = torch.finfo(mean.dtype).tiny
     return (joint * (joint.clamp(min=tiny).log() - independent.clamp(min=tiny).log())).sum()

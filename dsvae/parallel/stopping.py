@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-
 from dsvae.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, RunStopped
 from dsvae.parallel.world import World
 
@@ -47,9 +45,7 @@ class Stopping:
     def agreed(self, world: World) -> RunStopped | None:
         """Returns what all ranks raise once they have saved, if any of them got a
         signal. Collective."""
-        place = self._place
-        if world.size > 1:  # alone, a rank need not wait for its device
-            place = int(world.max(torch.tensor(place, device=world.device)))
+        place = world.largest(self._place)
         return _stopped(SIGNALS[place - 1], "saved") if place else None
 
     @property

@@ -72,6 +72,16 @@ class World:
         """Returns the maximum over all ranks, in place."""
         return self._reduce(tensor, dist.ReduceOp.MAX)
 
+    def largest(self, value: int) -> int:
+        """Returns the largest value of any rank. Collective. The host waits once."""
+        if self.size == 1:
+            return value
+        with self.waiting():
+            # made there: the host would also wait for a copy of its own number
+            tensor = torch.full((), value, device=self.device)
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            return int(tensor)
+
     def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
         if self.size > 1:
             with self._together():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dsvae.modeling.crf import CRF, IGNORE
+from dsvae.modeling.crf import CRF, IGNORE, _words_first
 
 TAGS = ("O", "B-PROF", "I-PROF", "B-OBJ", "I-OBJ")
 K = len(TAGS)
@@ -141,6 +141,28 @@ def test_a_longer_batch_and_padding_change_nothing():
         assert torch.equal(module.nll(wide, wide_tags), nats)
         again = module.decode(wide, wide_tags != IGNORE)
         assert torch.equal(again[:, left : left + 7], found)
+
+
+def test_with_places_for_more_words_nothing_changes(monkeypatch):
+    """As on a GPU, where nobody asks how many words there are."""
+    torch.manual_seed(0)
+    head = CRF(("O", "B-x", "I-x"))
+    for scores in head.parameters():
+        torch.nn.init.normal_(scores)
+    emissions, tags = torch.randn(2, 9, 3), torch.full((2, 9), IGNORE)
+    tags[0, [1, 4, 5]], tags[1, 2] = torch.tensor([0, 1, 2]), 1
+    expected = head.nll(emissions, tags), head.decode(emissions, tags != IGNORE)
+    monkeypatch.setattr("dsvae.modeling.crf._width", lambda mask: mask.shape[1])
+    found = head.nll(emissions, tags), head.decode(emissions, tags != IGNORE)
+    torch.testing.assert_close(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_on_a_device_the_host_does_not_ask_for_the_number_of_words():
+    """A tensor of the meta device has no value to ask for."""
+    emissions, mask = torch.randn(2, 9, 3, device="meta"), torch.ones(2, 9, device="meta").bool()
+    own, places, words = _words_first(emissions, mask)
+    assert [len(own[0]), len(places[0]), len(words[0])] == [9, 9, 9]
 
 
 def test_gradients_are_those_of_the_enumeration():

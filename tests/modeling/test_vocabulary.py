@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_models import make_vae, plain_nats
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsvae.modeling import vocabulary
 from dsvae.modeling.crf import IGNORE
@@ -124,6 +125,44 @@ def test_bfloat16_gradients_are_as_close_to_the_exact_ones_as_the_plain_ones(mon
     ours = gradients(torch.bfloat16, lambda head, hidden: head(hidden, labels, torch.ones(4))[1])
     for true, usual, found in zip(exact, all_at_once, ours, strict=True):
         assert (found - true).norm() < 1.2 * (usual - true).norm()
+
+
+def test_under_autocast_no_product_is_in_float32():
+    """Its gradients are as close to the exact ones as those of torch's own loss."""
+    torch.manual_seed(0)
+    logits, labels = sentences(vocab=40)
+    hidden, weight = torch.randn(4, 7, 24), torch.randn(40, 24) / 5
+    target = labels.flatten().clamp(min=0)
+    present = (labels != IGNORE).flatten().float()
+
+    def gradients(loss):
+        given = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss(*given).backward()
+        return [each.grad for each in given]
+
+    def plain(hidden, weight):
+        logits = F.linear(hidden, weight).flatten(0, 1).float()
+        return F.cross_entropy(logits, target, reduction="none") @ present
+
+    exact = gradients(plain)
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "matmul"):
+                products.append({each.dtype for each in args if isinstance(each, torch.Tensor)})
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Products():
+        own, head = hidden.clone().requires_grad_(), head_of(weight)
+        head(own, labels, torch.ones(4))[1].backward()
+    found = [own.grad, head.weight.grad]
+    assert products == 3 * [{torch.bfloat16}]  # the logits and both gradients
+    assert [each.dtype for each in found] == [torch.float32] * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        low = gradients(plain)
+    for each, theirs, true in zip(found, low, exact, strict=True):
+        assert (each - true).norm() < 1.1 * (theirs - true).norm() + 1e-6
 
 
 def test_the_logits_are_never_all_in_memory(monkeypatch):
