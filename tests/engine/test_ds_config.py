@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
+from launch import CONFIGS
 
 from dsvae.config import PhaseConfig
 from dsvae.engine import ds_config
@@ -355,3 +356,12 @@ def test_precisions_are_those_of_the_command_line():
     from dsvae.config import field_types
 
     assert set(typing.get_args(field_types()["precision"])) == {"auto", "bf16", "fp16", "fp32"}
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "fp16"])
+def test_buckets_overlap_for_t5_base_and_are_small_for_a_small_model(name):
+    """One bucket for all gradients would leave nothing to reduce while others are computed."""
+    gradients = 220e6  # of t5-base; without cross-attention a few less
+    bucket = ds_config.load(CONFIGS / f"{name}.json")["zero_optimization"]["reduce_bucket_size"]
+    assert gradients / bucket > 8
+    assert 2 * 4 * bucket < 0.2e9  # bytes of two buckets in float32
