@@ -192,6 +192,9 @@ def resolve(
     # By default DeepSpeed prints nothing of its own into the progress bar.
     if (every := config.setdefault("steps_per_print", None)) is not None:
         _check("steps_per_print", every, _is_positive, "a positive whole number or null")
+    # DeepSpeed's timer of throughput, whose numbers only such lines show, makes the host wait
+    # for the device at every micro-batch.
+    config.setdefault("timers", {"throughput": {"enabled": config["steps_per_print"] is not None}})
     # The optimizer is torch's own AdamW, which needs no compiler; DeepSpeed's check is
     # for its CPU Adam.
     if config.setdefault("zero_force_ds_cpu_optimizer", False) is not False:

@@ -9,6 +9,7 @@ the widths, so the model is narrow by default.
 """
 
 import argparse
+import gc
 import json
 import sys
 from pathlib import Path
@@ -85,10 +86,14 @@ def count(
         step(index, 1)
     torch.accelerator.reset_peak_memory_stats()
     owners = (str(Path(dsvae.__file__).parent), str(Path(deepspeed.__file__).parent))
-    with emulated.counting((*owners, str(Path(torch.__file__).parent)) if detail else ()) as counts:
+    with emulated.counting(owners if detail else ()) as counts:
         step(2, 1)
     found = {"ds_config": name, **{kind: emulated.total(counts, kind) for kind in KINDS}}
     found["peak_bytes"] = torch.accelerator.max_memory_allocated()
+    if not bare:
+        engine.close()
+        del engine, batches, step  # the next one measures its own memory
+        gc.collect()
     return found | ({"detail": dict(counts)} if detail else {})
 
 

@@ -342,7 +342,9 @@ struct Call {
       }
       return tensor;
     }
-    if (in_list && INDEXING.count(name) && tensor.scalar_type() == at::kBool) host_waits = true;
+    // (`index` asks for the nonzero elements of a mask itself.)
+    if (in_list && name == "aten::_index_put_impl_" && tensor.scalar_type() == at::kBool)
+      host_waits = true;
     pairs.push_back({tensor, to_host(tensor), written});
     return pairs.back().host;
   }

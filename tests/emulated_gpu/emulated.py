@@ -234,16 +234,15 @@ def counting(owners: tuple[str, ...] = ()):
 
     The keys are `kernels OPERATION`, `wait REASON`, `copies` and `bytes` with a
     direction and the kind of host memory, and `collectives NAME`. With `owners`,
-    directories of packages, the key `by PACKAGE file:line` says which line of them has
-    waited.
+    directories of packages, the keys `waits at FILE:LINE (REASON)` say which line of them
+    has waited.
     """
     counts = Counter()
 
     def note(reason):
-        for frame in reversed(traceback.extract_stack()):
-            if frame.filename.startswith(owners):
-                counts[f"waits at {frame.filename}:{frame.lineno} ({reason})"] += 1
-                return
+        stack = traceback.extract_stack()
+        ours = [frame for frame in stack if frame.filename.startswith(owners)] or stack
+        counts[f"waits at {ours[-1].filename}:{ours[-1].lineno} ({reason})"] += 1
 
     extension.observe_waits(note if owners else None)
     extension.reset_counts()
@@ -257,3 +256,7 @@ def counting(owners: tuple[str, ...] = ()):
 def total(counts: Counter, kind: str) -> int:
     """The sum of the counts of a kind: kernels, wait, copies, bytes, collectives."""
     return sum(number for key, number in counts.items() if key.startswith(kind + " "))
+
+
+if __name__ == "__main__":
+    build()
