@@ -17,7 +17,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -38,9 +38,9 @@ from dsvae.generation.options import OPTIONS
 
 SHARED = {
     "model_dir": "model directory of a run (OUTPUT_DIR/model), or a hub id.",
-    "file": "sentences (.txt, .jsonl, .csv, .tsv, .parquet); stdin, one per line, where it is "
-    "left out or -.",
-    "text_column": "column of the sentence, where the file has columns.",
+    "file": "sentences (.txt, .jsonl, .csv, .tsv, .parquet); stdin, one per line, if it is left "
+    "out or -.",
+    "text_column": "column of the sentence, if the file has columns.",
     "condition": "the condition, for a conditional model.",
     "condition_column": "column of the condition of each sentence, for a conditional model.",
     "json": "prints JSON, one object per line.",
@@ -48,7 +48,7 @@ SHARED = {
     "batch_size": "sentences that the model takes at a time.",
     "max_tokens": "longest sentence, and longest condition, in tokens, EOS included. A longer one "
     "of a file is truncated and counted on stderr; a longer one of the command line is an error.",
-    "device": "cpu, cuda, cuda:1, ...; by default the accelerator where there is one.",
+    "device": "cpu, cuda, cuda:1, ...; by default the accelerator if there is one.",
     "options": "those of transformers' generate: --do_sample --temperature --top_p --num_beams "
     "--max_new_tokens (128) and more. Without any, the most likely token is taken each time "
     "(greedy).",
@@ -57,12 +57,17 @@ SHARED = {
 
 
 class Model:
-    """The model that a command works with, and the flags that all such commands have."""
+    """The model that a command works with, and the flags that several such commands
+    have."""
 
     def __init__(
         self,
         model_dir: str,
         *,
+        file: str | None = None,
+        text_column: str = "text",
+        condition_column: str | None = None,
+        batch_size: int = 128,
         json: bool = False,
         seed: int | None = None,
         max_tokens: int = 512,
@@ -70,40 +75,68 @@ class Model:
         **options: Any,
     ) -> None:
         self.model_dir, self.json, self.options = model_dir, json, options
-        self._settings: dict[str, Any] = {"model_dir": model_dir, "options": options}
+        self._source = (file, text_column, condition_column)
+        self._settings: dict[str, Any] = {"batch_size": batch_size, "options": options}
         self._settings |= {"seed": seed, "max_tokens": max_tokens, "device": device}
 
     def open(self, **settings: Any) -> contextlib.AbstractContextManager[tuple[Any, int]]:
-        """The loaded model and its seed; `settings` as of `session`."""
+        """Returns the loaded model and its seed; `settings` as of `session`."""
         from dsvae.generation.session import session
 
-        return session(**self._settings, **settings)
+        return session(self.model_dir, **(self._settings | settings))
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[tuple[Any, Any]]:
+        """Yields the loaded model and the records of FILE; a file without a sentence is a
+        UserError."""
+        from dsvae.generation.reading import read_records
+        from dsvae.generation.session import check_not_empty
+
+        records = read_records(*self._source)
+        with self.open(conditions=self._source[2] is not None) as (vae, _):
+            yield vae, records
+            check_not_empty(vae, self._source[0])
 
     def show(self, rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> None:
         """Prints rows as `console.show` does."""
         show(rows, self.json, line)
 
 
-def with_model(function: Callable[..., None]) -> Callable[..., None]:
-    """A command with the flags of `Model` after its own.
+LOADS = "max_tokens device"
+READS = "file text_column condition_column batch_size"
+GENERATES = f"json seed {LOADS} options"
+
+
+def with_model(flags: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a command of a function that takes a `Model` in place of MODEL_DIR.
 
     Args:
-        function: takes a `Model` in place of the first word, MODEL_DIR.
+        flags: the parameters of `Model` that the command has besides its own.
     """
-    model_dir, *flags = inspect.signature(Model).parameters.values()
-    _, *own = inspect.signature(function).parameters.values()
-    names = [parameter.name for parameter in own]
 
-    @functools.wraps(function)
-    def command(model_dir: str, *words: str, **given: Any) -> None:
-        values = {name: given.pop(name) for name in names if name in given}
-        function(Model(model_dir, **given), *words, **values)
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        model_dir, *declared = inspect.signature(Model).parameters.values()
+        _, *own = inspect.signature(function).parameters.values()
+        shared = {each.name: each for each in declared if each.name in flags.split()}
+        words = [model_dir]
+        if file := shared.pop("file", None):
+            words.append(file.replace(kind=file.POSITIONAL_OR_KEYWORD))
+        signature = inspect.Signature([*words, *own, *shared.values()])
 
-    command.__signature__ = inspect.Signature([model_dir, *own, *flags])  # type: ignore
-    return command
+        @functools.wraps(function)
+        def command(*words: str, **given: Any) -> None:
+            values = signature.bind(*words, **given).arguments
+            values |= values.pop("options", {})
+            mine = {each.name: values.pop(each.name) for each in own if each.name in values}
+            function(Model(**values), **mine)
+
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
-@with_model
+@with_model(f"batch_size {GENERATES}")
 def sample(
     model: Model,
     *,
@@ -114,7 +147,6 @@ def sample(
     file: str | None = None,
     text_column: str = "text",
     condition_column: str | None = None,
-    batch_size: int = 128,
 ) -> None:
     """Generates sentences from random latents.
 
@@ -147,7 +179,7 @@ def sample(
     given = (condition, conditions_file, file, text_column, condition_column)
     sampling.check(*given, source)
     conditional = any(each is not None for each in (condition, conditions_file, condition_column))
-    with model.open(batch_size=batch_size, draws=True, conditions=conditional) as (vae, seed):
+    with model.open(draws=True, conditions=conditional) as (vae, seed):
         prior = load_prior(model.model_dir) if source == "fitted" else None
         rows = sampling.rows(vae, n, *given, seed=seed, prior=prior, **model.options)
         width = len(str(n))
@@ -163,40 +195,25 @@ def sample(
             check_not_empty(vae, conditions_file)
 
 
-@with_model
-def reconstruct(
-    model: Model,
-    file: str | None = None,
-    *,
-    text_column: str = "text",
-    condition_column: str | None = None,
-    batch_size: int = 128,
-) -> None:
+@with_model(f"{READS} {GENERATES}")
+def reconstruct(model: Model) -> None:
     """Decodes the posterior mean of each sentence of a file or of stdin.
 
     Memory does not grow with the file. With --json one object per line: "line" (number in
-    the source, from 1, blank ones counted), "condition" where there is one, "sentence",
-    "reconstruction". Otherwise the two stand one above the other, behind the number.
+    the source, from 1, blank ones counted), "condition" if there is one, "sentence",
+    "reconstruction". Otherwise the two stand one above the other, after the number.
     """
-    from dsvae.generation.reading import read_records
-    from dsvae.generation.session import check_not_empty
 
-    records = read_records(file, text_column, condition_column)
-    with model.open(batch_size=batch_size, conditions=condition_column is not None) as (vae, _):
-        rows = (
-            {**line.fields, "reconstruction": text}
-            for line, text in vae.reconstruct_stream(records, **model.options)
-        )
-        model.show(
-            progress(rows),
-            lambda row: (
-                f"{row['line']:>6}  {row['sentence']}\n{'':>6}  {one_line(row['reconstruction'])}"
-            ),
-        )
-        check_not_empty(vae, file)
+    def line(row: dict[str, Any]) -> str:
+        return f"{row['line']:>6}  {row['sentence']}\n{'':>6}  {one_line(row['reconstruction'])}"
+
+    with model.read() as (vae, records):
+        made = vae.reconstruct_stream(records, **model.options)
+        rows = ({**source.fields, "reconstruction": text} for source, text in made)
+        model.show(progress(rows), line)
 
 
-@with_model
+@with_model(GENERATES)
 def interpolate(
     model: Model,
     a: str,
@@ -227,7 +244,7 @@ def interpolate(
         model.show(rows, lambda row: f"{row['t']:.3f}  {one_line(row['sentence'])}")
 
 
-@with_model
+@with_model(GENERATES)
 def analogy(model: Model, a: str, b: str, c: str, *, condition: str | None = None) -> None:
     """Generates the sentence that is to C as B is to A, from the latent z_b - z_a + z_c.
 
@@ -244,7 +261,7 @@ def analogy(model: Model, a: str, b: str, c: str, *, condition: str | None = Non
         model.show([{"a": a, "b": b, "c": c, "sentence": text}], table)
 
 
-@with_model
+@with_model(GENERATES)
 def traverse(
     model: Model,
     a: str,
@@ -290,7 +307,7 @@ def traverse(
         model.show(({**place, "sentence": text} for place, text in rows), line)
 
 
-@with_model
+@with_model(f"batch_size {GENERATES}")
 def edit(
     model: Model,
     a: str,
@@ -303,7 +320,6 @@ def edit(
     text_column: str = "text",
     condition: str | None = None,
     condition_column: str | None = None,
-    batch_size: int = 128,
 ) -> None:
     """Changes a sentence: sets categories of its latent, or moves it toward a label.
 
@@ -328,23 +344,14 @@ def edit(
     change = editing.read_change(
         set, toward, labels_file, text_file, strength, text_column, condition, condition_column
     )
-    with model.open(batch_size=batch_size, conditions=condition is not None) as (vae, seed):
+    with model.open(conditions=condition is not None) as (vae, seed):
         row = editing.edit(vae, a, change, seed, condition, **model.options)
         shown = ("sentence", "reconstruction", "edited")
         model.show([row], lambda row: table({name: row[name] for name in shown}))
 
 
-def encode(
-    model_dir: str,
-    file: str | None = None,
-    *,
-    output: str,
-    text_column: str = "text",
-    condition_column: str | None = None,
-    batch_size: int = 128,
-    max_tokens: int = 512,
-    device: str | None = None,
-) -> None:
+@with_model(f"{READS} {LOADS}")
+def encode(model: Model, *, output: str) -> None:
     """Writes the posteriors of the sentences of a file or of stdin to a safetensors file.
 
     Tensors, with a row per sentence: for the Gaussian mean and logvar (N, Z) float32
@@ -359,32 +366,25 @@ def encode(
         output: the file to write.
     """
     from dsvae.generation.latents_file import check_place, write_latents
-    from dsvae.generation.reading import read_records
-    from dsvae.generation.session import check_not_empty
 
-    records = read_records(file, text_column, condition_column)
     check_place(output)
-    model = Model(model_dir, max_tokens=max_tokens, device=device)
-    with model.open(batch_size=batch_size, conditions=condition_column is not None) as (vae, _):
+    with model.read() as (vae, records):
         batches = list(vae.latents_stream(progress(records, prints_rows=False)))
-        check_not_empty(vae, file)
-        write_latents(output, batches)
+        if batches:
+            write_latents(output, batches)
     say(f"{vae.counts.sentences} sentences in {output}")
 
 
+@with_model(f"batch_size json {LOADS}")
 def fit_prior(
-    model_dir: str,
+    model: Model,
     *,
     train_file: str,
     kind: Literal["gaussian", "gmm", "flow"] = "gmm",
     components: int | None = None,
     text_column: str = "text",
     condition_column: str | None = None,
-    json: bool = False,
     seed: int = 0,
-    batch_size: int = 128,
-    max_tokens: int = 512,
-    device: str | None = None,
 ) -> None:
     """Fits a density to the latents of sentences, for dsvae sample --source fitted.
 
@@ -410,146 +410,77 @@ def fit_prior(
     if components is not None and kind != "gmm":
         raise UserError(f"--components is for --kind gmm, not {kind}: leave it out")
     records = read_records(train_file, text_column, condition_column, "--train_file")
-    path = fitted_prior.place(model_dir)
-    model = Model(model_dir, json=json, seed=seed, max_tokens=max_tokens, device=device)
-    with model.open(batch_size=batch_size, conditions=condition_column is not None) as (vae, seed):
-        row = fitted_prior.fit_and_save(
-            vae,
-            progress(records, prints_rows=False),
-            path,
-            kind,
-            components,
-            seed,
-        )
-    model.show(
-        [row],
-        lambda row: table(
-            {
-                name: f"{value:.3f}" if isinstance(value, float) else str(value)
-                for name, value in row.items()
-            }
-        ),
-    )
+    path = fitted_prior.place(model.model_dir)
+    with model.open(seed=seed, conditions=condition_column is not None) as (vae, seed):
+        read = progress(records, prints_rows=False)
+        row = fitted_prior.fit_and_save(vae, read, path, kind, components, seed)
+    shown = {k: f"{v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items()}
+    model.show([row], lambda _: table(shown))
 
 
-def cluster(
-    model_dir: str,
-    file: str | None = None,
-    *,
-    text_column: str = "text",
-    condition_column: str | None = None,
-    json: bool = False,
-    batch_size: int = 128,
-    max_tokens: int = 512,
-    device: str | None = None,
-) -> None:
+@with_model(f"{READS} json {LOADS}")
+def cluster(model: Model) -> None:
     """Prints the cluster of each sentence of a file or of stdin, for a model with
     clusters.
 
     Each line has the most probable cluster (from 0), its probability and the sentence,
-    with tabs between them. With --json one object per line: "line", "condition" where there
+    with tabs between them. With --json one object per line: "line", "condition" if there
     is one, "sentence", "cluster", "probability".
     """
     from dsvae.generation.labelling import cluster_stream
 
-    rows, line = _most_probable("cluster", cluster_stream)
-    model = Model(model_dir, json=json, max_tokens=max_tokens, device=device)
-    _show_labels(model, file, text_column, condition_column, batch_size, rows, line)
+    _show_most_probable(model, "cluster", cluster_stream)
 
 
-def classify(
-    model_dir: str,
-    file: str | None = None,
-    *,
-    text_column: str = "text",
-    condition_column: str | None = None,
-    json: bool = False,
-    batch_size: int = 128,
-    max_tokens: int = 512,
-    device: str | None = None,
-) -> None:
+@with_model(f"{READS} json {LOADS}")
+def classify(model: Model) -> None:
     """Prints the class of each sentence of a file or of stdin, for a model that was
     trained with labels.
 
     Each line has the most probable class, its probability and the sentence, with tabs
-    between them. With --json one object per line: "line", "condition" where there is one,
+    between them. With --json one object per line: "line", "condition" if there is one,
     "sentence", "class", "probability".
     """
     from dsvae.generation.labelling import classify_stream
 
-    rows, line = _most_probable("class", classify_stream)
-    model = Model(model_dir, json=json, max_tokens=max_tokens, device=device)
-    _show_labels(model, file, text_column, condition_column, batch_size, rows, line)
+    _show_most_probable(model, "class", classify_stream)
 
 
-def tag(
-    model_dir: str,
-    file: str | None = None,
-    *,
-    text_column: str = "text",
-    condition_column: str | None = None,
-    json: bool = False,
-    batch_size: int = 128,
-    max_tokens: int = 512,
-    device: str | None = None,
-) -> None:
+def _show_most_probable(model: Model, name: str, stream: Callable[..., Any]) -> None:
+    """Prints what `stream` finds for each sentence, under `name` in JSON."""
+    with model.read() as (vae, records):
+        rows = (
+            {**line.fields, name: found, "probability": probability}
+            for line, found, probability in stream(vae, records)
+        )
+        model.show(
+            progress(rows), lambda row: f"{row[name]}\t{row['probability']:.4f}\t{row['sentence']}"
+        )
+
+
+@with_model(f"{READS} json {LOADS}")
+def tag(model: Model) -> None:
     """Prints the words of each sentence of a file or of stdin with their tags, for a model
     that was trained with tags.
 
     Words are what white space separates. Each line has a word and its tag, with a tab
     between them, and a blank line ends each sentence. The words of a truncated sentence end
-    where it was cut. With --json one object per line: "line", "condition" where there is
+    where it was cut. With --json one object per line: "line", "condition" if there is
     one, "sentence", "words", "tags", and "entities", each with its "type", "first" and
     "last" word (from 0) and "text".
     """
     from dsvae.generation.labelling import tag_stream
 
-    def rows(vae: Any, records: Any) -> Iterable[dict[str, Any]]:
-        for line, found in tag_stream(vae, records):
-            yield {**line.fields, **found._asdict(), "entities": found.entities}
-
     def line(row: dict[str, Any]) -> str:
         pairs = zip(row["words"], row["tags"], strict=True)
         return "".join(f"{word}\t{tag}\n" for word, tag in pairs)
 
-    model = Model(model_dir, json=json, max_tokens=max_tokens, device=device)
-    _show_labels(model, file, text_column, condition_column, batch_size, rows, line)
-
-
-def _most_probable(name: str, stream: Callable[..., Any]) -> tuple[Callable, Callable]:
-    """How `cluster` and `classify` read a sentence and show it.
-
-    Args:
-        name: of what `stream` finds for each sentence.
-    """
-
-    def rows(vae: Any, records: Any) -> Iterable[dict[str, Any]]:
-        for line, found, probability in stream(vae, records):
-            yield {**line.fields, name: found, "probability": probability}
-
-    def line(row: dict[str, Any]) -> str:
-        return f"{row[name]}\t{row['probability']:.4f}\t{row['sentence']}"
-
-    return rows, line
-
-
-def _show_labels(
-    model: Model,
-    file: str | None,
-    text_column: str,
-    condition_column: str | None,
-    batch_size: int,
-    rows: Callable[[Any, Any], Iterable[dict[str, Any]]],
-    line: Callable[[dict[str, Any]], str],
-) -> None:
-    """Prints what `rows` makes of a model and the records of a file or of stdin."""
-    from dsvae.generation.reading import read_records
-    from dsvae.generation.session import check_not_empty
-
-    records = read_records(file, text_column, condition_column)
-    with model.open(batch_size=batch_size, conditions=condition_column is not None) as (vae, _):
-        model.show(progress(rows(vae, records)), line)
-        check_not_empty(vae, file)
+    with model.read() as (vae, records):
+        rows = (
+            {**source.fields, **found._asdict(), "entities": found.entities}
+            for source, found in tag_stream(vae, records)
+        )
+        model.show(progress(rows), line)
 
 
 def corpus(
