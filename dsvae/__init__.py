@@ -3,20 +3,48 @@ finetuning, on DeepSpeed."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsvae.generation.fitted_prior import load_prior
+    from dsvae.generation.sentence_vae import SentenceVAE
     from dsvae.modeling.families import Gaussian
     from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig, T5VAEOutput
 
-__all__ = ["Gaussian", "T5VAE", "T5VAEConfig", "T5VAEOutput"]
+    __version__: str
+
+__all__ = [
+    "Gaussian",
+    "SentenceVAE",
+    "T5VAE",
+    "T5VAEConfig",
+    "T5VAEOutput",
+    "__version__",
+    "load_prior",
+]
+
+_MODULES = {
+    "Gaussian": "modeling.families",
+    "SentenceVAE": "generation.sentence_vae",
+    "T5VAE": "modeling.t5_vae",
+    "T5VAEConfig": "modeling.t5_vae",
+    "T5VAEOutput": "modeling.t5_vae",
+    "load_prior": "generation.fitted_prior",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when they are asked for: `dsvae --help` need not wait
-    for torch."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dsvae.modeling import families, t5_vae
+    """Imports a public name when it is asked for: `dsvae --help` need not wait for
+    torch."""
+    if name == "__version__":
+        from importlib.metadata import version
 
-    return getattr(families if name == "Gaussian" else t5_vae, name)
+        return version("dsvae")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dsvae.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -71,7 +71,6 @@ class Phase:
         heads: dict[str, Any] = {}
         if config.model.clusters:
             heads["skewness"], heads["dispersion"] = settings.skewness, settings.dispersion
-            heads["cluster_count"] = config.model.clusters
         if config.data.label_column is not None:
             heads["class_weight"] = config.heads.class_weight
         if config.data.tags_column is not None:

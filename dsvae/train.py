@@ -287,18 +287,17 @@ def train_phase(
         stop = run.stopping.agreed(world)
         logged = done % config.log_every == 0 or last
         if logged or phase.controlled:
-            rec, rec_term, statistics = sums.means(world)
-            kl = statistics[: engine.units]
+            means = sums.means(world)
         if phase.controlled and not sums.skipped:
-            beta = next_beta(beta, float(kl.sum()), config.phase2.beta)
+            beta = next_beta(beta, float(means.kl.sum()), config.phase2.beta)
         if logged:
             values = {
-                "loss": rec_term + float(penalty(statistics, engine.units)),
-                "rec": rec,
+                "loss": means.loss,
+                "rec": means.rec,
                 # does not depend on the length of this step's sentences
-                "rec_per_token": rec * step.sentences / step.tokens,
-                "kl": float(kl.sum()),
-                **penalty.head_losses(statistics, engine.units),
+                "rec_per_token": means.rec * step.sentences / step.tokens,
+                "kl": float(means.kl.sum()),
+                **means.head_losses,
                 "beta": penalty.beta,
                 **({"free_bits": penalty.free_bits} if phase.released else {}),
                 "lr": lr,
@@ -307,7 +306,7 @@ def train_phase(
                 "epoch": done / batches.steps_per_epoch,
                 **speed.read(),
             }
-            reporter.scalars(phase.offset + done, phase.number, values, kl.tolist())
+            reporter.scalars(phase.offset + done, phase.number, values, means.kl.tolist())
         valid_loss = None
         if last or (config.eval_every and done % config.eval_every == 0):
             valid_loss = _validate(run, phase, engine, watched, phase.offset + done)

@@ -109,11 +109,11 @@ def test_padding_is_pooled(restored):
     config = RunConfig()
     wide_ids, wide_mask = (torch.cat([x, x.new_zeros(2, 57)], 1) for x in (ids, mask))
     with torch.no_grad():
-        states = model._encode(wide_ids, wide_mask)
+        states = model._encode(wide_ids, wide_mask).last_hidden_state
         expected = model.posterior.head(states.mean(1))
-        before = model(ids, mask, encode_only=True).posterior_parameters
+        before = model(ids, mask, encode_only=True).posterior.parameters
         as_released.pool_over_padding(config)
-        found = model(ids, mask, encode_only=True).posterior_parameters
+        found = model(ids, mask, encode_only=True).posterior.parameters
     assert config.data.max_tokens == 64
     torch.testing.assert_close(found, expected)
     assert (found - before).abs().max() > 1e-3
@@ -126,7 +126,7 @@ def test_a_mask_in_place_of_ids_tells_the_length_at_most(padded, restored):
     if padded:
         as_released.pool_over_padding(RunConfig())
     with torch.no_grad():
-        found = model(mask, mask, encode_only=True).posterior_parameters
+        found = model(mask, mask, encode_only=True).posterior.parameters
     torch.testing.assert_close(found[0], found[2])
     distance = (found[0] - found[1]).abs().max()
     assert distance > 1e-3 if padded else distance < 1e-5

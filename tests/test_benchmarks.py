@@ -334,7 +334,7 @@ def test_clusters_of_models(save, tokenizer, capsys):
             if out.clusters is not None:
                 own = int(out.clusters.argmax())
             else:
-                own = out.posterior_parameters.view(2, 3).argmax(-1) @ torch.tensor([1, 3])
+                own = out.posterior.parameters.view(2, 3).argmax(-1) @ torch.tensor([1, 3])
             assert clusters[i] == own
         assert len(clusters) == len(texts)
         assert 0 <= clusters.min() <= clusters.max() < most

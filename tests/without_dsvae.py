@@ -27,7 +27,7 @@ def outputs(model, tokenizer):
         found = {
             "ids": ids,
             "logits": out.logits,
-            "posterior": out.posterior_parameters,
+            "posterior": out.posterior.parameters,
             "prior": model.prior(*condition.values()).parameters.clone(),
         }
     if model.config.tags:

@@ -25,9 +25,16 @@ from dsvae.engine.weights import (
     measure_lr_scales,
     parameter_groups,
 )
-from dsvae.modeling.t5_vae import T5VAE, T5VAEOutput
+from dsvae.modeling.t5_vae import T5VAE
 from dsvae.modeling.weight_source import Origin
-from dsvae.objective.elbo import Penalty, loss_share, reconstruction_weights, slopes
+from dsvae.objective.elbo import (
+    Penalty,
+    Statistics,
+    loss_share,
+    pack,
+    reconstruction_weights,
+    unpack,
+)
 from dsvae.objective.schedules import lr_factor
 from dsvae.parallel.world import World
 from dsvae.phases import Phase
@@ -41,21 +48,48 @@ class StepSums:
     """Scalar, nats."""
     rec_term: Tensor
     """Scalar, what the loss has of rec: rec itself, or with `reconstruction_weights`."""
-    statistics: Tensor
-    """(S,), the statistics of the penalty; the first U are the KL of the units, nats."""
+    statistics: Statistics
+    """(n,) by name: what the penalty reads."""
+    penalty: Penalty
     sentences: int
     """N of the global batch."""
     skipped: bool
     """Whether the step was skipped on all ranks, because the loss or a gradient was not
     finite."""
 
-    def means(self, world: World) -> tuple[float, float, Tensor]:
-        """The means of (rec, rec_term, statistics (S,)) over the global batch.
-        Collective."""
-        rec = torch.stack([self.rec, self.rec_term])
-        means = world.sum(torch.cat([rec.double(), self.statistics.double()])).cpu()
-        means /= self.sentences
-        return float(means[0]), float(means[1]), means[2:]
+    def means(self, world: World) -> StepMeans:
+        """Returns the means over the global batch. Collective."""
+        named = {"rec": self.rec[None], "rec_term": self.rec_term[None], **self.statistics}
+        means = unpack(world.sum(pack(named).double()).cpu() / self.sentences, named)
+        rec, rec_term = (float(means.pop(name)) for name in ("rec", "rec_term"))
+        return StepMeans(rec_term + float(self.penalty(means)), rec, means)
+
+
+@dataclass
+class StepMeans:
+    """Means over the global batch of an optimizer step, in nats per sentence."""
+
+    loss: float
+    """What the step minimized."""
+    rec: float
+    statistics: Statistics
+    """(n,) by name, float64 on CPU: `kl` of each unit, and what else the penalty reads."""
+
+    @property
+    def kl(self) -> Tensor:
+        """The KL of each unit, (U,)."""
+        return self.statistics["kl"]
+
+    @property
+    def head_losses(self) -> dict[str, float]:
+        """`class_nats` and `tag_nats` where they are penalized: means over all sentences,
+        of which those without labels have 0."""
+        names = ("class_nats", "tag_nats")
+        return {name: float(self.statistics[name]) for name in names if name in self.statistics}
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.rec) and bool(pack(self.statistics).isfinite().all())
 
 
 class PhaseEngine:
@@ -89,7 +123,6 @@ class PhaseEngine:
         )
         self.world, self.phase, self.origin, self._norm = world, phase, origin, math.nan
         self.ds_config = ds_config
-        self.units = model.family.units
         model.requires_grad_(True)
         freeze_pretrained(model)
         if phase.freeze_decoder:
@@ -162,15 +195,13 @@ class PhaseEngine:
         by accumulation steps is off.
         """
         self.deepspeed.train()
-        batches = [batch.to(self.world.device) for batch in step.micro_batches]
-        slope = None
+        device, sentences = self.world.device, step.sentences
+        batches = [batch.to(device) for batch in step.micro_batches]
+        slopes = None
         if not penalty.linear and len(batches) > 1:
-            ahead = self._statistics_ahead(index, batches, penalty)
-            slope = slopes(penalty, self.world.sum(ahead) / step.sentences, self.units)
+            slopes = penalty.slopes(self._means_ahead(index, batches, penalty, sentences))
         self.world.heartbeat(f"step {index + 1}")
-        rec_sum = torch.zeros((), device=self.world.device)
-        term_sum = torch.zeros((), device=self.world.device)
-        statistics_sum = torch.zeros((), device=self.world.device)
+        rec = rec_term = sums = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
             self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
             noise = self._choose_noise(batch)
@@ -179,21 +210,21 @@ class PhaseEngine:
             out = self._forward(
                 self.deepspeed, batch, noise, weights, detach_prior=penalty.prior_alone
             )
-            statistics = self._statistics(penalty, out)
-            statistics_now = (batch.weight @ statistics).detach()
-            if slope is None and penalty.active:
-                mean = statistics_now.clone()
-                if not penalty.linear:
-                    mean = self.world.sum(mean) / step.sentences
-                slope = slopes(penalty, mean, self.units)
-            share = loss_share(out.loss, statistics, batch.weight, slope, step.sentences)
+            statistics = penalty.statistics(out)  # (B, n) by name
+            own = batch.weight @ pack(statistics).detach()
+            if slopes is None and penalty.active:
+                # The slopes of a linear penalty are the same at any means.
+                means = own if penalty.linear else self.world.sum(own) / sentences
+                slopes = penalty.slopes(unpack(means, statistics))
+            share = loss_share(out.weighted_nats, statistics, batch.weight, slopes, sentences)
             self.deepspeed.backward(share * self.world.size, scale_wrt_gas=False)
-            rec_sum += torch.dot(batch.weight, out.nats)
-            term_sum += torch.dot(weights, out.nats)
-            statistics_sum = statistics_sum + statistics_now
+            rec = rec + torch.dot(batch.weight, out.nats)
+            rec_term = rec_term + torch.dot(weights, out.nats)
+            sums = sums + own
             self.world.heartbeat(f"step {index + 1}, micro-batch {i + 1} of {len(batches)}")
         skipped = not self._update()
-        return StepSums(rec_sum, term_sum, statistics_sum, step.sentences, skipped)
+        named = unpack(sums, statistics)
+        return StepSums(rec, rec_term, named, penalty, sentences, skipped)
 
     @torch.no_grad()
     def inspect(self, index: int, step: Step) -> list[dict[str, Any]]:
@@ -211,9 +242,7 @@ class PhaseEngine:
             self._seed(index, i)
             with self._autocast():
                 out = self._forward(self.module, batch, noise, batch.weight)
-            rec = out.nats
-            posterior, prior = self.module.distributions(out)
-            kl = posterior.kl(prior)
+            rec, kl = out.nats, out.posterior.kl(out.prior)
             for row in range(len(rec)):
                 if batch.weight[row]:
                     condition = {}
@@ -282,12 +311,11 @@ class PhaseEngine:
         self.module.eval()
         with self._autocast():
             out = self._encode(batch)
-            posterior = self.module.family.of(out.posterior_parameters)
             rec = [
                 self.module(
                     labels=batch.labels,
                     sentence_weights=batch.weight,
-                    latent=posterior.sample(noise),
+                    latent=out.posterior.sample(noise),
                     condition_states=out.condition_states,
                     condition_mask=batch.condition_mask,
                 ).nats
@@ -296,15 +324,6 @@ class PhaseEngine:
         self.module.train()
         best = torch.stack(rec).argmin(0)  # (B,)
         return batch.noise[torch.arange(len(best), device=best.device), best]
-
-    def _statistics(self, penalty: Penalty, out: T5VAEOutput) -> Tensor:
-        """The statistics of each sentence of a forward pass, (B, S)."""
-        return penalty.statistics(
-            *self.module.distributions(out),
-            clusters=out.clusters,
-            class_nats=out.class_nats,
-            tag_nats=out.tag_nats,
-        )
 
     def _forward(
         self,
@@ -337,20 +356,23 @@ class PhaseEngine:
         )
 
     @torch.no_grad()
-    def _statistics_ahead(self, index: int, batches: list[MicroBatch], penalty: Penalty) -> Tensor:
-        """This rank's sums of the statistics over all micro-batches, (S,), with the same
-        dropout as the training passes.
+    def _means_ahead(
+        self, index: int, batches: list[MicroBatch], penalty: Penalty, sentences: int
+    ) -> Statistics:
+        """The means of the statistics over the global batch, with the same dropout as the
+        training passes. Collective.
 
-        A penalty that is not linear needs the batch mean before the first backward pass.
-        With one micro-batch the training pass itself gives it.
+        A penalty that is not linear needs them before the first backward pass. With one
+        micro-batch the training pass itself gives them.
         """
-        total = torch.zeros((), device=self.world.device)
+        sums = torch.zeros((), device=self.world.device)
         for i, batch in enumerate(batches):
             self._seed(index, i)
             with self._autocast():
                 out = self._encode(batch)
-            total = total + batch.weight @ self._statistics(penalty, out)
-        return total
+            statistics = penalty.statistics(out)
+            sums = sums + batch.weight @ pack(statistics)
+        return unpack(self.world.sum(sums) / sentences, statistics)
 
     def _autocast(self) -> torch.autocast:
         """The autocast of the engine's forward pass: without it, the bare module would run

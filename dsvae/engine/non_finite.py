@@ -4,7 +4,6 @@ tolerated; many in a row end the run."""
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,14 +41,14 @@ class SkippedSteps:
         if not sums.skipped:
             self.in_a_row = 0
             return
-        rec, _, kl = sums.means(world)
-        if engine.precision == "fp16" and math.isfinite(rec) and bool(kl.isfinite().all()):
+        means = sums.means(world)
+        if engine.precision == "fp16" and means.finite:
             return  # the loss scale is still too high, and gradients overflowed
         self.in_a_row += 1
         where = f"phase {self.phase}, step {index + 1}"
         self.say(
             f"warning: {where} is skipped on all ranks: its loss or gradients are not finite "
-            f"(rec {rec:.4g})"
+            f"(rec {means.rec:.4g})"
         )
         if self.in_a_row < self.limit:
             return

@@ -89,8 +89,8 @@ class Passes:
         learned = config.prior == "learned"
         tagged = bool(config.tags) and texts.tags([]) is not None
         widths = {
-            "posterior_parameters": family.parameter_width,
-            "prior_parameters": family.parameter_width if learned else 0,
+            "posterior": family.parameter_width,
+            "prior": family.parameter_width if learned else 0,
             "clusters": config.clusters,
             "class_logits": len(config.classes),
             "tags": int(self._lengths(texts).max()) if tagged else 0,
@@ -106,7 +106,10 @@ class Passes:
                 tag_labels=batch.tag_labels if tagged else None,
                 encode_only=True,
             )
-            found = {name: out[name] for name in widths}
+            found = {
+                name: out[name].parameters if name in ("posterior", "prior") else out[name]
+                for name in widths
+            }
             if tagged:
                 room = widths["tags"] - out.tags.shape[1]
                 found["tags"] = F.pad(out.tags, (0, room), value=IGNORE)
@@ -115,8 +118,8 @@ class Passes:
         part = self._over(texts, "encoding", widths, heads)
         nothing = torch.zeros(len(texts), 0)
         return Encoded(
-            family.of(part.get("posterior_parameters", nothing)),
-            family.of(part["prior_parameters"]) if learned else family.prior(),
+            family.of(part.get("posterior", nothing)),
+            family.of(part["prior"]) if learned else family.prior(),
             part.get("clusters"),
             part.get("class_logits"),
             part["tags"].long() if tagged else None,

@@ -3,7 +3,8 @@
 transformers dispatches the attention of T5, mT5 and umT5 through
 `ALL_ATTENTION_FUNCTIONS`, so memory slots need no copy of the model code. The function
 registered here prepends the slots of its layer to the keys and values, and calls the
-stock SDPA. Cross-attention to a condition calls the same function, without slots.
+stock SDPA. Cross-attention to a condition calls the same function, without slots. The
+attentions of transformers themselves would leave the slots out without an error.
 
 The slots are a keyword argument of the decoder stack and not a part of its key/value
 cache. Gradient checkpointing sets the cache to None, which would drop the latent. The
@@ -31,6 +32,8 @@ ENCODER_ATTENTION = "dsvae_sdpa"
 """The encoder's, `encoder_attention_forward`, with a mask that is always written out."""
 MASK_ALIGNMENT = 8
 """The memory-efficient kernel copies a bias whose rows do not begin at multiples of it."""
+EAGER_ATTENTION = "dsvae_eager"
+"""Of both stacks: `eager_attention_forward`, which returns its weights."""
 
 
 def latent_attention_forward(
@@ -44,7 +47,7 @@ def latent_attention_forward(
     latent_memory: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention over `[memory slots of this layer, tokens]`.
+    """Computes scaled dot-product attention over `[memory slots of this layer, tokens]`.
 
     Args:
         module: the attention module; `module.layer_idx` says which slots belong to it.
@@ -59,15 +62,9 @@ def latent_attention_forward(
 
     Every query sees every slot. Slots have no position, so their bias is zero.
     """
-    if latent_memory is not None and module.is_causal:
-        layer = cast(int, module.layer_idx) if latent_memory.shape[1] > 1 else 0
-        slots = latent_memory[:, layer].to(key.dtype).transpose(2, 3)  # (B, 2, H, M, D)
-        count = slots.shape[3]
-        key = torch.cat([slots[:, 0], key], dim=2)
-        value = torch.cat([slots[:, 1], value], dim=2)
-        position_bias = F.pad(position_bias, (count, 0))
-        if attention_mask is not None:
-            attention_mask = F.pad(attention_mask, (count, 0), value=True)
+    key, value, attention_mask, position_bias = _with_slots(
+        module, key, value, attention_mask, position_bias, latent_memory
+    )
     return sdpa_attention_forward(
         module,
         query,
@@ -136,6 +133,56 @@ class _MaskedBias(torch.autograd.Function):
         return torch.where(mask, gradient.to(ctx.dtype), 0).sum(0, keepdim=True), None, None
 
 
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    position_bias: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    latent_memory: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Computes the same in plain torch; returns the weights (B, H, Q, M + K) too, the
+    slots first."""
+    key, value, attention_mask, position_bias = _with_slots(
+        module, key, value, attention_mask, position_bias, latent_memory
+    )
+    scores = query @ key.transpose(2, 3) * scaling + position_bias
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.softmax(-1), dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def _with_slots(
+    module: nn.Module,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    position_bias: Tensor,
+    latent_memory: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Keys, values, mask and position bias with the slots of this layer before the
+    tokens, where it has some."""
+    if latent_memory is None or not module.is_causal:
+        return key, value, attention_mask, position_bias
+    layer = cast(int, module.layer_idx) if latent_memory.shape[1] > 1 else 0
+    slots = latent_memory[:, layer].to(key.dtype).transpose(2, 3)  # (B, 2, H, M, D)
+    count = slots.shape[3]
+    if attention_mask is not None:
+        attention_mask = F.pad(attention_mask, (count, 0), value=True)
+    return (
+        torch.cat([slots[:, 0], key], dim=2),
+        torch.cat([slots[:, 1], value], dim=2),
+        attention_mask,
+        F.pad(position_bias, (count, 0)),
+    )
+
+
 def explicit_mask(
     batch_size: int,
     q_length: int,
@@ -147,8 +194,8 @@ def explicit_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor:
-    """A mask, (1 or B, 1, Q, K) boolean, always written out: causal over the decoder's own
-    tokens, bidirectional over those of a sentence or a condition.
+    """Returns a mask, (1 or B, 1, Q, K) boolean, always written out: causal over the
+    decoder's own tokens, bidirectional over those of a sentence or a condition.
 
     The stock mask function may return None and leave causality to a flag. Memory slots
     would shift that causality, and umT5 sets the flag wrongly in some releases of
@@ -176,7 +223,10 @@ def explicit_mask(
     return mask
 
 
-AttentionInterface.register(LATENT_ATTENTION, latent_attention_forward)
-AttentionInterface.register(ENCODER_ATTENTION, encoder_attention_forward)
-for _name in (LATENT_ATTENTION, ENCODER_ATTENTION):
+for _name, _attend in (
+    (LATENT_ATTENTION, latent_attention_forward),
+    (ENCODER_ATTENTION, encoder_attention_forward),
+    (EAGER_ATTENTION, eager_attention_forward),
+):
+    AttentionInterface.register(_name, _attend)
     AttentionMaskInterface.register(_name, explicit_mask)

@@ -7,7 +7,7 @@ of `T5Backbone` and its entry in `BACKBONES`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,12 @@ from transformers.models.t5gemma.modeling_t5gemma import (
 )
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
-from dsvae.modeling.attention import ENCODER_ATTENTION, LATENT_ATTENTION, mask_bias
+from dsvae.modeling.attention import (
+    EAGER_ATTENTION,
+    ENCODER_ATTENTION,
+    LATENT_ATTENTION,
+    mask_bias,
+)
 
 
 class T5Backbone:
@@ -39,6 +44,12 @@ class T5Backbone:
     """The classes of the layers, which are never split over devices."""
     stack: type[PreTrainedModel] = T5Stack
 
+    attentions: Mapping[str, tuple[str, str]] = {
+        "sdpa": (ENCODER_ATTENTION, LATENT_ATTENTION),
+        "eager": (EAGER_ATTENTION, EAGER_ATTENTION),
+    }
+    """The attention of encoder and decoder by its name in transformers; the default is the
+    first."""
     own_embeddings = False
     """Whether encoder and decoder have an input embedding each."""
     needs_cross_attention = False
@@ -197,7 +208,7 @@ class T5Backbone:
         config.use_cache = is_decoder
         if is_decoder:
             config.num_layers = self.decoder_layers
-        config._attn_implementation = LATENT_ATTENTION if is_decoder else ENCODER_ATTENTION
+        config._attn_implementation = self.attentions["sdpa"][is_decoder]
         stack = self.stack(config)
         del stack.embed_tokens
         return stack
@@ -265,6 +276,7 @@ class T5GemmaBackbone(T5Backbone):
 
     architecture = "T5GemmaForConditionalGeneration"
     blocks = ("T5GemmaEncoderLayer", "T5GemmaDecoderLayer")
+    attentions: Mapping[str, tuple[str, str]] = {"eager": ("eager", "eager")}
     own_embeddings = True
     needs_cross_attention = True
     embedding_keys = ("model.decoder.embed_tokens.weight", "lm_head.out_proj.weight")

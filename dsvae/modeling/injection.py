@@ -67,7 +67,8 @@ class CrossInjection(nn.Module):
 
     def forward(self, latent: Tensor, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         vectors = self.projection(latent.to(self.projection.weight.dtype))
-        return embeddings, {"encoder_hidden_states": self.layer_norm(vectors.view(-1, *self.shape))}
+        normalized = self.layer_norm(vectors.view(-1, *self.shape))
+        return embeddings, {"encoder_hidden_states": normalized.to(embeddings.dtype)}
 
 
 class NoInjection(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -49,25 +50,38 @@ LATENT_PATH = ("posterior.", "prior_head.", "class_head.", "tag_head.", "injecti
 PRIORS = ("fixed", "learned")
 
 
-def read_config(name_or_path: str) -> PreTrainedConfig:
-    """The configuration of a T5 or T5VAE.
+HUB = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+"""What says where a model of the hub is read from, as in transformers."""
+
+
+def read_config(name_or_path: str, **hub: Any) -> PreTrainedConfig:
+    """Reads the configuration of a T5 or T5VAE.
 
     A config.json without `model_type`, such as that of google/umt5-small, is read by the
     architecture that it names.
 
     Args:
         name_or_path: a hub id, or a directory.
+        hub: arguments of `HUB`.
 
     Raises:
         OSError: no such model.
         ValueError: its config.json has neither.
     """
-    fields, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    if "model_type" in fields:
-        return AutoConfig.from_pretrained(name_or_path)
+    read, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
+    if "model_type" in read:
+        return AutoConfig.from_pretrained(name_or_path, **hub)
     for kind, each in BACKBONES.items():
-        if each.architecture in (fields.get("architectures") or ()):
-            return type(AutoConfig.for_model(kind)).from_dict(fields)
+        if each.architecture in (read.get("architectures") or ()):
+            return type(AutoConfig.for_model(kind)).from_dict(read)
     raise ValueError(
         f'the config.json of {name_or_path} has no "model_type": copy the model to a directory '
         f'and add "model_type": "t5", "mt5", "umt5" or "t5gemma" there'
@@ -108,12 +122,20 @@ class T5VAEConfig(PreTrainedConfig):
         tie_word_embeddings: whether the output projection is the input embedding (T5
             v1.0) or another matrix (v1.1, flan, mT5, umT5). None: what the T5's
             configuration implies. `T5VAE.from_t5` sets it by the weights.
+        beta: weight of the KL in the `loss` of `T5VAE.forward`, which a plain training
+            loop and transformers' Trainer minimize. 1: the negative ELBO. The training of
+            `dsvae` has a schedule of its own.
         max_tokens: longest sentence of the training in tokens, EOS included, which is
             the default of the evaluation. The model has no limit. None: not known.
     """
 
     model_type = "t5_vae"
     sub_configs = {"t5": AutoConfig}
+    # The Trainer's predictions are the logits alone.
+    keys_to_ignore_at_inference = [
+        *("nats", "latent", "posterior", "prior", "clusters", "class_logits", "class_nats"),
+        *("tag_nats", "tags", "cache", "past_key_values"),
+    ]
 
     t5: Any = None
     family: str = "gaussian"
@@ -131,6 +153,7 @@ class T5VAEConfig(PreTrainedConfig):
     tags: Any = ()
     lora: Any = None
     tie_word_embeddings: bool | None = None
+    beta: float = 1.0
     max_tokens: int | None = None
     # For `generate`, this is a decoder conditioned on z, and on encoder states that are
     # made before.
@@ -211,23 +234,37 @@ class T5VAEConfig(PreTrainedConfig):
 class T5VAEOutput(CausalLMOutputWithPast):
     """What `T5VAE.forward` returns.
 
-    logits: (B, T, V); or, if `sentence_weights` were given, nats: (B,), -log p(x|z) of
-    each sentence, and loss: their weighted sum, which alone has a gradient.
-    latent: (B, Z), the z that was decoded. posterior_parameters: (B, P) of q(z|x), for
-    `T5VAE.family.of`; None if `latent` was given.
-    prior_parameters: (B, P) of p(z|c), where the prior is learned and the condition was
-    encoded, `latent` not given. condition_states: (B, C, d), for `encode_only` alone.
+    loss: the mean over the B sentences of nats + `config.beta` * KL(posterior || prior),
+        the negative ELBO in nats per sentence for beta 1; if labels were given, and no
+        latent.
+    logits: (B, T, V).
+    hidden_states, attentions: of the decoder; if they were asked for, as are those of
+        the encoder, and the decoder's cross_attentions.
+    nats: (B,), -log p(x|z) of each sentence, if labels were given.
+    weighted_nats: their sum by `sentence_weights`, if these were given. The logits are
+        then None, and `nats` have no gradient.
+    latent: (B, Z), the z that was decoded.
+    posterior: q(z|x) of each sentence; None if `latent` was given.
+    prior: p(z) in one row, or the learned p(z|c) of each sentence, whose condition was
+        encoded; None if `latent` was given.
+    condition_states: (B, C, d), for `encode_only` alone.
     clusters: (B, R) probabilities, and class_logits: (B, K), where there are such heads.
-    class_nats and tag_nats: (B,), -log p of the class and of the tags that were given, 0
-    where there are none. tags: (B, S), the most probable tags where `tag_labels` has some,
-    -100 elsewhere; only in evaluation. The decoder's cache has the name `CACHE`, and is
-    there if `use_cache` was set. `hidden_states` and `attentions` stay None.
+    class_nats, tag_nats: (B,), -log p of the class and of the tags that were given, 0
+        where there are none. They are not in the loss.
+    tags: (B, S), the most probable tags where `tag_labels` has some, -100 elsewhere;
+        only in evaluation.
+
+    The decoder's cache has the name `CACHE`, and is there if `use_cache` was set.
     """
 
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
     nats: Tensor | None = None
+    weighted_nats: Tensor | None = None
     latent: Tensor | None = None
-    posterior_parameters: Tensor | None = None
-    prior_parameters: Tensor | None = None
+    posterior: Distribution | None = None
+    prior: Distribution | None = None
     condition_states: Tensor | None = None
     clusters: Tensor | None = None
     class_logits: Tensor | None = None
@@ -256,14 +293,17 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = False  # the Trainer need not pass `num_items_in_batch`
     _supports_sdpa = True
     _no_split_modules = [name for each in BACKBONES.values() for name in each.blocks]
-    _keep_in_fp32_modules = ["wo"]
     _keep_in_fp32_modules_strict = ["posterior", "prior_head", "class_head", "tag_head"]
+    # In float16. And no quantizer of transformers touches these: integers for weights would
+    # round z to integers.
+    _keep_in_fp32_modules = ["wo", "injection", *_keep_in_fp32_modules_strict]
     _tied_weights_keys = {"lm_head.weight": "shared.weight"}
     _input_embed_layer = "shared"
 
     def __init__(self, config: T5VAEConfig) -> None:
-        super().__init__(config)
         base = config.backbone
+        attention = config._attn_implementation or next(iter(base.attentions))
+        super().__init__(config)
         self.family: Family = make_family(config)
         self.shared = nn.Embedding(base.vocabulary, base.decoder_width)
         if config.injection != "none" or config.conditional:
@@ -290,45 +330,98 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             for name in ("encoder", "decoder"):
                 if stack := getattr(self, name, None):
                     add_adapters(stack, config.lora)
+        self.set_attn_implementation(attention)
         self.post_init()
+
+    def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
+        """Sets the attention of both stacks: sdpa, or eager, which can return its weights.
+
+        Raises:
+            ValueError: another one, which would not see the vectors made of z.
+        """
+        attentions = self.config.backbone.attentions
+        if attn_implementation not in list(attentions):
+            raise ValueError(
+                f"attention {attn_implementation!r} is not one of {', '.join(attentions)}: in "
+                f"others, z would not reach the decoder"
+            )
+        stacks: tuple[Any, Any] = (getattr(self, "encoder", None), self.decoder)
+        for stack, name in zip(stacks, attentions[attn_implementation], strict=True):
+            if stack is not None:
+                stack.config._attn_implementation = name
+        self.config._attn_implementation = attn_implementation
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Computes the activations of the layers again in the backward pass.
+
+        Raises:
+            ValueError: by reentrant checkpoints, which pass no gradient to z.
+        """
+        given = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if given["use_reentrant"]:
+            raise ValueError("use_reentrant: reentrant checkpoints pass no gradient to z")
+        super().gradient_checkpointing_enable(given, **kwargs)
 
     @classmethod
     def from_t5(
-        cls, name_or_path: str, *, dropout_rate: float | None = None, **latent: Any
+        cls,
+        name_or_path: str | Path,
+        *,
+        dropout_rate: float | None = None,
+        dtype: torch.dtype | str | None = None,
+        **latent: Any,
     ) -> T5VAE:
-        """A pretrained T5 with a fresh latent path, weights in float32.
+        """Makes a T5VAE of a pretrained T5 and a fresh latent path.
 
         Args:
             name_or_path: a hub id, or a directory in the format of transformers.
             dropout_rate: replaces that of the checkpoint.
-            latent: fields of `T5VAEConfig`: latent_dim, pooling, injection, and so on.
+            dtype: of the weights; posterior and heads stay in float32. `auto`: that of the
+                checkpoint. None: float32.
+            latent: fields of `T5VAEConfig` (latent_dim, pooling, injection and so on), and
+                from where to read a model of the hub, as in transformers: revision, token,
+                cache_dir, local_files_only, force_download, proxies, subfolder.
 
         Raises:
             OSError: no such model, or no safetensors in it.
-            ValueError: it is no T5, mT5, umT5 or T5Gemma, or weights are missing or have another
-                shape.
+            TypeError: an argument has another name.
+            ValueError: it is not a T5, mT5, umT5 or T5Gemma, or weights are missing or have
+                another shape.
         """
         # The seed of the latent path comes from torch's generator, as for any new module.
         seed = int(torch.randint(1 << 62, ()))
-        return cast(
-            T5VAE,
-            cls.origin_in_t5(name_or_path, seed=seed, dropout_rate=dropout_rate, **latent).build(),
-        )
+        name = str(name_or_path)
+        origin = cls.origin_in_t5(name, seed=seed, dropout_rate=dropout_rate, **latent)
+        if dtype == "auto":
+            dtype = origin.config.t5.dtype
+        if isinstance(dtype, str):
+            dtype = cast(torch.dtype, getattr(torch, dtype))
+        return cast(T5VAE, origin.build(dtype or torch.float32))
 
     @classmethod
     def origin_in_t5(
         cls, name_or_path: str, *, seed: int, dropout_rate: float | None = None, **latent: Any
     ) -> Origin:
-        """The weights of `from_t5`, tensor by tensor. The latent path is drawn from
-        `seed`. It raises what `from_t5` raises."""
-        t5_config = read_config(name_or_path)
+        """Returns the weights of `from_t5`, tensor by tensor. The latent path is drawn
+        from `seed`. It raises what `from_t5` raises."""
+        hub = {name: latent.pop(name) for name in HUB if name in latent}
+        every = {each.name for each in fields(PreTrainedConfig)} | {"t5", "tie_word_embeddings"}
+        known = [each.name for each in fields(cls.config_class) if each.name not in every]
+        for name in latent:
+            if name not in known:
+                close = difflib.get_close_matches(name, [*known, *HUB, "dropout_rate", "dtype"], 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise TypeError(f"from_t5 has no argument {name}{hint}")
+        t5_config = read_config(name_or_path, **hub)
         if t5_config.model_type not in BACKBONES:
             raise ValueError(
                 f"{name_or_path} is a {t5_config.model_type} model, not one of "
                 f"{', '.join(BACKBONES)}"
             )
         base = backbone(t5_config)
-        files = SafetensorsFiles(name_or_path)
+        files = SafetensorsFiles(name_or_path, **hub)
         # Only the weights say whether lm_head is tied. transformers reads "tied" for
         # every T5, and would tie v1.1 silently when it loads a state dict.
         embedding = base.embedding_key(files)
@@ -439,7 +532,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         Returns: a distribution of the model's family. The Gaussian has mean and logvar,
             (B, Z) each, float32.
         """
-        return self.family.of(self._read(input_ids, attention_mask)["posterior_parameters"])
+        return self._read(input_ids, attention_mask)["posterior"]
 
     def prior(
         self, condition_ids: Tensor | None = None, condition_mask: Tensor | None = None
@@ -456,26 +549,19 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if condition_ids is None:
             raise ValueError("the prior of this T5VAE is learned, and needs condition_ids")
         mask = _mask_of(condition_ids, condition_mask)
-        states = self._encode(condition_ids, mask)
-        return self.family.of(self._prior_parameters(states, mask, alone=False))
+        states = self._encode(condition_ids, mask).last_hidden_state
+        return self._learned_prior(states, mask)
 
-    def distributions(self, out: T5VAEOutput) -> tuple[Distribution, Distribution]:
-        """q(z|x) of each sentence and its prior, from the output of `forward`."""
-        prior = out.prior_parameters
-        return (
-            self.family.of(cast(Tensor, out.posterior_parameters)),
-            self.family.prior(self.device) if prior is None else self.family.of(prior),
-        )
-
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The encoder's states, (B, S, d)."""
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor, **capture: Any) -> Any:
+        """The encoder's output; its `last_hidden_state` is (B, S, d)."""
         base = self.config.backbone
         embeddings = (self.encoder_embedding if base.own_embeddings else self.shared)(input_ids)
         return self.encoder(
             inputs_embeds=embeddings,
             attention_mask=attention_mask,
             **base.shared_by_layers(self.encoder, attention_mask),
-        ).last_hidden_state
+            **capture,
+        )
 
     def _read(
         self,
@@ -483,25 +569,32 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None,
         class_labels: Tensor | None = None,
         tag_labels: Tensor | None = None,
+        **capture: Any,
     ) -> dict[str, Any]:
-        """What the encoder's heads make of sentences, by the names of `T5VAEOutput`."""
-        if self.config.injection == "none":
-            return {"posterior_parameters": torch.zeros(len(input_ids), 0, device=input_ids.device)}
+        """What the encoder and its heads make of sentences, by the names of
+        `T5VAEOutput`."""
+        config = self.config
+        out: dict[str, Any] = {}
+        if config.prior == "fixed":
+            out["prior"] = self.family.prior(input_ids.device)
+        if config.injection == "none":
+            nothing = torch.zeros(len(input_ids), 0, device=input_ids.device)
+            return {**out, "posterior": self.family.of(nothing)}
         mask = _mask_of(input_ids, attention_mask)
-        states = self._encode(input_ids, mask)
+        encoded = self._encode(input_ids, mask, **capture)
+        out["encoder_hidden_states"] = encoded.get("hidden_states")
+        out["encoder_attentions"] = encoded.get("attentions")
+        states = encoded.last_hidden_state
         pooled = self.posterior.pooling(states, mask)
-        out = {}
-        if self.config.clusters:
-            parameters, out["clusters"] = self.posterior.head(pooled)
-        else:
-            parameters = self.posterior.head(pooled)
-        bounded = self.config.prior == "learned"
-        out["posterior_parameters"] = self.family.bounded(parameters) if bounded else parameters
-        if self.config.classes:
+        parameters = self.posterior.head(pooled)
+        if config.clusters:
+            parameters, out["clusters"] = parameters
+        out["posterior"] = self._distribution(parameters)
+        if config.classes:
             out["class_logits"] = logits = self.class_head(pooled)
             if class_labels is not None:
                 out["class_nats"] = F.cross_entropy(logits, class_labels, reduction="none")
-        if self.config.tags:
+        if config.tags:
             emissions = self.tag_head(states)
             if tag_labels is not None:
                 out["tag_nats"] = self.tag_head.crf.nll(emissions, tag_labels)
@@ -509,9 +602,15 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                     out["tags"] = self.tag_head.crf.decode(emissions, tag_labels != IGNORE)
         return out
 
-    def _prior_parameters(self, states: Tensor, mask: Tensor, *, alone: bool) -> Tensor:
+    def _learned_prior(self, states: Tensor, mask: Tensor, *, alone: bool = False) -> Distribution:
+        """p(z|c) from the states of the conditions; `alone`: only its head gets a
+        gradient."""
         pooled = self.posterior.pooling(states, mask)
-        return self.family.bounded(self.prior_head(pooled.detach() if alone else pooled))
+        return self._distribution(self.prior_head(pooled.detach() if alone else pooled))
+
+    def _distribution(self, parameters: Tensor) -> Distribution:
+        learned = self.config.prior == "learned"
+        return self.family.of(self.family.bounded(parameters) if learned else parameters)
 
     @can_return_tuple
     def forward(
@@ -533,6 +632,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         condition_states: Tensor | None = None,
         detach_prior: bool = False,
         sentence_weights: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         class_labels: Tensor | None = None,
         tag_labels: Tensor | None = None,
         **others: Any,
@@ -560,15 +662,19 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 earlier call, instead of condition_ids.
             detach_prior: no gradient goes from the prior's parameters beyond the
                 weights of the prior's head.
-            sentence_weights: (B,). With them, `labels` give `nats` and `loss`, without
-                all logits in memory, in place of `logits`.
+            sentence_weights: (B,). With them, `labels` give `nats` and their sum by
+                these weights, `weighted_nats`, without all logits in memory, in place
+                of `logits` and `loss`.
+            num_items_in_batch: by how many sentences to divide the sum of the loss, if
+                this batch is a part of a larger one. None: B.
+            output_hidden_states, output_attentions: return those of each layer. None:
+                as the configuration says.
             class_labels: (B,), the class of each sentence; -100: none is known.
             tag_labels: (B, S), the tag of each word at its first piece, -100 elsewhere.
             others: must be None. To ignore an argument could change the text without an
                 error.
 
-        Returns: `T5VAEOutput`, or its tuple for `return_dict=False`. The loss is in
-            `dsvae.objective`.
+        Returns: `T5VAEOutput`, or its tuple for `return_dict=False`.
 
         Raises:
             TypeError: an unknown keyword argument that is not None, or both names of
@@ -582,67 +688,77 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if cache is not None and past_key_values is not None:
             raise TypeError("T5VAE.forward was given both cache and past_key_values")
         self._check_condition(condition_ids, condition_mask, condition_states)
-        read: dict[str, Any] = {}
-        prior_parameters = None
+        asked = {
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+        }
+        capture = {
+            name: True
+            for name, value in asked.items()
+            if (getattr(self.config, name) if value is None else value)
+        }
+        out: dict[str, Any] = {}
         if latent is None and input_ids is not None:
-            read = self._read(input_ids, attention_mask, class_labels, tag_labels)
+            out = self._read(input_ids, attention_mask, class_labels, tag_labels, **capture)
         if condition_ids is not None:
             condition_mask = _mask_of(condition_ids, condition_mask)
-            condition_states = self._encode(condition_ids, condition_mask)
+            condition_states = self._encode(condition_ids, condition_mask).last_hidden_state
             if latent is None and self.config.prior == "learned":
-                prior_parameters = self._prior_parameters(
+                out["prior"] = self._learned_prior(
                     condition_states, condition_mask, alone=detach_prior
                 )
-        if encode_only and (read or condition_states is not None):
-            return T5VAEOutput(
-                prior_parameters=prior_parameters, condition_states=condition_states, **read
-            )
+        if encode_only and (out or condition_states is not None):
+            return T5VAEOutput(condition_states=condition_states, **out)
+        posterior, prior = out.get("posterior"), out.get("prior")
         if latent is None:
-            if not read:
+            if input_ids is None or posterior is None:
                 raise ValueError("T5VAE needs input_ids to encode, or the latent to decode")
-            parameters = read["posterior_parameters"]
-            posterior = self.family.of(parameters)
             if noise is None and self.training:
-                noise = torch.randn(
-                    len(parameters), self.family.noise_width, device=parameters.device
-                )
-            latent = (
-                posterior.sample(noise) if sample_latent and noise is not None else posterior.point
-            )
+                width = self.family.noise_width
+                noise = torch.randn(len(input_ids), width, device=input_ids.device)
+            drawn = sample_latent and noise is not None
+            latent = posterior.sample(noise) if drawn else posterior.point
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("T5VAE needs labels, or decoder_input_ids, to decode")
             decoder_input_ids = self.shift_right(labels)
+        if condition_states is not None and len(condition_states) != len(latent):
+            raise ValueError(f"{len(condition_states)} conditions for {len(latent)} latents")
 
         embeddings, attention_kwargs = self.injection(latent, self.shared(decoder_input_ids))
         cache = past_key_values if cache is None else cache
-        if condition_states is not None and len(condition_states) != len(latent):
-            raise ValueError(f"{len(condition_states)} conditions for {len(latent)} latents")
         if self.config.cross_attention:
             attention_kwargs |= _cross_attended(
                 attention_kwargs.get("encoder_hidden_states"), condition_states, condition_mask
             )
             cache = _with_cross_attention(cache, use_cache)
         decoded = self.decoder(
-            inputs_embeds=embeddings, use_cache=use_cache, **{CACHE: cache}, **attention_kwargs
+            inputs_embeds=embeddings,
+            use_cache=use_cache,
+            **{CACHE: cache},
+            **attention_kwargs,
+            **capture,
         )
+        for name in (CACHE, "hidden_states", "attentions", "cross_attentions"):
+            out[name] = decoded.get(name)
         hidden = decoded.last_hidden_state * self.output_scale
-        logits = nats = loss = None
         if sentence_weights is None:
-            logits = self.lm_head(hidden)
+            out["logits"] = self.lm_head(hidden)
+            if labels is not None:
+                out["nats"] = _nats(out["logits"], labels)
+                if posterior is not None and prior is not None:
+                    items = len(labels) if num_items_in_batch is None else num_items_in_batch
+                    out["loss"] = self._loss(out["nats"], posterior.kl(prior)) / items
         elif labels is None:
             raise ValueError("sentence_weights weigh the nats of labels, and there are none")
         else:
-            nats, loss = self.lm_head(hidden, labels, sentence_weights)
-        return T5VAEOutput(
-            logits=logits,
-            nats=nats,
-            loss=loss,
-            latent=latent,
-            prior_parameters=prior_parameters,
-            **read,
-            **{CACHE: decoded.get(CACHE)},
-        )
+            out["nats"], out["weighted_nats"] = self.lm_head(hidden, labels, sentence_weights)
+        return T5VAEOutput(latent=latent, **out)
+
+    def _loss(self, nats: Tensor, kl: Tensor) -> Tensor:
+        """The sum over sentences of nats (B,) + beta * the KL of their units (B, U)."""
+        beta = self.config.beta
+        return (nats + beta * kl.sum(-1) if beta else nats).sum()
 
     def _check_condition(
         self, ids: Tensor | None, mask: Tensor | None, states: Tensor | None
@@ -675,6 +791,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        inputs: Tensor | None = None,
         latent: Tensor | None = None,
         condition_ids: Tensor | None = None,
         condition_mask: Tensor | None = None,
@@ -686,6 +803,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask: (B, S), sentences to reconstruct from the points
                 of their posteriors; or
+            inputs: (B, S), the same as input_ids, by its name in transformers; or
             latent: (B, Z), decoded as it is.
             condition_ids, condition_mask: (B, C), `c EOS`, for a conditional model. It
                 is encoded once.
@@ -694,10 +812,14 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         Returns: token ids (B, <= 1 + max_new_tokens), the start token first. After EOS
             comes padding, or EOS again from beams.
         """
+        if inputs is not None and input_ids is not None:
+            raise ValueError("generate was given both inputs and input_ids")
+        input_ids = inputs if input_ids is None else input_ids
         self._check_condition(condition_ids, condition_mask, None)
         if condition_ids is not None:
             condition_mask = _mask_of(condition_ids, condition_mask)
-            kwargs["condition_states"] = self._encode(condition_ids, condition_mask)
+            states = self._encode(condition_ids, condition_mask).last_hidden_state
+            kwargs["condition_states"] = states
             kwargs["condition_mask"] = condition_mask
         if latent is None:
             if input_ids is None and self.config.injection == "none":
@@ -718,6 +840,14 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 def _mask_of(ids: Tensor, mask: Tensor | None) -> Tensor:
     """The mask of a batch of texts, (B, S); None means that there is no padding."""
     return torch.ones_like(ids, dtype=torch.long) if mask is None else mask
+
+
+def _nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p of each sentence, (B,) float32, from all logits (B, T, V)."""
+    nats = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE
+    )
+    return nats.view(labels.shape).sum(1)
 
 
 def _cross_attended(

@@ -34,19 +34,22 @@ COMPARED_ROWS = 4096
 
 
 class SafetensorsFiles:
-    """The weights of a model directory or a hub model in safetensors, read tensor by
+    """Reads the weights of a model directory or a hub model in safetensors, tensor by
     tensor.
+
+    Args:
+        hub: what transformers' `cached_file` takes: revision, cache_dir and so on.
 
     Raises:
         OSError: no such model, or no safetensors in it.
         SafetensorError: a damaged file.
     """
 
-    def __init__(self, name_or_path: str) -> None:
+    def __init__(self, name_or_path: str, **hub: Any) -> None:
         self.name = name_or_path
         self._files: dict[str, Path] = {}  # the file of each tensor
         self._stamps: dict[Path, tuple[int, int]] = {}
-        for file in map(Path, _weight_files(name_or_path)):
+        for file in map(Path, _weight_files(name_or_path, hub)):
             with safe_open(file, framework="pt") as reader:
                 self._files |= dict.fromkeys(reader.keys(), file)
             self._stamps[file] = _stamp(file)
@@ -168,11 +171,17 @@ class Origin:
         if self._files is not None:
             self._files.check_unchanged()
 
-    def build(self) -> PreTrainedModel:
-        """The whole model in float32 on CPU."""
+    def build(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """Returns the whole model on CPU, in `dtype` but for the modules that stay in
+        float32."""
         model = self.skeleton()
+        model.config.dtype = dtype
+        exact = model._keep_in_fp32_modules_strict or ()
         for name, parameter, put in slots(model):
-            put(nn.Parameter(self.tensor(name), requires_grad=parameter.requires_grad))
+            value = self.tensor(name)
+            if not any(part in exact for part in name.split(".")):
+                value = value.to(dtype)
+            put(nn.Parameter(value, requires_grad=parameter.requires_grad))
         return model
 
     @torch.no_grad()
@@ -241,28 +250,30 @@ def refuse_pickles(directory: Path) -> None:
         raise no_safetensors(str(directory))
 
 
-def _weight_files(name_or_path: str) -> list[str]:
-    """The safetensors files of a model; those of a hub model are downloaded."""
+def _weight_files(name_or_path: str, hub: dict[str, Any]) -> list[str]:
+    """Returns the safetensors files of a model; those of a hub model are downloaded."""
 
     def cached(file: str) -> str | None:
-        return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)
+        return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub)
 
     if single := cached(SAFE_WEIGHTS_NAME):
         return [single]
-    index, revision = cached(SAFE_WEIGHTS_INDEX_NAME), "main"
-    online = not constants.HF_HUB_OFFLINE and not os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
+    index = cached(SAFE_WEIGHTS_INDEX_NAME)
+    offline = constants.HF_HUB_OFFLINE or hub.get("local_files_only")
+    online = not offline and not os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
     if index is None and online and not Path(name_or_path).is_dir():
         # Many older hub models have their safetensors in a pull request by the converter
         # of the hub.
         try:
-            index, revision, sharded = auto_conversion(name_or_path)
+            index, revision, sharded = auto_conversion(name_or_path, **hub)
+            hub = {**hub, "revision": revision}
         except Exception as error:  # the hub, the network and the converter each raise their own
             raise no_safetensors(name_or_path) from error
         if index and not sharded:
             return [index]
     if index is None:
         raise no_safetensors(name_or_path)
-    files, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision)
+    files, _ = get_checkpoint_shard_files(name_or_path, index, **hub)
     return files
 
 

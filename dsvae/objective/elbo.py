@@ -5,36 +5,51 @@
 over the N sentences of the global batch (all ranks, all micro-batches of an optimizer
 step). rec_i is -log p(x_i|z_i) in nats, summed over the tokens of sentence i, EOS
 included. w_i is 1, or 1 / its tokens (`reconstruction_weights`). s_i are statistics of
-sentence i (S numbers), of which the KL of each unit in nats comes first. T, the penalty,
-may be any differentiable function of their means. Here it is beta times the KL with free
-bits (Kingma et al. 2016), total correlation, and how decided and how even the clusters of
-a cluster head are. Where the KL has no weight, a learned prior has a term of its own.
+sentence i, numbers by name (`Statistics`), of which `kl` is the KL of each unit in nats.
+T, the penalty, may be any differentiable function of their means. Here it is beta times
+the KL with free bits (Kingma et al. 2016), total correlation, and how decided and how
+even the clusters of a cluster head are. Where the KL has no weight, a learned prior has a
+term of its own.
 
 The gradient is exact however the batch is split, because
 
     d loss = (1/N) sum_i [w_i d rec_i + <t, d s_i>],    t = dT/dm at m.
 
-Once m is known (one all-reduce of S numbers), t is constant, and each micro-batch can go
-backward separately. If T is linear, t does not depend on m, and nothing is reduced.
+Once m is known (one all-reduce), t is constant, and each micro-batch can go backward
+separately. If T is linear, t does not depend on m, and nothing is reduced.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.families import Distribution
+from dsvae.modeling.t5_vae import T5VAEOutput
 
 FreeBitsMode = Literal["dimension", "total", "sentence"]
 
+Statistics = dict[str, Tensor]
+"""Numbers by name: (B, n) of each sentence, or (n,), their means over a batch."""
+
+
+def pack(statistics: Statistics) -> Tensor:
+    """Returns all numbers side by side, (B, S) or (S,), for one product or all-reduce."""
+    return torch.cat(list(statistics.values()), dim=-1)
+
+
+def unpack(packed: Tensor, like: Statistics) -> Statistics:
+    """Returns packed numbers by the names and widths of `like`."""
+    widths = [each.shape[-1] for each in like.values()]
+    return dict(zip(like, packed.split(widths, dim=-1), strict=True))
+
 
 def reconstruction_weights(weight: Tensor, labels: Tensor, length_weighted: bool) -> Tensor:
-    """The weight w_i of each sentence's reconstruction in the loss, (B,).
+    """Returns the weight w_i of each sentence's reconstruction in the loss, (B,).
 
     Args:
         weight: (B,), 1 for a sentence, 0 for a filler.
@@ -69,7 +84,6 @@ class Penalty:
             of sentence i: it wants each sentence decided.
         dispersion: weight of sum_k m_k ln m_k in nats, m = mean_i r_i: it wants all
             clusters used alike, where it is -ln R. (Both are after Simon et al. 2019.)
-        cluster_count: R, which `dispersion` needs.
         class_weight, tag_weight: weights of -log p of the labels and of the tags, of the
             sentences that have them. The sum is divided by the number of all sentences.
     """
@@ -81,13 +95,8 @@ class Penalty:
     prior_alone: bool = False
     skewness: float = 0.0
     dispersion: float = 0.0
-    cluster_count: int = 0
     class_weight: float = 0.0
     tag_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.dispersion and not self.cluster_count:
-            raise ValueError("dispersion needs the number of clusters")
 
     @property
     def active(self) -> bool:
@@ -108,106 +117,77 @@ class Penalty:
         thresholded = self.beta != 0 and self.free_bits != 0 and self.mode != "sentence"
         return not thresholded and self.total_correlation == 0 and self.dispersion == 0
 
-    def statistics(
-        self,
-        posterior: Distribution,
-        prior: Distribution,
-        *,
-        clusters: Tensor | None = None,
-        class_nats: Tensor | None = None,
-        tag_nats: Tensor | None = None,
-    ) -> Tensor:
-        """s of each sentence, (B, S): the KL of each of the U units in nats, then what
-        else the penalty needs, in the order of `_widths`.
+    def statistics(self, out: T5VAEOutput) -> Statistics:
+        """Returns s of each sentence of a forward pass, (B, n) by name: `kl`, in nats of
+        each unit, and what else the penalty reads.
 
-        Args:
-            clusters: (B, R), the probabilities of each sentence's clusters; needed by
-                `skewness` and `dispersion`.
-            class_nats, tag_nats: (B,), -log p of each sentence's label and tags in nats,
-                0 where it has none; needed by `class_weight` and `tag_weight`.
+        Raises:
+            ValueError: the model has no clusters, classes or tags to penalize.
         """
-        kl = posterior.kl(prior)
-        parts: dict[str, Tensor | None] = {"kl": kl, "class_nats": class_nats, "tag_nats": tag_nats}
+        posterior = cast(Distribution, out.posterior)
+        kl = posterior.kl(cast(Distribution, out.prior))
+        found = {"kl": kl}
         if self.mode == "sentence":
-            parts["above"] = kl.clamp(min=self.free_bits).sum(-1)
+            found["above"] = kl.clamp(min=self.free_bits).sum(-1, keepdim=True)
         if self.prior_alone:
-            parts["prior"] = posterior.detach().kl(prior).sum(-1)
-        if clusters is not None:
-            parts |= {"entropy": -negative_entropy(clusters), "clusters": clusters}
+            of_prior = posterior.detach().kl(cast(Distribution, out.prior))
+            found["prior"] = of_prior.sum(-1, keepdim=True)
+        if self.skewness:
+            found["entropy"] = -negative_entropy(_part(out, "clusters"))[:, None]
+        if self.dispersion:
+            found["clusters"] = _part(out, "clusters")
+        if self.class_weight:
+            found["class_nats"] = _part(out, "class_nats")[:, None]
+        if self.tag_weight:
+            found["tag_nats"] = _part(out, "tag_nats")[:, None]
         if self.total_correlation:
-            parts["pairs"] = pair_statistics(posterior.tensors()["probabilities"])
-        needed = {name: parts.get(name) for name in self._widths(kl.shape[-1])}
-        if missing := [name for name, each in needed.items() if each is None]:
-            raise ValueError(f"the penalty needs {', '.join(missing)}, which the model lacks")
-        columns = [
-            each if each.ndim == 2 else each[:, None]
-            for each in needed.values()
-            if each is not None
-        ]
-        return torch.cat(columns, dim=-1)
+            probabilities = posterior.tensors()["probabilities"]
+            pairs = products_of_pairs(probabilities)
+            found |= {"categories": probabilities.flatten(1), "pairs": pairs.flatten(1)}
+        return found
 
-    def __call__(self, mean: Tensor, units: int) -> Tensor:
-        """T in nats, a scalar, for the mean statistics (S,) of U units."""
-        part = self._split(mean, units)
+    def __call__(self, mean: Statistics) -> Tensor:
+        """Returns T in nats, a scalar, for the means of the statistics."""
         if self.mode == "sentence":
-            penalized = part["above"].sum()
+            penalized = mean["above"].sum()
         elif self.mode == "total":
-            penalized = part["kl"].sum().clamp(min=self.free_bits)
+            penalized = mean["kl"].sum().clamp(min=self.free_bits)
         else:
-            penalized = part["kl"].clamp(min=self.free_bits).sum()
+            penalized = mean["kl"].clamp(min=self.free_bits).sum()
         penalty = self.beta * penalized
         if self.prior_alone:
-            penalty = penalty + part["prior"].sum()
+            penalty = penalty + mean["prior"].sum()
         if self.skewness:
-            penalty = penalty + self.skewness * part["entropy"].sum()
+            penalty = penalty + self.skewness * mean["entropy"].sum()
         if self.dispersion:
-            penalty = penalty + self.dispersion * negative_entropy(part["clusters"])
+            penalty = penalty + self.dispersion * negative_entropy(mean["clusters"])
         if self.class_weight:
-            penalty = penalty + self.class_weight * part["class_nats"].sum()
+            penalty = penalty + self.class_weight * mean["class_nats"].sum()
         if self.tag_weight:
-            penalty = penalty + self.tag_weight * part["tag_nats"].sum()
+            penalty = penalty + self.tag_weight * mean["tag_nats"].sum()
         if self.total_correlation:
-            total_correlation = pairwise_total_correlation(part["pairs"], units)
-            penalty = penalty + self.total_correlation * total_correlation
+            alone = mean["categories"].view(len(mean["kl"]), -1)
+            joint = mean["pairs"].view(-1, alone.shape[1], alone.shape[1])
+            penalty = penalty + self.total_correlation * pairwise_total_correlation(alone, joint)
         return penalty
 
-    def head_losses(self, mean: Tensor, units: int) -> dict[str, float]:
-        """`class_nats` and `tag_nats` of the mean statistics (S,), where there are such
-        heads: means over all sentences, of which those without labels have 0."""
-        part = self._split(mean, units)
-        return {name: float(part[name]) for name in ("class_nats", "tag_nats") if name in part}
-
-    def _widths(self, units: int) -> dict[str, int]:
-        """How many numbers each part of the statistics has; -1: all that are left."""
-        widths = {
-            "kl": units,
-            "above": int(self.mode == "sentence"),
-            "prior": int(self.prior_alone),
-            "entropy": int(self.skewness != 0),
-            "clusters": self.cluster_count if self.dispersion else 0,
-            "class_nats": int(self.class_weight != 0),
-            "tag_nats": int(self.tag_weight != 0),
-            "pairs": -1 if self.total_correlation else 0,
-        }
-        return {name: width for name, width in widths.items() if width or name == "kl"}
-
-    def _split(self, mean: Tensor, units: int) -> dict[str, Tensor]:
-        widths = self._widths(units)
-        sizes = [width for width in widths.values() if width >= 0]
-        if len(sizes) < len(widths):
-            sizes.append(len(mean) - sum(sizes))
-        return dict(zip(widths, mean.split(sizes), strict=True))
+    def slopes(self, mean: Statistics) -> Statistics:
+        """Returns t = dT/dm at the means of the statistics, (n,) by name."""
+        with torch.enable_grad():
+            point = {name: each.detach().requires_grad_() for name, each in mean.items()}
+            slopes = torch.autograd.grad(self(point), list(point.values()), materialize_grads=True)
+        return dict(zip(point, slopes, strict=True))
 
 
-def slopes(penalty: Penalty, mean: Tensor, units: int) -> Tensor:
-    """dT/dm at the mean statistics m (S,) of U units, (S,)."""
-    with torch.enable_grad():
-        point = mean.detach().requires_grad_()
-        return torch.autograd.grad(penalty(point, units), point)[0]
+def _part(out: T5VAEOutput, name: str) -> Tensor:
+    if (part := getattr(out, name)) is None:
+        raise ValueError(f"the penalty needs {name}, which the model lacks")
+    return part
 
 
 def negative_entropy(probabilities: Tensor) -> Tensor:
-    """sum_k p_k ln p_k over the last dimension, in nats. Its gradient is finite at 0 too."""
+    """Returns sum_k p_k ln p_k over the last dimension, in nats. Its gradient is finite
+    at 0 too."""
     tiny = torch.finfo(probabilities.dtype).tiny
     return (probabilities * probabilities.clamp(min=tiny).log()).sum(-1)
 
@@ -218,54 +198,50 @@ def _pairs(variables: int, device: torch.device) -> Tensor:
     return torch.triu_indices(variables, variables, offset=1, device=device)
 
 
-def pair_statistics(probabilities: Tensor) -> Tensor:
-    """The statistics of each sentence for the pairwise total correlation.
+def products_of_pairs(probabilities: Tensor) -> Tensor:
+    """Returns q(z_d = j|x) q(z_e = k|x) for each pair of variables d < e, (B, pairs, K, K).
 
     Args:
         probabilities: (B, D, K), q(z_d = k|x).
-
-    Returns: (B, D * K + D * (D - 1) / 2 * K^2), the probabilities, then their products
-        for each pair of variables.
     """
     variables = probabilities.shape[1]
     first, second = _pairs(variables, probabilities.device)
-    products = probabilities[:, first, :, None] * probabilities[:, second, None, :]
-    return torch.cat([probabilities.flatten(1), products.flatten(1)], dim=-1)
+    return probabilities[:, first, :, None] * probabilities[:, second, None, :]
 
 
-def pairwise_total_correlation(mean: Tensor, variables: int) -> Tensor:
-    """The sum of the mutual information of all pairs of variables in nats, a scalar.
+def pairwise_total_correlation(alone: Tensor, joint: Tensor) -> Tensor:
+    """Returns the sum of the mutual information of all pairs of variables in nats, a
+    scalar.
 
     Args:
-        mean: the batch mean of `pair_statistics`, of `variables` D.
+        alone: (D, K), the batch mean of the probabilities.
+        joint: (pairs, K, K), that of `products_of_pairs`.
     """
-    pairs = variables * (variables - 1) // 2
-    # `mean` has D K + pairs K^2 numbers, which gives K.
-    root = math.isqrt(variables**2 + 4 * pairs * len(mean))
-    categories = (root - variables) // (2 * pairs) if pairs else len(mean) // variables
-    alone = mean[: variables * categories].view(variables, categories)
-    joint = mean[variables * categories :].view(pairs, categories, categories)
-    first, second = _pairs(variables, mean.device)
+    first, second = _pairs(len(alone), alone.device)
     independent = alone[first, :, None] * alone[second, None, :]
-    tiny = torch.finfo(mean.dtype).tiny
+    tiny = torch.finfo(alone.dtype).tiny
     return (joint * (joint.clamp(min=tiny).log() - independent.clamp(min=tiny).log())).sum()
 
 
 def loss_share(
-    rec: Tensor, statistics: Tensor, weight: Tensor, slopes: Tensor | None, sentences: int
+    rec: Tensor,
+    statistics: Statistics,
+    weight: Tensor,
+    slopes: Statistics | None,
+    sentences: int,
 ) -> Tensor:
-    """The share of a micro-batch in the loss, a scalar to go backward from.
+    """Returns the share of a micro-batch in the loss, a scalar to go backward from.
 
     The gradients of all shares of a global batch sum to the gradient of the loss.
     Constant terms of the penalty have no gradient and are left out.
 
     Args:
-        rec: the sum of w_i rec_i over the sentences, `loss` of `T5VAE.forward`.
-        statistics: (B, S) from `Penalty.statistics`.
+        rec: the sum of w_i rec_i over the sentences, `weighted_nats` of `T5VAEOutput`.
+        statistics: of each sentence, (B, n) by name, from `Penalty.statistics`.
         weight: (B,), 1 for a sentence, 0 for a filler that only keeps the ranks in step.
-        slopes: (S,) from `slopes`; None if nothing is penalized.
+        slopes: from `Penalty.slopes`; None if nothing is penalized.
         sentences: N, the sentences of the global batch.
     """
     if slopes is not None:
-        rec = rec + torch.dot(weight, (statistics * slopes).sum(-1))
+        rec = rec + torch.dot(weight, (pack(statistics) * pack(slopes)).sum(-1))
     return rec / sentences

@@ -27,7 +27,7 @@ from dsvae.engine.weights import freeze_pretrained
 from dsvae.modeling.attention import MASK_ALIGNMENT
 from dsvae.modeling.families import make_family
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
-from dsvae.objective.elbo import loss_share
+from dsvae.objective.elbo import Penalty, loss_share
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,12 @@ def dry_run(
         live.restart()
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
             out = model(**batch)
-        posterior, prior = model.distributions(out)
-        kl = posterior.kl(prior)
-        loss_share(out.loss, kl, torch.ones(rows), torch.ones(kl.shape[1]), rows).backward()
+        penalty = Penalty(beta=1.0)
+        statistics = penalty.statistics(out)
+        slopes = {name: torch.ones(each.shape[1]) for name, each in statistics.items()}
+        loss_share(out.weighted_nats, statistics, torch.ones(rows), slopes, rows).backward()
         peaks.append((live.restart() - base, gradients))
-        del out, kl, batch, posterior, prior
+        del out, statistics, slopes, batch
         if evaluation_rows:
             model.eval()
             batch = _batch(evaluation_rows, tokens, config)

@@ -192,11 +192,13 @@ def pool_over_padding(config: RunConfig) -> None:
     """Pads every sentence to data.max_tokens for the encoder, and pools all positions."""
     read, pool, width = T5VAE._read, Pooling.forward, config.data.max_tokens
 
-    def padded(self: T5VAE, ids: Tensor, mask: Tensor | None, *labels: Any) -> dict[str, Any]:
+    def padded(
+        self: T5VAE, ids: Tensor, mask: Tensor | None, *labels: Any, **capture: Any
+    ) -> dict[str, Any]:
         mask = torch.ones_like(ids) if mask is None else mask
         room = (0, width - ids.shape[1])
         ids = F.pad(ids, room, value=self.config.pad_token_id)
-        return read(self, ids, F.pad(mask, room), *labels)
+        return read(self, ids, F.pad(mask, room), *labels, **capture)
 
     def all_positions(self: Pooling, states: Tensor, mask: Tensor) -> Tensor:
         return pool(self, states, torch.ones_like(mask))

@@ -61,6 +61,7 @@ from dsvae.inference.passes import Passes
 from dsvae.metrics import evaluate
 from dsvae.metrics.labelled import add
 from dsvae.modeling.families import GaussianFamily
+from dsvae.modeling.t5_vae import T5VAEOutput
 from dsvae.parallel.world import World
 from dsvae.reports.table import result_table
 
@@ -122,9 +123,10 @@ class LstmVae(nn.Module):
         encode_only: bool = False,
         **_: Any,
     ) -> Any:
-        """`posterior_parameters` (B, 2Z) of sentences, or their `nats` (B,) under z."""
+        """The `posterior` of sentences, or their `nats` (B,) under z."""
         if encode_only:
-            return {"posterior_parameters": self.encode(input_ids, attention_mask.sum(1))}
+            parameters = self.encode(input_ids, attention_mask.sum(1))
+            return T5VAEOutput(posterior=self.family.of(parameters))
         previous = labels.roll(1, 1).clamp(min=0)
         previous[:, 0] = self.config.pad_token_id
         logits = self.logits(self.states(previous, latent))

@@ -60,7 +60,8 @@ class Refined:
 
 
 def decode(vae: SentenceVAE, latent: Tensor, labels: Tensor) -> T5VAEOutput:
-    """`nats` has rec of each sentence, (N,), and `loss`, which has a gradient, their sum."""
+    """`nats` has rec of each sentence, (N,), and `weighted_nats`, which has a
+    gradient, their sum."""
     weights = torch.ones(len(labels))
     return vae.model(labels=labels, latent=latent, sentence_weights=weights)
 
@@ -72,7 +73,7 @@ def refine(vae: SentenceVAE, labels: Tensor, start: Refined, steps: int, draws: 
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     for _ in range(steps):
         latent = start.distribution().rsample((draws,)).flatten(0, 1)
-        rec = decode(vae, latent, labels.repeat(draws, 1)).loss / draws
+        rec = decode(vae, latent, labels.repeat(draws, 1)).weighted_nats / draws
         optimizer.zero_grad()
         (rec + start.kl().sum()).backward()
         optimizer.step()

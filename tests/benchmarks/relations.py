@@ -77,8 +77,7 @@ def of_model(directory: str, texts: list[str]) -> NDArray[np.int64]:
         if out.clusters is not None:
             found.append(out.clusters.argmax(-1).numpy())
             continue
-        posterior, _ = model.distributions(out)
-        digits = posterior.tensors()["probabilities"].argmax(-1).numpy()  # (B, D)
+        digits = out.posterior.tensors()["probabilities"].argmax(-1).numpy()  # (B, D)
         found.append(digits @ (model.config.categories ** np.arange(digits.shape[1])))
     return np.concatenate(found)
 

@@ -197,8 +197,7 @@ def _loss(model: Any, batch: MicroBatch | Any) -> torch.Tensor:
     rows = len(batch.labels)
     logits = out.logits.float().flatten(0, 1)
     rec = F.cross_entropy(logits, batch.labels.flatten(), reduction="sum") / rows
-    bare = getattr(model, "module", model)
-    kl = bare.family.of(out.posterior_parameters).kl(bare.prior()).mean(0)
+    kl = out.posterior.kl(out.prior).mean(0)
     return rec + BETA * kl.sum()
 
 

@@ -75,7 +75,7 @@ def bare_step(model, optimizer, step, beta, free_bits, dtype):
         F.cross_entropy(out.logits.float().flatten(0, 1), batch.labels.flatten(), reduction="sum")
         / step.sentences
     )
-    kl = model.family.of(out.posterior_parameters).kl(model.prior()).mean(0)
+    kl = out.posterior.kl(out.prior).mean(0)
     loss = rec + beta * kl.clamp(min=free_bits).sum()
     optimizer.zero_grad()
     loss.backward()

@@ -170,11 +170,11 @@ def reference(system, directory, prepared):
         out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=noise)
         nats = F.cross_entropy(out.logits.transpose(1, 2), batch.labels, reduction="none").sum(1)
         rec = (nats / (batch.labels >= 0).sum(1) if system in LENGTH_WEIGHTED else nats).mean()
-        kl = kl_by_hand(model, out.posterior_parameters).mean(0)
+        kl = kl_by_hand(model, out.posterior.parameters).mean(0)
         off = index >= STEPS - RELEASED.get(system, 0)
         loss = rec + beta * torch.maximum(kl, torch.tensor(0.0 if off else free_bits)).sum()
         if weight := TOTAL_CORRELATION.get(system):
-            loss = loss + weight * information_by_hand(out.posterior_parameters)
+            loss = loss + weight * information_by_hand(out.posterior.parameters)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

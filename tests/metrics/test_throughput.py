@@ -40,7 +40,7 @@ def counted_by_torch(model, batch):
         out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=batch.noise)
         loss = out.logits.logsumexp(-1).sum()
         if model.config.latent_dim:
-            loss = loss + model.family.of(out.posterior_parameters).kl(model.prior()).sum()
+            loss = loss + out.posterior.kl(out.prior).sum()
         loss.backward()
     of_positions = (
         sum(counts.values())

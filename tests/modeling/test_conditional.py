@@ -14,7 +14,7 @@ from dsvae.engine.weights import freeze_decoder
 from dsvae.modeling.families import LOGVAR_BOUNDS
 from dsvae.modeling.t5_vae import CACHE, LATENT_PATH
 from dsvae.modeling.weight_source import Origin
-from dsvae.objective.elbo import Penalty, loss_share, slopes
+from dsvae.objective.elbo import Penalty, loss_share
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 FAMILIES = {
@@ -154,14 +154,14 @@ def test_a_batch_equals_batches_of_one(kind, family, pairs):
     for row in range(5):
         own = one_of(pairs, row)
         alone = model(**own)
-        for name in ("posterior_parameters", "prior_parameters"):
-            torch.testing.assert_close(together[name][row], alone[name][0], **CLOSE)
+        for name in ("posterior", "prior"):
+            torch.testing.assert_close(
+                together[name].parameters[row], alone[name].parameters[0], **CLOSE
+            )
         length = own["labels"].shape[1]
         torch.testing.assert_close(together.logits[row, :length], alone.logits[0], **CLOSE)
         prior = model.prior(own["condition_ids"])
-        torch.testing.assert_close(
-            prior.parameters, model.family.of(alone.prior_parameters).parameters
-        )
+        torch.testing.assert_close(prior.parameters, alone.prior.parameters)
 
 
 @pytest.mark.parametrize("injection_", [*INJECTIONS, "none"])
@@ -177,9 +177,9 @@ def test_more_padding_of_text_and_condition_changes_nothing(kind, injection_, po
     padded["condition_ids"] = padded["condition_ids"].masked_fill(padded["condition_mask"] == 0, 17)
     expected, found = model(**pairs), model(**padded)
     torch.testing.assert_close(found.logits[:, :9], expected.logits, **CLOSE)
-    torch.testing.assert_close(found.posterior_parameters, expected.posterior_parameters, **CLOSE)
+    torch.testing.assert_close(found.posterior.parameters, expected.posterior.parameters, **CLOSE)
     if prior == "learned":
-        torch.testing.assert_close(found.prior_parameters, expected.prior_parameters, **CLOSE)
+        torch.testing.assert_close(found.prior.parameters, expected.prior.parameters, **CLOSE)
 
 
 def test_a_later_token_changes_no_earlier_logit(kind, injection):
@@ -294,7 +294,8 @@ def test_generation_of_a_batch_equals_generation_of_each(kind, injection, option
 def test_the_kl_is_the_mean_of_the_log_densities_and_0_where_both_agree(family, pairs):
     model = conditional(family=family, **FAMILIES[family])
     with torch.no_grad():
-        posterior, prior = model.distributions(model(**pairs))
+        out = model(**pairs)
+        posterior, prior = out.posterior, out.prior
     kl = posterior.kl(prior)
     assert kl.shape == (5, model.family.units)
     assert kl.min() >= 0
@@ -336,14 +337,13 @@ def test_the_log_variances_of_both_heads_are_bounded_where_the_prior_is_learned(
                 head.bias.data[units : 2 * units] = value
                 head.weight.data[units : 2 * units] = 0
             out = model(**pairs)
-            found = [out.posterior_parameters[:, units : 2 * units]]
+            found = [out.posterior.parameters[:, units : 2 * units]]
             if prior == "learned":
-                found.append(out.prior_parameters[:, units : 2 * units])
+                found.append(out.prior.parameters[:, units : 2 * units])
                 clamped = min(max(value, low), high)
                 assert all(torch.all((each >= low) & (each <= high)) for each in found)
                 assert all((each - clamped).abs().max() < 0.02 for each in found)
-                posterior, p = model.distributions(out)
-                assert posterior.kl(p).isfinite().all()
+                assert out.posterior.kl(out.prior).isfinite().all()
             else:
                 assert torch.all(found[0] == value)
 
@@ -351,15 +351,15 @@ def test_the_log_variances_of_both_heads_are_bounded_where_the_prior_is_learned(
 def test_a_fixed_prior_is_one_row_for_all_and_a_learned_one_needs_the_condition(pairs):
     fixed = conditional(prior="fixed")
     assert fixed.prior().parameters.shape == (1, 12)
-    assert fixed(**pairs).prior_parameters is None
+    assert fixed(**pairs).prior.parameters.shape == (1, 12)
     learned = conditional()
     ids, mask = pairs["condition_ids"], pairs["condition_mask"]
     assert learned.prior(ids, mask).parameters.shape == (5, 12)
     with pytest.raises(ValueError, match="needs condition_ids"):
         learned.prior()
     only = learned(condition_ids=ids, condition_mask=mask, encode_only=True)
-    assert torch.equal(only.prior_parameters, learned.prior(ids, mask).parameters)
-    assert only.posterior_parameters is None
+    assert torch.equal(only.prior.parameters, learned.prior(ids, mask).parameters)
+    assert only.posterior is None
 
 
 def test_states_from_an_earlier_call_serve_instead_of_the_condition(pairs):
@@ -374,7 +374,7 @@ def test_states_from_an_earlier_call_serve_instead_of_the_condition(pairs):
         condition_mask=pairs["condition_mask"],
     )
     assert torch.equal(found.logits, model(**pairs, latent=z).logits)
-    torch.testing.assert_close(model(**pairs).prior_parameters, ahead.prior_parameters)
+    torch.testing.assert_close(model(**pairs).prior.parameters, ahead.prior.parameters)
 
 
 def test_a_condition_in_the_wrong_place_is_an_error(pairs):
@@ -412,9 +412,10 @@ def gradients(model, pairs, penalty):
         sentence_weights=torch.ones(5),
         detach_prior=penalty.prior_alone,
     )
-    statistics = penalty.statistics(*model.distributions(out))
-    slope = slopes(penalty, statistics.mean(0), model.family.units) if penalty.active else None
-    loss_share(out.loss, statistics, torch.ones(5), slope, 5).backward()
+    statistics = penalty.statistics(out)
+    mean = {name: each.mean(0) for name, each in statistics.items()}
+    slopes = penalty.slopes(mean) if penalty.active else None
+    loss_share(out.weighted_nats, statistics, torch.ones(5), slopes, 5).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -452,11 +453,13 @@ def test_the_term_of_the_prior_is_the_kl_and_its_gradient_that_of_the_kl(pairs):
     """Of the KL's own gradient, it has the part of the prior's head."""
     model = conditional().train()
     with torch.no_grad():
-        posterior, prior = model.distributions(model(**pairs, sample_latent=False))
-    kl = posterior.kl(prior).sum(-1)
-    statistics = Penalty(prior_alone=True).statistics(posterior, prior)
-    torch.testing.assert_close(statistics[:, -1], kl)
-    torch.testing.assert_close(Penalty(prior_alone=True)(statistics.mean(0), 6), kl.mean())
+        out = model(**pairs, sample_latent=False)
+    kl = out.posterior.kl(out.prior).sum(-1)
+    penalty = Penalty(prior_alone=True)
+    statistics = penalty.statistics(out)
+    torch.testing.assert_close(statistics["prior"][:, 0], kl)
+    mean = {name: each.mean(0) for name, each in statistics.items()}
+    torch.testing.assert_close(penalty(mean), kl.mean())
     alone = gradients(conditional().train(), pairs, Penalty(prior_alone=True))
     whole = gradients(conditional().train(), pairs, Penalty(beta=1.0))
     for name in ("prior_head.weight", "prior_head.bias"):
@@ -530,7 +533,7 @@ def test_the_heads_compute_in_float32_in_a_half_precision_model(tmp_path, pairs)
     assert half.prior_head.weight.dtype == half.posterior.head.weight.dtype == torch.float32
     assert half.decoder.block[0].layer[1].EncDecAttention.q.weight.dtype == torch.bfloat16
     out = half(**pairs)
-    assert out.prior_parameters.dtype == out.posterior_parameters.dtype == torch.float32
+    assert out.prior.mean.dtype == out.posterior.mean.dtype == torch.float32
 
 
 def test_the_elbo_of_a_linear_gaussian_pair_is_its_likelihood_at_the_true_posterior():

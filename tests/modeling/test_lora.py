@@ -94,7 +94,7 @@ def test_only_adapters_and_the_latent_path_have_gradients(frozen):
         freeze_decoder(model)
     before = copy.deepcopy(model.state_dict())
     out = model(**batch(False))
-    (out.logits.logsumexp(-1).sum() + out.posterior_parameters.square().sum()).backward()
+    (out.logits.logsumexp(-1).sum() + out.posterior.parameters.square().sum()).backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     expected = {n for n in before if n.startswith(("posterior.", "injection."))}

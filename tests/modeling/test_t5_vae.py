@@ -22,7 +22,7 @@ def lengths_of(mask):
 
 
 def kl_of(model, out):
-    return model.family.of(out.posterior_parameters).kl(model.prior()).sum()
+    return out.posterior.kl(out.prior).sum()
 
 
 # Invariant 1: a batch of B equals B batches of one
@@ -35,7 +35,7 @@ def test_a_batch_equals_batches_of_one(kind, injection, pooling, batch):
     for row, length in enumerate(lengths_of(mask)):
         alone = model(ids[row : row + 1, :length], labels=labels[row : row + 1, :length])
         torch.testing.assert_close(
-            together.posterior_parameters[row], alone.posterior_parameters[0], **CLOSE
+            together.posterior.parameters[row], alone.posterior.parameters[0], **CLOSE
         )
         torch.testing.assert_close(together.logits[row, :length], alone.logits[0], **CLOSE)
 
@@ -62,7 +62,7 @@ def test_more_padding_changes_nothing(kind, injection, pooling, batch):
     padded = model(
         F.pad(ids, (0, 7)), F.pad(mask, (0, 7)), labels=F.pad(labels, (0, 5), value=-100)
     )
-    torch.testing.assert_close(plain.posterior_parameters, padded.posterior_parameters, **CLOSE)
+    torch.testing.assert_close(plain.posterior.parameters, padded.posterior.parameters, **CLOSE)
     torch.testing.assert_close(plain.logits, padded.logits[:, :9], **CLOSE)
 
 
@@ -273,7 +273,7 @@ def test_gradient_checkpointing_changes_nothing(kind_, injection, batch):
         out = model(ids, mask, labels=labels, noise=noise)
         loss = (
             F.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
-            + model.family.of(out.posterior_parameters).kl(model.prior()).sum()
+            + out.posterior.kl(out.prior).sum()
         )
         loss.backward()
         results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
@@ -485,7 +485,7 @@ def test_nothing_is_kept_that_nothing_reads(kind, injection, batch):
     out = model(ids, mask, labels=labels, noise=torch.randn(5, 6))
     (
         F.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
-        + model.family.of(out.posterior_parameters).kl(model.prior()).sum()
+        + out.posterior.kl(out.prior).sum()
     ).backward()
     assert [
         n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0
@@ -549,7 +549,7 @@ def test_the_posterior_is_float32_in_bfloat16(batch):
     ids, mask, labels = batch
     states = model.encoder(inputs_embeds=model.shared(ids), attention_mask=mask).last_hidden_state
     half = copy.deepcopy(model).bfloat16()
-    q = half.family.of(half(ids, mask, labels=labels).posterior_parameters)
+    q = half.family.of(half(ids, mask, labels=labels).posterior.parameters)
     assert q.mean.dtype == q.logvar.dtype == torch.float32
     # Given the same states, the head computes in float32: its only error is that of its
     # bfloat16 weights.

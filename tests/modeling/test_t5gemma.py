@@ -88,8 +88,10 @@ def test_a_batch_equals_batches_of_one_and_padding_changes_nothing(directory, ba
         own = ids[row : row + 1, :length]
         alone = model(own, labels=labels[row : row + 1, :length], condition_ids=own)
         torch.testing.assert_close(together.logits[row, :length], alone.logits[0], **CLOSE)
-        for name in ("posterior_parameters", "prior_parameters"):
-            torch.testing.assert_close(together[name][row], alone[name][0], **CLOSE)
+        for name in ("posterior", "prior"):
+            torch.testing.assert_close(
+                together[name].parameters[row], alone[name].parameters[0], **CLOSE
+            )
 
 
 def test_cached_decoding_equals_uncached(directory):
@@ -133,8 +135,8 @@ def test_gradient_checkpointing_changes_nothing_and_every_weight_trains(director
         out = model(
             ids, mask, labels=labels, noise=torch.ones(5, 6), sentence_weights=torch.ones(5)
         )
-        kl = model.family.of(out.posterior_parameters).kl(model.prior()).sum()
-        (out.loss + kl).backward()
+        kl = out.posterior.kl(out.prior).sum()
+        (out.weighted_nats + kl).backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in found[0].items():
         largest = float(gradient.abs().max())

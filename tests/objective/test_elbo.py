@@ -7,32 +7,42 @@ import torch
 
 from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.families import Categorical, CategoricalFamily, Gaussian, GaussianFamily
+from dsvae.modeling.t5_vae import T5VAEOutput
 from dsvae.objective.elbo import (
     Penalty,
     loss_share,
     negative_entropy,
-    pair_statistics,
     pairwise_total_correlation,
+    products_of_pairs,
     reconstruction_weights,
-    slopes,
 )
 
 EOS = 1
-MEAN_KL = torch.tensor([0.1, 0.5, 2.0])
+MEAN_KL = {"kl": torch.tensor([0.1, 0.5, 2.0])}
+
+
+def statistics_of(penalty, posterior, prior, **heads):
+    """Those of what a forward pass returned."""
+    return penalty.statistics(T5VAEOutput(posterior=posterior, prior=prior, **heads))
+
+
+def means(statistics):
+    return {name: each.detach().mean(0) for name, each in statistics.items()}
 
 
 def test_by_length_a_sentence_counts_with_the_mean_of_its_tokens():
     """Two sentences of 3 and 1 tokens and a filler, by hand."""
     labels = torch.tensor([[2, 3, EOS], [EOS, IGNORE, IGNORE], [EOS, IGNORE, IGNORE]])
     rec, weight = torch.tensor([6.0, 4.0, 7.0]), torch.tensor([1.0, 1.0, 0.0])
-    kl, slope = torch.tensor([[1.0, 2.0], [3.0, 0.0], [9.0, 9.0]]), torch.full((2,), 0.5)
+    kl = torch.tensor([[1.0, 2.0], [3.0, 0.0], [9.0, 9.0]])
+    slopes = {"kl": torch.full((2,), 0.5)}
     for by_length, expected in ((False, 6 + 4), (True, 6 / 3 + 4)):
         weights = reconstruction_weights(weight, labels, by_length)
-        loss = loss_share(weights @ rec, kl, weight, slope, 2)
+        loss = loss_share(weights @ rec, {"kl": kl}, weight, slopes, 2)
         # 0.5 * (3 + 3) / 2 = 1.5 is the KL's part of both
         assert loss.item() == pytest.approx(expected / 2 + 1.5)
         parts = [
-            loss_share(weights[i : i + 1] @ rec[i : i + 1], kl[[i]], weight[[i]], slope, 2)
+            loss_share(weights[[i]] @ rec[[i]], {"kl": kl[[i]]}, weight[[i]], slopes, 2)
             for i in range(3)
         ]
         assert sum(parts).item() == pytest.approx(loss.item())
@@ -51,7 +61,7 @@ def test_by_length_a_sentence_counts_with_the_mean_of_its_tokens():
 )
 def test_threshold_by_hand(mode, free_bits, expected):
     penalty = Penalty(0.5, free_bits, mode)
-    assert penalty(MEAN_KL, 3).item() == pytest.approx(0.5 * expected)
+    assert penalty(MEAN_KL).item() == pytest.approx(0.5 * expected)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +75,7 @@ def test_threshold_by_hand(mode, free_bits, expected):
 )
 def test_slopes_by_hand(mode, free_bits, expected):
     penalty = Penalty(0.5, free_bits, mode)
-    assert slopes(penalty, MEAN_KL, 3).tolist() == [0.5 * each for each in expected]
+    assert penalty.slopes(MEAN_KL)["kl"].tolist() == [0.5 * each for each in expected]
     assert not penalty.linear
 
 
@@ -73,15 +83,15 @@ def test_free_bits_of_a_sentence_by_hand():
     """max(lambda, kl) of each sentence's each unit; a gradient where the KL is above."""
     mean = torch.tensor([[1.0, 0.2, 3.0], [0.1, 0.3, 2.0]], requires_grad=True)
     penalty = Penalty(0.5, 0.25, "sentence")
-    statistics = penalty.statistics(Gaussian(mean, torch.zeros(2, 3)), GaussianFamily(3).prior())
+    posterior = Gaussian(mean, torch.zeros(2, 3))
+    statistics = statistics_of(penalty, posterior, GaussianFamily(3).prior())
     kl = mean.detach().square() / 2
-    torch.testing.assert_close(statistics[:, :3].detach(), kl)
+    torch.testing.assert_close(statistics["kl"].detach(), kl)
     assert penalty.linear
-    loss = loss_share(
-        torch.zeros(()), statistics, torch.ones(2), slopes(penalty, torch.ones(4), 3), 2
-    )
+    anywhere = {name: torch.ones(each.shape[1]) for name, each in statistics.items()}
+    loss = loss_share(torch.zeros(()), statistics, torch.ones(2), penalty.slopes(anywhere), 2)
     expected = 0.5 * torch.maximum(kl, torch.tensor(0.25)).sum() / 2
-    assert penalty(statistics.mean(0), 3).item() == pytest.approx(expected.item())
+    assert penalty(means(statistics)).item() == pytest.approx(expected.item())
     loss.backward()
     by_hand = torch.tensor([[1.0, 0, 3.0], [0, 0, 2.0]]) * 0.5 / 2
     torch.testing.assert_close(mean.grad, by_hand)
@@ -121,13 +131,14 @@ class Linear:
         """The sum of the gradients of the shares; each split is (rows, weight)."""
         count = len(self.inputs)
         with torch.no_grad():
-            slope = slopes(Penalty(beta, free_bits, mode), self(slice(None))[1].mean(0), 3)
+            mean = {"kl": self(slice(None))[1].mean(0)}
+            slopes = Penalty(beta, free_bits, mode).slopes(mean)
         total = [torch.zeros_like(self.for_rec), torch.zeros_like(self.for_kl)]
         for rows, weight in splits:
             rec, kl = self(rows)
             for sum_, part in zip(
                 total,
-                self.gradient(loss_share(weight @ rec, kl, weight, slope, count)),
+                self.gradient(loss_share(weight @ rec, {"kl": kl}, weight, slopes, count)),
                 strict=True,
             ):
                 sum_ += 0 if part is None else part
@@ -176,7 +187,8 @@ def test_shares_of_any_split_sum_to_the_gradient_of_the_contract(mode, where):
 def test_a_filler_has_no_gradient():
     rec, kl = torch.rand(3, requires_grad=True), torch.rand(3, 2, requires_grad=True)
     weight = torch.tensor([1.0, 0.0, 1.0])
-    loss_share(weight @ rec, kl, weight, torch.full((2,), 0.5), 4).backward()
+    slopes = {"kl": torch.full((2,), 0.5)}
+    loss_share(weight @ rec, {"kl": kl}, weight, slopes, 4).backward()
     assert rec.grad.tolist() == [0.25, 0, 0.25]
     assert kl.grad.tolist() == [[0.125, 0.125], [0, 0], [0.125, 0.125]]
 
@@ -184,7 +196,7 @@ def test_a_filler_has_no_gradient():
 def test_without_a_penalty_the_kl_has_no_gradient_even_where_it_is_infinite():
     assert not Penalty().active
     rec, kl = torch.rand(3, requires_grad=True), torch.full((3, 2), torch.inf)
-    loss = loss_share(rec.sum(), kl, torch.ones(3), None, 3)
+    loss = loss_share(rec.sum(), {"kl": kl}, torch.ones(3), None, 3)
     loss.backward()
     assert loss.item() == pytest.approx(rec.mean().item())
     torch.testing.assert_close(rec.grad, torch.full((3,), 1 / 3))
@@ -201,12 +213,16 @@ def test_the_pairwise_total_correlation_of_two_variables_by_enumeration():
     joint = torch.einsum("nj,nk->njk", p[:, 0], p[:, 1])  # q(z|x_n)
     mean, alone = joint.mean(0), p.mean(0)
     tc = (mean * (mean / (alone[0][:, None] * alone[1][None])).log()).sum()
-    found = pairwise_total_correlation(pair_statistics(p).mean(0), 2)
+    found = pairwise_total_correlation(p.mean(0), products_of_pairs(p).mean(0))
     torch.testing.assert_close(found, tc)
     information = (joint * (joint / mean).log()).sum((1, 2)).mean()
     marginals = (alone * (alone * 3).log()).sum()
     kl = q.kl(CategoricalFamily(2, 3).prior()).double().sum(-1).mean()
     torch.testing.assert_close(information + tc + marginals, kl)
+
+
+def in_float64(statistics):
+    return {name: each.double() for name, each in statistics.items()}
 
 
 def test_shares_with_total_correlation_sum_to_the_gradient_of_the_undivided_batch():
@@ -220,13 +236,14 @@ def test_shares_with_total_correlation_sum_to_the_gradient_of_the_undivided_batc
     information = (joint * (joint / torch.einsum("dj,ek->dejk", alone, alone)).log()).sum((2, 3))
     loss = 0.7 * torch.maximum(kl, torch.tensor(0.2)).sum() + 3 * information.triu(1).sum()
     (expected,) = torch.autograd.grad(loss, logits)
-    statistics = penalty.statistics(Categorical(logits), prior)
-    slope = slopes(penalty, statistics.detach().mean(0), 4)
+    statistics = statistics_of(penalty, Categorical(logits), prior)
+    slopes = in_float64(penalty.slopes(means(statistics)))
     for parts in ([slice(0, 13)], [slice(0, 4), slice(4, 5), slice(5, 13)]):
         got = torch.zeros_like(logits)
         for part in parts:
-            own = penalty.statistics(Categorical(logits[part]), prior)
-            share = loss_share(own.new_zeros(()), own, own.new_ones(len(own)), slope.to(own), 13)
+            own = in_float64(statistics_of(penalty, Categorical(logits[part]), prior))
+            ones = torch.ones(len(logits[part])).double()
+            share = loss_share(torch.zeros(()), own, ones, slopes, 13)
             got += torch.autograd.grad(share, logits)[0]
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
@@ -240,10 +257,10 @@ def test_the_cluster_terms_of_one_sentence_cancel():
     q, prior = Gaussian(torch.ones(1, 2), torch.zeros(1, 2)), GaussianFamily(2).prior()
     entropy = -(r * r.log()).sum().item()
     for skewness, dispersion, expected in ((2.0, 2.0, 0), (3.0, 0, 3), (0, 0.5, -0.5)):
-        penalty = Penalty(skewness=skewness, dispersion=dispersion, cluster_count=3)
+        penalty = Penalty(skewness=skewness, dispersion=dispersion)
         assert penalty.active
         assert penalty.linear == (dispersion == 0)
-        value = penalty(penalty.statistics(q, prior, clusters=r).mean(0), 2).item()
+        value = penalty(means(statistics_of(penalty, q, prior, clusters=r))).item()
         assert value == pytest.approx(expected * entropy, abs=1e-6)
 
 
@@ -252,21 +269,21 @@ def test_dispersion_is_least_where_the_clusters_are_even():
     even = torch.full((r,), 1 / r)
     assert negative_entropy(even).item() == pytest.approx(-math.log(r))
     assert negative_entropy(torch.eye(r)[0]) == 0
-    penalty = Penalty(dispersion=1.0, cluster_count=r)
-    slope = slopes(penalty, torch.cat([torch.zeros(2), even]), 2)
-    assert slope[:2].tolist() == [0, 0]
-    torch.testing.assert_close(slope[2:], torch.full((r,), 1 - math.log(r)))  # ln m + 1
+    penalty, kl = Penalty(dispersion=1.0), torch.zeros(2)
+    slopes = penalty.slopes({"kl": kl, "clusters": even})
+    assert slopes["kl"].tolist() == [0, 0]
+    torch.testing.assert_close(slopes["clusters"], torch.full((r,), 1 - math.log(r)))  # ln m + 1
     for _ in range(20):
-        assert penalty(torch.cat([torch.zeros(2), torch.rand(r).softmax(0)]), 2) >= -math.log(r)
+        assert penalty({"kl": kl, "clusters": torch.rand(r).softmax(0)}) >= -math.log(r)
 
 
 def test_a_probability_that_underflows_leaves_every_gradient_finite():
     logits = torch.tensor([[0.0, -300.0], [0.0, -300.0]], requires_grad=True)
     q, prior = Gaussian(torch.zeros(2, 1), torch.zeros(2, 1)), GaussianFamily(1).prior()
-    penalty = Penalty(skewness=1.0, dispersion=1.0, cluster_count=2)
-    statistics = penalty.statistics(q, prior, clusters=logits.softmax(-1))
-    slope = slopes(penalty, statistics.mean(0), 1)
-    loss_share(torch.zeros(()), statistics, torch.ones(2), slope, 2).backward()
+    penalty = Penalty(skewness=1.0, dispersion=1.0)
+    statistics = statistics_of(penalty, q, prior, clusters=logits.softmax(-1))
+    slopes = penalty.slopes(means(statistics))
+    loss_share(torch.zeros(()), statistics, torch.ones(2), slopes, 2).backward()
     assert logits.grad.isfinite().all()
 
 
@@ -307,18 +324,18 @@ def test_shares_with_clusters_sum_to_the_gradient_of_the_undivided_batch(
         total_correlation,
         skewness=skewness,
         dispersion=dispersion,
-        cluster_count=5,
     )
     prior = CategoricalFamily(3, 4).prior()
-    statistics = penalty.statistics(Categorical(logits), prior, clusters=r)
-    slope = slopes(penalty, statistics.detach().mean(0), 3)
-    torch.testing.assert_close(penalty(statistics.mean(0), 3).double(), loss, rtol=1e-5, atol=1e-6)
+    mean = means(statistics_of(penalty, Categorical(logits), prior, clusters=r))
+    slopes = in_float64(penalty.slopes(mean))
+    torch.testing.assert_close(penalty(mean).double(), loss.detach(), rtol=1e-5, atol=1e-6)
     for parts in ([slice(0, 13)], [slice(0, 4), slice(4, 5), slice(5, 13)]):
         got = [torch.zeros_like(logits), torch.zeros_like(hidden)]
         for part in parts:
             clusters = hidden[part].softmax(-1)
-            own = penalty.statistics(Categorical(logits[part]), prior, clusters=clusters)
-            share = loss_share(own.new_zeros(()), own, own.new_ones(len(own)), slope.to(own), 13)
+            own = statistics_of(penalty, Categorical(logits[part]), prior, clusters=clusters)
+            ones = torch.ones(len(clusters)).double()
+            share = loss_share(torch.zeros(()), in_float64(own), ones, slopes, 13)
             gradients = torch.autograd.grad(share, (logits, hidden), materialize_grads=True)
             got = [total + each for total, each in zip(got, gradients, strict=True)]
         for mine, reference in zip(got, expected, strict=True):
@@ -328,13 +345,21 @@ def test_shares_with_clusters_sum_to_the_gradient_of_the_undivided_batch(
 def test_clusters_that_nothing_penalizes_change_nothing():
     q, prior = Gaussian(torch.randn(4, 3), torch.randn(4, 3)), GaussianFamily(3).prior()
     penalty = Penalty(0.5, 0.2)
-    statistics = penalty.statistics(q, prior, clusters=torch.rand(4, 6).softmax(-1))
-    assert torch.equal(statistics, q.kl(prior))
+    statistics = statistics_of(penalty, q, prior, clusters=torch.rand(4, 6).softmax(-1))
+    assert list(statistics) == ["kl"]
+    assert torch.equal(statistics["kl"], q.kl(prior))
 
 
-def test_cluster_terms_without_clusters_are_refused():
+@pytest.mark.parametrize(
+    ("term", "needed"),
+    [
+        ("skewness", "clusters"),
+        ("dispersion", "clusters"),
+        ("class_weight", "class_nats"),
+        ("tag_weight", "tag_nats"),
+    ],
+)
+def test_a_term_of_a_head_that_the_model_lacks_is_refused(term, needed):
     q, prior = Gaussian(torch.randn(4, 3), torch.randn(4, 3)), GaussianFamily(3).prior()
-    with pytest.raises(ValueError, match="the model lacks"):
-        Penalty(skewness=0.1).statistics(q, prior)
-    with pytest.raises(ValueError, match="number of clusters"):
-        Penalty(dispersion=0.1)
+    with pytest.raises(ValueError, match=f"needs {needed}"):
+        statistics_of(Penalty(**{term: 0.1}), q, prior)

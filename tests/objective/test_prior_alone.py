@@ -5,8 +5,14 @@ import torch
 
 from dsvae import config as configuration
 from dsvae.modeling.families import CategoricalFamily, GaussianFamily, SpikeSlabFamily
-from dsvae.objective.elbo import Penalty, loss_share, slopes
+from dsvae.modeling.t5_vae import T5VAEOutput
+from dsvae.objective.elbo import Penalty, loss_share
 from dsvae.phases import Phase
+
+
+def statistics_of(penalty, posterior, prior):
+    return penalty.statistics(T5VAEOutput(posterior=posterior, prior=prior))
+
 
 FAMILIES = [GaussianFamily(4), SpikeSlabFamily(4, (4.0, 1.0)), CategoricalFamily(3, 4)]
 
@@ -35,15 +41,14 @@ def test_the_gradient_of_both_heads_is_that_of_the_undivided_batch(family, penal
     else:
         loss = penalty.beta * kl.clamp(min=penalty.free_bits).sum() / 6
     expected = torch.autograd.grad(loss, (q, p), allow_unused=True, materialize_grads=True)
-    statistics = penalty.statistics(family.of(q), family.of(p))
-    mean = statistics.detach().mean(0)
-    torch.testing.assert_close(penalty(mean, family.units), loss.detach())
-    torch.testing.assert_close(mean[: family.units], kl.detach().mean(0))
-    slope = slopes(penalty, mean, family.units)
+    statistics = statistics_of(penalty, family.of(q), family.of(p))
+    mean = {name: each.detach().mean(0) for name, each in statistics.items()}
+    torch.testing.assert_close(penalty(mean), loss.detach())
+    torch.testing.assert_close(mean["kl"], kl.detach().mean(0))
+    slopes = penalty.slopes(mean)
     for part in (slice(0, 2), slice(2, 6)):
-        s = penalty.statistics(family.of(q[part]), family.of(p[part]))
-        rows = len(s)
-        loss_share(torch.zeros(()), s, torch.ones(rows), slope, 6).backward()
+        s = statistics_of(penalty, family.of(q[part]), family.of(p[part]))
+        loss_share(torch.zeros(()), s, torch.ones(len(q[part])), slopes, 6).backward()
     torch.testing.assert_close(q.grad, expected[0])
     torch.testing.assert_close(p.grad, expected[1])
     assert bool((q.grad == 0).all()) == penalty.prior_alone
@@ -55,7 +60,10 @@ def test_the_term_stands_beside_total_correlation():
     torch.manual_seed(0)
     q, p = (family.of(torch.randn(6, family.parameter_width)) for _ in range(2))
     penalties = [Penalty(0.0, total_correlation=2.0, prior_alone=alone) for alone in (True, False)]
-    alone, without = (each(each.statistics(q, p).mean(0), 3) for each in penalties)
+    alone, without = (
+        each({name: s.mean(0) for name, s in statistics_of(each, q, p).items()})
+        for each in penalties
+    )
     torch.testing.assert_close(alone, without + q.kl(p).sum() / 6)
 
 
@@ -84,11 +92,10 @@ def test_only_a_learned_prior_has_the_term_and_only_where_beta_is_0():
 @pytest.mark.parametrize("mode", ["dimension", "total", "sentence"])
 def test_the_loss_of_a_model_without_a_latent_is_its_reconstruction(mode):
     flags = ["--ds_config", "x.json", "--phase2.free_bits", "4", "--phase2.free_bits_mode", mode]
-    nothing = torch.zeros(0)
     for injection, penalized in (("memory", True), ("none", False)):
         config = configuration.read([*flags, "--injection", injection])
         penalty = Phase(2, config, 0).penalty(config.phase2.steps - 1, 0.0)
         assert penalty.beta == 1
         assert (penalty.free_bits == 4) == penalized
-    mean = torch.zeros(1) if mode == "sentence" else nothing
-    assert penalty(mean, 0) == 0
+    mean = {"kl": torch.zeros(0), "above": torch.zeros(1)}
+    assert penalty(mean) == 0

@@ -218,11 +218,11 @@ def real_step(config, rows, tokens, *, checkpointing):
             ids, mask = torch.cat([ids, ids], 1), torch.cat([mask, mask], 1)
         live.restart()
         out = model(ids, mask, **given)
-        q, p = model.distributions(out)
-        kl = q.kl(p)
-        loss_share(out.loss, kl, torch.ones(rows), torch.ones(config.latent_dim), rows).backward()
+        kl = {"kl": out.posterior.kl(out.prior)}
+        slopes = {"kl": torch.ones(config.latent_dim)}
+        loss_share(out.weighted_nats, kl, torch.ones(rows), slopes, rows).backward()
         training = live.restart() - base
-        del out, kl, q, p
+        del out, kl
         live.restart()
         model.eval()
         with torch.no_grad():
