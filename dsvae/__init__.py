@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dsvae.generation.sentence_vae import SentenceVAE
     from dsvae.modeling.families import Gaussian
     from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig, T5VAEOutput
+    from dsvae.reports.evaluation import evaluate_model
 
     __version__: str
 
@@ -21,6 +22,7 @@ __all__ = [
     "T5VAEConfig",
     "T5VAEOutput",
     "__version__",
+    "evaluate_model",
     "load_prior",
 ]
 
@@ -30,6 +32,7 @@ _MODULES = {
     "T5VAE": "modeling.t5_vae",
     "T5VAEConfig": "modeling.t5_vae",
     "T5VAEOutput": "modeling.t5_vae",
+    "evaluate_model": "reports.evaluation",
     "load_prior": "generation.fitted_prior",
 }
 

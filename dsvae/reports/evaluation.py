@@ -77,7 +77,7 @@ def evaluate_model(
     """Measures a model on sentences; returns the metrics, with the names and units of
     metrics.json. `se` has the standard error over sentences of every mean.
 
-        from dsvae.reports.evaluation import evaluate_model
+        from dsvae import evaluate_model
         metrics = evaluate_model(model, tokenizer, ["the food was cold .", ...])
         print(metrics["elbo"], "+-", metrics["se"]["elbo"])
 
