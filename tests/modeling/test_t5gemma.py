@@ -51,7 +51,7 @@ def test_decoder_logits_and_encoder_states_are_those_of_transformers(directory, 
     assert ours.config.tie_word_embeddings == (ours.lm_head.weight is ours.shared.weight)
     assert ours.config.decoder_start_token_id == 2
     states = theirs.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    torch.testing.assert_close(ours._encode(ids, mask), states, **CLOSE)
+    torch.testing.assert_close(ours._encode(ids, mask).last_hidden_state, states, **CLOSE)
     z = torch.randn(5, 6)
     x = ours.injection.projection(z).view(5, 2, 40)
     x = x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
