@@ -156,10 +156,10 @@ def test_generation_is_that_of_the_cpu():
 # Kernels, waits and copies of a step with one micro-batch and with three, and peak MB:
 # a few percent more than `count.py --layers 2` found.
 BARS = {
-    "zero0": ((880, 3, 7), (2420, 3, 17), 2),
-    "zero1": ((880, 3, 6), (2460, 3, 16), 2),
-    "zero2": ((1020, 6, 7), (2680, 8, 17), 2050),
-    "zero3": ((960, 5, 7), (2540, 7, 17), 50),
+    "zero0": ((910, 3, 7), (2490, 3, 17), 2),
+    "zero1": ((900, 3, 6), (2490, 3, 16), 2),
+    "zero2": ((1040, 6, 7), (2740, 8, 17), 95),
+    "zero3": ((980, 5, 7), (2580, 7, 17), 50),
 }
 
 
