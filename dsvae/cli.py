@@ -49,6 +49,8 @@ SHARED = {
     "max_tokens": "longest sentence, and longest condition, in tokens, EOS included. A longer one "
     "of a file is truncated and counted on stderr; a longer one of the command line is an error.",
     "device": "cpu, cuda, cuda:1, ...; by default the accelerator if there is one.",
+    "precision": "fp32, tf32 (NVIDIA GPUs: float32 weights, faster products) or bf16. Only fp32 "
+    "gives the same outputs on every device.",
     "options": "those of transformers' generate: --do_sample --temperature --top_p --num_beams "
     "--max_new_tokens (128) and more. Without any, the most likely token is taken each time "
     "(greedy).",
@@ -72,12 +74,14 @@ class Model:
         seed: int | None = None,
         max_tokens: int = 512,
         device: str | None = None,
+        precision: Literal["fp32", "tf32", "bf16"] = "fp32",
         **options: Any,
     ) -> None:
         self.model_dir, self.json, self.options = model_dir, json, options
         self._source = (file, text_column, condition_column)
         self._settings: dict[str, Any] = {"batch_size": batch_size, "options": options}
         self._settings |= {"seed": seed, "max_tokens": max_tokens, "device": device}
+        self._settings["precision"] = precision
 
     def open(self, **settings: Any) -> contextlib.AbstractContextManager[tuple[Any, int]]:
         """Returns the loaded model and its seed; `settings` as of `session`."""
@@ -102,7 +106,7 @@ class Model:
         show(rows, self.json, line)
 
 
-LOADS = "max_tokens device"
+LOADS = "max_tokens device precision"
 READS = "file text_column condition_column batch_size"
 GENERATES = f"json seed {LOADS} options"
 
@@ -574,6 +578,7 @@ def evaluate(
     tags_column: str | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32",
 ) -> None:
     """Measures a model: likelihood, information in the latent, reconstruction, and use of
     the latent.
@@ -604,6 +609,8 @@ def evaluate(
             and counted. By default data.max_tokens of the model's training, or 64 if the
             model does not say.
         seed: of the draws of z and of the folds of the probes, from 0 to 2^53 - 1.
+        precision: fp32, tf32 (NVIDIA GPUs: float32 weights, faster products) or bf16.
+            metrics.json says which.
     """
     given = locals()
     # DeepSpeed logs to the stdout that is there when it is imported.

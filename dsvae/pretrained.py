@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dsvae import private_names
@@ -19,23 +20,37 @@ from dsvae.run_directory import RunDirectory
 
 ADVICE = "name the directory `model` in the output_dir of a run"
 
+Precision = Literal["fp32", "tf32", "bf16"]
 
-def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
-    """Loads the model in evaluation mode, float32, on CPU, and its tokenizer.
+
+def load(
+    model_dir: str | Path,
+    device: torch.device | None = None,
+    precision: Precision = "fp32",
+) -> tuple[T5VAE, PreTrainedTokenizerBase]:
+    """Loads the model in evaluation mode, and its tokenizer.
 
     Args:
         model_dir: a directory, or a hub id.
+        device: None: the CPU.
+        precision: fp32: float32 weights and products. tf32: float32 weights, whose matrix
+            products have 10 bits of mantissa, on NVIDIA GPUs alone; it holds for the
+            whole process. bf16: bfloat16 weights, except for the float32 heads.
 
     Raises:
         UserError: there is no such directory or hub model, or no T5VAE in it; its weights
-            or its tokenizer are missing, damaged or those of another model; or this
-            release of transformers does not fit.
+            or its tokenizer are missing, damaged or those of another model; the device
+            lacks the precision; or this release of transformers does not fit.
     """
+    device = device or torch.device("cpu")
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(f"precision tf32 needs an NVIDIA GPU, not {device}: use fp32 or bf16")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     private_names.check(private_names.TRANSFORMERS)
     directory = find_model(model_dir)
     pair: Any  # because of `output_loading_info`; the annotation of transformers says a model
     try:
-        pair = T5VAE.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        pair = T5VAE.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     except Exception as error:  # transformers, safetensors and json each raise their own
         raise UserError(
             f"{directory}: its model cannot be loaded ({first_line(error)}); export it again, or "
@@ -60,7 +75,18 @@ def load(model_dir: str | Path) -> tuple[T5VAE, PreTrainedTokenizerBase]:
             f"{directory}: its tokenizer has {len(tokenizer)} pieces, but its model has a "
             f"vocabulary of {model.config.vocab_size}: copy both from the same model"
         )
+    nn.Module.to(model, device)  # transformers' own `to` is not annotated
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     return model.eval(), tokenizer
+
+
+def precision_of(model: T5VAE) -> str:
+    """Returns the precision of a model's products: fp32, tf32, bf16 or fp16."""
+    dtype = next(model.parameters()).dtype
+    if dtype == torch.float32 and model.device.type == "cuda":
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def find_model(model_dir: str | Path) -> Path:

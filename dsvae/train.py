@@ -50,7 +50,6 @@ except UserError as error:
 
 import datasets
 import numpy as np
-import torch
 from deepspeed.utils import logger as deepspeed_logger
 from transformers.utils import logging as transformers_logging
 
@@ -77,14 +76,13 @@ from dsvae.parallel.device import describe, local_device
 from dsvae.parallel.stopping import Stopping
 from dsvae.parallel.world import World, join, leave
 from dsvae.phases import Phase
+from dsvae.pretrained import precision_of
 from dsvae.reports.card import write_card
 from dsvae.reports.run_text import data_text, finished_text, mixture_text, phase_text
 from dsvae.reports.training_log import Reporter
 from dsvae.run_directory import RunDirectory
 from dsvae.start import data_of, find_start, write_down
 from dsvae.usage import help_text
-
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -421,7 +419,7 @@ def finish(run: Run, phase: Phase, engine: PhaseEngine) -> dict[str, Any]:
     config, world, data, directory = run.config, run.world, run.data, run.directory
     test = data.splits["test"]
     # float32 under autocast, which is for training
-    precision = PRECISIONS[next(engine.module.parameters()).dtype]
+    precision = precision_of(engine.module)
     last = directory.checkpoints / checkpoint.tag(phase.number, phase.steps)
     identity = world.run_on_rank0(lambda: f"{checkpoint.identity(last)} {precision}")
     kept = Kept(directory.evaluation, identity, world, lambda: run.stopping.agreed(world))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsvae import pretrained
@@ -86,27 +86,33 @@ class SentenceVAE:
 
     @classmethod
     def from_pretrained(
-        cls, model_dir: str, *, device: str | None = None, **settings: Any
+        cls,
+        model_dir: str,
+        *,
+        device: str | None = None,
+        precision: pretrained.Precision = "fp32",
+        **settings: Any,
     ) -> SentenceVAE:
-        """The model and the tokenizer of a directory (`model/` in the output of a run)
-        or a hub id, in float32.
+        """Loads the model and the tokenizer of a directory (`model/` in the output of a
+        run) or a hub id.
 
         Args:
-            device: by its name in torch. None: the accelerator, where there is one.
+            device: by its name in torch. None: the accelerator, if there is one.
+            precision: fp32, tf32 or bf16, as of `dsvae.pretrained.load`.
             settings: `batch_size` and `max_tokens`.
 
         Raises:
-            UserError: there is no such device or model, or its weights or tokenizer are
-                missing, or it is not a T5VAE with a latent or a condition.
+            UserError: there is no such device or model, the device lacks the precision,
+                weights or tokenizer are missing, or the model is not a T5VAE with a
+                latent or a condition.
         """
         where = find_device(device)
-        model, tokenizer = pretrained.load(model_dir)
+        model, tokenizer = pretrained.load(model_dir, where, precision)
         if model.config.injection == "none" and not model.config.conditional:
             raise UserError(
                 f"{model_dir} is a language model without a latent (injection none): give one "
                 f"with a latent; only dsvae evaluate works without one"
             )
-        nn.Module.to(model, where)
         return cls(model, tokenizer, **settings)
 
     @property

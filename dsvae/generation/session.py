@@ -13,6 +13,7 @@ from dsvae.console import say
 from dsvae.generation.options import check
 from dsvae.generation.reading import no_sentences
 from dsvae.generation.sentence_vae import SentenceVAE, check_seed
+from dsvae.pretrained import Precision
 
 
 @contextmanager
@@ -20,6 +21,7 @@ def session(
     model_dir: str,
     *,
     device: str | None,
+    precision: Precision,
     max_tokens: int,
     batch_size: int = 128,
     options: Mapping[str, Any] | None = None,
@@ -30,7 +32,7 @@ def session(
     """Opens a model; yields it and the seed of its random numbers.
 
     Args:
-        model_dir, device, max_tokens, batch_size: as of `SentenceVAE.from_pretrained`.
+        model_dir, device, precision, max_tokens, batch_size: as of `SentenceVAE.from_pretrained`.
         options: of transformers' `generate`; they are checked before the model loads.
         seed: None draws a fresh one.
         draws: whether something besides the tokens is random. A fresh seed is printed
@@ -46,7 +48,11 @@ def session(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     vae = SentenceVAE.from_pretrained(
-        model_dir, device=device, batch_size=batch_size, max_tokens=max_tokens
+        model_dir,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
     )
     vae.inputs.check(conditions)
     chosen = check_seed(seed)

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 import torch.distributed as dist
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -140,6 +139,7 @@ def evaluate_directory(
     label_column: str | None = None,
     tags_column: str | None = None,
     sentences: int | None = None,
+    precision: pretrained.Precision = "fp32",
 ) -> dict[str, Any]:
     """Runs `dsvae evaluate`: measures the model of a directory, prints a table, and
     writes metrics.json, report.html and the projector's files.
@@ -158,7 +158,9 @@ def evaluate_directory(
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     with joined() as world:
-        model, tokenizer = _main_first(world, lambda: pretrained.load(model_dir))
+        model, tokenizer = _main_first(
+            world, lambda: pretrained.load(model_dir, world.device, precision)
+        )
         limit = _limit(model, max_tokens)
         columns = Columns(text_column, condition_column, label_column, tags_column)
         text = _main_first(
@@ -171,7 +173,6 @@ def evaluate_directory(
             world.run_on_rank0(lambda: check_factors(text))
         directory = _default_output(model_dir) if output is None else Path(output).expanduser()
         world.run_on_rank0(lambda: make_writable(directory, "--output"))
-        nn.Module.to(model, world.device)  # transformers' own `to` is not annotated
         evaluation = evaluate_sentences(
             Passes(model, world, token_budget=batch_tokens),
             tokenizer,
@@ -225,7 +226,7 @@ def evaluate_sentences(
         "latent_dim": config.latent_dim,
         "source": text.source,
         "max_tokens": max_tokens,
-        "precision": "fp32",
+        "precision": pretrained.precision_of(passes.model),
         "evaluator": f"dsvae {version('dsvae')}",
         "estimators": _estimators(samples, iw_samples, config.latent_dim),
         "policies": _policies(max_tokens, tokenizer.is_fast, config, metrics.get("conditions")),
