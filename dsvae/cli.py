@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from dsvae import private_names
 from dsvae.command_line import commands, dispatch
+from dsvae.config import ALIASES, run_flags
 from dsvae.console import (
     abandon_stdout,
     one_line,
@@ -744,17 +745,8 @@ def plan(
     config: str | None = None,
     ds_config: str | None = None,
     gradient_checkpointing: bool | None = None,
-    batch_tokens: int | None = None,
-    eval_batch_tokens: int | None = None,
-    max_tokens: int | None = None,
-    batch_size: int | None = None,
-    phase: Literal["all", "1", "2"] | None = None,
-    freeze_decoder: bool | None = None,
-    lora_rank: int | None = None,
-    injection: Literal["memory", "embedding", "both", "cross", "none"] | None = None,
-    latent_dim: int | None = None,
-    precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
     json: bool = False,
+    **fields: Any,
 ) -> None:
     """Estimates what training needs per GPU and node, and prints the fastest command that
     fits.
@@ -773,24 +765,13 @@ def plan(
         config: recipe or YAML file of the run, for a model given by its name (park2021).
         ds_config: plan only for this DeepSpeed configuration, not for the shipped ones.
         gradient_checkpointing: plan only with it, or only without it (false).
-        batch_tokens: data.micro_batch_tokens, most padded tokens per forward pass on a
-            GPU.
-        eval_batch_tokens: eval.batch_tokens, the same in evaluation.
-        max_tokens: data.max_tokens, longest sentence.
-        batch_size: data.batch_size, sentences per step.
-        phase: which phases to run.
-        freeze_decoder: phase1.freeze_decoder.
-        lora_rank: model.lora.rank, adapters that train in place of the T5.
-        injection: how z enters the decoder.
-        latent_dim: dimensions of z.
-        precision: that of the run.
         json: prints one JSON object, with sizes in bytes.
     """
-    given = {name: value for name, value in locals().items() if name != "json"}
+    given = {name: value for name, value in locals().items() if name not in ("json", "fields")}
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout as it is imported
         from dsvae.planning.command import plan_command
 
-        text, line = plan_command(**given)
+        text, line = plan_command(**given, fields=fields)
     print(line if json else text)
 
 
@@ -798,10 +779,18 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _GENERATION = (sample, reconstruct, interpolate, analogy, traverse, edit, encode, fit_prior)
 _LABELLING = (cluster, classify, tag)
+_OPTIONS = "\n".join(f"    --{name} {kind.__name__}" for name, kind in OPTIONS.items())
+_SHORT = "\n".join(f"    --{short}, --{field}" for short, field in ALIASES.items())
 COMMANDS = commands(
-    (evaluate, export, package, push, compare, *_GENERATION, *_LABELLING, corpus, cache, plan),
+    (evaluate, export, package, push, compare, *_GENERATION, *_LABELLING, corpus, cache),
     OPTIONS,
+    f"OPTIONS OF GENERATE\n{_OPTIONS}",
     SHARED,
+) | commands(
+    (plan,),
+    run_flags(),
+    "FIELDS OF THE RUN\n    every flag of python dsvae/train.py --help; the short ones are\n"
+    + _SHORT,
 )
 
 

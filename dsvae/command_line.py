@@ -1,11 +1,9 @@
-"""From the words of a command line to the call of a function, with python-fire.
+"""From the words of a command line to the call of a function.
 
-fire calls the function and writes its help from its docstring. Everything in between is
-done here, because sentences and pipelines need what fire does not do: it reads `1, 2`,
-`None` or `[ok]` as Python and not as text, it takes `-` for a separator and the word
-behind a bare `--json` for its value, and it complains about unknown words only after
-the call. So every word is checked and read here, by the annotations of the function.
-fire then gets each value as a Python literal, which it reads back as that value.
+Every word is checked and read by the annotations of the function. python-fire writes the
+help from its docstring, and nothing else: it reads `1, 2`, `None` or `[ok]` as Python and
+not as text, takes `-` for a separator, and complains about unknown words only after the
+call.
 """
 
 import functools
@@ -18,15 +16,14 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import fire
-
-from dsvae.config import convert, without_none
+from dsvae.config import convert
 from dsvae.errors import UserError, did_you_mean
+from dsvae.modeling.settings import without_none
 
 Function = Callable[..., None]
 
 # No space before the "=": "-so it was = bad" is a sentence.
-_FLAG = re.compile(r"(--?)([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
+_FLAG = re.compile(r"(--?)([A-Za-z][\w-]*(?:\.[A-Za-z][\w-]*)*)(?:=(.*))?", re.DOTALL)
 _HELP = ("--help", "-h")
 
 
@@ -49,7 +46,7 @@ class Parameter:
         return self.is_word and typing.get_origin(self.kind) is list
 
     def read(self, text: str) -> Any:
-        """The value that a word means; raises UserError where it means none."""
+        """Returns the value that a word means; raises UserError if it means none."""
         return convert(text, self.kind, f"--{self.name}")
 
 
@@ -57,25 +54,32 @@ class Command:
     """A function as a command.
 
     Its keyword-only parameters are flags. Its others are words in their order, and flags
-    as well. The last word takes all that are left where it is a `list[str]`.
+    as well. The last word takes all that are left if it is a `list[str]`.
 
     Args:
         options: further flags and their types, for a function that takes `**options`.
+        about_options: what the help says of them.
         shared: what the help says about parameters that the docstring does not describe,
             by their names.
     """
 
     def __init__(
-        self, function: Function, options: Mapping[str, type], shared: Mapping[str, str]
+        self,
+        function: Function,
+        options: Mapping[str, type],
+        about_options: str,
+        shared: Mapping[str, str],
     ) -> None:
         self.function, self.name = function, function.__name__
         declared = inspect.signature(function).parameters.values()
         own = [p for p in declared if p.kind is not p.VAR_KEYWORD]
-        self.options = options if len(own) < len(declared) else {}
+        takes_more = len(own) < len(declared)
+        self.about_options = f"\n\n{about_options}" if takes_more else ""
         self.shared = shared
         firsts = [p.name[0] for p in own if not _positional(p) or p.default is not p.empty]
-        self.parameters = {p.name: _parameter(p, firsts) for p in own}
-        self.parameters |= {name: Parameter(name, kind) for name, kind in self.options.items()}
+        self.parameters = {name: Parameter(name, kind) for name, kind in options.items()}
+        self.parameters = self.parameters if takes_more else {}
+        self.parameters |= {p.name: _parameter(p, firsts) for p in own}
 
     @property
     def summary(self) -> str:
@@ -93,7 +97,9 @@ class Command:
         return " ".join(shown)
 
     def help(self, program: str) -> str:
-        """The help that fire writes from the docstring."""
+        """Returns the help that fire writes from the docstring."""
+        import fire  # it takes a tenth of a second
+
         shown = functools.wraps(self.function)(lambda: None)
         signature = inspect.signature(self.function)
         # fire prints the name of a type, and a Literal has none. In `X | None` the None
@@ -117,17 +123,14 @@ class Command:
         text = re.sub(r"Type: Optional\[(.+?)\]?$", r"Type: \1", text, flags=re.M)
         for name in (p.name.upper() for p in self.parameters.values() if p.takes_all):
             text = text.replace(f"{name} <flags>", f"{name}... <flags>", 1)
-        if not self.options:
-            return text
-        options = "\n".join(f"    --{each} {kind.__name__}" for each, kind in self.options.items())
-        return f"{text}\n\nOPTIONS OF GENERATE\n{options}"
+        return text + self.about_options
 
     def read(self, words: Sequence[str], program: str) -> dict[str, Any]:
-        """The values that the words behind the command's name give.
+        """Returns the values that the words after the command's name give.
 
         Flags are `--name value` or `--name=value`, `--name` alone for a boolean. A
-        single letter stands for the one flag that begins with it. Words behind `--` are
-        no flags. Raises UserError for an unknown flag, a wrong value or number of words.
+        single letter stands for the one flag that begins with it. Words after `--` are
+        not flags. Raises UserError for an unknown flag, a wrong value or number of words.
         """
         given: dict[str, Any] = {}
         loose: list[str] = []
@@ -166,9 +169,7 @@ class Command:
 
     def call(self, words: Sequence[str], program: str) -> None:
         """Calls the function with what the words give; raises what `read` raises."""
-        given = self.read(words, program)
-        flags = [f"--{name}={value!r}" for name, value in given.items()]
-        fire.Fire({self.name: self.function}, command=[self.name, *flags], name=program)
+        self.function(**self.read(words, program))
 
     def _flag(self, dashes: str, written: str, program: str) -> Parameter:
         name = written.replace("-", "_")
@@ -179,17 +180,18 @@ class Command:
                 return parameter
         raise UserError(
             f"unknown flag {dashes}{written}{did_you_mean(name, self.parameters, '--')}; {program} "
-            f"{self.name} --help lists all; a sentence that begins with a dash goes behind --"
+            f"{self.name} --help lists all; a sentence that begins with a dash goes after --"
         )
 
 
 def commands(
     functions: Iterable[Function],
     options: Mapping[str, type] | None = None,
+    about_options: str = "",
     shared: Mapping[str, str] | None = None,
 ) -> dict[str, Command]:
-    """The commands of functions by their names; arguments as of `Command`."""
-    return {f.__name__: Command(f, options or {}, shared or {}) for f in functions}
+    """Returns the commands of functions by their names; arguments as of `Command`."""
+    return {f.__name__: Command(f, options or {}, about_options, shared or {}) for f in functions}
 
 
 def dispatch(known: Mapping[str, Command], words: Sequence[str], program: str) -> None:
@@ -209,7 +211,7 @@ def dispatch(known: Mapping[str, Command], words: Sequence[str], program: str) -
 
 
 def overview(known: Mapping[str, Command], program: str) -> str:
-    """The list of all commands."""
+    """Returns the list of all commands."""
     width = max(map(len, known))
     lines = "\n".join(f"    {name:<{width}}  {each.summary}" for name, each in known.items())
     return (

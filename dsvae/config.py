@@ -1,65 +1,91 @@
 """RunConfig and its parts: the settings of a run, how they are read, checked and printed.
 
+A field is declared once, with its type, its rule, its flag and its meaning
+(`dsvae.modeling.settings`). What must be true of several fields together is in the
+`check` of the section that has them.
+
 A value comes from the defaults here, from a recipe or a file (`--config`), or from the
-command line; the later of these wins. Unknown names and wrong types are errors that name
-the nearest known one.
+command line; the later of these wins. Unknown names are errors that name the nearest
+known one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
-from dsvae.errors import UserError, did_you_mean, nearest
+from dsvae.errors import UserError, nearest
+from dsvae.modeling import settings
+from dsvae.modeling.settings import (
+    SHORT,
+    Amount,
+    Count,
+    LatentConfig,
+    LoraConfig,
+    Positive,
+    Rule,
+    Share,
+    Weight,
+    declared,
+)
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
+
+MAY_CHANGE = object()
+"""Marks a field that a resumed run may change, because it does not affect what is
+learned."""
+
+# Two phases and a purpose are packed with the seed into 64 bits.
+Seed = Annotated[int, Rule("between 0 and 2^53", lambda seed: 0 <= seed <= 2**53)]
+Every = Annotated[
+    int, Rule("at least 0 (0: only at the end of each phase)", lambda n: n >= 0), MAY_CHANGE
+]
+FreeBitsMode = Literal["dimension", "total", "sentence"]
 
 
 @dataclass
 class DataConfig:
     """Where the sentences come from, and how they are batched."""
 
-    train_file: str | None = None
+    train_file: Annotated[str | None, SHORT] = None
     """Training sentences: .txt (one per line), .jsonl (one object per line), .csv, .tsv
     (without quoting) or .parquet. Without it and without `dataset`, the run uses the
     built-in corpus. With `data.weights`, several files, separated by commas."""
-    weights: list[float] = field(default_factory=list)
+    weights: list[Positive] = field(default_factory=list)
     """Mix several training files: one weight per file. Each file's share of every step is
     its share of the weights, in expectation. Empty: `train_file` is one file."""
-    valid_file: str | None = None
+    valid_file: Annotated[str | None, SHORT] = None
     """Validation sentences. Without it, 5% of the training sentences are held out, at
     most 5,000."""
-    test_file: str | None = None
+    test_file: Annotated[str | None, SHORT] = None
     """Test sentences. Without it, 5% of the training sentences are held out, at most
     5,000."""
-    dataset: str | None = None
+    dataset: Annotated[str | None, SHORT] = None
     """A hub data set instead of files: ID or ID:CONFIG. Its own train, validation and
     test splits are used."""
     streaming: bool = False
     """Read the hub data set from the network as a stream, and never download its files.
     Only what is read is tokenized and cached: see `max_sentences`."""
-    max_sentences: int = 0
+    max_sentences: Amount = 0
     """Read at most the first N sentences of every file or split of the source. 0: all."""
-    text_column: str = "text"
+    text_column: Annotated[str, SHORT] = "text"
     """The column that contains the sentence, in .jsonl, .csv, .tsv, .parquet and hub
     data sets."""
-    condition_column: str | None = None
+    condition_column: Annotated[str | None, SHORT] = None
     """The column that contains the condition of each sentence: a text that the sentence
     is generated from. It needs a kind of file with columns, or a hub data set. Without
     it, sentences have no conditions."""
-    label_column: str | None = None
+    label_column: Annotated[str | None, SHORT] = None
     """The column that contains the label of each sentence: a text, a number, or true or
     false. Records may have none (null or empty)."""
-    tags_column: str | None = None
+    tags_column: Annotated[str | None, SHORT] = None
     """The column that contains one tag per whitespace word: a list in .jsonl and
     .parquet, separated by white space in .csv and .tsv. Records may have none (null or
     empty). It needs a fast tokenizer, which ByT5 lacks."""
@@ -67,44 +93,44 @@ class DataConfig:
     """Drop the training sentences that are also validation or test sentences, with the same
     condition where they have one. Sentences that occur several times in one split stay:
     they say how common each is."""
-    builtin_size: int = 20_000
+    builtin_size: Count = 20_000
     """Number of sentences of the built-in corpus: training, validation and test
     together."""
-    builtin_seed: int = 0
+    builtin_seed: Seed = 0
     """Seed of the built-in corpus."""
-    max_tokens: int = 64
+    max_tokens: Annotated[int, Rule("at least 2 (token and EOS)", lambda n: n >= 2), SHORT] = 64
     """Longest sentence (and longest condition) in tokens, EOS included. Longer ones are
     truncated, counted and reported."""
-    batch_size: int = 128
+    batch_size: Annotated[Count, SHORT] = 128
     """Sentences per optimizer step, over all ranks and micro-batches."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: Amount = 8192
     """Most padded tokens per forward pass on one rank. A step is cut into as many
     micro-batches as that takes. A smaller number means less padding, because sentences
     of similar length share a micro-batch, and more passes. 0: 1024 on a CPU, where less
     padding counts, and 8192 on a GPU, where fewer passes do."""
-    cache_dir: str | None = None
+    cache_dir: Annotated[str | None, MAY_CHANGE] = None
     """Directory where tokenized corpora are cached by content. Without it, `dsvae`
     inside the cache directory of `datasets`."""
 
+    def check(self) -> None:
+        """Raises UserError if fields do not go together."""
+        if 0 < self.micro_batch_tokens < self.max_tokens:
+            raise UserError(
+                f"data.micro_batch_tokens ({self.micro_batch_tokens}) is less than one sentence "
+                f"of data.max_tokens ({self.max_tokens})"
+            )
+        if self.streaming and self.dataset is None:
+            raise UserError("data.streaming reads a hub data set: name it with --dataset")
+        files = len(self.train_file.split(",")) if self.train_file is not None else 0
+        if self.weights and len(self.weights) != files:
+            raise UserError(
+                f"--train_file names {files} files and data.weights has {len(self.weights)}: "
+                f"give one weight per file, and separate the files by commas"
+            )
+
 
 @dataclass
-class LoraConfig:
-    """Low-rank adapters of the T5 (LoRA, Hu et al. 2021). With them the T5 is frozen in both
-    phases, and the adapters and the latent path train."""
-
-    rank: int = 0
-    """Rank r of the adapters. 0: no adapters, and the whole T5 trains."""
-    alpha: float = 16.0
-    """The change of a matrix is alpha / r times the product of its adapter."""
-    targets: list[Literal["q", "k", "v", "o", "wi", "wo"]] = field(
-        default_factory=lambda: ["q", "v"]
-    )
-    """The projections that have adapters: q, k, v and o of every attention, wi and wo of
-    every feed-forward."""
-
-
-@dataclass
-class ModelConfig:
+class ModelConfig(LatentConfig):
     """Which T5, and which latent path is added to it."""
 
     name: str | None = None
@@ -113,49 +139,33 @@ class ModelConfig:
     t5: dict[str, Any] = field(default_factory=dict)
     """Fields of transformers' T5 configuration for a new T5. `model_type` may be t5,
     mt5 or umt5."""
-    vocab_size: int = 4256
+    vocab_size: Count = 4256
     """Pieces of the tokenizer that is trained on the corpus for a new T5, at least 260.
     They include the 256 bytes that spell every character without a piece."""
-    dropout: float | None = None
+    dropout: Share | None = None
     """Dropout rate of the T5. Without it, the model's own."""
-    family: Literal["gaussian", "spike_slab", "categorical"] = "gaussian"
-    """What z is. gaussian: a diagonal Gaussian. spike_slab: a sparse vector (Prokhorov
-    et al. 2021). categorical: variables of `categories` values each."""
-    latent_dim: int = 32
-    """Number of units of the latent: dimensions of z, or categorical variables."""
-    categories: int = 16
-    """Number of values of each variable, for the categorical family."""
-    spike_prior: list[float] = field(default_factory=lambda: [4.0, 1.0])
-    """The numbers a and b of the prior Beta(a, b) of the spike's weight, for the
-    spike_slab family. With (4, 1), a unit is off in four of five sentences."""
-    prior: Literal["learned", "fixed"] | None = None
-    """What z is compared with. fixed: one p(z) for all sentences. learned: p(z|c) of the
-    sentence's condition (Fang et al. 2021). Without it, learned where
-    `data.condition_column` is given, and fixed otherwise."""
-    pooling: Literal["mean", "max", "first", "attention"] = "mean"
-    """How the encoder's states become one vector."""
-    posterior_reads: Literal["both", "condition"] = "both"
-    """What the encoder makes z of, where there are conditions. both: the condition and the
-    sentence; the decoder reads the condition and z. condition: the condition alone; the
-    decoder reads z alone, so that z has to say what of the condition the sentence needs.
-    Without conditions z is made of the sentence."""
-    clusters: int = 0
-    """Number of clusters of sentences, through which the posterior reads a sentence
-    (after Yuan & Eldardiry 2021). 0: none."""
-    injection: Literal["memory", "embedding", "both", "cross", "none"] = "memory"
-    """How z enters the decoder. memory: slots in self-attention. embedding: added to its
-    input. both: these two. cross: vectors for its pretrained cross-attention, before the
-    condition where there is one. With none, the model has no latent: it is a language
-    model of the same decoder without encoder, or a plain T5 where sentences have
-    conditions."""
-    memory_slots: int = 1
-    """Key/value slots per decoder layer, for injection by memory. Vectors that z becomes,
-    for cross: with one, every position reads the same; with more it can choose."""
     gradient_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass. It saves memory and
     takes about a third more time."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters that train in place of the T5."""
+
+    def check(self) -> None:
+        """Raises UserError if fields do not go together."""
+        if self.name is not None and self.t5:
+            raise UserError(
+                f"model.name ({self.name}) and model.t5 are both given: a pretrained T5 has its "
+                f"own configuration"
+            )
+        if self.name is None and self.lora.rank:
+            raise UserError(
+                "model.lora.rank freezes the T5, and a new one would learn nothing: name a "
+                "pretrained one with --model"
+            )
+        if not self.has_latent and self.family != "gaussian":
+            raise UserError(
+                f"model.family {self.family} needs a latent, and model.injection none has no latent"
+            )
 
 
 @dataclass
@@ -167,20 +177,31 @@ class BetaConfig:
     """How beta moves. constant: `max` throughout. linear: one rise over the phase.
     cyclic: `cycles` equal rises (Fu et al. 2019). target: beta moves until the KL is
     `target`."""
-    max: float = 1.0
+    max: Weight = 1.0
     """The largest value of beta."""
-    target: float | None = None
+    target: Positive | None = None
     """The KL to hold in nats per sentence, for kind target."""
-    gain: float = 1e-3
+    gain: Positive = 1e-3
     """How much beta moves per step and per nat of distance from the target."""
-    zero: float = 0.0
+    zero: Weight = 0.0
     """Share of the phase (or of each cycle) during which beta stays at 0 before it
     rises."""
-    rise: float = 0.5
+    rise: Weight = 0.5
     """Share of the phase (or of each cycle) over which beta rises from 0 to `max`. It
     stays there for the rest."""
-    cycles: int = 4
+    cycles: Count = 4
     """Number of cycles, for kind cyclic."""
+
+    def check(self) -> None:
+        """Raises UserError if fields do not go together."""
+        if self.zero + self.rise > 1:
+            raise UserError(
+                "phase2.beta.zero and phase2.beta.rise are shares, and more than 1 together"
+            )
+        if (self.kind == "target") != (self.target is not None):
+            raise UserError(
+                "phase2.beta.kind target and phase2.beta.target (nats per sentence) go together"
+            )
 
 
 @dataclass
@@ -188,9 +209,11 @@ class PhaseConfig:
     """Optimization of one phase: AdamW, gradient clipping, a learning-rate schedule, and
     the encoder's input noise."""
 
-    steps: int = 1000
+    steps: Annotated[
+        int, Rule("at least 1 (to leave a phase out: --phase 1 or 2)", lambda n: n >= 1)
+    ] = 1000
     """Number of optimizer steps."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Peak learning rate."""
     lr_scale: Literal["none", "rms"] = "none"
     """What the learning rate of a tensor is multiplied by. none: nothing. rms: the root
@@ -199,35 +222,47 @@ class PhaseConfig:
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the learning rate does after the warm-up: it stays constant, or falls to
     zero along a line or a cosine. The step after the last one would have zero."""
-    lr_decay: float = 1.0
+    lr_decay: Annotated[float, Rule("in (0, 1]", lambda share: 0 < share <= 1)] = 1.0
     """Share of the steps after the warm-up, the last ones, in which a linear or cosine
     schedule falls. Before them the learning rate is constant."""
-    warmup_steps: int = 0
+    warmup_steps: Amount = 0
     """Number of steps over which the learning rate rises linearly. The first step is
     already above 0."""
-    weight_decay: float = 0.01
+    weight_decay: Weight = 0.01
     """Decoupled weight decay of matrices. Norms, biases, embeddings and position biases
     have none."""
-    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    adam_betas: Annotated[list[Share], Rule("two numbers", lambda pair: len(pair) == 2)] = field(
+        default_factory=lambda: [0.9, 0.999]
+    )
     """AdamW's beta1 and beta2."""
-    adam_eps: float = 1e-8
+    adam_eps: Weight = 1e-8
     """AdamW's epsilon."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Weight = 1.0
     """Clip gradients to this global norm. 0: do not clip."""
-    draws: int = 1
+    draws: Count = 1
     """Draw z this many times per sentence and train on the draw with the best
     reconstruction (speculative sampling, Sato et al. 2021). The logged training rec is
     then too good by up to ln(draws). Evaluation always draws once."""
-    skewness: float = 0.01
+    skewness: Weight = 0.01
     """Weight of the mean entropy of a sentence's cluster in nats, where
     `model.clusters` is set: it wants each sentence decided."""
-    dispersion: float = 0.02
+    dispersion: Weight = 0.02
     """Weight of the negative entropy of the mean cluster of the global batch in nats,
     where `model.clusters` is set: it wants all clusters used."""
-    deletion: float = 0.0
+    deletion: Share = 0.0
     """Share of tokens that are deleted from the encoder's input during training: of the
-    sentence, or of the condition where `model.posterior_reads` is condition. EOS is never
+    sentence, or of the condition if `model.posterior_reads` is condition. EOS is never
     deleted, and the decoder's side stays clean."""
+
+    def check(self, name: str) -> None:
+        """Raises UserError if fields of the phase `name` do not go together."""
+        if self.warmup_steps > self.steps:
+            raise UserError(
+                f"{name}.warmup_steps ({self.warmup_steps}) must lie between 0 and {name}.steps "
+                f"({self.steps})"
+            )
+        if self.lr_decay < 1 and self.lr_schedule == "constant":
+            raise UserError(f"{name}.lr_decay needs {name}.lr_schedule linear or cosine")
 
 
 @dataclass
@@ -236,8 +271,14 @@ class Phase1Config(PhaseConfig):
 
     sample_latent: bool = True
     """Decode a sample of q(z|x) (true) or its mean (false)."""
-    freeze_decoder: bool = False
+    freeze_decoder: Annotated[bool, SHORT] = False
     """Train only the encoder and the latent path (posterior and injection)."""
+
+    def check(self, name: str = "phase1") -> None:
+        """Raises UserError if fields do not go together."""
+        super().check(name)
+        if self.draws > 1 and not self.sample_latent:
+            raise UserError("phase1.draws needs phase1.sample_latent: without it nothing is drawn")
 
 
 @dataclass
@@ -250,18 +291,37 @@ class Phase2Config(PhaseConfig):
     """Divide the reconstruction of each sentence by its predicted tokens, EOS included, as
     the published command of Optimus does. A beta of 1 is then about as strong as a beta
     of one sentence's length without it. The logged rec stays in nats per sentence."""
-    free_bits: float = 0.0
+    free_bits: Weight = 0.0
     """KL threshold in nats. Below it, the KL has no gradient. 0: no threshold."""
-    release: float = 0.0
+    release: Share = 0.0
     """Share of the phase at its end in which `free_bits` is off. The KL then falls to what
     the decoder has use for."""
-    total_correlation: float = 0.0
+    total_correlation: Weight = 0.0
     """Weight of the pairwise total correlation of the variables, for the categorical
     family. It adds to the share that is already part of the KL."""
-    free_bits_mode: Literal["dimension", "total", "sentence"] = "dimension"
+    free_bits_mode: FreeBitsMode = "dimension"
     """What `free_bits` applies to. dimension: the mean KL of each unit over the global
     batch. total: the mean of their sum. sentence: the KL of each unit of each sentence,
     as in the code of Optimus and of Park & Lee."""
+
+    def check(self, name: str = "phase2") -> None:
+        """Raises UserError if fields do not go together."""
+        super().check(name)
+        self.beta.check()
+        if self.beta.kind == "target" and self.free_bits:
+            raise UserError(
+                "phase2.free_bits holds the KL up, and phase2.beta.kind target holds it at a "
+                "value: use one of them"
+            )
+        if self.release and not self.free_bits:
+            raise UserError(
+                "phase2.release turns phase2.free_bits off, which is 0: set both, or neither"
+            )
+        if self.beta.kind == "cyclic" and self.beta.cycles > self.steps:
+            raise UserError(
+                f"phase2.beta.cycles ({self.beta.cycles}) must not exceed phase2.steps "
+                f"({self.steps})"
+            )
 
 
 @dataclass
@@ -269,10 +329,10 @@ class HeadsConfig:
     """Weights of the heads that label sentences, in both phases. Their losses are in nats
     per sentence, and sentences without labels count with 0."""
 
-    class_weight: float = 1.0
+    class_weight: Weight = 1.0
     """Weight of -log p of the label of a sentence, where `data.label_column` is given. 0:
     no head, and the labels only measure what the model found without them."""
-    tag_weight: float = 1.0
+    tag_weight: Weight = 1.0
     """Weight of -log p of the tags of a sentence, where `data.tags_column` is given. 0: no
     head."""
 
@@ -281,17 +341,17 @@ class HeadsConfig:
 class EvalConfig:
     """Evaluation on validation text while training, and on test text at the end."""
 
-    samples: int = 1
+    samples: Count = 1
     """Samples of z per sentence for `rec`."""
-    iw_samples: int = 10
+    iw_samples: Amount = 10
     """Samples of z per sentence for the importance-weighted bound `nll_iw` of the final
     evaluation. 0: do not measure it."""
-    batch_tokens: int = 16384
+    batch_tokens: Count = 16384
     """Most padded tokens per forward pass on one rank."""
-    sentences: int = 5000
+    sentences: Count = 5000
     """Use at most this many validation sentences during training. The final evaluation
     uses all."""
-    shown: int = 8
+    shown: Amount = 8
     """Number of reconstructions and prior samples written as text at every
     evaluation."""
 
@@ -303,50 +363,52 @@ class RunConfig:
     ds_config: str | None = None
     """DeepSpeed configuration file (JSON). Values that are `auto` are filled in from
     this configuration."""
-    output_dir: str = "runs/dsvae"
+    output_dir: Annotated[str, Rule("the name of a directory", str.strip), MAY_CHANGE] = (
+        "runs/dsvae"
+    )
     """Directory that the run writes everything to."""
-    resume: str = "auto"
+    resume: Annotated[str, MAY_CHANGE] = "auto"
     """auto: continue from the newest complete checkpoint in output_dir, if there is
     one. never: start afresh, and refuse an output_dir with a checkpoint. DIR: start
     from the newest complete checkpoint of that run; once output_dir contains
     checkpoints of its own run, behave like auto."""
-    phase: Literal["all", "1", "2"] = "all"
+    phase: Annotated[Literal["all", "1", "2"], MAY_CHANGE] = "all"
     """Which phases to run. 2 alone starts from output_dir/phase1/model if it exists,
     otherwise from the model itself."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random, 0 to 2^53: initialization, order of the sentences,
     deletion noise, z, dropout."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], MAY_CHANGE] = "auto"
     """Fills `bf16.enabled`, `fp16.enabled` and `torch_autocast.enabled` where the
     ds_config says auto. auto: bf16."""
-    compile: bool = False
+    compile: Annotated[bool, MAY_CHANGE] = False
     """Compile the training passes (torch.compile). It takes half a minute to a few minutes
     at the start of each phase, and makes steps faster. Not at ZeRO 3."""
-    log_every: int = 10
+    log_every: Annotated[Count, MAY_CHANGE] = 10
     """Log every N optimizer steps."""
-    verbose: bool = False
+    verbose: Annotated[bool, MAY_CHANGE] = False
     """Print the resolved DeepSpeed configuration of each phase. Either way it is
     written to output_dir/ds_config.phase1.json and ds_config.phase2.json."""
-    eval_every: int = 500
+    eval_every: Every = 500
     """Evaluate on validation text every N optimizer steps. 0: only at the end of each
     phase."""
-    checkpoint_every: int = 500
+    checkpoint_every: Every = 500
     """Save a checkpoint every N optimizer steps. 0: only at the end of each phase."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[Count, MAY_CHANGE] = 2
     """Keep the newest N complete checkpoints."""
-    keep_best: bool = True
+    keep_best: Annotated[bool, MAY_CHANGE] = True
     """Also keep the best checkpoint of the running phase: the one with the smallest rec
     (phase 1) or rec + kl (phase 2) on validation text, among those saved at a step with
     an evaluation."""
-    on_save_error: Literal["stop", "continue"] = "stop"
+    on_save_error: Annotated[Literal["stop", "continue"], MAY_CHANGE] = "stop"
     """What to do when a checkpoint cannot be written (disk full, over quota). stop:
     stop with exit code 74. continue: print a warning and train on until the next
     one."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Annotated[int, MAY_CHANGE] = 10
     """Stop with exit code 65 after this many skipped optimizer steps in a row, and save
     the batch. A step is skipped when its loss or gradients are not finite. Steps in
     which fp16 is still searching for its loss scale do not count."""
-    hang_timeout: float = 600.0
+    hang_timeout: Annotated[Positive, MAY_CHANGE] = 600.0
     """Seconds without progress (a micro-batch, an evaluation batch, a part of a
     checkpoint) after which a rank counts as lost. The other ranks name it and stop with
     exit code 69."""
@@ -371,45 +433,92 @@ class RunConfig:
     @property
     def learned_prior(self) -> bool:
         """Whether the model has a learned prior."""
-        has_latent = self.model.injection != "none"
-        return self.conditional and has_latent and self.model.prior != "fixed"
+        return self.model.has_learned_prior(self.conditional)
+
+    def check(self) -> None:
+        """Raises UserError if values make no sense together."""
+        data, model, latent = self.data, self.model, self.model.has_latent
+        has_conditions = data.condition_column is not None
+        if self.ds_config is None:
+            raise UserError("--ds_config is missing: for example --ds_config ds_configs/zero2.json")
+        for section in (data, model, self.phase1, self.phase2):
+            section.check()
+        if self.conditional and 0 < data.micro_batch_tokens < 2 * data.max_tokens:
+            raise UserError(
+                f"data.micro_batch_tokens ({data.micro_batch_tokens}) is less than one condition "
+                f"and its sentence of data.max_tokens ({data.max_tokens}) each"
+            )
+        if data.tags_column is not None and has_conditions and model.posterior_reads != "both":
+            raise UserError(
+                "data.tags_column needs an encoder that reads the sentence: set "
+                "model.posterior_reads to both"
+            )
+        if not latent and (data.label_column or data.tags_column or model.clusters):
+            raise UserError(
+                "labels, tags and clusters need an encoder that reads the sentence: choose a "
+                "model.injection other than none"
+            )
+        if model.posterior_reads != "both" and not (latent and has_conditions):
+            raise UserError(
+                "model.posterior_reads condition needs data.condition_column, and a latent"
+            )
+        if model.prior == "learned" and not self.learned_prior:
+            raise UserError(
+                "model.prior learned needs conditions, and a latent: set data.condition_column, "
+                "and a model.injection other than none"
+            )
+        draws = max(self.phase1.draws, self.phase2.draws)
+        if not latent and (draws > 1 or self.phase2.beta.kind == "target"):
+            raise UserError(
+                "phase2.beta.kind target and several draws need a latent, and model.injection is "
+                "none"
+            )
+        if self.phase2.total_correlation and model.family != "categorical":
+            raise UserError("phase2.total_correlation needs model.family categorical")
+        nothing_trains = not latent and not self.conditional and self.phase1.freeze_decoder
+        if nothing_trains and self.phase != "2":
+            raise UserError(
+                "phase1.freeze_decoder leaves nothing to train if model.injection is none: set it "
+                "to false, or take --phase 2"
+            )
+
+
+def field_types(plain: bool = True, cls: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Returns the type of every field by its dotted name, with rules and marks unless
+    `plain`; sections are left out."""
+    found: dict[str, Any] = {}
+    for name, kind in declared(cls, plain).items():
+        dotted = prefix + name
+        is_section = dataclasses.is_dataclass(kind)
+        found |= field_types(plain, kind, f"{dotted}.") if is_section else {dotted: kind}
+    return found
+
+
+def run_flags() -> dict[str, type]:
+    """Returns the flags of a run, dotted and short, for a command that passes their values
+    on as text: bool, which may stand without a value, or str."""
+    types = field_types()
+    names = {name: name for name in types} | ALIASES
+    return {flag: bool if types[name] is bool else str for flag, name in names.items()}
+
+
+def _marked(mark: object) -> list[str]:
+    """Returns the dotted names of the fields with a mark."""
+    types = field_types(plain=False)
+    return [name for name, kind in types.items() if mark in typing.get_args(kind)]
 
 
 ALIASES = {
     "model": "model.name",
-    "injection": "model.injection",
-    "latent_dim": "model.latent_dim",
-    "pooling": "model.pooling",
-    "train_file": "data.train_file",
-    "valid_file": "data.valid_file",
-    "test_file": "data.test_file",
-    "dataset": "data.dataset",
-    "text_column": "data.text_column",
-    "condition_column": "data.condition_column",
-    "label_column": "data.label_column",
-    "tags_column": "data.tags_column",
-}
+    "batch_tokens": "data.micro_batch_tokens",
+    "eval_batch_tokens": "eval.batch_tokens",
+    "lora_rank": "model.lora.rank",
+} | {name.rpartition(".")[2]: name for name in _marked(SHORT)}
 """Short command-line flags and the fields they set."""
 
-RESUMABLE = (
-    "output_dir",
-    "resume",
-    "phase",
-    "log_every",
-    "verbose",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_best",
-    "on_save_error",
-    "max_skipped_steps",
-    "hang_timeout",
-    "data.cache_dir",
-    "precision",
-    "compile",
-)
-"""Fields that a resumed run may change, because they do not affect what is learned.
-`ds_config` may change, too. It decides the precision where `precision` is auto."""
+RESUMABLE = _marked(MAY_CHANGE)
+"""The fields that a resumed run may change. `ds_config` may change, too. It decides the
+precision if `precision` is auto."""
 
 
 def read(argv: Sequence[str]) -> RunConfig:
@@ -425,7 +534,7 @@ def read(argv: Sequence[str]) -> RunConfig:
             sense together.
     """
     config = merge(parse_flags(argv))
-    check(config)
+    config.check()
     return config
 
 
@@ -536,272 +645,32 @@ def difference(old: RunConfig, new: RunConfig) -> list[str]:
     return [f"{name}: {a} -> {b}" for name, a, b in pairs if a != b]
 
 
-_LEAST = {
-    "log_every keep_checkpoints data.batch_size data.builtin_size": 1,
-    "model.latent_dim model.memory_slots model.vocab_size": 1,
-    "eval.samples eval.batch_tokens eval.sentences": 1,
-    "phase1.draws phase2.draws phase2.beta.cycles": 1,
-    "model.categories": 2,
-    "eval_every checkpoint_every eval.iw_samples eval.shown": 0,
-    "phase1.max_grad_norm phase1.weight_decay phase1.adam_eps": 0,
-    "phase2.max_grad_norm phase2.weight_decay phase2.adam_eps": 0,
-    "phase2.beta.max phase2.free_bits phase2.total_correlation model.clusters": 0,
-    "model.lora.rank data.max_sentences data.micro_batch_tokens": 0,
-    "heads.class_weight heads.tag_weight": 0,
-    "phase1.skewness phase1.dispersion phase2.skewness phase2.dispersion": 0,
-}
-"""Fields, separated by spaces, and their least value."""
-
-
-def check(config: RunConfig) -> None:
-    """Raises UserError where values make no sense, alone or together."""
-
-    def need(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(message)
-
-    data, model, beta = config.data, config.model, config.phase2.beta
-    latent = model.injection != "none"
-    need(
-        config.ds_config is not None,
-        "--ds_config is missing: for example --ds_config ds_configs/zero2.json",
-    )
-    values = flatten(to_tree(config))
-    for names, least in _LEAST.items():
-        bound = f"be at least {least}" if least else "not be negative"
-        for name in names.split():
-            every = " (0: only at the end of each phase)" if name.endswith("_every") else ""
-            need(values[name] >= least, f"{name} must {bound}{'' if least else every}")
-    # Two phases and a purpose are packed with the seed into 64 bits.
-    for name in ("seed", "data.builtin_seed"):
-        need(0 <= values[name] <= 2**53, f"{name} must lie between 0 and 2^53, not {values[name]}")
-    need(bool(config.output_dir.strip()), "output_dir is empty: name a directory")
-    need(config.hang_timeout > 0, f"hang_timeout must be positive, not {config.hang_timeout:g}")
-    need(data.max_tokens >= 2, "data.max_tokens must be at least 2: one token and EOS")
-    need(
-        data.micro_batch_tokens >= data.max_tokens or data.micro_batch_tokens == 0,
-        f"data.micro_batch_tokens ({data.micro_batch_tokens}) is less than one sentence of "
-        f"data.max_tokens ({data.max_tokens})",
-    )
-    need(
-        data.condition_column is None
-        or model.posterior_reads != "both"
-        or data.micro_batch_tokens >= 2 * data.max_tokens
-        or data.micro_batch_tokens == 0,
-        f"data.micro_batch_tokens ({data.micro_batch_tokens}) is less than one condition "
-        f"and its sentence of data.max_tokens ({data.max_tokens}) each",
-    )
-    need(
-        data.tags_column is None
-        or data.condition_column is None
-        or model.posterior_reads == "both",
-        "data.tags_column needs an encoder that reads the sentence: set model.posterior_reads to "
-        "both",
-    )
-    need(
-        not data.streaming or data.dataset is not None,
-        "data.streaming reads a hub data set: name it with --dataset",
-    )
-    files = [] if data.train_file is None else data.train_file.split(",")
-    need(
-        not data.weights or len(data.weights) == len(files),
-        f"--train_file names {len(files)} files and data.weights has {len(data.weights)}: give one "
-        f"weight per file, and separate the files by commas",
-    )
-    need(all(weight > 0 for weight in data.weights), "data.weights must be positive")
-    labelled = data.label_column is not None or data.tags_column is not None
-    need(
-        latent or not (labelled or model.clusters),
-        "labels, tags and clusters need an encoder that reads the sentence: choose a "
-        "model.injection other than none",
-    )
-    need(
-        model.posterior_reads == "both" or latent and data.condition_column is not None,
-        "model.posterior_reads condition needs data.condition_column, and a latent",
-    )
-    need(
-        model.lora.rank == 0 or model.name is not None,
-        "model.lora.rank freezes the T5, and a new one would learn nothing: name a pretrained "
-        "one with --model",
-    )
-    need(
-        model.lora.alpha > 0 and bool(model.lora.targets),
-        "model.lora.alpha must be positive, and model.lora.targets not empty",
-    )
-    need(model.clusters != 1, "model.clusters must be 0 (none) or at least 2")
-    need(
-        len(model.spike_prior) == 2 and all(0.5 < each <= 100 for each in model.spike_prior),
-        "model.spike_prior must be two numbers above 0.5 and at most 100",
-    )
-    need(
-        latent or model.family == "gaussian",
-        f"model.family {model.family} needs a latent, and model.injection none has no latent",
-    )
-    need(
-        config.phase1.draws == 1 or config.phase1.sample_latent,
-        "phase1.draws needs phase1.sample_latent: without it nothing is drawn",
-    )
-    need(
-        model.prior != "learned" or config.learned_prior,
-        "model.prior learned needs conditions, and a latent: set data.condition_column, and a "
-        "model.injection other than none",
-    )
-    need(
-        latent or config.phase1.draws == config.phase2.draws == 1 and beta.kind != "target",
-        "phase2.beta.kind target and several draws need a latent, and model.injection is none",
-    )
-    need(
-        config.phase2.total_correlation == 0 or model.family == "categorical",
-        "phase2.total_correlation needs model.family categorical",
-    )
-    need(
-        model.name is None or not model.t5,
-        f"model.name ({model.name}) and model.t5 are both given: a pretrained T5 has its own "
-        f"configuration",
-    )
-    need(model.dropout is None or 0 <= model.dropout < 1, "model.dropout must be in [0, 1)")
-    for name, phase in (("phase1", config.phase1), ("phase2", config.phase2)):
-        need(
-            phase.steps >= 1,
-            f"{name}.steps must be at least 1 (to leave a phase out: --phase 1 or --phase 2)",
-        )
-        need(phase.lr > 0, f"{name}.lr must be positive")
-        need(
-            0 <= phase.warmup_steps <= phase.steps,
-            f"{name}.warmup_steps ({phase.warmup_steps}) must lie between 0 and {name}.steps "
-            f"({phase.steps})",
-        )
-        need(0 < phase.lr_decay <= 1, f"{name}.lr_decay is a share of the steps, in (0, 1]")
-        need(
-            phase.lr_decay == 1 or phase.lr_schedule != "constant",
-            f"{name}.lr_decay needs {name}.lr_schedule linear or cosine",
-        )
-        need(
-            0 <= phase.deletion < 1,
-            f"{name}.deletion is a share of the tokens and must be in [0, 1)",
-        )
-        need(
-            len(phase.adam_betas) == 2 and all(0 <= beta < 1 for beta in phase.adam_betas),
-            f"{name}.adam_betas must be two numbers in [0, 1)",
-        )
-    need(
-        latent or config.conditional or not config.phase1.freeze_decoder or config.phase == "2",
-        "phase1.freeze_decoder leaves nothing to train where model.injection is none: set it to "
-        "false, or take --phase 2",
-    )
-    need(
-        beta.zero >= 0 and beta.rise >= 0 and beta.zero + beta.rise <= 1,
-        "phase2.beta.zero and phase2.beta.rise are shares: not negative, and at most 1 together",
-    )
-    need(
-        (beta.kind == "target") == (beta.target is not None),
-        "phase2.beta.kind target and phase2.beta.target (nats per sentence) go together",
-    )
-    need(
-        beta.target is None or beta.target > 0 and beta.gain > 0,
-        "phase2.beta.target and phase2.beta.gain must be positive",
-    )
-    need(
-        beta.kind != "target" or config.phase2.free_bits == 0,
-        "phase2.free_bits holds the KL up, and phase2.beta.kind target holds it at a value: "
-        "use one of them",
-    )
-    need(0 <= config.phase2.release < 1, "phase2.release is a share of the steps, in [0, 1)")
-    need(
-        config.phase2.release == 0 or config.phase2.free_bits > 0,
-        "phase2.release turns phase2.free_bits off, which is 0: set both, or neither",
-    )
-    need(
-        beta.kind != "cyclic" or beta.cycles <= config.phase2.steps,
-        f"phase2.beta.cycles ({beta.cycles}) must not exceed phase2.steps ({config.phase2.steps})",
-    )
-
-
-_EXAMPLES = {list: "a list such as [1, 2]", dict: "a dict such as {a: 1}"}
-
-
-def field_types(cls: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """The type of every field by its dotted name, nested configurations left out."""
-    types_by_name: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            types_by_name |= field_types(kind, f"{prefix}{name}.")
-        else:
-            types_by_name[prefix + name] = kind
-    return types_by_name
-
-
 def _build(cls: type, tree: Any, prefix: str, where: str) -> Any:
     if not isinstance(tree, Mapping):
         raise UserError(f"{where}: {prefix.rstrip('.')} must hold fields, not {tree!r}")
-    hints = typing.get_type_hints(cls)
+    kinds = declared(cls)
     values = {}
     for name, value in tree.items():
-        if name not in hints:
-            known = field_types()
+        kind = kinds.get(name)
+        if kind is None:
+            unknown = f"{prefix}{name}"
             raise UserError(
-                f"{where}: unknown field {prefix}{name}"
-                f"{did_you_mean_field(f'{prefix}{name}', known)}"
+                f"{where}: unknown field {unknown}{did_you_mean_field(unknown, field_types())}"
             )
-        if dataclasses.is_dataclass(hints[name]):
-            values[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.", where)
+        if dataclasses.is_dataclass(kind):
+            values[name] = _build(typing.cast(type, kind), value, f"{prefix}{name}.", where)
         else:
-            values[name] = convert(value, hints[name], f"{where}: {prefix}{name}")
+            values[name] = convert(value, kind, f"{where}: {prefix}{name}")
     return cls(**values)
 
 
-def without_none(kind: Any) -> Any:
-    """X of an annotation `X | None`; any other as it is."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return next(each for each in typing.get_args(kind) if each is not type(None))
-    return kind
-
-
 def convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` (of YAML or a command line) as `kind`; `where` names its place in the
+    """Returns `value` (of YAML or a command line) as `kind`; `where` names its place in the
     UserError of a value that does not fit."""
-    if kind != without_none(kind):
-        if value is None or isinstance(value, str) and value.lower() in ("none", "null"):
-            return None
-        return convert(value, without_none(kind), where)
-    arguments, container = typing.get_args(kind), typing.get_origin(kind) or kind
-    if container is Literal:
-        if str(value) not in arguments:
-            raise UserError(
-                f"{where} is {value!r}, not one of {', '.join(arguments)}"
-                f"{did_you_mean(str(value), arguments)}"
-            )
-        return str(value)
-    if container in _EXAMPLES:
-        if isinstance(value, str):
-            try:
-                value = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise UserError(f"{where} is not valid YAML: {value!r}") from None
-        if not isinstance(value, container):
-            raise UserError(f"{where} must be {_EXAMPLES[container]}, not {value!r}")
-        if container is list and arguments:
-            return [convert(each, arguments[0], where) for each in value]
-        return value
-    if kind is bool:
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            value = value.lower() == "true"
-        if not isinstance(value, bool):
-            raise UserError(f"{where} must be true or false, not {value!r}")
-        return value
-    if kind is str:
-        if value is None or isinstance(value, (dict, list)):
-            raise UserError(f"{where} must be text, not {value!r}")
-        return str(value)
     try:
-        number = kind(float(value))
-        if isinstance(value, bool) or number != float(value) or not math.isfinite(number):
-            raise ValueError
-        return number
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(
-            f"{where} must be {'a whole' if kind is int else 'a'} number, not {value!r}"
-        ) from None
+        return settings.convert(value, kind, where)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -815,7 +684,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def did_you_mean_field(name: str, known: typing.Iterable[str]) -> str:
+def did_you_mean_field(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for an unknown dotted name, or nothing; by the last part
     first."""
     known, last = sorted(known), name.rsplit(".", 1)[-1]

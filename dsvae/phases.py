@@ -82,7 +82,7 @@ class Phase:
         return Penalty(
             beta,
             # Without a latent, the threshold would be a constant in the logged loss.
-            free_bits_at(step, vae) if config.model.injection != "none" else 0.0,
+            free_bits_at(step, vae) if config.model.has_latent else 0.0,
             vae.free_bits_mode,
             vae.total_correlation,
             # Before beta rises, the KL does not train the prior.

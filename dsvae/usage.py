@@ -11,7 +11,8 @@ import textwrap
 import typing
 from typing import Any
 
-from dsvae.config import ALIASES, RECIPES, RunConfig, field_types, flatten, to_tree, without_none
+from dsvae.config import ALIASES, RECIPES, RunConfig, field_types, flatten, to_tree
+from dsvae.modeling.settings import Rule, without_none
 
 HEAD = """\
 usage: deepspeed [--num_gpus N] dsvae/train.py --ds_config FILE
@@ -29,7 +30,7 @@ def help_text() -> str:
     defaults = flatten(to_tree(RunConfig()))
     documents = _documents(RunConfig)
     lines = [HEAD.format(recipes=", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml"))))]
-    for name, kind in field_types().items():
+    for name, kind in field_types(plain=False).items():
         default = defaults.get(name)
         lines.append(
             f"--{name}{f', --{short[name]}' if name in short else ''}  {_words(kind)}; default "
@@ -42,7 +43,10 @@ def help_text() -> str:
 
 
 def _words(kind: Any) -> str:
-    kind = without_none(kind)
+    """The type and the rule of a field."""
+    if typing.get_origin(kind := without_none(kind)) is typing.Annotated:
+        plain, *more = typing.get_args(kind)
+        return " ".join([_words(plain), *(rule.words for rule in more if isinstance(rule, Rule))])
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(typing.get_args(kind))
     return str(kind) if typing.get_args(kind) else kind.__name__

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from dsvae import cli, command_line
 from dsvae.cli import COMMANDS, main
+from dsvae.config import field_types
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE
 
@@ -470,7 +471,8 @@ def test_a_boolean_flag_may_stand_anywhere(run, model_dir):
 def test_help_documents_every_flag(run, name):
     text = run(name, "--help")
     assert text == run(name, "-h")
-    for flag in COMMANDS[name].parameters:
+    referred = field_types() if name == "plan" else ()  # to the help of the run
+    for flag in COMMANDS[name].parameters.keys() - set(referred):
         assert re.search(rf"--{flag}\b|^    {flag.upper()}$", text, re.M), flag
     own = text.split("OPTIONS OF GENERATE")[0]
     described = re.findall(
@@ -521,7 +523,7 @@ def test_help_lists_the_commands_and_version_is_the_package_s(run):
         ),
         (
             ["interpolate", "M", "a", "b", "--path", "slep"],
-            "--path is 'slep', not one of linear, slerp; did you mean slerp?",
+            "--path is 'slep', not one of linear, slerp",
         ),
         (["interpolate", "M", "a", "b", "--steps", "1"], "at least 2"),
         (["interpolate", "M", "a", "b", "--steps", "3", "--steps", "4"], "--steps is given twice"),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,11 +27,7 @@ from dsvae.data.order import Mixture, draw_step
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.modeling.crf import IGNORE
-
-PosteriorReads = Literal["both", "condition"]
-"""What the posterior's encoder reads of a sentence with a condition: both, or the
-condition alone."""
-
+from dsvae.modeling.settings import PosteriorReads
 
 Ids = NDArray[np.int64]
 

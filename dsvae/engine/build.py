@@ -21,7 +21,7 @@ from dsvae.config import ModelConfig
 from dsvae.engine import nvme
 from dsvae.engine.ds_config import parameter_dtype, zero_stage
 from dsvae.errors import UserError, did_you_mean, first_line
-from dsvae.modeling.lora import checked
+from dsvae.modeling.settings import LatentConfig, declared
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig, read_config
 from dsvae.modeling.weight_source import Origin, slots
 from dsvae.parallel.world import World
@@ -38,30 +38,15 @@ class Annotations:
     """The tags of their words."""
 
 
-LATENT_FIELDS = (
-    "family",
-    "latent_dim",
-    "categories",
-    "spike_prior",
-    "pooling",
-    "posterior_reads",
-    "injection",
-    "memory_slots",
-    "clusters",
-)
-"""The fields of `T5VAEConfig` that have the names and values of `ModelConfig`."""
-
-
 def latent_fields(settings: ModelConfig, columns: Annotations) -> dict[str, Any]:
-    """The fields of `T5VAEConfig` that a run decides, with the values that it asks for. A
-    T5VAE to start from must share them."""
-    given: dict[str, Any] = {name: getattr(settings, name) for name in LATENT_FIELDS}
-    given["conditional"] = columns.conditional
-    given["prior"] = settings.prior or ("learned" if columns.conditional else "fixed")
-    given["lora"] = checked(dataclasses.asdict(settings.lora)) if settings.lora.rank else None
-    if settings.injection == "none":
-        given |= {"latent_dim": 0, "prior": "fixed"}
-    return given | {"classes": list(columns.classes), "tags": list(columns.tags)}
+    """Returns the fields of `T5VAEConfig` that a run decides. A T5VAE to start from must
+    share them."""
+    return {name: getattr(settings, name) for name in declared(LatentConfig)} | {
+        "conditional": columns.conditional,
+        "classes": list(columns.classes),
+        "tags": list(columns.tags),
+        "lora": dataclasses.asdict(settings.lora) if settings.lora.rank else None,
+    }
 
 
 def build_model(
@@ -214,19 +199,21 @@ def _origin(
             if config.conditional
             else "it reads no conditions, and --data.condition_column is set"
         )
-    config.lora = config.lora or latent["lora"]  # adapters may be added, not lost
-    for name, wanted in latent.items():
-        has = getattr(config, name)
-        if has != wanted and name in ("classes", "tags"):
+    asked = T5VAEConfig(t5=config.t5, **latent)
+    config.lora = config.lora or asked.lora  # adapters may be added, not lost
+    for name in latent:
+        has, wanted = getattr(config, name), getattr(asked, name)
+        if has == wanted:
+            continue
+        if name in ("classes", "tags"):
             raise ValueError(
                 f"its {name} are {', '.join(has) or 'none'}, and those of the training records "
                 f"are {', '.join(wanted) or 'none'}: give records that have the same ones"
             )
-        if has != wanted and name == "lora":
+        if name == "lora":
             raise ValueError(
                 f"its lora is {has}, not {wanted}: set --model.lora.rank, --model.lora.alpha and "
                 f"--model.lora.targets"
             )
-        if has != wanted:
-            raise ValueError(f"its {name} is {has}, not {wanted}: set --model.{name}")
+        raise ValueError(f"its {name} is {has}, not {wanted}: set --model.{name}")
     return T5VAE.origin_in(settings.name, config, seed=seed)

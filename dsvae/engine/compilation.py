@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dsvae.errors import UserError
 from dsvae.modeling.t5_vae import T5VAE
@@ -68,21 +69,20 @@ def compile_training(model: T5VAE) -> None:
             kind: Any = type(block)
             if kind not in compiled:
                 compiled[kind] = torch.compile(kind.forward, **settings)
-            block.forward = partial(_forward, block, number, compiled[kind])
+            own = (
+                partial(model.injection.of_layer, layer=number) if stack is model.decoder else dict
+            )
+            block.forward = partial(_forward, block, own, compiled[kind])
     model.lm_head.piece = torch.compile(piece, **settings)
 
 
 def _forward(
     block: nn.Module,
-    number: int,
+    own: Callable[[dict[str, Any]], dict[str, Any]],
     compiled: Any,
     *args: Any,
-    latent_memory: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """A pass of a block, compiled in training. It gets the memory slots of its own layer
-    alone: if it chose them by its number, every layer would be compiled."""
-    if latent_memory is not None:
-        kwargs["latent_memory"] = latent_memory[:, number : number + 1]
+    """Runs a block, compiled in training, with its own part of the keyword arguments."""
     plain: Any = type(block).forward
-    return (compiled if block.training else plain)(block, *args, **kwargs)
+    return (compiled if block.training else plain)(block, *args, **own(kwargs))

@@ -58,7 +58,7 @@ class Draws(NamedTuple):
 def check(vae: SentenceVAE) -> None:
     """Raises UserError for a model whose prior cannot be replaced by one density."""
     config = vae.model.config
-    if config.injection == "none":
+    if not config.has_latent:
         raise UserError("the model has no latent (injection none): there is no prior to fit")
     if config.prior == "learned":
         raise UserError(

@@ -74,7 +74,7 @@ class SentenceVAE:
         batch_size: int = 128,
         max_tokens: int = 512,
     ) -> None:
-        if model.config.injection == "none" and not model.config.conditional:
+        if not model.config.has_latent and not model.config.conditional:
             raise UserError(
                 "the model is a language model without a latent (injection none): give one with "
                 "a latent"
@@ -108,7 +108,7 @@ class SentenceVAE:
         """
         where = find_device(device)
         model, tokenizer = pretrained.load(model_dir, where, precision)
-        if model.config.injection == "none" and not model.config.conditional:
+        if not model.config.has_latent and not model.config.conditional:
             raise UserError(
                 f"{model_dir} is a language model without a latent (injection none): give one "
                 f"with a latent; only dsvae evaluate works without one"
@@ -490,7 +490,7 @@ class SentenceVAE:
         return self.decode(point + strength * direction, repeated(condition), **options)[0]
 
     def _need_latent(self) -> None:
-        if self.model.config.injection == "none":
+        if not self.model.config.has_latent:
             raise UserError(
                 "the model has no latent (injection none): it can only sample, with a condition"
             )

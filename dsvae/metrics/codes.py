@@ -15,25 +15,22 @@ ENUMERABLE = 65_536
 """Most codes that a total correlation is summed over one by one."""
 
 
-def of_codes(posterior: Distribution, draws: Tensor, continuous: bool) -> dict[str, float]:
+def of_codes(posterior: Distribution, draws: Tensor) -> dict[str, float]:
     """Computes the metrics of this module that the family has, by name.
 
     Args:
         posterior: q(z|x) of N sentences.
         draws: z of them, (N, Z).
-        continuous: `Family.continuous`.
     """
-    parameters = posterior.tensors()
-    if not continuous:
-        probabilities = parameters["probabilities"]
+    if (probabilities := posterior.probabilities) is not None:
         return {
             "tc": total_correlation(probabilities),
             "tc_pairwise": pairwise_total_correlation(probabilities),
             "marginal_kl_units": marginal_kl_of_variables(probabilities),
         }
     sparsity = {"hoyer": average_hoyer(posterior.point), "hoyer_draws": average_hoyer(draws)}
-    if "spike" in parameters:
-        sparsity["units_used"] = float((1 - parameters["spike"].double()).sum(1).mean())
+    if posterior.spike is not None:
+        sparsity["units_used"] = float((1 - posterior.spike.double()).sum(1).mean())
     return sparsity
 
 

@@ -212,7 +212,7 @@ def measure(
         if other is None
         else rec_of(lambda rows: draws[other[rows]], "another's sample"),
         rec_prior=rec_of(lambda rows: prior_of(rows).sample(noise(rows, PRIOR, 0)), "prior"),
-        codes=of_codes(posterior, draws, family.continuous) if family.units else {},
+        codes=of_codes(posterior, draws) if family.units else {},
     )
 
 

@@ -67,7 +67,7 @@ class ModelFlops:
     """Per query and key of self-attention, over all layers and heads."""
     decoder_token: float
     decoder_pair: float
-    memory_slots: int
+    slots: int
     """Keys per decoder layer that are made of z."""
     sentence: float
 
@@ -81,19 +81,18 @@ class ModelFlops:
                 for weight in (module.weight, *adapter):
                     size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 leaves an empty one
                     per[_grows_with(name)] += size * (6 if weight.requires_grad else 4)
-        backbone, kind = model.config.backbone, model.config.injection
+        backbone, injection = model.config.backbone, model.injection
         # queries times keys, and the weights times values; each also twice backward
         pair = 12 * backbone.query_heads * backbone.head_width
         encoder_pair = 12 * backbone.encoder_heads * backbone.head_width
-        slots = 0 if kind in ("embedding", "none") else model.config.memory_slots
         # Cross-attention makes keys and values of the vectors that z became.
-        of_slots, of_token = (slots, 0) if kind == "cross" else (0, 1)
+        of_slots, of_token = (injection.slots, 0) if injection.in_cross_attention else (0, 1)
         return cls(
             encoder_token=per["encoder token"],
-            encoder_pair=0 if kind == "none" else encoder_pair * backbone.encoder_layers,
+            encoder_pair=encoder_pair * backbone.encoder_layers if hasattr(model, "encoder") else 0,
             decoder_token=per["decoder token"] + of_token * per["cross key"],
             decoder_pair=pair * backbone.decoder_layers,
-            memory_slots=slots,
+            slots=injection.slots,
             sentence=per["sentence"] + of_slots * per["cross key"],
         )
 
@@ -107,7 +106,7 @@ class ModelFlops:
             self.encoder_token * encoder
             + self.encoder_pair * encoder**2
             + self.decoder_token * decoder
-            + self.decoder_pair * decoder * (decoder + self.memory_slots)
+            + self.decoder_pair * decoder * (decoder + self.slots)
             + self.sentence
         )
         return float(weight @ operations)

@@ -13,126 +13,167 @@ numbers of a sentence are the same for every family.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from dsvae.modeling.settings import read_by
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
     from typing_extensions import Self
 
-    from dsvae.modeling.t5_vae import T5VAEConfig
 
 ACTIVE = 0.01
 """A unit is active if its `activity` is larger (Burda et al. 2016)."""
 
 
-class Distribution(Protocol):
-    """A batch of distributions over z, in float32.
+class Distribution:
+    """A batch of distributions over z, in float32; a dataclass of tensors (B, ...).
 
     Widths: U units, Z numbers of z, E noise numbers (see `Family`).
     """
 
+    kl_of_z: ClassVar[bool] = True
+    """Whether `kl` is the KL of z alone, so that kl - mi is KL(q(z) || p(z))."""
+
+    @property
+    def probabilities(self) -> Tensor | None:
+        """(B, U, K), the probability of each of the K values of each unit; None if z is
+        continuous."""
+        return None
+
+    @property
+    def spike(self) -> Tensor | None:
+        """(B, U), the probability that a unit is off; None if no unit is ever off."""
+        return None
+
     @property
     def parameters(self) -> Tensor:
         """(B, P), the inverse of `Family.of`."""
+        raise NotImplementedError
 
     @property
     def point(self) -> Tensor:
         """The z that is decoded if nothing is drawn, (B, Z)."""
-
-    @property
-    def kl_of_z(self) -> bool:
-        """Whether `kl` is the KL of z alone, so that kl - mi is KL(q(z) || p(z))."""
+        raise NotImplementedError
 
     def sample(self, noise: Tensor) -> Tensor:
-        """z (B, Z), reparametrized, from standard normal `noise` (B, E)."""
+        """Returns z (B, Z), reparametrized, from standard normal `noise` (B, E)."""
+        raise NotImplementedError
 
     def kl(self, prior: Self) -> Tensor:
-        """KL(self || prior) of each unit in nats, (B, U); never negative."""
+        """Returns KL(self || prior) of each unit in nats, (B, U); never negative."""
+        raise NotImplementedError
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log q(z_i|x_i) in nats, (B,), for z (B, Z)."""
+        """Returns log q(z_i|x_i) in nats, (B,), for z (B, Z)."""
+        raise NotImplementedError
 
     def along(self, unit: int, offsets: Tensor) -> Tensor:
-        """The values of one dimension at `offsets` (J,) standard deviations from its
-        mean, (B, J). Only continuous families have them."""
+        """Returns the values of one dimension at `offsets` (J,) standard deviations from
+        its mean, (B, J). Only continuous families have them."""
+        raise TypeError("categories have no standard deviation")
 
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
-        """log q(z_j|x_i) in nats of each pair, (J, B) float64, for z (J, Z)."""
+        """Returns log q(z_j|x_i) in nats of each pair, (J, B) float64, for z (J, Z)."""
+        raise NotImplementedError
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each number of z, (B, Z) both."""
+        """Returns mean and variance of each number of z, (B, Z) both."""
+        raise NotImplementedError
 
     def activity(self) -> Tensor:
-        """How much each unit varies over the batch, (U,) float64; compare with
+        """Returns how much each unit varies over the batch, (U,) float64; compare with
         `ACTIVE`."""
-
-    def to(self, device: torch.device | str) -> Self:
-        """A copy on a device."""
-
-    def detach(self) -> Self:
-        """The same without a gradient."""
+        raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters by their names, (B, ...) each, for files."""
+        """Returns the parameters by their names, (B, ...) each, for files."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> Self:
+        """Copies it to a device."""
+        return type(self)(*(tensor.to(device) for tensor in self._tensors()))
+
+    def detach(self) -> Self:
+        """Returns the same without a gradient."""
+        return type(self)(*(tensor.detach() for tensor in self._tensors()))
+
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
 
 
-class Family(Protocol):
-    """The widths of a family, and how its distributions are made."""
+@dataclass(frozen=True)
+class Family:
+    """Makes the distributions of a family, and says how wide they are.
+
+    A dataclass of `units` and of the fields of `LatentConfig` that only this family reads.
+    """
+
+    units: int
+    """U, the number of parts of z whose KL is counted separately."""
+    continuous: ClassVar[bool] = True
+    """Whether sums and multiples of z are z, so that paths and directions make sense."""
 
     @property
-    def continuous(self) -> bool:
-        """Whether sums and multiples of z are z, so that paths and directions make
-        sense."""
-
-    @property
-    def units(self) -> int:
-        """U, the number of parts of z whose KL is counted separately."""
+    def description(self) -> str:
+        """The size and the kind of z, for the model card."""
+        raise NotImplementedError
 
     @property
     def latent_width(self) -> int:
         """Z, how many numbers of z the decoder reads."""
+        return self.units
 
     @property
     def parameter_width(self) -> int:
         """P, how many numbers the posterior's head returns per sentence."""
+        raise NotImplementedError
 
     @property
     def noise_width(self) -> int:
         """E, how many standard normal numbers one draw takes."""
+        return self.latent_width
 
     def codes(self, z: Tensor, unit: int) -> Tensor:
-        """z (Z,) with one unit at each of its K values, (K, Z). Only discrete families
-        have them."""
+        """Returns z (Z,) with one unit at each of its K values, (K, Z). Only discrete
+        families have them."""
+        raise TypeError("a dimension has no list of values")
 
     def of(self, parameters: Tensor) -> Distribution:
-        """The distributions of a head's output (B, P)."""
+        """Returns the distributions of a head's output (B, P)."""
+        raise NotImplementedError
 
     def bounded(self, parameters: Tensor) -> Tensor:
-        """A head's output (B, P) with its log-variances bounded by `LOGVAR_BOUNDS`.
+        """Returns a head's output (B, P) with its log-variances, which come second,
+        bounded smoothly by `LOGVAR_BOUNDS`: they hardly change in the middle.
 
         For a learned prior: nothing else keeps prior and posterior from becoming
         arbitrarily narrow together, until their KL overflows.
         """
+        low, high = LOGVAR_BOUNDS
+        mean, logvar, rest = parameters.float().tensor_split([self.units, 2 * self.units], dim=-1)
+        logvar = low + torch.nn.functional.softplus(logvar - low)
+        logvar = high - torch.nn.functional.softplus(high - logvar)
+        return torch.cat([mean, logvar, rest], dim=-1)
 
     def prior(self, device: torch.device | str = "cpu") -> Distribution:
-        """The fixed prior, one row that broadcasts against any batch."""
+        """Returns the fixed prior, one row that broadcasts against any batch."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Distribution):
     """A batch of diagonal Gaussians N(mean, diag(exp(logvar))), in float32."""
 
     mean: Tensor
     """(B, Z)"""
     logvar: Tensor
     """(B, Z), natural logarithm of the variance."""
-
-    @property
-    def kl_of_z(self) -> bool:
-        return True
 
     @property
     def parameters(self) -> Tensor:
@@ -188,12 +229,6 @@ class Gaussian:
             return torch.zeros(mean.shape[1], dtype=torch.float64)
         return mean.var(dim=0)
 
-    def to(self, device: torch.device | str) -> Gaussian:
-        return Gaussian(self.mean.to(device), self.logvar.to(device))
-
-    def detach(self) -> Gaussian:
-        return Gaussian(self.mean.detach(), self.logvar.detach())
-
     def tensors(self) -> dict[str, Tensor]:
         """`mean` and `logvar`, (B, Z) each."""
         return {"mean": self.mean, "logvar": self.logvar}
@@ -203,46 +238,20 @@ LOGVAR_BOUNDS = (-12.0, 6.0)
 """The log-variances that a model with a learned prior can have."""
 
 
-def _with_bounded_logvar(parameters: Tensor, units: int) -> Tensor:
-    """Parameters (B, P), whose log-variances come second, with these bounded smoothly:
-    they hardly change in the middle."""
-    low, high = LOGVAR_BOUNDS
-    mean, logvar, rest = parameters.tensor_split([units, 2 * units], dim=-1)
-    logvar = low + torch.nn.functional.softplus(logvar - low)
-    logvar = high - torch.nn.functional.softplus(high - logvar)
-    return torch.cat([mean, logvar, rest], dim=-1)
-
-
 @dataclass(frozen=True)
-class GaussianFamily:
+class GaussianFamily(Family):
     """Diagonal Gaussians with the prior N(0, I). Each dimension is a unit."""
 
-    units: int
-
     @property
-    def continuous(self) -> bool:
-        return True
-
-    @property
-    def latent_width(self) -> int:
-        return self.units
+    def description(self) -> str:
+        return f"{self.units} dimensions, Gaussian"
 
     @property
     def parameter_width(self) -> int:
         return 2 * self.units
 
-    @property
-    def noise_width(self) -> int:
-        return self.units
-
-    def codes(self, z: Tensor, unit: int) -> Tensor:
-        raise TypeError("a dimension has no list of values")
-
     def of(self, parameters: Tensor) -> Gaussian:
         return Gaussian(*parameters.float().chunk(2, dim=-1))
-
-    def bounded(self, parameters: Tensor) -> Tensor:
-        return _with_bounded_logvar(parameters.float(), self.units)
 
     def prior(self, device: torch.device | str = "cpu") -> Gaussian:
         zeros = torch.zeros(1, self.units, device=device)
@@ -254,7 +263,7 @@ SPIKE = 0.05
 
 
 @dataclass(frozen=True)
-class SpikeSlab:
+class SpikeSlab(Distribution):
     """A batch of hierarchical spike-and-slab distributions, in float32.
 
     For each dimension: a weight g ~ Beta(a, b), a selector s ~ Bernoulli(g), and
@@ -264,19 +273,25 @@ class SpikeSlab:
     theirs. G = a/(a+b) is the probability of the spike.
     """
 
-    parameters: Tensor
+    raw: Tensor
     """(B, 4Z): mean and logvar of the slab, then raw a and raw b. a = 0.5 + softplus(raw
     a), at most 100; b likewise."""
+
+    kl_of_z = False
+
+    @property
+    def parameters(self) -> Tensor:
+        return self.raw
 
     @property
     def slab(self) -> Gaussian:
         """N(mean, exp(logvar)) of each dimension."""
-        return Gaussian(*self.parameters.chunk(4, dim=-1)[:2])
+        return Gaussian(*self.raw.chunk(4, dim=-1)[:2])
 
     @property
     def beta(self) -> tuple[Tensor, Tensor]:
         """a and b of the Beta distribution of g, (B, Z) each."""
-        a, b = (_beta_parameter(raw) for raw in self.parameters.chunk(4, dim=-1)[2:])
+        a, b = (_beta_parameter(raw) for raw in self.raw.chunk(4, dim=-1)[2:])
         return a, b
 
     @property
@@ -284,10 +299,6 @@ class SpikeSlab:
         """G, the probability of the spike, (B, Z)."""
         a, b = self.beta
         return a / (a + b)
-
-    @property
-    def kl_of_z(self) -> bool:
-        return False
 
     @property
     def point(self) -> Tensor:
@@ -300,7 +311,7 @@ class SpikeSlab:
         The selector is a hard binary concrete variable (Maddison et al. 2017) with a
         straight-through gradient.
         """
-        selector, value = noise.to(self.parameters).chunk(2, dim=-1)
+        selector, value = noise.to(self.raw).chunk(2, dim=-1)
         a, b = self.beta
         logistic = torch.special.log_ndtr(selector) - torch.special.log_ndtr(-selector)
         soft = torch.sigmoid((a.log() - b.log() + logistic) / SELECTOR_TEMPERATURE)
@@ -333,13 +344,13 @@ class SpikeSlab:
 
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
         """log q(z_j|x_i) in nats of every pair, (J, B) float64, for z (J, Z)."""
-        mean, logvar = (x.double().T for x in self.parameters.chunk(4, dim=-1)[:2])  # (Z, B)
+        mean, logvar = (x.double().T for x in self.raw.chunk(4, dim=-1)[:2])  # (Z, B)
         a, b = (x.double().T for x in self.beta)
         precision = torch.exp(-logvar)
         spike_weight, slab_weight = a / (a + b), b / (a + b) * precision.sqrt()
         rows = z.double().T[..., None]  # (Z, J, 1)
         spike = torch.exp(-0.5 * (rows / SPIKE).square()) / SPIKE
-        total = torch.zeros(len(z), len(self.parameters), dtype=torch.float64, device=z.device)
+        total = torch.zeros(len(z), len(self.raw), dtype=torch.float64, device=z.device)
         # A block of posteriors and one dimension at a time: (J, B, Z) would not fit, and
         # small blocks stay in the processor's cache.
         for start in range(0, total.shape[1], PAIRWISE_BLOCK):
@@ -360,12 +371,6 @@ class SpikeSlab:
         """Var_x[E q(z|x)] of each dimension (sample variance), (Z,) float64."""
         mean, _ = self.moments()
         return Gaussian(mean, torch.zeros_like(mean)).activity()
-
-    def to(self, device: torch.device | str) -> SpikeSlab:
-        return SpikeSlab(self.parameters.to(device))
-
-    def detach(self) -> SpikeSlab:
-        return SpikeSlab(self.parameters.detach())
 
     def tensors(self) -> dict[str, Tensor]:
         """`mean` and `logvar` of the slab and `spike`, (B, Z) each."""
@@ -397,20 +402,16 @@ def _log_beta(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SpikeSlabFamily:
+class SpikeSlabFamily(Family):
     """Spike-and-slab distributions. The prior's slab is N(0, 1), and its weight g has
     the distribution Beta(*spike_prior)."""
 
-    units: int
-    spike_prior: tuple[float, float]
+    spike_prior: Sequence[float]
 
     @property
-    def continuous(self) -> bool:
-        return True
-
-    @property
-    def latent_width(self) -> int:
-        return self.units
+    def description(self) -> str:
+        a, b = self.spike_prior
+        return f"{self.units} dimensions, spike and slab, prior Beta({a:g}, {b:g})"
 
     @property
     def parameter_width(self) -> int:
@@ -420,14 +421,8 @@ class SpikeSlabFamily:
     def noise_width(self) -> int:
         return 2 * self.units
 
-    def codes(self, z: Tensor, unit: int) -> Tensor:
-        raise TypeError("a dimension has no list of values")
-
     def of(self, parameters: Tensor) -> SpikeSlab:
         return SpikeSlab(parameters.float())
-
-    def bounded(self, parameters: Tensor) -> Tensor:
-        return _with_bounded_logvar(parameters.float(), self.units)
 
     def prior(self, device: torch.device | str = "cpu") -> SpikeSlab:
         raw = [math.log(math.expm1(each - 0.5)) for each in self.spike_prior]
@@ -436,7 +431,7 @@ class SpikeSlabFamily:
 
 
 @dataclass(frozen=True)
-class Categorical:
+class Categorical(Distribution):
     """A batch of D independent categorical variables of K values each.
 
     z is their one-hot vectors side by side, Z = D * K.
@@ -444,10 +439,6 @@ class Categorical:
 
     logits: Tensor
     """(B, D, K) float32."""
-
-    @property
-    def kl_of_z(self) -> bool:
-        return True
 
     @property
     def parameters(self) -> Tensor:
@@ -478,9 +469,6 @@ class Categorical:
         # In float64, because the terms of the sum cancel near the prior.
         return (q.exp() * (q - p)).sum(-1).clamp(min=0).to(self.logits)
 
-    def along(self, unit: int, offsets: Tensor) -> Tensor:
-        raise TypeError("categories have no standard deviation")
-
     def log_prob(self, z: Tensor) -> Tensor:
         """log q(z_i|x_i) in nats, (B,), for one-hot z (B, D * K)."""
         return (z * self.logits.log_softmax(-1).flatten(1)).sum(-1)
@@ -498,12 +486,6 @@ class Categorical:
         nats, (D,) float64."""
         probabilities = self.logits.double().softmax(-1)
         return _entropy(probabilities.mean(0)) - _entropy(probabilities).mean(0)
-
-    def to(self, device: torch.device | str) -> Categorical:
-        return Categorical(self.logits.to(device))
-
-    def detach(self) -> Categorical:
-        return Categorical(self.logits.detach())
 
     def tensors(self) -> dict[str, Tensor]:
         """`probabilities`, (B, D, K)."""
@@ -523,15 +505,15 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CategoricalFamily:
+class CategoricalFamily(Family):
     """`units` variables of `categories` values each. The prior is uniform."""
 
-    units: int
     categories: int
+    continuous: ClassVar[bool] = False
 
     @property
-    def continuous(self) -> bool:
-        return False
+    def description(self) -> str:
+        return f"{self.units} categorical variables of {self.categories} values"
 
     @property
     def latent_width(self) -> int:
@@ -539,10 +521,6 @@ class CategoricalFamily:
 
     @property
     def parameter_width(self) -> int:
-        return self.latent_width
-
-    @property
-    def noise_width(self) -> int:
         return self.latent_width
 
     def codes(self, z: Tensor, unit: int) -> Tensor:
@@ -560,16 +538,14 @@ class CategoricalFamily:
         return Categorical(torch.zeros(1, self.units, self.categories, device=device))
 
 
-FAMILIES = ("gaussian", "spike_slab", "categorical")
+FAMILIES: dict[str, type[Family]] = {
+    "gaussian": GaussianFamily,
+    "spike_slab": SpikeSlabFamily,
+    "categorical": CategoricalFamily,
+}
+"""The families by their names in `LatentConfig.family`."""
 
 
-def make_family(config: T5VAEConfig) -> Family:
-    """The family that a model's configuration names."""
-    if config.family == "gaussian":
-        return GaussianFamily(config.latent_dim)
-    if config.family == "spike_slab":
-        a, b = config.spike_prior
-        return SpikeSlabFamily(config.latent_dim, (a, b))
-    if config.family == "categorical":
-        return CategoricalFamily(config.latent_dim, config.categories)
-    raise ValueError(f"family {config.family!r} is not one of {', '.join(FAMILIES)}")
+def make_family(config: PreTrainedConfig) -> Family:
+    """Returns the family that a model's configuration names."""
+    return FAMILIES[config.family](config.latent_dim, **read_by(config, "family"))

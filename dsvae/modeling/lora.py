@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-TARGETS = ("q", "k", "v", "o", "wi", "wo")
-"""The projections that may have adapters: of all attentions, and of the feed-forwards,
-where wi is also wi_0 and wi_1."""
+from dsvae.modeling.settings import Count, LoraConfig, convert, declared
+
 _IN_GEMMA = {"gate": "wi", "up": "wi", "down": "wo"}
 """What a T5Gemma calls the projections of its feed-forwards, without their ending."""
 
@@ -50,18 +49,14 @@ class LoraLinear(nn.Linear):
 
 
 def checked(lora: dict[str, Any]) -> dict[str, Any]:
-    """The settings rank, alpha and targets of a model's adapters.
+    """Returns the fields of `LoraConfig` as a model's configuration has them.
 
     Raises:
         ValueError: they make no sense.
     """
-    rank, alpha, targets = (lora[name] for name in ("rank", "alpha", "targets"))
-    if rank < 1 or not alpha > 0 or not targets or not set(targets) <= set(TARGETS):
-        raise ValueError(
-            f"lora needs a positive rank and alpha, and targets out of {', '.join(TARGETS)}, "
-            f"not {lora}"
-        )
-    return {"rank": rank, "alpha": float(alpha), "targets": sorted(set(targets))}
+    kinds = declared(LoraConfig) | {"rank": Count}  # a model without adapters has no `lora`
+    lora = {name: convert(lora[name], kind, f"lora.{name}") for name, kind in kinds.items()}
+    return lora | {"targets": sorted(set(lora["targets"]))}
 
 
 def add_adapters(stack: nn.Module, lora: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ import copy
 import difflib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from dsvae.modeling.families import Distribution, Family, make_family
 from dsvae.modeling.injection import make_injection
 from dsvae.modeling.lora import add_adapters, checked, is_adapter
 from dsvae.modeling.posterior import Float32Linear, PosteriorHead
+from dsvae.modeling.settings import LatentConfig, convert, declared
 from dsvae.modeling.vocabulary import VocabularyHead
 from dsvae.modeling.weight_source import Origin, SafetensorsFiles, refuse_pickles
 
@@ -45,9 +46,6 @@ CACHE = (
 
 LATENT_PATH = ("posterior.", "prior_head.", "class_head.", "tag_head.", "injection.")
 """How the names of the parameters begin that no T5 has."""
-
-
-PRIORS = ("fixed", "learned")
 
 
 HUB = (
@@ -88,45 +86,46 @@ def read_config(name_or_path: str, **hub: Any) -> PreTrainedConfig:
     )
 
 
-class T5VAEConfig(PreTrainedConfig):
+@dataclass
+class T5VAEFields(LatentConfig):
+    """The fields of a T5VAE's configuration that a PreTrainedConfig does not have."""
+
+    t5: Any = None
+    """The configuration of the T5, of a `model_type` in `BACKBONES`, as an object or a
+    dict."""
+    conditional: bool = False
+    """Whether the decoder also reads a condition c: a text that goes through the encoder,
+    to the decoder's cross-attention."""
+    prior: Literal["learned", "fixed"] | None = "fixed"
+    """As in `LatentConfig`. None becomes learned or fixed."""
+    classes: list[str] = field(default_factory=list)
+    """The names of the classes of a class head; empty: no such head."""
+    tags: list[str] = field(default_factory=list)
+    """The names of the tags of a tag head, in IOB2; empty: no such head."""
+    lora: dict[str, Any] | None = None
+    """The fields of `LoraConfig`; None: no adapters. The final model of a run has none:
+    they are added to their matrices."""
+    tie_word_embeddings: bool | None = None
+    """Whether the output projection is the input embedding (T5 v1.0) or another matrix
+    (v1.1, flan, mT5, umT5). None: what the T5's configuration implies. `T5VAE.from_t5`
+    sets it by the weights."""
+    beta: float = 1.0
+    """Weight of the KL in the `loss` of `T5VAE.forward`, which a plain training loop and
+    transformers' Trainer minimize. 1: the negative ELBO. The training of `dsvae` has a
+    schedule of its own."""
+    max_tokens: int | None = None
+    """Longest sentence of the training in tokens, EOS included, which is the default of
+    the evaluation. The model has no limit. None: not known."""
+
+
+class T5VAEConfig(T5VAEFields, PreTrainedConfig):
     """Configuration of a T5VAE: the one of its T5, and the latent path.
 
-    Args:
-        t5: the configuration of the T5, of a `model_type` in `BACKBONES`, as an object
-            or a dict.
-        family: gaussian, spike_slab or categorical (see `dsvae.modeling.families`).
-        latent_dim: the units of the latent: dimensions of z, or categorical variables.
-        categories: values of each variable, for categorical.
-        spike_prior: a and b of the prior Beta(a, b) of the spike's weight, for
-            spike_slab.
-        pooling: mean, max, first or attention.
-        injection: memory, embedding, both, or cross; none for a model without a latent
-            (Z = 0): a language model without an encoder, or a plain T5 where there is a
-            condition.
-        memory_slots: key/value slots per decoder layer, for injection by memory; vectors
-            that cross-attention reads, for cross.
-        conditional: whether the decoder also reads a condition c: a text that goes
-            through the encoder, to the decoder's cross-attention.
-        posterior_reads: what the encoder makes z of, where sentences have conditions, for
-            those who make its input: both (`c EOS x EOS`), or condition (`c EOS`), which
-            a decoder that is not conditional does not read.
-        prior: fixed, or learned: p(z|c) from the states of the condition (Fang et al.
-            2021). It is fixed where there is no latent.
-        clusters: R of a cluster of each sentence, through which the posterior reads it
-            (see `ClusterHead`); 0: none.
-        classes: the names of the classes of a class head; empty: no such head.
-        tags: the names of the tags of a tag head, in IOB2; empty: no such head.
-        lora: rank, alpha and targets of the adapters of the T5 (see
-            `dsvae.modeling.lora`); None: no adapters. The final model of
-            a run has none: they are added to their matrices.
-        tie_word_embeddings: whether the output projection is the input embedding (T5
-            v1.0) or another matrix (v1.1, flan, mT5, umT5). None: what the T5's
-            configuration implies. `T5VAE.from_t5` sets it by the weights.
-        beta: weight of the KL in the `loss` of `T5VAE.forward`, which a plain training
-            loop and transformers' Trainer minimize. 1: the negative ELBO. The training of
-            `dsvae` has a schedule of its own.
-        max_tokens: longest sentence of the training in tokens, EOS included, which is
-            the default of the evaluation. The model has no limit. None: not known.
+    Its fields are those of `T5VAEFields`. With injection none, latent_dim is 0, family is
+    gaussian and prior is fixed, whatever was given.
+
+    Raises:
+        ValueError: a value that does not fit its field, or the others.
     """
 
     model_type = "t5_vae"
@@ -137,24 +136,6 @@ class T5VAEConfig(PreTrainedConfig):
         *("tag_nats", "tags", "cache", "past_key_values"),
     ]
 
-    t5: Any = None
-    family: str = "gaussian"
-    latent_dim: int = 32
-    categories: int = 16
-    spike_prior: Any = (4.0, 1.0)
-    pooling: str = "mean"
-    injection: str = "memory"
-    memory_slots: int = 1
-    conditional: bool = False
-    posterior_reads: str = "both"
-    prior: str = "fixed"
-    clusters: int = 0
-    classes: Any = ()
-    tags: Any = ()
-    lora: Any = None
-    tie_word_embeddings: bool | None = None
-    beta: float = 1.0
-    max_tokens: int | None = None
     # For `generate`, this is a decoder conditioned on z, and on encoder states that are
     # made before.
     is_encoder_decoder: bool = False
@@ -167,13 +148,16 @@ class T5VAEConfig(PreTrainedConfig):
             self.t5 = AutoConfig.for_model(fields.pop("model_type", "t5"), **fields)
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = self.backbone.tied_by_default
-        if self.injection == "none":
-            self.latent_dim, self.family, self.prior = 0, "gaussian", "fixed"
-        if self.prior not in PRIORS:
-            raise ValueError(f"prior {self.prior!r} is not one of {', '.join(PRIORS)}")
+        if not self.has_latent:
+            self.latent_dim, self.family, self.prior = LatentConfig.latent_dim, "gaussian", "fixed"
+        for name, kind in declared(T5VAEFields).items():
+            setattr(self, name, convert(getattr(self, name), kind, name))
+        if not self.has_latent:
+            self.latent_dim = 0
         if self.prior == "learned" and not self.conditional:
             raise ValueError("a learned prior needs a condition")
-        if self.injection == "none" and (self.clusters or self.classes or self.tags):
+        self.prior = "learned" if self.has_learned_prior(self.conditional) else "fixed"
+        if not self.has_latent and (self.clusters or self.classes or self.tags):
             raise ValueError("clusters, classes and tags need an injection other than none")
         if self.backbone.needs_cross_attention and (
             self.injection not in ("cross", "none") or not self.cross_attention
@@ -183,10 +167,6 @@ class T5VAEConfig(PreTrainedConfig):
                 f"decoder has no memory slots and always reads encoder states: use injection cross"
             )
         self.lora = checked(self.lora) if self.lora else None
-        # as in config.json
-        self.spike_prior, self.classes, self.tags = (
-            list(each) for each in (self.spike_prior, self.classes, self.tags)
-        )
         kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
         end = self.t5.eos_token_id
         kwargs.setdefault("eos_token_id", end[0] if isinstance(end, list) else end)
@@ -306,11 +286,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.family: Family = make_family(config)
         self.shared = nn.Embedding(base.vocabulary, base.decoder_width)
-        if config.injection != "none" or config.conditional:
+        if config.has_latent or config.conditional:
             self.encoder = base.encoder()
             if base.own_embeddings:
                 self.encoder_embedding = nn.Embedding(base.vocabulary, base.encoder_width)
-        if config.injection != "none":
+        if config.has_latent:
             self.posterior = PosteriorHead(
                 base.encoder_width, self.family.parameter_width, config.pooling, config.clusters
             )
@@ -320,9 +300,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             self.tag_head = TagHead(base.encoder_width, config.tags)
         if config.prior == "learned":
             self.prior_head = Float32Linear(base.encoder_width, self.family.parameter_width)
-        self.injection = make_injection(
-            config.injection, base, self.family.latent_width, config.memory_slots
-        )
+        self.injection = make_injection(config, self.family.latent_width)
         self.decoder = base.decoder(cross_attention=config.cross_attention)
         self.lm_head = VocabularyHead(base.decoder_width, base.vocabulary, base.logit_cap)
         self.output_scale = base.output_scale(bool(config.tie_word_embeddings))
@@ -577,7 +555,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         out: dict[str, Any] = {}
         if config.prior == "fixed":
             out["prior"] = self.family.prior(input_ids.device)
-        if config.injection == "none":
+        if not config.has_latent:
             nothing = torch.zeros(len(input_ids), 0, device=input_ids.device)
             return {**out, "posterior": self.family.of(nothing)}
         mask = _mask_of(input_ids, attention_mask)
@@ -822,7 +800,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             kwargs["condition_states"] = states
             kwargs["condition_mask"] = condition_mask
         if latent is None:
-            if input_ids is None and self.config.injection == "none":
+            if input_ids is None and not self.config.has_latent:
                 input_ids = condition_ids  # only their number matters
             if input_ids is None:
                 raise ValueError("generate needs a latent, or input_ids to encode")

@@ -22,16 +22,15 @@ separately. If T is linear, t does not depend on m, and nothing is reduced.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from dsvae.config import FreeBitsMode
 from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.families import Distribution
 from dsvae.modeling.t5_vae import T5VAEOutput
-
-FreeBitsMode = Literal["dimension", "total", "sentence"]
 
 Statistics = dict[str, Tensor]
 """Numbers by name: (B, n) of each sentence, or (n,), their means over a batch."""
@@ -74,7 +73,7 @@ class Penalty:
         total_correlation: weight of the pairwise total correlation of the categories,
             the sum over pairs of variables of their mutual information under the mean of
             q(z|x) (beta-TCVAE, Chen et al. 2018). For two variables it is the total
-            correlation itself. Only the categorical family has one.
+            correlation itself. Only discrete families have one.
         prior_alone: add KL(sg(q) || p), the KL to a learned prior with the posterior
             held constant, for steps with beta 0. With `detach_prior` of
             `T5VAE.forward`, its gradient trains the prior's head and nothing else. So a
@@ -141,7 +140,8 @@ class Penalty:
         if self.tag_weight:
             found["tag_nats"] = _part(out, "tag_nats")[:, None]
         if self.total_correlation:
-            probabilities = posterior.tensors()["probabilities"]
+            if (probabilities := posterior.probabilities) is None:
+                raise ValueError("total correlation needs a family of categories")
             pairs = products_of_pairs(probabilities)
             found |= {"categories": probabilities.flatten(1), "pairs": pairs.flatten(1)}
         return found

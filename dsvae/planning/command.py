@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsvae.config import RECIPES
+from dsvae.config import ALIASES, RECIPES
 from dsvae.errors import UserError, nearest
 from dsvae.planning.plan import SHIPPED, Machine, Option, Plan, make_plan
 from dsvae.planning.show import advise, as_json, as_text
@@ -15,16 +16,6 @@ from dsvae.planning.sizes import KNOWN, known_name
 
 DEFAULT_RECIPE = "park2021"
 """Recipe of the run for a model given by name: it does not set a model itself."""
-FIELDS = {
-    "batch_tokens": "data.micro_batch_tokens",
-    "eval_batch_tokens": "eval.batch_tokens",
-    "max_tokens": "data.max_tokens",
-    "batch_size": "data.batch_size",
-    "freeze_decoder": "phase1.freeze_decoder",
-    "lora_rank": "model.lora.rank",
-}
-"""Flags of `dsvae plan` and the fields of the run that they set; the others have the same
-name there."""
 MOST_BYTES = 10**18
 """More is a typing error, and the largest would be infinite."""
 
@@ -40,19 +31,19 @@ def plan_command(
     margin: float,
     gradient_checkpointing: bool | None,
     ds_config: str | None,
-    **flags: Any,
+    fields: Mapping[str, Any],
 ) -> tuple[str, str]:
     """Returns a plan as (text, one line of JSON). The arguments are the flags of
     `dsvae plan`.
 
     Args:
-        flags: of the run; None: as the recipe has it.
+        fields: of the run, by their dotted or short names.
 
     Raises:
         UserError: an unknown model, a size that is none, a configuration that a run
             would refuse.
     """
-    flags = {FIELDS.get(name, name): value for name, value in flags.items()}
+    flags = {ALIASES.get(name, name): value for name, value in fields.items()}
     if gpus < 1 or gpus_per_node < 1:
         raise UserError("--gpus and --gpus_per_node must be at least 1")
     if not 0 <= margin < 100:
@@ -109,6 +100,5 @@ def _run_arguments(model: str, config: str | None, flags: dict[str, Any]) -> lis
             + (f"; did you mean {full_names[close]}?" if close else "")
         )
     for name, value in flags.items():
-        if value is not None:
-            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+        words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     return words

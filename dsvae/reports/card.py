@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from dsvae.config import RunConfig
 from dsvae.data.sources import source_of
 from dsvae.files import write_text
+from dsvae.modeling.families import make_family
 from dsvae.reports.table import result_table
 from dsvae.reports.templates import render
 
@@ -62,17 +63,6 @@ def write_checkpoint_card(
 def _write(
     path: Path, config: RunConfig, model: PreTrainedConfig, trained: str, **values: Any
 ) -> None:
-    values |= {"source": source_of(config.data).description, "size": _size(model)}
+    values |= {"source": source_of(config.data).description, "family": make_family(model)}
     values["version"] = version("dsvae")
     write_text(path, render("card.md.jinja", config=config, model=model, trained=trained, **values))
-
-
-def _size(model: PreTrainedConfig) -> str:
-    """The family and its size."""
-    units = model.latent_dim
-    if model.family == "categorical":
-        return f"{units} categorical variables of {model.categories} values"
-    if model.family == "spike_slab":
-        a, b = model.spike_prior
-        return f"{units} dimensions, spike and slab, prior Beta({a:g}, {b:g})"
-    return f"{units} dimensions, Gaussian"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, get_args
 
 import matplotlib
 from matplotlib.ticker import MaxNLocator
 
+from dsvae.modeling.settings import InjectionName
 from dsvae.reports.compare import Comparison, grouped
 from dsvae.reports.figures import COLOR, STYLE, new_figure, short, svg
 from dsvae.reports.runs import RunSummary
@@ -14,9 +16,10 @@ from dsvae.reports.table import number
 
 _LINES = 9
 """Most lines of equal rec + kl, at round numbers."""
-_COLORS = {"memory": COLOR, "embedding": "#c1662f", "both": "#3c8d5a"}
-_COLORS |= {"cross": "#7a5ba8", "none": "#444444"}
+_PALETTE = itertools.cycle([COLOR, "#c1662f", "#3c8d5a", "#7a5ba8"])
+_COLORS = dict(zip(get_args(InjectionName), _PALETTE, strict=False))
 """By injection."""
+_NO_LATENT = "#444444"
 _NAME = 100
 """Most characters of a run's name. A sweep's names are told apart by their ends."""
 _AXES, _CHARACTER = 5.7, 0.058
@@ -48,7 +51,7 @@ def plot(comparison: Comparison) -> str | None:
         width = _AXES + _CHARACTER * max(map(len, labels))
         figure, axes = new_figure(width, max(4.0, 0.6 + 0.26 * len(runs)))
         for run, (kl, rec), label in zip(runs, points, labels, strict=True):
-            color = _COLORS.get(_injection(run), COLOR)
+            color = _COLORS.get(_injection(run), COLOR) if run.latent else _NO_LATENT
             style: dict[str, Any] = {"marker": "o" if run.latent else "D", "markersize": 6}
             style["markerfacecolor"] = color if run.split == "test" else "none"
             axes.plot(kl, rec, color=color, linestyle="none", label=label, **style)
@@ -64,7 +67,7 @@ def plot(comparison: Comparison) -> str | None:
                 axes.text(kl, total - kl, f"{total:g}", fontsize=6, alpha=0.6, va="bottom")
         for run, (kl, rec) in zip(runs, points, strict=True):
             if not run.latent:
-                axes.axline((kl, rec), color=_COLORS["none"], linestyle="--", **line)
+                axes.axline((kl, rec), color=_NO_LATENT, linestyle="--", **line)
         axes.set(xlim=(left, right), ylim=(low, high))
         width, height = right - left, high - low
 

@@ -21,6 +21,7 @@ from dsvae.config import RESUMABLE, RunConfig, flatten, to_tree
 from dsvae.data.sources import source_of
 from dsvae.errors import UserError
 from dsvae.metrics import catalog
+from dsvae.modeling.settings import unread
 from dsvae.run_directory import RunDirectory
 
 # Settings that do not affect what a run learns. ds_config is a path, whose content is
@@ -180,11 +181,10 @@ def _unused(config: RunConfig) -> tuple[str, ...]:
     """Prefixes of the names of the fields that a run does not use."""
     names = {"1": ["phase2."], "2": ["phase1."], "all": []}[config.phase]
     names += source_of(config.data).unused
-    if config.model.injection == "none":
+    if not config.model.has_latent:
         names += ["model.latent_dim", "model.pooling"]
         names += ["phase2.beta.", "phase2.free_bits", "phase2.release"]
-    if config.model.injection in ("none", "embedding"):
-        names.append("model.memory_slots")
+    names += [f"model.{name}" for name in unread(config.model)]
     return tuple(names)
 
 

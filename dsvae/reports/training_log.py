@@ -243,7 +243,7 @@ def _layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
     """The charts of TensorBoard's CUSTOM SCALARS, in its format."""
     data = config.data
     left_out = set()
-    if config.model.injection == "none":
+    if not config.model.has_latent:
         left_out.add("does z matter")
     if data.label_column is None and data.tags_column is None:
         left_out.add("labels")

@@ -43,8 +43,9 @@ from dsvae.inference import passes
 from dsvae.modeling import t5_vae
 from dsvae.modeling.attention import LATENT_ATTENTION, latent_attention_forward
 from dsvae.modeling.backbone import T5Backbone
+from dsvae.modeling.injection import Injection, MemoryInjection
 from dsvae.modeling.posterior import Pooling
-from dsvae.modeling.t5_vae import T5VAE
+from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 from dsvae.run_directory import RunDirectory
 from dsvae.train import main as train
 
@@ -71,7 +72,7 @@ def mix(projected: Tensor, layers: int) -> Tensor:
     return projected.reshape(layers, count, -1).transpose(0, 1).reshape(count, -1)
 
 
-class ReleasedMemory(nn.Module):
+class ReleasedMemory(MemoryInjection):
     """`MemoryInjection` with the deviations of the released code.
 
     Args:
@@ -83,7 +84,7 @@ class ReleasedMemory(nn.Module):
     def __init__(
         self, backbone: T5Backbone, latent_width: int, slots: int, *, group: int, tied: bool
     ) -> None:
-        super().__init__()
+        super().__init__(backbone, latent_width, slots)
         heads, width = backbone.key_value_heads, backbone.head_width
         self.shape = (backbone.decoder_layers, 1 if tied else 2, slots, heads, width)
         self.group = group
@@ -103,8 +104,8 @@ def other_memory(config: RunConfig, *, mixed: bool, tied: bool) -> None:
         sys.exit("as_released: these switches need --injection memory")
     group = config.data.batch_size if mixed else 0
 
-    def make(kind: str, backbone: T5Backbone, width: int, slots: int) -> nn.Module:
-        return ReleasedMemory(backbone, width, slots, group=group, tied=tied)
+    def make(config: T5VAEConfig, width: int) -> Injection:
+        return ReleasedMemory(config.backbone, width, config.memory_slots, group=group, tied=tied)
 
     t5_vae.make_injection = make
     if not mixed:

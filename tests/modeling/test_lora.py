@@ -132,5 +132,5 @@ def test_a_trained_model_gets_adapters_or_keeps_its_own(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0}, {"targets": []}, {"targets": ["x"]}])
 def test_wrong_settings_of_a_config_json_are_refused(wrong):
-    with pytest.raises(ValueError, match="lora needs"):
+    with pytest.raises(ValueError, match=r"^lora\.\w+ "):
         make_vae(lora=ALL | wrong)

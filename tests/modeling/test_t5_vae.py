@@ -11,7 +11,7 @@ from small_models import INJECTIONS, T5_CONFIGS, make_t5, make_vae
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
-from dsvae import T5VAE
+from dsvae import T5VAE, T5VAEConfig
 from dsvae.modeling.t5_vae import CACHE
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
@@ -581,3 +581,43 @@ def test_missing_weights_are_an_error(tmp_path):
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks weights"):
         T5VAE.from_t5(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("pooling", "x"),
+        ("family", "x"),
+        ("injection", "x"),
+        ("prior", "x"),
+        ("posterior_reads", "x"),
+        ("latent_dim", -1),
+        ("latent_dim", "many"),
+        ("categories", 0),
+        ("spike_prior", [4.0]),
+        ("spike_prior", [4.0, 0.0]),
+        ("memory_slots", 0),
+        ("clusters", 1),
+        ("max_tokens", "x"),
+        ("classes", "a"),
+        ("conditional", 2),
+        ("lora", {"rank": 1, "alpha": 0, "targets": ["q"]}),
+        ("lora", {"rank": 1, "alpha": 1, "targets": ["x"]}),
+    ],
+)
+def test_a_configuration_refuses_values_that_make_no_sense(field, value):
+    T5VAEConfig()
+    with pytest.raises(ValueError, match=rf"^{field}[. ].*") as caught:
+        T5VAEConfig(**{field: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prior_that_is_not_given_is_learned_where_there_are_conditions():
+    for conditional, injection, prior in (
+        (False, "memory", "fixed"),
+        (True, "memory", "learned"),
+        (True, "none", "fixed"),
+    ):
+        config = T5VAEConfig(prior=None, conditional=conditional, injection=injection)
+        assert config.prior == prior
+        assert T5VAEConfig.from_dict(config.to_dict()).prior == prior

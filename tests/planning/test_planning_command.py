@@ -158,7 +158,7 @@ def test_only_adapters_and_the_latent_path_have_states(capsys):
         (["t5-small", "--gpus", "136", "--batch_size", "135"], "or with --batch_size 136 or more"),
         (["quickstart", "--config", "optimus"], "two configurations"),
         (["t5-base", "--ds_config", "none.json"], "none.json"),
-        (["t5-base", "--phase", "3"], "--phase is '3', not one of all, 1, 2"),
+        (["t5-base", "--phase", "3"], "phase is '3', not one of all, 1, 2"),
     ],
 )
 def test_mistakes_are_one_line(capsys, words, message):
