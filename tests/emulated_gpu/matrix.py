@@ -84,6 +84,7 @@ def main() -> None:
 
     from dsvae.config import DataConfig
     from dsvae.data.corpora import load_corpus
+    from dsvae.data.sources import source_of
 
     wrong = 0
     with tempfile.TemporaryDirectory() as directory:
@@ -92,7 +93,7 @@ def main() -> None:
         base.write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "cache_dir": directory}}))
         gemma = work / "t5gemma"
         make_t5gemma(gemma)
-        corpus = load_corpus(DataConfig(builtin_size=300), 0, gemma)
+        corpus = load_corpus(source_of(DataConfig(builtin_size=300)), 0, gemma)
         small_tokenizer(corpus.splits["train"]["text"]).save_pretrained(gemma)
         for name, given in VARIANTS.items():
             if args.only not in name:
