@@ -214,7 +214,8 @@ class PhaseEngine:
             own = batch.weight @ pack(statistics).detach()
             if slopes is None and penalty.active:
                 # The slopes of a linear penalty are the same at any means.
-                means = own if penalty.linear else self.world.sum(own) / sentences
+                # `own` is summed over the ranks again with the other sums of the step.
+                means = own if penalty.linear else self.world.sum(own.clone()) / sentences
                 slopes = penalty.slopes(unpack(means, statistics))
             share = loss_share(out.weighted_nats, statistics, batch.weight, slopes, sentences)
             self.deepspeed.backward(share * self.world.size, scale_wrt_gas=False)
