@@ -88,9 +88,9 @@ def encoder_attention_forward(
     masked_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The stock SDPA. With `masked_bias` of `mask_bias`, all layers use the same memory;
-    otherwise each layer makes (B, H, S, S) numbers, and keeps them for its backward
-    pass."""
+    """Calls the stock SDPA. With `masked_bias` of `mask_bias`, all layers use the same
+    memory. Otherwise each layer makes (B, H, S, S) numbers, and keeps them for its
+    backward pass."""
     if masked_bias is not None:
         attention_mask = _MaskedBias.apply(position_bias, attention_mask, masked_bias)
         position_bias = None
@@ -101,8 +101,8 @@ def encoder_attention_forward(
 
 @torch.no_grad()
 def mask_bias(position_bias: Tensor, attention_mask: Tensor) -> Tensor:
-    """The sum of bias and mask that SDPA takes, (B, H, S, S), in the dtype that the layers
-    compute in.
+    """Returns the sum of bias and mask that SDPA takes, (B, H, S, S), in the dtype that
+    the layers compute in.
 
     Args:
         position_bias: (1, H, S, S).
@@ -166,8 +166,8 @@ def _with_slots(
     position_bias: Tensor,
     latent_memory: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Keys, values, mask and position bias with the slots of this layer before the
-    tokens, where it has some."""
+    """Returns keys, values, mask and position bias, with the slots of this layer before
+    the tokens if it has some."""
     if latent_memory is None or not module.is_causal:
         return key, value, attention_mask, position_bias
     layer = cast(int, module.layer_idx) if latent_memory.shape[1] > 1 else 0

@@ -153,7 +153,7 @@ class T5Backbone:
         return self.config.scale_decoder_outputs
 
     def output_scale(self, tied: bool) -> float:
-        """The factor on the decoder's output before the projection to logits.
+        """Returns the factor on the decoder's output before the projection to logits.
 
         Args:
             tied: whether the output projection is the input embedding.
@@ -166,25 +166,26 @@ class T5Backbone:
     # Modules
 
     def encoder(self) -> nn.Module:
-        """A fresh encoder stack without an embedding; it is called with
+        """Makes a fresh encoder stack without an embedding. It is called with
         `inputs_embeds`."""
         return self._stack(is_decoder=False)
 
     def shared_by_layers(self, encoder: Any, attention_mask: Tensor) -> dict[str, Tensor]:
-        """What all layers of an encoder from `encoder` use alike, as keywords of its call:
-        the sum of the position bias and a mask (B, S)."""
+        """Returns what all layers of an encoder from `encoder` share, as keywords of
+        its call: the sum of the position bias and a mask (B, S)."""
         first, length = encoder.block[0].layer[0].SelfAttention, attention_mask.shape[1]
         with torch.no_grad():
             bias = first.compute_bias(length, length, device=attention_mask.device)
         return {"masked_bias": mask_bias(bias, attention_mask)}
 
     def norm(self) -> nn.Module:
-        """A fresh norm, as the encoder applies it to its states last."""
+        """Makes a fresh norm like the one that the encoder applies to its states
+        last."""
         return T5LayerNorm(self.encoder_width, eps=self.config.layer_norm_epsilon)
 
     def decoder(self, *, cross_attention: bool = False) -> nn.Module:
-        """A fresh decoder stack that attends to memory slots (`dsvae.modeling.attention`),
-        without an embedding.
+        """Makes a fresh decoder stack that attends to memory slots
+        (`dsvae.modeling.attention`), without an embedding.
 
         Args:
             cross_attention: keep the pretrained model's cross-attention to encoder
@@ -216,12 +217,14 @@ class T5Backbone:
     # Names of weights
 
     def embedding_key(self, keys: Container[str]) -> str:
-        """The name of the input embedding among the weights of a pretrained model."""
+        """Returns the name of the input embedding among the weights of a pretrained
+        model."""
         names = (key for key in self.embedding_keys if key in keys)
         return next(names, self.embedding_keys[0])
 
     def pretrained_key(self, name: str, *, cross_attention: bool = False) -> str:
-        """The name that a weight of a stack or of `lm_head` has in a pretrained model.
+        """Returns the name that a weight of a stack or of `lm_head` has in a pretrained
+        model.
 
         There, cross-attention lies between self-attention and the feed-forward.
 
@@ -262,7 +265,7 @@ class UMT5Backbone(T5Backbone):
         return {}  # each layer has a position bias of its own
 
     def output_scale(self, tied: bool) -> float:
-        # As it was trained: with the scale where the projection is the embedding. Its
+        # As it was trained: with the scale if the projection is the embedding. Its
         # configuration does not say so: transformers 5 calls all of them tied.
         return self._scale(tied)
 
@@ -360,7 +363,7 @@ class T5GemmaBackbone(T5Backbone):
         config._attn_implementation = "eager"
         fresh: Any = stack(config)
         del fresh.embed_tokens
-        with torch.device("cpu"):  # its numbers are no weights, which nothing would fill
+        with torch.device("cpu"):  # not weights: nothing would fill its numbers
             fresh.rotary_emb = _RotaryEmbedding(config)
         return fresh
 
@@ -374,7 +377,8 @@ class _RotaryEmbedding(T5GemmaRotaryEmbedding):
     """Rotary positions whose frequencies stay float32, in whatever dtype the weights
     are.
 
-    `from_pretrained` fills them again where the name of the class has "RotaryEmbedding".
+    `from_pretrained` fills them again if the name of the class contains
+    "RotaryEmbedding".
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> _RotaryEmbedding:
@@ -391,7 +395,7 @@ BACKBONES: dict[str, type[T5Backbone]] = {
 
 
 def backbone(config: Any) -> T5Backbone:
-    """The backbone of a pretrained model's configuration.
+    """Returns the backbone of a pretrained model's configuration.
 
     Raises:
         ValueError: its `model_type` is not supported.

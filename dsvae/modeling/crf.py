@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dsvae.modeling.posterior import Float32Linear
 
 IGNORE = -100
-"""Label of the positions without one: padding, or no first piece of a word."""
+"""Label of the positions without one: padding, or not the first piece of a word."""
 
 
 class CRF(nn.Module):
@@ -47,8 +47,8 @@ class CRF(nn.Module):
             nn.init.zeros_(scores)
 
     def nll(self, emissions: Tensor, tags: Tensor) -> Tensor:
-        """-log p(t|x) of each sentence in nats, (B,) float32: 0, and without a gradient,
-        for a sentence without tags.
+        """Returns -log p(t|x) of each sentence in nats, (B,) float32. A sentence
+        without tags has 0 and no gradient.
 
         Args:
             emissions: (B, S, K), a score of each tag at each position.
@@ -57,11 +57,11 @@ class CRF(nn.Module):
         return self(emissions, tags, decode=False)
 
     def decode(self, emissions: Tensor, words: Tensor) -> Tensor:
-        """The most probable tags that are possible in IOB2, (B, S), `IGNORE` where there
-        is no word (Viterbi 1967).
+        """Returns the most probable tags that are possible in IOB2, (B, S), `IGNORE`
+        where there is no word (Viterbi 1967).
 
-        `I-type` may follow only `B-type` or `I-type`, and no sentence begins with it. The
-        probabilities themselves know nothing of this.
+        `I-type` may follow only `B-type` or `I-type`, and no sentence begins with it.
+        The probabilities themselves ignore this rule.
 
         Args:
             emissions: (B, S, K).
@@ -139,8 +139,8 @@ class TagHead(nn.Module):
 
 
 def _words_first(emissions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The words of each sentence side by side, for at least the W of the longest one, and
-    at least 1.
+    """Puts the words of each sentence side by side, for at least the W of the longest
+    one, and at least 1.
 
     Returns: their emissions (B, W, K), float32 and 0 where a sentence has fewer words;
         their places in the sentence (B, W); and where there is a word (B, W).
@@ -153,16 +153,17 @@ def _words_first(emissions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _width(mask: Tensor) -> int:
-    """How many words to compute. On a GPU it is the number of pieces: to know the number of
-    words, the host would wait for the device in every pass."""
+    """Returns how many words to compute. On a GPU it is the number of pieces: to learn
+    the number of words, the host would wait for the device in every pass."""
     return max(1, int(mask.sum(1).max())) if mask.device.type == "cpu" else mask.shape[1]
 
 
 def _last(words: Tensor) -> Tensor:
-    """The index of each sentence's last word, (B, 1); 0 without words."""
+    """Returns the index of each sentence's last word, (B, 1); 0 without words."""
     return (words.sum(1, keepdim=True) - 1).clamp(min=0)
 
 
 def _allowed(before: str | None, tag: str) -> bool:
-    """Whether IOB2 lets `tag` follow `before`; None is the start of the sentence."""
+    """Returns whether IOB2 lets `tag` follow `before`; None is the start of the
+    sentence."""
     return not tag.startswith("I-") or before in (f"B-{tag[2:]}", tag)

@@ -40,7 +40,7 @@ class Mixture:
         return 1 + self.latent_width
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) in nats, (B,) float64, for z (B, Z)."""
+        """Returns log p(z) in nats, (B,) float64, for z (B, Z)."""
         parts = []
         for weight, mean, factor in zip(self.weights, self.means, self.factors, strict=True):
             white = torch.linalg.solve_triangular(factor, (z.double() - mean).T, upper=False).T
@@ -48,7 +48,7 @@ class Mixture:
         return torch.stack(parts).logsumexp(0)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """z (B, Z) float32 from standard normal `noise` (B, E)."""
+        """Returns z (B, Z) float32 from standard normal `noise` (B, E)."""
         choice, noise = noise.double().split([1, self.latent_width], dim=1)
         bounds = self.weights.cumsum(0)[:-1]
         chosen = torch.bucketize(torch.special.ndtr(choice[:, 0]), bounds)
@@ -56,7 +56,7 @@ class Mixture:
         return (self.means[chosen] + moved).float()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `mixture` takes."""
+        """Returns what `mixture` takes."""
         return {"weights": self.weights, "means": self.means, "factors": self.factors}
 
 
@@ -82,13 +82,13 @@ class Coupling(nn.Module):
         )
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The result (B, Z), and log |det| of its Jacobian, (B,)."""
+        """Returns the result (B, Z), and log |det| of its Jacobian, (B,)."""
         kept, moved = z[:, self.order].tensor_split([self.kept], dim=1)
         shift, log_scale = self._moves(kept)
         return torch.cat([kept, (moved - shift) * (-log_scale).exp()], 1), -log_scale.sum(1)
 
     def inverse(self, result: Tensor) -> Tensor:
-        """What `forward` makes `result` (B, Z) of."""
+        """Returns the input from which `forward` makes `result` (B, Z)."""
         kept, moved = result.tensor_split([self.kept], dim=1)
         shift, log_scale = self._moves(kept)
         return torch.cat([kept, moved * log_scale.exp() + shift], 1)[:, self.order.argsort()]
@@ -135,7 +135,7 @@ class Flow(nn.Module):
         return self.latent_width
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The noise of z, (B, Z), and log |det| of its Jacobian, (B,)."""
+        """Returns the noise of z, (B, Z), and log |det| of its Jacobian, (B,)."""
         centred = z.to(self.mean) - self.mean
         noise = torch.linalg.solve_triangular(self.factor, centred.T, upper=False).T
         log_det = -self.factor.diagonal().log().sum().expand(len(z))
@@ -145,13 +145,13 @@ class Flow(nn.Module):
         return noise, log_det
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) in nats, (B,), for z (B, Z)."""
+        """Returns log p(z) in nats, (B,), for z (B, Z)."""
         noise, log_det = self(z)
         return _standard_normal(noise) + log_det
 
     @torch.no_grad()
     def sample(self, noise: Tensor) -> Tensor:
-        """z (B, Z) float32 from standard normal `noise` (B, E): the inverse of
+        """Returns z (B, Z) float32 from standard normal `noise` (B, E): the inverse of
         `forward`."""
         z = noise.to(self.mean)
         for coupling in reversed(self.couplings):
@@ -160,7 +160,7 @@ class Flow(nn.Module):
         return (self.mean + z @ self.factor.T).float()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `flow_of` takes."""
+        """Returns what `flow_of` takes."""
         return self.state_dict()
 
 
@@ -168,7 +168,8 @@ Density = Mixture | Flow
 
 
 def flow_of(tensors: dict[str, Tensor]) -> Flow:
-    """The flow that has these `tensors`. Raises KeyError or RuntimeError for others."""
+    """Returns the flow that has these `tensors`. Raises KeyError or RuntimeError for
+    others."""
     layers = len([name for name in tensors if name.endswith(".order")])
     hidden = len(tensors["couplings.0.network.0.bias"])
     flow = Flow(tensors["mean"], tensors["factor"], layers, hidden)
@@ -177,5 +178,5 @@ def flow_of(tensors: dict[str, Tensor]) -> Flow:
 
 
 def _standard_normal(x: Tensor) -> Tensor:
-    """log N(x; 0, I) in nats, (B,), for x (B, Z)."""
+    """Returns log N(x; 0, I) in nats, (B,), for x (B, Z)."""
     return -0.5 * (x.square().sum(-1) + x.shape[-1] * math.log(2 * math.pi))

@@ -186,27 +186,28 @@ class Gaussian(Distribution):
         return self.mean
 
     def sample(self, noise: Tensor) -> Tensor:
-        """z = mean + std * noise (Kingma & Welling 2014), (B, Z)."""
+        """Returns z = mean + std * noise (Kingma & Welling 2014), (B, Z)."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
 
     def kl(self, prior: Gaussian) -> Tensor:
-        """KL(self || prior) of each dimension in nats, (B, Z), in closed form."""
+        """Returns KL(self || prior) of each dimension in nats, (B, Z), in closed
+        form."""
         squared = (self.mean - prior.mean).square() * torch.exp(-prior.logvar)
         ratio = self.logvar - prior.logvar
         # Near the prior, exp(ratio) - 1 would cancel and round the KL to below 0.
         return 0.5 * (squared + torch.expm1(ratio) - ratio)
 
     def along(self, unit: int, offsets: Tensor) -> Tensor:
-        """mean + std * offset, (B, J)."""
+        """Returns mean + std * offset, (B, J)."""
         return self.mean[:, unit, None] + torch.exp(0.5 * self.logvar[:, unit, None]) * offsets
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log N(z_i; mean_i, var_i) in nats, (B,), for z (B, Z)."""
+        """Returns log N(z_i; mean_i, var_i) in nats, (B,), for z (B, Z)."""
         squared = (z - self.mean).square() * torch.exp(-self.logvar)
         return -0.5 * (squared + self.logvar + math.log(2 * math.pi)).sum(-1)
 
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
-        """log q(z_j|x_i) in nats of every pair, (J, B) float64, for z (J, Z).
+        """Returns log q(z_j|x_i) in nats of every pair, (J, B) float64, for z (J, Z).
 
         The square is expanded into matrix products, in float64 because its terms
         cancel.
@@ -222,15 +223,15 @@ class Gaussian(Distribution):
         return self.mean, self.logvar.exp()
 
     def activity(self) -> Tensor:
-        """Var_x[E q(z|x)] of each dimension (sample variance), (Z,) float64. It is zero
-        for a single sentence."""
+        """Returns Var_x[E q(z|x)] of each dimension (sample variance), (Z,) float64. It
+        is zero for a single sentence."""
         mean = self.mean.double()
         if len(mean) < 2 or mean.shape[1] == 0:
             return torch.zeros(mean.shape[1], dtype=torch.float64)
         return mean.var(dim=0)
 
     def tensors(self) -> dict[str, Tensor]:
-        """`mean` and `logvar`, (B, Z) each."""
+        """Returns `mean` and `logvar`, (B, Z) each."""
         return {"mean": self.mean, "logvar": self.logvar}
 
 
@@ -267,7 +268,7 @@ class SpikeSlab(Distribution):
     """A batch of hierarchical spike-and-slab distributions, in float32.
 
     For each dimension: a weight g ~ Beta(a, b), a selector s ~ Bernoulli(g), and
-    z ~ N(0, SPIKE^2) where s = 1 (the spike), or N(mean, exp(logvar)) where s = 0 (the
+    z ~ N(0, SPIKE^2) if s = 1 (the spike), or N(mean, exp(logvar)) if s = 0 (the
     slab). This follows Prokhorov et al. 2021, with the selector kept as a latent. The KL
     of (g, s, z) then has a closed form, is never negative, and is an upper bound on
     theirs. G = a/(a+b) is the probability of the spike.
@@ -306,7 +307,8 @@ class SpikeSlab(Distribution):
         return torch.where(self.spike < 0.5, self.slab.mean, 0.0)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """z (B, Z) from noise (B, 2Z): a number for the selector and one for the value.
+        """Returns z (B, Z) from noise (B, 2Z): a number for the selector and one for
+        the value.
 
         The selector is a hard binary concrete variable (Maddison et al. 2017) with a
         straight-through gradient.
@@ -319,7 +321,8 @@ class SpikeSlab(Distribution):
         return spiked * SPIKE * value + (1 - spiked) * self.slab.sample(value)
 
     def kl(self, prior: SpikeSlab) -> Tensor:
-        """KL of the joint latents (g, s, z) of each dimension in nats, (B, Z)."""
+        """Returns the KL of the joint latents (g, s, z) of each dimension in nats,
+        (B, Z)."""
         slab = (1 - self.spike) * self.slab.kl(prior.slab)
         # In float64, because the terms of the Beta's KL are large near the prior and
         # cancel.
@@ -334,16 +337,17 @@ class SpikeSlab(Distribution):
         return slab + weight.clamp(min=0).to(slab)
 
     def along(self, unit: int, offsets: Tensor) -> Tensor:
-        """The slab's mean + std * offset, (B, J)."""
+        """Returns the slab's mean + std * offset, (B, J)."""
         return self.slab.along(unit, offsets)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log q(z_i|x_i) in nats, (B,), for z (B, Z), with the selector summed out and g
-        integrated out."""
+        """Returns log q(z_i|x_i) in nats, (B,), for z (B, Z), with the selector summed
+        out and g integrated out."""
         return self._log_density(z).sum(-1)
 
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
-        """log q(z_j|x_i) in nats of every pair, (J, B) float64, for z (J, Z)."""
+        """Returns log q(z_j|x_i) in nats of every pair, (J, B) float64, for z
+        (J, Z)."""
         mean, logvar = (x.double().T for x in self.raw.chunk(4, dim=-1)[:2])  # (Z, B)
         a, b = (x.double().T for x in self.beta)
         precision = torch.exp(-logvar)
@@ -368,12 +372,12 @@ class SpikeSlab(Distribution):
         return (1 - self.spike) * mean, inside + self.spike * (1 - self.spike) * mean.square()
 
     def activity(self) -> Tensor:
-        """Var_x[E q(z|x)] of each dimension (sample variance), (Z,) float64."""
+        """Returns Var_x[E q(z|x)] of each dimension (sample variance), (Z,) float64."""
         mean, _ = self.moments()
         return Gaussian(mean, torch.zeros_like(mean)).activity()
 
     def tensors(self) -> dict[str, Tensor]:
-        """`mean` and `logvar` of the slab and `spike`, (B, Z) each."""
+        """Returns `mean` and `logvar` of the slab and `spike`, (B, Z) each."""
         return {**self.slab.tensors(), "spike": self.spike}
 
     def _log_density(self, z: Tensor) -> Tensor:
@@ -456,25 +460,27 @@ class Categorical(Distribution):
         return _one_hot(self.logits).flatten(1)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """One-hot vectors (B, D * K) from noise (B, D * K), with the gradient of the
-        softmax: straight-through Gumbel-softmax (Jang et al. 2017)."""
+        """Returns one-hot vectors (B, D * K) from noise (B, D * K), with the gradient
+        of the softmax: straight-through Gumbel-softmax (Jang et al. 2017)."""
         normal = noise.to(self.logits).view(len(noise), *self.logits.shape[1:])
         gumbel = -torch.log(-torch.special.log_ndtr(normal))
         soft = ((self.logits + gumbel) / SOFTMAX_TEMPERATURE).softmax(-1)
         return (_one_hot(soft) + (soft - soft.detach())).flatten(1)
 
     def kl(self, prior: Categorical) -> Tensor:
-        """KL(self || prior) of each variable in nats, (B, D), in closed form."""
+        """Returns KL(self || prior) of each variable in nats, (B, D), in closed
+        form."""
         q, p = self.logits.double().log_softmax(-1), prior.logits.double().log_softmax(-1)
         # In float64, because the terms of the sum cancel near the prior.
         return (q.exp() * (q - p)).sum(-1).clamp(min=0).to(self.logits)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log q(z_i|x_i) in nats, (B,), for one-hot z (B, D * K)."""
+        """Returns log q(z_i|x_i) in nats, (B,), for one-hot z (B, D * K)."""
         return (z * self.logits.log_softmax(-1).flatten(1)).sum(-1)
 
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
-        """log q(z_j|x_i) in nats of every pair, (J, B) float64, for z (J, D * K)."""
+        """Returns log q(z_j|x_i) in nats of every pair, (J, B) float64, for z
+        (J, D * K)."""
         return z.double() @ self.logits.double().log_softmax(-1).flatten(1).T
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -482,13 +488,13 @@ class Categorical(Distribution):
         return chances, chances * (1 - chances)
 
     def activity(self) -> Tensor:
-        """The information of each variable about the sentence, H(mean q) - mean H(q), in
-        nats, (D,) float64."""
+        """Returns the information of each variable about the sentence, H(mean q) - mean
+        H(q), in nats, (D,) float64."""
         probabilities = self.logits.double().softmax(-1)
         return _entropy(probabilities.mean(0)) - _entropy(probabilities).mean(0)
 
     def tensors(self) -> dict[str, Tensor]:
-        """`probabilities`, (B, D, K)."""
+        """Returns `probabilities`, (B, D, K)."""
         return {"probabilities": self.probabilities}
 
 

@@ -69,12 +69,12 @@ def add_adapters(stack: nn.Module, lora: dict[str, Any]) -> None:
 
 
 def scale_of(lora: dict[str, Any]) -> float:
-    """alpha / r, the factor on B A."""
+    """Returns alpha / r, the factor on B A."""
     return lora["alpha"] / lora["rank"]
 
 
 def is_adapter(name: str) -> bool:
-    """Whether the parameter of this name belongs to an adapter."""
+    """Returns whether the parameter of this name belongs to an adapter."""
     return name.rpartition(".")[2] in (_A, _B)
 
 
@@ -86,7 +86,8 @@ def draw(name: str, out: Tensor) -> Tensor:
 
 
 def in_peft(name: str) -> str:
-    """The name that a parameter of a T5VAE has in a file of the package peft."""
+    """Returns the name that a parameter of a T5VAE has in a file of the package
+    peft."""
     for ours, theirs in ((_A, "lora_A.weight"), (_B, "lora_B.weight")):
         if name.endswith(ours):
             name = name.removesuffix(ours) + theirs
@@ -94,7 +95,7 @@ def in_peft(name: str) -> str:
 
 
 def peft_config(names: Sequence[str], lora: dict[str, Any], base: str) -> dict[str, Any]:
-    """What an adapter_config.json of peft says.
+    """Returns the content of an adapter_config.json of peft.
 
     Args:
         names: of the adapters' parameters, and of others that are saved with them.
@@ -116,7 +117,8 @@ def peft_config(names: Sequence[str], lora: dict[str, Any], base: str) -> dict[s
 def merged(
     weights: Iterator[tuple[str, Tensor | None]], lora: dict[str, Any]
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """The weights of the model without adapters that computes the same: W + scale B A.
+    """Yields the weights of the model without adapters that computes the same, W +
+    scale B A.
 
     Args:
         weights: whole, in the order of `named_parameters`, where the adapter follows its

@@ -59,8 +59,8 @@ class ClusterHead(nn.Module):
         parameters = head([V h ; r E]),    V: d to `OWN_WIDTH`,  E: R to `CLUSTER_WIDTH`
 
     The cluster has no prior and no KL. If `head` read all of h, z would not need the
-    cluster and it would stay noise. So h itself passes through a few numbers alone, and
-    what more z has to know of the sentence is cheapest to say by its cluster.
+    cluster and it would stay noise. So h itself passes through a few numbers alone.
+    What else z has to know of the sentence is cheapest to say through its cluster.
     """
 
     def __init__(self, d_model: int, clusters: int, parameter_width: int) -> None:

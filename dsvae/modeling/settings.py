@@ -31,8 +31,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class ReadBy:
-    """Says that a field is read only if another field of its section has one of some
-    values."""
+    """Says that a field is read only if another field of its section has one of the
+    given values."""
 
     field: str
     values: tuple[str, ...]
@@ -138,7 +138,8 @@ def declared(cls: type, plain: bool = False) -> dict[str, Any]:
 
 
 def unread(settings: Any) -> list[str]:
-    """Returns the names of the fields that a section does not read, as others are set."""
+    """Returns the names of the fields that a section does not read because of the
+    values of others."""
     return [
         name
         for name, kind in declared(type(settings)).items()

@@ -215,10 +215,10 @@ class T5VAEOutput(CausalLMOutputWithPast):
     """What `T5VAE.forward` returns.
 
     loss: the mean over the B sentences of nats + `config.beta` * KL(posterior || prior),
-        the negative ELBO in nats per sentence for beta 1; if labels were given, and no
-        latent.
+        the negative ELBO in nats per sentence for beta 1. Only if labels were given,
+        and no latent.
     logits: (B, T, V).
-    hidden_states, attentions: of the decoder; if they were asked for, as are those of
+    hidden_states, attentions: of the decoder, if they were asked for. So are those of
         the encoder, and the decoder's cross_attentions.
     nats: (B,), -log p(x|z) of each sentence, if labels were given.
     weighted_nats: their sum by `sentence_weights`, if these were given. The logits are
@@ -228,7 +228,7 @@ class T5VAEOutput(CausalLMOutputWithPast):
     prior: p(z) in one row, or the learned p(z|c) of each sentence, whose condition was
         encoded; None if `latent` was given.
     condition_states: (B, C, d), for `encode_only` alone.
-    clusters: (B, R) probabilities, and class_logits: (B, K), where there are such heads.
+    clusters: (B, R) probabilities, and class_logits: (B, K), if there are such heads.
     class_nats, tag_nats: (B,), -log p of the class and of the tags that were given, 0
         where there are none. They are not in the loss.
     tags: (B, S), the most probable tags where `tag_labels` has some, -100 elsewhere;
@@ -260,10 +260,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     cross-attention to the sentence, so z is the only way from there.
 
     With a condition c, the same encoder also reads c alone. The decoder attends to these
-    states with T5's own cross-attention (behind the vectors made of z, where z enters
-    there too), and their pooling gives the learned prior
-    p(z|c). The posterior reads the packed text `c EOS x EOS`. So z stays the only way
-    from x.
+    states with T5's own cross-attention, after the vectors made of z if z enters there
+    too. The pooling of these states gives the learned prior p(z|c). The posterior reads
+    the packed text `c EOS x EOS`. So z stays the only way from x.
     """
 
     config_class = T5VAEConfig
@@ -332,10 +331,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Computes the activations of the layers again in the backward pass.
+        """Makes the backward pass compute the activations of the layers again.
 
         Raises:
-            ValueError: by reentrant checkpoints, which pass no gradient to z.
+            ValueError: reentrant checkpoints were asked for, which pass no gradient to
+                z.
         """
         given = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if given["use_reentrant"]:
@@ -383,7 +383,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         cls, name_or_path: str, *, seed: int, dropout_rate: float | None = None, **latent: Any
     ) -> Origin:
         """Returns the weights of `from_t5`, tensor by tensor. The latent path is drawn
-        from `seed`. It raises what `from_t5` raises."""
+        from `seed`. Raises what `from_t5` raises."""
         hub = {name: latent.pop(name) for name in HUB if name in latent}
         every = {each.name for each in fields(PreTrainedConfig)} | {"t5", "tie_word_embeddings"}
         known = [each.name for each in fields(cls.config_class) if each.name not in every]
@@ -424,7 +424,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def origin_in(
         cls, name_or_path: str, config: T5VAEConfig | None = None, *, seed: int = 0
     ) -> Origin:
-        """The weights of a saved T5VAE, tensor by tensor.
+        """Returns the weights of a saved T5VAE, tensor by tensor.
 
         Args:
             config: replaces that of the directory.
@@ -455,7 +455,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def from_pretrained(  # type: ignore[override]
         cls, name_or_path: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, but only from safetensors.
+        """Loads a model as transformers does, but only from safetensors.
 
         Raises:
             OSError: there are none.
@@ -501,7 +501,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         self.lm_head.weight = new_embeddings.weight
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Distribution:
-        """q(z|x) of a batch of sentences.
+        """Encodes a batch of sentences to q(z|x).
 
         Args:
             input_ids: (B, S). With a condition: `c EOS x EOS`.
@@ -515,8 +515,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def prior(
         self, condition_ids: Tensor | None = None, condition_mask: Tensor | None = None
     ) -> Distribution:
-        """The prior on the model's device: p(z), one row for all sentences, or a learned
-        p(z|c), one row per condition.
+        """Returns the prior on the model's device: p(z), one row for all sentences, or
+        a learned p(z|c), one row per condition.
 
         Args:
             condition_ids: (B, C), `c EOS`; only a learned prior reads it.
@@ -531,7 +531,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         return self._learned_prior(states, mask)
 
     def _encode(self, input_ids: Tensor, attention_mask: Tensor, **capture: Any) -> Any:
-        """The encoder's output; its `last_hidden_state` is (B, S, d)."""
+        """Returns the encoder's output; its `last_hidden_state` is (B, S, d)."""
         base = self.config.backbone
         embeddings = (self.encoder_embedding if base.own_embeddings else self.shared)(input_ids)
         return self.encoder(
@@ -549,7 +549,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         tag_labels: Tensor | None = None,
         **capture: Any,
     ) -> dict[str, Any]:
-        """What the encoder and its heads make of sentences, by the names of
+        """Returns what the encoder and its heads make of sentences, by the names of
         `T5VAEOutput`."""
         config = self.config
         out: dict[str, Any] = {}
@@ -581,8 +581,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         return out
 
     def _learned_prior(self, states: Tensor, mask: Tensor, *, alone: bool = False) -> Distribution:
-        """p(z|c) from the states of the conditions; `alone`: only its head gets a
-        gradient."""
+        """Returns p(z|c) from the states of the conditions. With `alone`, only its head
+        gets a gradient."""
         pooled = self.posterior.pooling(states, mask)
         return self._distribution(self.prior_head(pooled.detach() if alone else pooled))
 
@@ -734,14 +734,15 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         return T5VAEOutput(latent=latent, **out)
 
     def _loss(self, nats: Tensor, kl: Tensor) -> Tensor:
-        """The sum over sentences of nats (B,) + beta * the KL of their units (B, U)."""
+        """Returns the sum over sentences of nats (B,) + beta * the KL of their units
+        (B, U)."""
         beta = self.config.beta
         return (nats + beta * kl.sum(-1) if beta else nats).sum()
 
     def _check_condition(
         self, ids: Tensor | None, mask: Tensor | None, states: Tensor | None
     ) -> None:
-        """Raises ValueError unless there is a condition exactly where the model reads
+        """Raises ValueError unless there is a condition exactly if the model reads
         one."""
         if not self.config.conditional and any(each is not None for each in (ids, mask, states)):
             raise ValueError("this T5VAE is not conditional, and reads no condition")
@@ -749,8 +750,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             raise ValueError("this T5VAE is conditional: it needs condition_ids")
 
     def shift_right(self, labels: Tensor) -> Tensor:
-        """The decoder's input for `labels` (B, T): the start token, then all labels but
-        the last. -100 becomes padding."""
+        """Returns the decoder's input for `labels` (B, T): the start token, then all
+        labels but the last. -100 becomes padding."""
         shifted = labels.new_full(labels.shape, self.config.decoder_start_token_id)
         shifted[:, 1:] = labels[:, :-1]
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
@@ -816,12 +817,13 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
 
 def _mask_of(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask of a batch of texts, (B, S); None means that there is no padding."""
+    """Returns the mask of a batch of texts, (B, S); None means that there is no
+    padding."""
     return torch.ones_like(ids, dtype=torch.long) if mask is None else mask
 
 
 def _nats(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p of each sentence, (B,) float32, from all logits (B, T, V)."""
+    """Returns -log p of each sentence, (B,) float32, from all logits (B, T, V)."""
     nats = F.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE
     )
@@ -831,8 +833,8 @@ def _nats(logits: Tensor, labels: Tensor) -> Tensor:
 def _cross_attended(
     vectors: Tensor | None, condition: Tensor | None, condition_mask: Tensor | None
 ) -> dict[str, Tensor]:
-    """What cross-attention reads: the vectors made of z (B, M, d), and behind them the
-    states of the condition (B, C, d) with its mask."""
+    """Returns what cross-attention reads: the vectors made of z (B, M, d), and after
+    them the states of the condition (B, C, d) with its mask."""
     given = ((vectors, None), (condition, condition_mask))
     parts = [
         (states, _mask_of(states[..., 0], mask)) for states, mask in given if states is not None
@@ -845,8 +847,8 @@ def _cross_attended(
 
 
 def _with_cross_attention(cache: Cache | None, use_cache: bool) -> Cache | None:
-    """A cache with a part of its own for cross-attention, which would write its keys
-    among those of the decoder's tokens."""
+    """Returns a cache with a separate part for cross-attention, which would otherwise
+    write its keys among those of the decoder's tokens."""
     if cache is None and not use_cache or isinstance(cache, EncoderDecoderCache):
         return cache
     return EncoderDecoderCache(DynamicCache() if cache is None else cache, DynamicCache())

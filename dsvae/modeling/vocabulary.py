@@ -52,7 +52,7 @@ class VocabularyHead(nn.Linear):
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The logits; or, with labels, -log p of sentences in nats.
+        """Returns the logits; or, with labels, -log p of sentences in nats.
 
         Args:
             hidden: (B, T, d).
@@ -84,8 +84,9 @@ def _capped(logits: Tensor, cap: float | None) -> Tensor:
 def piece(
     logits: Tensor, target: Tensor, scale: Tensor, cap: float | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """-log p of each target (N,), float32, and the gradient of their sum weighted by `scale`
-    (N,) by the logits, (N, V) in `dtype`; None without. It may overwrite `logits`."""
+    """Returns -log p of each target (N,), float32, and the gradient with respect to the
+    logits of their sum weighted by `scale` (N,): (N, V) in `dtype`, or None without
+    `dtype`. It may overwrite `logits`."""
     logits = _capped(logits.float(), cap)
     of_target = logits.gather(1, target[:, None])
     if dtype is None:

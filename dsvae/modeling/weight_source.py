@@ -71,7 +71,8 @@ class SafetensorsFiles:
             out.copy_(reader.get_tensor(key))
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors are equal; only a few rows are in memory at a time."""
+        """Returns whether two tensors are equal; only a few rows are in memory at a
+        time."""
         if self.shape(one) != self.shape(other):
             return False
         with (
@@ -85,8 +86,8 @@ class SafetensorsFiles:
             )
 
     def check_unchanged(self) -> None:
-        """Raises OSError if a file is missing or has changed since it was opened
-        first."""
+        """Raises OSError if a file is missing or has changed since it was first
+        opened."""
         for file, stamp in self._stamps.items():
             if not file.is_file():
                 raise OSError(f"{file} no longer exists")
@@ -143,7 +144,7 @@ class Origin:
         return self._skeleton.config
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device, without values and memory."""
+        """Makes the model on the meta device, without values and memory."""
         with torch.device("meta"):
             return self._make()
 
@@ -163,7 +164,7 @@ class Origin:
         return out.copy_(self._drawn.pop(name))
 
     def tensor(self, name: str) -> Tensor:
-        """The value of a parameter, float32 on CPU."""
+        """Returns the value of a parameter, float32 on CPU."""
         return self.copy(name, torch.empty(self._shapes[name], dtype=torch.float32))
 
     def check_unchanged(self) -> None:
@@ -186,7 +187,7 @@ class Origin:
 
     @torch.no_grad()
     def _draw(self, name: str) -> dict[str, Tensor]:
-        """The values of all parameters of the module that initializes this one.
+        """Draws the values of all parameters of the module that initializes this one.
 
         In T5, an attention or a feed-forward initializes the matrices inside it, and is
         therefore drawn as a whole. Stacks and models leave it to their children.
@@ -216,8 +217,8 @@ class Origin:
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[nn.Parameter], None]]]:
-    """Every parameter of a model with its name, and a function that replaces it in all
-    modules that it is tied to."""
+    """Yields every parameter of a model with its name, and a function that replaces it
+    in all modules that it is tied to."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -232,7 +233,7 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[nn.Pa
 
 
 def no_safetensors(name: str) -> OSError:
-    """The error for a model without safetensors."""
+    """Returns the error for a model without safetensors."""
     return OSError(
         f"no file named {SAFE_WEIGHTS_NAME} in {name}, and pickles (pytorch_model.bin) are not "
         f"read, because they can run code: on a machine that you trust, load the model with its "
@@ -278,7 +279,8 @@ def _weight_files(name_or_path: str, hub: dict[str, Any]) -> list[str]:
 
 
 def _model_of(model: PreTrainedModel, path: str) -> PreTrainedModel:
-    """The innermost transformers model around a submodule, whose rules apply there."""
+    """Returns the innermost transformers model around a submodule, whose rules apply
+    there."""
     parts = path.split(".")
     around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
     return [module for module in around if isinstance(module, PreTrainedModel)][-1]
