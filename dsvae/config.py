@@ -522,7 +522,7 @@ precision if `precision` is auto."""
 
 
 def read(argv: Sequence[str]) -> RunConfig:
-    """The configuration that a command line asks for.
+    """Returns the configuration that a command line asks for.
 
     Args:
         argv: `--name value` or `--name=value` pairs; `--name` alone sets a boolean.
@@ -539,8 +539,8 @@ def read(argv: Sequence[str]) -> RunConfig:
 
 
 def merge(given: Mapping[str, str]) -> RunConfig:
-    """The configuration of flags from `parse_flags` and their `--config`, not yet
-    checked."""
+    """Returns the configuration of flags from `parse_flags` and their `--config`, not
+    yet checked."""
     given = dict(given)
     source = given.pop("config", DEFAULT_RECIPE)
     tree = load_tree(source)
@@ -560,7 +560,8 @@ def merge(given: Mapping[str, str]) -> RunConfig:
 
 
 def parse_flags(argv: Sequence[str]) -> dict[str, str]:
-    """`--name value` pairs of a command line, with values as the strings they are."""
+    """Returns `--name value` pairs of a command line, with values as the strings they
+    are."""
     known = set(field_types()) | set(ALIASES) | {"config", "local_rank"}
     given: dict[str, str] = {}
     rest = list(argv)
@@ -597,7 +598,7 @@ def choose_micro_batches(config: RunConfig, device: str) -> None:
 
 
 def load_tree(source: str) -> dict[str, Any]:
-    """The mapping in a recipe (by name) or in a YAML file (by path)."""
+    """Returns the mapping in a recipe (by name) or in a YAML file (by path)."""
     path = RECIPES / f"{source}.yaml"
     if not path.is_file():
         path = Path(source)
@@ -618,27 +619,28 @@ def load_tree(source: str) -> dict[str, Any]:
 
 
 def load(path: Path) -> RunConfig:
-    """The configuration in a config.yaml, not yet checked."""
+    """Returns the configuration in a config.yaml, not yet checked."""
     return build(load_tree(str(path)), where=str(path))
 
 
 def build(tree: Mapping[str, Any], *, where: str) -> RunConfig:
-    """A RunConfig of a mapping; `where` names its source in errors."""
+    """Returns a RunConfig of a mapping; `where` names its source in errors."""
     return _build(RunConfig, tree, "", where)
 
 
 def to_tree(config: Any) -> dict[str, Any]:
-    """The plain nested mapping of a configuration."""
+    """Returns the plain nested mapping of a configuration."""
     return dataclasses.asdict(config)
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The configuration as YAML; `--config` of it repeats the run."""
+    """Returns the configuration as YAML; `--config` of it repeats the run."""
     return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
 
 
 def difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """`field: old -> new` for every changed field that a resumed run may not change."""
+    """Returns `field: old -> new` for every changed field that a resumed run may not
+    change."""
     before, after = flatten(to_tree(old)), flatten(to_tree(new))
     names = [name for name in before | after if name not in RESUMABLE and name != "ds_config"]
     pairs = ((name, before.get(name), after.get(name)) for name in names)
@@ -674,7 +676,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a nested mapping by their dotted names."""
+    """Returns the leaves of a nested mapping by their dotted names."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -685,8 +687,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def did_you_mean_field(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for an unknown dotted name, or nothing; by the last part
-    first."""
+    """Returns `; did you mean X?` for an unknown dotted name, or nothing; by the last
+    part first."""
     known, last = sorted(known), name.rsplit(".", 1)[-1]
     by_last_part = {each.rsplit(".", 1)[-1]: each for each in reversed(known)}
     close = by_last_part.get(last) or nearest(name, known)

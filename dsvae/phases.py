@@ -62,10 +62,11 @@ class Phase:
         return self.number == 2 and self.config.phase2.release > 0
 
     def penalty(self, step: int, controlled_beta: float) -> Penalty:
-        """What optimizer step `step` of the phase (from 0) adds to the reconstruction.
+        """Returns what optimizer step `step` of the phase (from 0) adds to the
+        reconstruction.
 
         Args:
-            controlled_beta: beta where it is `controlled`.
+            controlled_beta: beta if it is `controlled`.
         """
         config, settings = self.config, self.settings
         heads: dict[str, Any] = {}
@@ -91,6 +92,6 @@ class Phase:
         )
 
     def validation_loss(self, metrics: Mapping[str, float]) -> float:
-        """The value on validation text by which the best checkpoint of the phase is
-        known: rec in phase 1, rec + kl in phase 2."""
+        """Returns the value on validation text by which the best checkpoint of the
+        phase is known: rec in phase 1, rec + kl in phase 2."""
         return metrics["rec"] + (metrics["kl"] if self.number == 2 else 0.0)

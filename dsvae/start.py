@@ -96,7 +96,7 @@ def find_start(
 def _continue(
     config: RunConfig, source: RunDirectory, elsewhere: bool, report: Callable[[str], Any]
 ) -> Start:
-    """The start of a run that continues what lies in `source`."""
+    """Returns the start of a run that continues what lies in `source`."""
     wanted = _wanted(config)
     between = source.phase1_model if source.phase1_model.is_dir() else None
     tokenizer = source.tokenizer if source.tokenizer.is_dir() else None
@@ -129,7 +129,7 @@ def _start(
     weights: Path | None = None,
     tokenizer: Path | None = None,
 ) -> Start:
-    """A start with the steps that phase 2 counts on, wherever phase 1 ran."""
+    """Returns a start with the steps that phase 2 counts on, wherever phase 1 ran."""
     phases = phases or _wanted(config)
     before = config.phase1.steps if 1 in phases or weights else 0
     if newest is not None and newest.phase == 2:

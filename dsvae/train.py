@@ -86,7 +86,7 @@ from dsvae.usage import help_text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs what a command line asks for; the exit code."""
+    """Runs what a command line asks for; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     if "--help" in words or "-h" in words:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         reporter = Reporter(config, world.is_main)
         run(config, raw, world, stopping, reporter)
     except BaseException as error:
-        code = EXIT_INTERRUPTED  # where a second Ctrl-C cuts the lines below short
+        code = EXIT_INTERRUPTED  # if a second Ctrl-C cuts the lines below short
         # Signals wait: launchers send one as soon as the first rank has failed.
         with stopping.defer_signals(), suppress(KeyboardInterrupt):
             code, reason = explain(error, world, reading, stopping)
@@ -155,15 +155,15 @@ def run(
     stopping: Stopping,
     reporter: Reporter,
 ) -> None:
-    """A whole run on this rank.
+    """Does a whole run on this rank.
 
     Args:
         raw: the DeepSpeed configuration as it was read.
 
     Raises:
         UserError: on every rank alike.
-        RunStopped: on every rank alike, or on this one alone where there is nothing
-            left to save.
+        RunStopped: on every rank alike, or on this one alone if there is nothing left
+            to save.
     """
     directory = RunDirectory(config.output_dir)
     configuration.choose_micro_batches(config, world.device.type)
@@ -245,8 +245,8 @@ def train_phase(
     batches: TrainingBatches,
     resumed: Checkpoint | None,
 ) -> None:
-    """The optimizer steps of one phase, with the logging, evaluations and checkpoints
-    between them.
+    """Runs the optimizer steps of one phase, with the logging, evaluations and
+    checkpoints between them.
 
     Args:
         resumed: the checkpoint that the engine was loaded from; None: a fresh phase.
@@ -321,8 +321,8 @@ def train_phase(
 def _validate(
     run: Run, phase: Phase, engine: PhaseEngine, watched: TokenizedSplit, step: int
 ) -> float:
-    """Measures and shows validation sentences after global step `step`; the value by
-    which the best checkpoint is known."""
+    """Measures and shows validation sentences after global step `step`; returns the
+    value by which the best checkpoint is known."""
     metrics, pairs, prior = _evaluate(run, engine, watched, iw_samples=0)
     run.reporter.evaluation(step, phase.number, "valid", metrics)
     shown = ("rec", "kl", "mi", "au", "rec_shuffled", "class_accuracy", "entity_f1", "b3_f1")
@@ -339,8 +339,8 @@ def _validate(
 def _evaluate(
     run: Run, engine: PhaseEngine, split: TokenizedSplit, kept: Kept | None = None, **options: Any
 ) -> tuple[dict[str, Any], list[tuple[str, str]], list[str]]:
-    """The metrics of sentences, reconstructions of the first ones, and sentences from the
-    prior. `options` are those of `metrics.evaluate.evaluate`."""
+    """Returns the metrics of sentences, reconstructions of the first ones, and
+    sentences from the prior. `options` are those of `metrics.evaluate.evaluate`."""
     settings, data = run.config.eval, run.data
     passes = Passes(engine.module, run.world, token_budget=settings.batch_tokens, kept=kept)
     metrics, measured = evaluate(passes, split, samples=settings.samples, **options)
@@ -375,7 +375,7 @@ def _save(
     """Saves a checkpoint after optimizer step `step` of the phase.
 
     Args:
-        leaving: whether the run ends behind it, and cannot go on without it.
+        leaving: whether the run ends after it, and cannot continue without it.
     """
     config, reporter = run.config, run.reporter
     reporter.flush()
@@ -409,8 +409,8 @@ def _save(
 
 
 def finish(run: Run, phase: Phase, engine: PhaseEngine) -> dict[str, Any]:
-    """The final evaluation on all test sentences, and the export. metrics.json comes
-    last: it says that everything is there.
+    """Runs the final evaluation on all test sentences, and the export. metrics.json
+    comes last: it says that everything is there.
 
     Raises:
         RunStopped: on every rank: a signal came. The results so far are kept, and the

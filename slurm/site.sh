@@ -60,11 +60,11 @@ dsvae_activate() {
 }
 
 # ---- How a job behaves.
-: "${DSVAE_MAX_RESTARTS:=100}"    # the most restarts of a job
-: "${DSVAE_MAX_FAILURES:=3}"      # the most restarts after a lost rank; restarts by SLURM do not count
+: "${DSVAE_MAX_RESTARTS:=100}"    # at most this many restarts of a job
+: "${DSVAE_MAX_FAILURES:=3}"      # at most this many after a lost rank; SLURM's own do not count
 : "${DSVAE_WAIT:=120}"            # seconds that the other ranks have to leave after one has left
 : "${DSVAE_PREFLIGHT:=1}"         # 0: no preflight before training
 : "${DSVAE_PREFLIGHT_SECONDS:=120}"  # seconds for all ranks to meet; a collective operation has 30 more
 : "${DSVAE_MIN_FREE_GB:=5}"       # free disk space that preflight requires at output_dir
-: "${DSVAE_AT_ONCE:=4}"           # sweep.sh: the most runs at a time
+: "${DSVAE_AT_ONCE:=4}"           # sweep.sh: at most this many runs at a time
 : "${DSVAE_LOGIN_NODE:=}"         # tensorboard.sbatch: the host that you log in to

@@ -1,1 +1,2 @@
-"""DeepSpeed: one engine a phase, its configuration, its checkpoints and its weights."""
+"""DeepSpeed: one engine per phase, its configuration, its checkpoints and
+its weights."""

@@ -32,8 +32,8 @@ def phase_engine(
     world: World,
     resumed: Checkpoint | None,
 ) -> Iterator[tuple[PhaseEngine, TrainingBatches]]:
-    """The engine of a phase and its batches, which agree on how a step is cut.
-    Collective. What the engine has put on a disk is removed behind the block.
+    """Yields the engine of a phase and its batches, which agree on how a step is cut.
+    Collective. What the engine has put on a disk is removed after the block.
 
     Args:
         raw: the DeepSpeed configuration as it was read.
@@ -98,7 +98,7 @@ def _columns(config: RunConfig, data: Prepared) -> Annotations:
 
 
 def _resolve(phase: Phase, raw: dict[str, Any], data: Prepared, world: World) -> dict[str, Any]:
-    """The ds_config of a phase, accepted by DeepSpeed."""
+    """Returns the ds_config of a phase, accepted by DeepSpeed."""
     settings = phase.config.data
     accelerator = get_accelerator()
     resolved = ds_config.resolve(

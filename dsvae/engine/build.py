@@ -58,7 +58,7 @@ def build_model(
     ds_config: dict[str, Any],
     columns: Annotations = Annotations(),
 ) -> tuple[T5VAE, Origin | None]:
-    """A T5VAE, and on rank 0 the source of its weights. Collective.
+    """Builds a T5VAE; returns it and, on rank 0, the source of its weights. Collective.
 
     Below ZeRO 3 the model is whole, in float32 on CPU, on every rank. At ZeRO 3 its
     parameters are partitioned as they are made, in the engine's dtype: rank 0 reads or
@@ -108,8 +108,8 @@ def find_origin(
     seed: int,
     columns: Annotations = Annotations(),
 ) -> Origin:
-    """The source of the weights of `build_model`, with the same arguments and errors. On
-    this process alone."""
+    """Returns the source of the weights of `build_model`, with the same arguments and
+    errors. Runs on this process alone."""
     try:
         origin = _origin(settings, tokenizer, weights, seed, columns)
     # Its first line is a field's name alone; the next says what is wrong with the value.

@@ -344,8 +344,8 @@ def load(
 
 
 def _sha256(path: Path, sync: bool = False) -> str:
-    """The checksum of a file; `sync` flushes the file to the disk first, which reveals
-    late errors of the disk."""
+    """Returns the checksum of a file. `sync` flushes the file to the disk first, which
+    reveals late errors of the disk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         if sync:

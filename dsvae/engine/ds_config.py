@@ -116,8 +116,8 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def check_with_deepspeed(resolved: dict[str, Any]) -> None:
-    """Lets DeepSpeed itself read a resolved configuration, in a started process group;
-    its complaint becomes one line.
+    """Lets DeepSpeed itself read a resolved configuration, in a started process group.
+    Its error becomes one line.
 
     Raises:
         UserError: a value of the wrong type or out of range.
@@ -209,7 +209,8 @@ def resolve(
 
 
 def _fill(section: dict[str, Any], name: str, value: Any) -> Any:
-    """Replaces a value that is missing or `auto`; the value that is there then."""
+    """Replaces a value that is missing or `auto`; returns the value that is there
+    then."""
     if section.setdefault(name, "auto") == "auto":
         section[name] = value
     return section[name]
@@ -292,7 +293,7 @@ def _resolve_precision(
 
 
 def _kind(config: dict[str, Any], section: str) -> str:
-    """bf16 or fp16: the precision of a section when it is enabled."""
+    """Returns bf16 or fp16, the precision of a section that is enabled."""
     if section != "torch_autocast":
         return section
     name = str(config[section].get("dtype", "bfloat16"))
@@ -327,7 +328,8 @@ def zero_stage(resolved: dict[str, Any]) -> int:
 
 
 def _names(section: Any) -> set[str]:
-    """The keys that a section may have, aliases of a pydantic model included."""
+    """Returns the keys that a section may have, aliases of a pydantic model
+    included."""
     if isinstance(section, tuple):
         return set(section)
     fields = section.model_fields
@@ -335,7 +337,7 @@ def _names(section: Any) -> set[str]:
 
 
 def _autos(tree: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Where a configuration still has `auto`."""
+    """Yields the places where a configuration still has `auto`."""
     if tree == "auto":
         yield ".".join(path)
     branches = (

@@ -82,7 +82,7 @@ class StepMeans:
 
     @property
     def head_losses(self) -> dict[str, float]:
-        """`class_nats` and `tag_nats` where they are penalized: means over all sentences,
+        """`class_nats` and `tag_nats` if they are penalized: means over all sentences,
         of which those without labels have 0."""
         names = ("class_nats", "tag_nats")
         return {name: float(self.statistics[name]) for name in names if name in self.statistics}
@@ -184,14 +184,15 @@ class PhaseEngine:
         return self._norm if self.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())
 
     def train_step(self, index: int, step: Step, penalty: Penalty) -> StepSums:
-        """One optimizer step on the global batch; `step` is this rank's part of it.
+        """Runs one optimizer step on the global batch. `step` is this rank's part of
+        it.
 
         Args:
             index: the optimizer step of the phase, from 0.
             penalty: T of the loss (1/N) sum_i w_i rec_i + T(mean statistics).
 
         The gradient is that of the loss over all ranks and micro-batches. DeepSpeed
-        averages over the W ranks, so each share is multiplied by W; DeepSpeed's scaling
+        averages over the W ranks, so each share is multiplied by W. DeepSpeed's scaling
         by accumulation steps is off.
         """
         self.deepspeed.train()
@@ -229,12 +230,12 @@ class PhaseEngine:
 
     @torch.no_grad()
     def inspect(self, index: int, step: Step) -> list[dict[str, Any]]:
-        """What a step computes for each of this rank's sentences, as rows for JSON.
-        Collective at ZeRO 3.
+        """Returns what a step computes for each of this rank's sentences, as rows for
+        JSON. Collective at ZeRO 3.
 
         `input_ids` are the encoder's (deletion noise included), `labels` the decoder's,
-        `noise` is what z was drawn with; rec and kl are in nats. `condition_ids` is there
-        where sentences have conditions.
+        `noise` is what z was drawn with; rec and kl are in nats. `condition_ids` is
+        there if sentences have conditions.
         """
         rows = []
         for i, given in enumerate(step.micro_batches):
@@ -267,8 +268,8 @@ class PhaseEngine:
         return rows
 
     def _update(self) -> bool:
-        """The optimizer's step on the accumulated gradients; False if they are not finite
-        and the step was skipped on all ranks.
+        """Runs the optimizer's step on the accumulated gradients; returns False if they
+        are not finite and the step was skipped on all ranks.
 
         DeepSpeed itself skips such steps, except at stage 0. The schedule continues, so
         that a step's learning rate depends on its number alone.
@@ -300,8 +301,8 @@ class PhaseEngine:
 
     @torch.no_grad()
     def _choose_noise(self, batch: MicroBatch) -> Tensor:
-        """The noise of each sentence's z, (B, E): of K draws the one that makes the
-        sentence likeliest (speculative sampling, Sato et al. 2021).
+        """Returns the noise of each sentence's z, (B, E): of K draws the one that makes
+        the sentence likeliest (speculative sampling, Sato et al. 2021).
 
         The draws are scored without dropout. Every rank encodes once and decodes K times,
         also for fillers: ZeRO 3 needs the same passes on every rank.
@@ -335,7 +336,7 @@ class PhaseEngine:
         *,
         detach_prior: bool = False,
     ) -> Any:
-        """One forward pass, through the engine or the bare model."""
+        """Runs one forward pass, through the engine or the bare model."""
         return model(
             batch.input_ids,
             batch.attention_mask,
@@ -348,7 +349,7 @@ class PhaseEngine:
         )
 
     def _encode(self, batch: MicroBatch) -> Any:
-        """The encoder's passes of `_forward` alone, through the bare model."""
+        """Runs the encoder's passes of `_forward` alone, through the bare model."""
         return self.module(
             batch.input_ids,
             batch.attention_mask,
@@ -360,8 +361,8 @@ class PhaseEngine:
     def _means_ahead(
         self, index: int, batches: list[MicroBatch], penalty: Penalty, sentences: int
     ) -> Statistics:
-        """The means of the statistics over the global batch, with the same dropout as the
-        training passes. Collective.
+        """Returns the means of the statistics over the global batch, with the same
+        dropout as the training passes. Collective.
 
         A penalty that is not linear needs them before the first backward pass. With one
         micro-batch the training pass itself gives them.
@@ -376,8 +377,8 @@ class PhaseEngine:
         return unpack(self.world.sum(sums) / sentences, statistics)
 
     def _autocast(self) -> torch.autocast:
-        """The autocast of the engine's forward pass: without it, the bare module would run
-        in float32."""
+        """Returns the autocast of the engine's forward pass: without it, the bare
+        module would run in float32."""
         enabled = self.deepspeed.torch_autocast_enabled()
         dtype = self.deepspeed.torch_autocast_dtype() if enabled else None
         return torch.autocast(self.world.device.type, dtype=dtype, enabled=enabled)
@@ -391,10 +392,11 @@ class PhaseEngine:
 
 
 def _skip_by_the_norm_alone(optimizer: Any) -> None:
-    """Switches off DeepSpeed's look at each gradient by itself (ZeRO 1 and 2 in 16 bits).
+    """Switches off DeepSpeed's check of each gradient by itself (ZeRO 1 and 2 in
+    16 bits).
 
     It takes 15 kernels per gradient, and with offloaded states one wait of the host for
-    the GPU per gradient. The norm, which DeepSpeed looks at next and skips the step by,
+    the GPU per gradient. The norm, which DeepSpeed checks next and skips the step by,
     is not finite if any number of any gradient is not.
     """
     optimizer.check_overflow = lambda partition_gradients=True: None
@@ -402,6 +404,6 @@ def _skip_by_the_norm_alone(optimizer: Any) -> None:
 
 
 def _records(batch: MicroBatch) -> dict[str, Tensor | None]:
-    """What belongs to the sentences of a batch, as `T5VAE.forward` takes it."""
+    """Returns what belongs to the sentences of a batch, as `T5VAE.forward` takes it."""
     names = ("condition_ids", "condition_mask", "class_labels", "tag_labels")
     return {name: getattr(batch, name) for name in names}

@@ -281,8 +281,8 @@ def _aligned_parts(
 
 
 def _states(optimizer: Any) -> dict[str, Any]:
-    """A rank's states in the form in which DeepSpeed saves those in memory. What is on
-    the disk is mapped, and takes no memory until it is read."""
+    """Returns a rank's states in the form in which DeepSpeed saves those in memory.
+    What is on the disk is mapped, and takes no memory until it is read."""
     saved: dict[str, Any] = optimizer._rigid_state_dict()
     flat = saved[FP32_FLAT_GROUPS] = list(saved[FP32_FLAT_GROUPS])  # else the optimizer's own
     states = saved[OPTIMIZER_STATE_DICT]["state"]
@@ -305,8 +305,8 @@ def _states(optimizer: Any) -> dict[str, Any]:
 
 
 def _in_order(optimizer: Any) -> list[tuple[int, Any]]:
-    """(sub-group, float32 weights), in the order of the numbers in the state of torch's
-    optimizer."""
+    """Returns pairs (sub-group, float32 weights), in the order of the numbers in the
+    state of torch's optimizer."""
     optimizer._set_fp32_optimizer_param_groups()
     order = [weights for group in optimizer.optimizer.param_groups for weights in group["params"]]
     optimizer._clear_fp32_optimizer_param_groups()

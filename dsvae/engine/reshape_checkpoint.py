@@ -218,8 +218,8 @@ def _convert(
 def _from_shards(
     source: Path, directory: Path, stage: int
 ) -> tuple[list[dict], float, dict[str, Any]]:
-    """DeepSpeed's conversion of a checkpoint of ZeRO 1 to 3: (hyperparameters by group,
-    AdamW's step, the loss scaler)."""
+    """Converts a checkpoint of ZeRO 1 to 3 with DeepSpeed; returns (hyperparameters by
+    group, AdamW's step, the loss scaler)."""
     # No worker processes: a process that has threads of gloo, NCCL and OpenMP may hang
     # when it forks.
     arguments = Namespace(
@@ -253,7 +253,7 @@ def _from_shards(
 def _from_whole(
     common: dict[str, Any], directory: Path, names: list[list[str]]
 ) -> tuple[list[dict], float, dict[str, Any]]:
-    """The same from the one file of ZeRO 0."""
+    """Does the same from the one file of ZeRO 0."""
     saved = common["optimizer"]
     step = 0.0
     for group, group_names in zip(saved[PARAM_GROUPS], names, strict=True):
@@ -269,12 +269,12 @@ def _from_whole(
 
 
 def _without_params(groups: list[dict]) -> list[dict]:
-    """The hyperparameters alone of AdamW's groups."""
+    """Returns the hyperparameters alone of AdamW's groups."""
     return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
 
 def _file(directory: Path, name: str, key: str) -> Path:
-    """Where a conversion has the weight or a moment of a parameter."""
+    """Returns where a conversion keeps the weight or a moment of a parameter."""
     return directory / "zero" / name / f"{key}.pt"
 
 
@@ -339,12 +339,13 @@ def _to_whole(
 
 
 def _common_file(stage: int) -> str:
-    """The name of the file beside the optimizer's; of rank 0's at ZeRO 3."""
+    """Returns the name of the file beside the optimizer's; of rank 0's at ZeRO 3."""
     return f"{'zero_pp_rank_0_' if stage == 3 else ''}mp_rank_00_model_states.pt"
 
 
 def _load_converted(engine: Any, directory: Path, now: dict[str, Any]) -> dict[str, Any] | None:
-    """Loads a conversion with DeepSpeed's loaders; the client state. Collective."""
+    """Loads a conversion with DeepSpeed's loaders; returns the client state.
+    Collective."""
     if now["zero_stage"] == 0:
         return engine.load_checkpoint(str(directory.parent), tag=directory.name)[1]
     # The same as `checkpoint: {load_universal: true}` in a ds_config, but for this load

@@ -32,7 +32,7 @@ PUT_BACK = "put it back, and repeat the command, which continues from the last c
 
 
 def freeze_pretrained(model: T5VAE) -> None:
-    """Freezes everything but the adapters and the latent path, where the T5 has
+    """Freezes everything but the adapters and the latent path, if the T5 has
     adapters."""
     for name, parameter in model.named_parameters():
         if model.config.lora and not is_adapter(name) and not name.startswith(LATENT_PATH):
@@ -94,8 +94,8 @@ def measure_lr_scales(model: nn.Module, origin: Origin | None, world: World) -> 
 
 
 def parameter_names(model: nn.Module) -> list[list[str]]:
-    """The names of the parameters that train, by their weight decay: matrices; norms,
-    biases, embeddings and position biases.
+    """Returns the names of the parameters that train, by their weight decay: matrices;
+    norms, biases, embeddings and position biases.
 
     The same before and after an engine has sharded the model.
     """
@@ -121,7 +121,7 @@ class ParameterGroup:
     lr_scale: float
 
     def settings(self, model: nn.Module, lr: float) -> dict[str, Any]:
-        """The group as `torch.optim` takes it."""
+        """Returns the group as `torch.optim` takes it."""
         parameters = dict(model.named_parameters())
         return {
             "params": [parameters[name] for name in self.names],
@@ -133,8 +133,8 @@ class ParameterGroup:
 def parameter_groups(
     model: nn.Module, weight_decay: float, lr_scales: dict[str, float] | None = None
 ) -> list[ParameterGroup]:
-    """AdamW's groups of the parameters that train: matrices with decay, the others
-    without; each divided by the factors of `lr_scales`."""
+    """Returns AdamW's groups of the parameters that train: matrices with decay, the
+    others without; each divided by the factors of `lr_scales`."""
     groups = []
     for names, decay in zip(parameter_names(model), (weight_decay, 0.0), strict=True):
         by_scale: dict[float, list[str]] = {}
@@ -147,8 +147,8 @@ def parameter_groups(
 def full_weights(
     model: nn.Module, origin: Origin | None, world: World
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Every parameter whole and in float32, one at a time: on rank 0 a CPU tensor,
-    elsewhere None.
+    """Yields every parameter whole and in float32, one at a time: on rank 0 a CPU
+    tensor, elsewhere None.
 
     Collective: every rank must iterate to the end. Trained weights come from the
     optimizer's float32 copies. Frozen ones are read again from their source and compared
@@ -172,8 +172,8 @@ def full_weights(
 
 
 def frozen_digest(model: nn.Module, origin: Origin | None, world: World) -> str | None:
-    """A digest of the frozen weights at the start of the phase, before the engine casts
-    them; None if all train.
+    """Returns a digest of the frozen weights at the start of the phase, before the
+    engine casts them; None if all train.
 
     Collective. Rank 0 reads them once, one tensor at a time.
 
@@ -197,7 +197,7 @@ def frozen_digest(model: nn.Module, origin: Origin | None, world: World) -> str 
 def _frozen(
     name: str, parameter: nn.Parameter, origin: Origin | None, world: World
 ) -> Tensor | None:
-    """A frozen weight from its source, on rank 0; None elsewhere. Collective.
+    """Returns a frozen weight from its source, on rank 0; None elsewhere. Collective.
 
     It is compared with the engine's, which may come from a checkpoint older than this
     process: `check_unchanged` only notices changes since the process began.
@@ -252,8 +252,8 @@ def export(
     shard.
 
     Args:
-        origin: the source of the weights that the run began with; on rank 0, where
-            weights are frozen.
+        origin: the source of the weights that the run began with; on rank 0, if weights
+            are frozen.
         extras: called on rank 0 with the directory, to add the tokenizer and the model
             card.
         merge: add the adapters to their matrices, and write a model without them.

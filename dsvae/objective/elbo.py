@@ -5,11 +5,11 @@
 over the N sentences of the global batch (all ranks, all micro-batches of an optimizer
 step). rec_i is -log p(x_i|z_i) in nats, summed over the tokens of sentence i, EOS
 included. w_i is 1, or 1 / its tokens (`reconstruction_weights`). s_i are statistics of
-sentence i, numbers by name (`Statistics`), of which `kl` is the KL of each unit in nats.
-T, the penalty, may be any differentiable function of their means. Here it is beta times
-the KL with free bits (Kingma et al. 2016), total correlation, and how decided and how
-even the clusters of a cluster head are. Where the KL has no weight, a learned prior has a
-term of its own.
+sentence i, numbers by name (`Statistics`), of which `kl` is the KL of each unit in
+nats. T, the penalty, may be any differentiable function of their means. Here it is beta
+times the KL with free bits (Kingma et al. 2016), total correlation, and how decided and
+how even the clusters of a cluster head are. If the KL has no weight, a learned prior
+has a term of its own.
 
 The gradient is exact however the batch is split, because
 
@@ -82,7 +82,7 @@ class Penalty:
         skewness: weight of mean_i H(r_i) in nats, r_i the probabilities of the clusters
             of sentence i: it wants each sentence decided.
         dispersion: weight of sum_k m_k ln m_k in nats, m = mean_i r_i: it wants all
-            clusters used alike, where it is -ln R. (Both are after Simon et al. 2019.)
+            clusters used alike; it is then -ln R. (Both are after Simon et al. 2019.)
         class_weight, tag_weight: weights of -log p of the labels and of the tags, of the
             sentences that have them. The sum is divided by the number of all sentences.
     """
@@ -193,8 +193,8 @@ def negative_entropy(probabilities: Tensor) -> Tensor:
 
 
 def _pairs(variables: int, device: torch.device) -> Tensor:
-    """The two variables of each pair, (2, pairs). They are made on the device: indices on
-    the host would be copied there at every use."""
+    """Returns the two variables of each pair, (2, pairs). They are made on the device:
+    indices on the host would be copied there at every use."""
     return torch.triu_indices(variables, variables, offset=1, device=device)
 
 

@@ -12,7 +12,8 @@ _MOST_ERROR = 8.0
 
 
 def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
-    """The weight of the KL term at optimizer step `step` of a phase of `steps` steps.
+    """Returns the weight of the KL term at optimizer step `step` of a phase of `steps`
+    steps.
 
     constant: `max`. linear: 0 for a share `zero` of the phase, then a linear rise over a
     share `rise`, then `max`. cyclic: the same in each of `cycles` equal parts (cyclical
@@ -31,7 +32,7 @@ def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
 
 
 def next_beta(beta: float, kl: float, settings: BetaConfig) -> float:
-    """beta of the next optimizer step for kind target.
+    """Returns beta of the next optimizer step for kind target.
 
     It is beta + gain * (kl - target), between 0 and `max`. This is an integral controller
     in velocity form (after ControlVAE, Shao et al. 2020). Its state is beta itself, so
@@ -49,17 +50,18 @@ def next_beta(beta: float, kl: float, settings: BetaConfig) -> float:
 
 
 def free_bits_at(step: int, phase: Phase2Config) -> float:
-    """The KL threshold in nats at optimizer step `step`: `free_bits`, then 0 in the last
-    share `release` of the steps."""
+    """Returns the KL threshold in nats at optimizer step `step`: `free_bits`, then 0 in
+    the last share `release` of the steps."""
     return phase.free_bits if step < phase.steps - round(phase.release * phase.steps) else 0.0
 
 
 def lr_factor(step: int, phase: PhaseConfig) -> float:
-    """The learning rate at optimizer step `step` as a share of `phase.lr`.
+    """Returns the learning rate at optimizer step `step` as a share of `phase.lr`.
 
-    First a linear warm-up, whose first step is not zero. Then the rate is constant. In a
-    share `lr_decay` of the steps after the warm-up, the last ones, it falls along a line
-    or a cosine if the schedule says so, and would reach zero one step after the last.
+    First comes a linear warm-up, whose first step is not zero. Then the rate is
+    constant. In the last share `lr_decay` of the steps after the warm-up, it falls
+    along a line or a cosine if the schedule says so. It would reach zero one step after
+    the last.
     """
     if step < phase.warmup_steps:
         return (step + 1) / (phase.warmup_steps + 1)

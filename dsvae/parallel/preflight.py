@@ -56,8 +56,8 @@ class Unavailable(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks this rank; 0 or EXIT_PREFLIGHT. Reads RANK, LOCAL_RANK, WORLD_SIZE,
-    MASTER_ADDR and MASTER_PORT from the environment."""
+    """Checks this rank; returns 0 or EXIT_PREFLIGHT. Reads RANK, LOCAL_RANK,
+    WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the environment."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = partial(parser.add_argument, required=True)
     add("--output_dir", type=Path, help="where the run will write")
@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def within(seconds: float, what: str, function: Callable[[], str]) -> str:
-    """Returns what `function` returns. Raises Failed if it raises, or if it
-    takes longer: then its thread is left running."""
+    """Returns what `function` returns. Raises Failed if it raises, or if it takes
+    longer: then its thread is left running."""
     future = ThreadPoolExecutor().submit(function)
     if not wait([future], seconds).done:
         raise Failed(f"{what}: no answer within {seconds:.0f} s")
@@ -191,7 +191,7 @@ class Meeting:
         self.store: dist.TCPStore | None = None
 
     def _arrived(self, word: str, ranks: Iterable[int], seconds: float) -> list[int]:
-        """Those of the ranks that say the word at the store in time."""
+        """Returns those of the ranks that say the word at the store in time."""
         assert self.store is not None
         with contextlib.suppress(dist.DistError):
             keys = [f"{word}/{each}" for each in ranks]

@@ -190,7 +190,8 @@ class Watchdog:
                 self._leave(*verdict)
 
     def _hangs(self) -> Verdict:
-        """Names this rank itself, once the others had the time to see it first."""
+        """Returns a verdict that names this rank itself, once the others have had the
+        time to see it first."""
         for _ in range(2 * _SILENCE):
             self._closed.wait(self._interval)
             self._publish()
@@ -211,16 +212,18 @@ class Watchdog:
         self._ask(lambda: self._store.set(str(self._rank), state))
 
     def _all(self) -> list[dict[str, Any]]:
-        """The last report of every rank; nothing if the store does not answer."""
+        """Returns the last report of every rank; nothing if the store does not
+        answer."""
         keys = [str(rank) for rank in range(self._size)]
         return [json.loads(text) for text in self._ask(lambda: self._store.multi_get(keys)) or []]
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """The store's answer; None if there is none in time."""
+        """Returns the store's answer; None if there is none in time."""
         return self._store_asker.ask(question)[1]
 
     def _waits(self) -> bool:
-        """Whether a thread of this process is inside an operation with other ranks."""
+        """Returns whether a thread of this process is inside an operation with other
+        ranks."""
         return (
             self._waiting > 0
             or any(
@@ -232,10 +235,11 @@ class Watchdog:
         )
 
     def _device_waits(self) -> bool:
-        """Whether the device has been busy for as long as this rank made no progress.
+        """Returns whether the device has been busy for as long as this rank made no
+        progress.
 
-        Operations on a GPU are only queued: the host continues, and stands still in
-        whatever line needs a result first. No kernel of a model computes for `timeout`
+        Operations on a GPU are only queued. The host continues, and stands still in the
+        first line that needs a result. No kernel of a model computes for `timeout`
         seconds: one that runs that long waits for other ranks. A rank that hangs by
         itself leaves its device idle.
         """
@@ -244,8 +248,8 @@ class Watchdog:
         return not self._device_asker.ask(self._synchronize)[0]
 
     def _left(self) -> Verdict | None:
-        """The first rank that has left and said so, unless it is this one. Its code becomes
-        that of the job. Asks for one key only if nobody has left."""
+        """Returns the first rank that has left and said so, unless it is this one. Its
+        code becomes that of the job. Asks for one key only if nobody has left."""
         if not self._ask(lambda: self._store.check([_LEFT])):
             return None
         first, states = self._ask(lambda: int(self._store.get(_LEFT))), self._all()
@@ -255,8 +259,9 @@ class Watchdog:
         return f"{_name([first], states)} left with exit code {code}", code
 
     def _silent(self, last_seen: LastSeen, patient: bool) -> Verdict | None:
-        """Ranks that have said nothing new for a while, which is `timeout` in patience:
-        what takes long there may keep the threads of a process from running."""
+        """Returns a verdict on ranks that have said nothing new for a while. With
+        `patient` the while is `timeout`: what takes long there may keep the threads of
+        a process from running."""
         limit = self._timeout if patient else _SILENCE * self._interval
         states, now = self._all(), time.monotonic()
         if not states:
@@ -270,7 +275,8 @@ class Watchdog:
         return _silence(_name(lost, states), states[lost[0]]["where"]) if lost else None
 
     def _stuck(self) -> Verdict | None:
-        """Ranks that live but hang; None while any rank still works."""
+        """Returns a verdict on ranks that live but hang; None while any rank still
+        works."""
         states = self._all()
         working = [rank for rank, state in enumerate(states) if not state["waits"]]
         # One that is not late came out of its operation a moment ago.
@@ -341,6 +347,6 @@ def _hung(ranks: list[int], states: Any) -> Verdict:
 
 
 def _name(ranks: list[int], states: Any) -> str:
-    """`rank 3 (on node7)`, `ranks 2, 3 (on node7)`."""
+    """Returns `rank 3 (on node7)`, or `ranks 2, 3 (on node7)`."""
     hosts = ", ".join(sorted({states[rank]["host"] for rank in ranks}))
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} (on {hosts})"

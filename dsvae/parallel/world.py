@@ -31,7 +31,7 @@ from dsvae.parallel.watchdog import Watchdog, advice
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=24)
-"""Longest that a collective operation waits for the other ranks.
+"""The longest time that a collective operation waits for the other ranks.
 
 No shorter one would do: rank 0 alone tokenizes a corpus, downloads a model, verifies
 checkpoints and writes exports, on a disk that may be slow, while the others wait in a
@@ -98,7 +98,7 @@ class World:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Around an operation with the other ranks, which has ended after the block. On
+        """Wraps an operation with the other ranks, which has ended after the block. On
         GPUs it would otherwise only be queued."""
         with self.waiting():
             yield
@@ -281,7 +281,8 @@ def may_come_from_another_rank(error: BaseException) -> bool:
 
 
 def _meet(hang_timeout: float) -> dist.Store:
-    """Waits until every rank has come; a connection to the store where they met.
+    """Waits until every rank has come; returns a connection to the store where they
+    met.
 
     The wait has a time limit: a rank that died on its way here leaves nothing behind that
     the others could notice.
@@ -305,7 +306,7 @@ def _meet(hang_timeout: float) -> dist.Store:
 
 
 def restore_env(values: Mapping[str, str | None]) -> None:
-    """Gives variables of the environment the values of before; None: not set."""
+    """Gives environment variables their earlier values; None: not set."""
     for name, value in values.items():
         os.environ.pop(name, None)
         if value is not None:

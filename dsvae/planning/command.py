@@ -40,7 +40,7 @@ def plan_command(
         fields: of the run, by their dotted or short names.
 
     Raises:
-        UserError: an unknown model, a size that is none, a configuration that a run
+        UserError: an unknown model, an invalid size, or a configuration that a run
             would refuse.
     """
     flags = {ALIASES.get(name, name): value for name, value in fields.items()}
@@ -82,8 +82,8 @@ def bytes_of(text: str, flag: str) -> int:
 
 
 def _run_arguments(model: str, config: str | None, flags: dict[str, Any]) -> list[str]:
-    """The arguments of dsvae/train.py for a model or for a configuration that names
-    one."""
+    """Returns the arguments of dsvae/train.py for a model or for a configuration that
+    names one."""
     known = model if (Path(model) / "config.json").is_file() else known_name(model)
     if known is not None:
         words = ["--config", config or DEFAULT_RECIPE, "--model", known]

@@ -3,8 +3,8 @@ data.
 
 No formula estimates what a micro-batch needs beside weights and engine. The T5VAE runs
 under `FakeTensorMode`, and its live bytes are counted operator by operator: saved
-activations, attention matrices, the loss on the vocabulary in pieces, recomputation under gradient
-checkpointing.
+activations, attention matrices, the loss on the vocabulary in pieces, recomputation
+under gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ def dry_run(
 
 
 def _batch(rows: int, tokens: int, config: T5VAEConfig) -> dict[str, Tensor]:
-    """The arguments of `T5VAE.forward`. A condition is as long as a sentence."""
+    """Returns the arguments of `T5VAE.forward`. A condition is as long as a
+    sentence."""
     condition = {}
     if config.conditional:
         condition = {
@@ -215,8 +216,8 @@ def _batch(rows: int, tokens: int, config: T5VAEConfig) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _efficient_attention() -> Iterator[None]:
-    """Scaled dot-product attention by the memory-efficient kernel, which keeps the
-    output and one number per query.
+    """Makes scaled dot-product attention use the memory-efficient kernel, which keeps
+    the output and one number per query.
 
     torch chooses the kernel by the device, and here there is none. (A TorchFunctionMode
     would be off during backward, in which gradient checkpointing runs the forward again.)

@@ -42,7 +42,8 @@ class Engine:
 
     @classmethod
     def of(cls, resolved: dict[str, Any]) -> Engine:
-        """Raises UserError for a combination that is not planned for."""
+        """Returns the engine of a resolved configuration. Raises UserError for a
+        combination that is not planned for."""
         zero = DeepSpeedZeroConfig(**resolved.get("zero_optimization", {}))
         stage, precision = ds_config.zero_stage(resolved), ds_config.precision_of(resolved)
         autocast = bool(resolved.get("torch_autocast", {}).get("enabled", False))
@@ -67,7 +68,7 @@ class Engine:
 
 
 def _place(offload: Any) -> str:
-    """Where an offload section of a ds_config puts its states."""
+    """Returns where an offload section of a ds_config puts its states."""
     device = "none" if offload is None else str(getattr(offload.device, "value", offload.device))
     return "gpu" if device == "none" else device
 
@@ -179,7 +180,7 @@ def estimate(
 
 
 def _on_gpu(e: Engine, n: _Counts, alone: bool) -> dict[str, int]:
-    """What stays on a GPU from step to step."""
+    """Returns what stays on a GPU from step to step."""
     c = e.compute
     if e.kind == "plain":
         return {"weights": 4 * n.total, "Adam moments": 8 * n.trained}
@@ -208,7 +209,7 @@ def _on_gpu(e: Engine, n: _Counts, alone: bool) -> dict[str, int]:
 
 
 def _on_host(e: Engine, n: _Counts, world: int, accumulates: bool) -> tuple[dict[str, int], int]:
-    """(in memory by name, on disk), of one rank."""
+    """Returns (in memory by name, on disk), of one rank."""
     c, disk = e.compute, 0
     sizes: dict[str, int] = {}
     if e.optimizer_on != "gpu":
@@ -248,8 +249,8 @@ def _on_host(e: Engine, n: _Counts, world: int, accumulates: bool) -> tuple[dict
 def _training(
     e: Engine, n: _Counts, run: DryRun, world: int, gathered: int, accumulates: bool
 ) -> tuple[int, int]:
-    """(peak of forward and backward, gradients that lie there when the optimizer
-    steps), beside what always stays.
+    """Returns (peak of forward and backward, gradients that lie there when the
+    optimizer steps), beside what always stays.
 
     The peak is the largest of three: before the first gradient, during the backward
     pass, and in the last reduction, when all activations are gone.
@@ -285,12 +286,13 @@ def _training(
 
 
 def _gathered(e: Engine, n: _Counts) -> int:
-    """Bytes of the weights that ZeRO-3, which fetches ahead, gathers at most."""
+    """Returns the bytes of the weights that ZeRO-3, which fetches ahead, gathers at
+    most."""
     return e.compute * min(n.total - n.small, max(int(e.zero.max_live_parameters), n.largest))
 
 
 def _step_scratch(e: Engine, n: _Counts, world: int) -> int:
-    """What the optimizer step allocates for a moment; AdamW itself is fused."""
+    """Returns what the optimizer step allocates for a moment; AdamW itself is fused."""
     if e.optimizer_on != "gpu" or e.kind in ("plain", "bf16"):
         return 0
     # The norm is taken of one gradient at a time, in float64. Then a group's gradients
@@ -303,5 +305,6 @@ def _step_scratch(e: Engine, n: _Counts, world: int) -> int:
 
 
 def _adds_up_in_float32(e: Engine) -> bool:
-    """Whether ZeRO-2 adds gradients up in one float32 buffer of the rank's part."""
+    """Returns whether ZeRO-2 adds gradients up in one float32 buffer of the rank's
+    part."""
     return e.accumulate == 4 and e.compute == 2

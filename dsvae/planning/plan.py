@@ -169,9 +169,9 @@ def make_plan(
 
 
 def _order(files: list[Path], wanted: bool | None, configured: bool) -> Iterator[tuple[Path, bool]]:
-    """Fastest first: states on the GPU before offloaded ones, which wait for the bus;
-    there, recomputing costs a third of a step, so every stage comes without gradient
-    checkpointing before any comes with it."""
+    """Yields the fastest first: states on the GPU before offloaded ones, which wait for
+    the bus. There, recomputing costs a third of a step, so every stage comes without
+    gradient checkpointing before any comes with it."""
     choices = [wanted] if wanted is not None else [True] if configured else [False, True]
     offloaded = [path for path in files if path.stem in OFFLOADED]
     resident = [path for path in files if path.stem not in OFFLOADED]
@@ -181,7 +181,7 @@ def _order(files: list[Path], wanted: bool | None, configured: bool) -> Iterator
 
 
 def _engine(path: Path, config: RunConfig, micro_batches: int, gpus: int) -> memory.Engine:
-    """The engine of a ds_config file, as the run itself would resolve it."""
+    """Returns the engine of a ds_config file, as the run itself would resolve it."""
     resolved = ds_config.resolve(
         ds_config.load(path),
         phase=config.phase1 if config.phase == "1" else config.phase2,
@@ -208,7 +208,7 @@ def _dry_run(vae: str, *, precision: str, autocast: bool, **settings: Any) -> Dr
 
 
 def _model_of(config: RunConfig) -> T5VAEConfig:
-    """The T5VAE of a run."""
+    """Returns the T5VAE of a run."""
     settings = config.model
     latent = latent_fields(settings, Annotations(config.conditional))
     try:

@@ -16,8 +16,9 @@ MOST_GPUS = 64
 def advise(plan: Plan, change: Callable[[Machine, dict[str, Any], Option], Plan]) -> dict[str, Any]:
     """Returns the smallest need, in bytes with the margin, and flags that suffice alone.
 
-    It halves the tokens, then doubles the GPUs, with the option that needs the smallest share of a
-    GPU; `change` plans one option for another machine and with other flags of the run.
+    It halves the tokens, then doubles the GPUs, with the option that needs the smallest
+    share of a GPU. `change` plans one option for another machine and with other flags
+    of the run.
     """
     machine = plan.machine
     keep = 1 - machine.margin
@@ -110,7 +111,7 @@ def as_text(plan: Plan, advice: dict[str, Any] | None) -> str:
 
 
 def _sizes(plan: Plan, option: Option) -> str:
-    """What a GPU holds, and its peaks from the largest on."""
+    """Returns what a GPU holds, and its peaks, the largest first."""
     estimate = option.estimate
     peaks = dict(sorted(estimate.moments.items(), key=lambda item: -item[1]))
     held, peak = (
