@@ -1,4 +1,5 @@
-"""RunConfig and its parts: the settings of a run, how they are read, checked and printed.
+"""RunConfig and its parts: the settings of a run, how they are read, checked and
+printed.
 
 A field is declared once, with its type, its rule, its flag and its meaning
 (`dsvae.modeling.settings`). What must be true of several fields together is in the
@@ -495,8 +496,8 @@ def field_types(plain: bool = True, cls: Any = RunConfig, prefix: str = "") -> d
 
 
 def run_flags() -> dict[str, type]:
-    """Returns the flags of a run, dotted and short, for a command that passes their values
-    on as text: bool, which may stand without a value, or str."""
+    """Returns the flags of a run, dotted and short, for a command that passes their
+    values on as text: bool, which may stand without a value, or str."""
     types = field_types()
     names = {name: name for name in types} | ALIASES
     return {flag: bool if types[name] is bool else str for flag, name in names.items()}
@@ -589,8 +590,8 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str]:
 
 
 def choose_micro_batches(config: RunConfig, device: str) -> None:
-    """Replaces a `data.micro_batch_tokens` of 0 by the number for a type of device, which
-    holds at least one sentence with its condition."""
+    """Replaces a `data.micro_batch_tokens` of 0 by the number for a type of device,
+    which holds at least one sentence with its condition."""
     data = config.data
     if data.micro_batch_tokens == 0:
         longest = data.max_tokens * (2 if config.conditional else 1)
@@ -667,8 +668,8 @@ def _build(cls: type, tree: Any, prefix: str, where: str) -> Any:
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
-    """Returns `value` (of YAML or a command line) as `kind`; `where` names its place in the
-    UserError of a value that does not fit."""
+    """Returns `value` (of YAML or a command line) as `kind`; `where` names its place in
+    the UserError of a value that does not fit."""
     try:
         return settings.convert(value, kind, where)
     except ValueError as error:

@@ -32,8 +32,8 @@ class Phase:
 
     @property
     def seed(self) -> int:
-        """Seed of the order of the sentences, their noise and dropout; it differs between
-        the phases."""
+        """Seed of the order of the sentences, their noise and dropout; it differs
+        between the phases."""
         return self.config.seed * 2 + self.number - 1
 
     @property

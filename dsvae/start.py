@@ -1,5 +1,5 @@
-"""Where a run begins: afresh, at a checkpoint, between the phases, or nowhere because it
-is finished; and what its beginning leaves for the next start."""
+"""Where a run begins: afresh, at a checkpoint, between the phases, or nowhere because
+it is finished; and what its beginning leaves for the next start."""
 
 from __future__ import annotations
 

@@ -26,15 +26,17 @@ from typing import Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
 
-# A lost rank is then one line, and not one below the stacks of torch's own sockets.
+# A lost rank is then one line, and not one line below the stack traces of torch's own
+# sockets.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-# Steps differ in their shapes, and a GPU's memory would fall into pieces that fit none.
+# Steps differ in their shapes. Otherwise a GPU's memory would fragment into pieces that
+# fit none of them.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 if __name__ == "__main__":
-    # Until `Stopping` listens, there is nothing to save: the imports below alone take
-    # seconds, on a cold file system minutes.
+    # Until `Stopping` listens, there is nothing to save. The imports below alone take
+    # seconds, or minutes on a cold file system.
     for _number, _code in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
         signal.signal(_number, lambda *_, code=_code: os._exit(code))
 
@@ -207,7 +209,7 @@ def run(
             reporter.say(phase_text(phase, engine, resolved))
             reporter.detail(json.dumps(engine.ds_config, indent=2))
             if number == start.phases[0]:
-                # Only now: a mistake until here leaves nothing in output_dir that the
+                # Only now: an earlier mistake leaves nothing in output_dir that the
                 # corrected command would stumble over.
                 world.run_on_rank0(lambda: write_down(config, raw, data.tokenizer, sentences()))
                 reporter.open(phase.offset + (resumed.step if resumed else 0) + 1)

@@ -64,7 +64,7 @@ dsvae_activate() {
 : "${DSVAE_MAX_FAILURES:=3}"      # at most this many after a lost rank; SLURM's own do not count
 : "${DSVAE_WAIT:=120}"            # seconds that the other ranks have to leave after one has left
 : "${DSVAE_PREFLIGHT:=1}"         # 0: no preflight before training
-: "${DSVAE_PREFLIGHT_SECONDS:=120}"  # seconds for all ranks to meet; a collective operation has 30 more
+: "${DSVAE_PREFLIGHT_SECONDS:=120}"  # seconds for all ranks to meet; a collective has 30 more
 : "${DSVAE_MIN_FREE_GB:=5}"       # free disk space that preflight requires at output_dir
 : "${DSVAE_AT_ONCE:=4}"           # sweep.sh: at most this many runs at a time
 : "${DSVAE_LOGIN_NODE:=}"         # tensorboard.sbatch: the host that you log in to

@@ -39,8 +39,8 @@ class Annotations:
 
 
 def latent_fields(settings: ModelConfig, columns: Annotations) -> dict[str, Any]:
-    """Returns the fields of `T5VAEConfig` that a run decides. A T5VAE to start from must
-    share them."""
+    """Returns the fields of `T5VAEConfig` that a run decides. A T5VAE to start from
+    must share them."""
     return {name: getattr(settings, name) for name in declared(LatentConfig)} | {
         "conditional": columns.conditional,
         "classes": list(columns.classes),
@@ -61,7 +61,7 @@ def build_model(
     """Builds a T5VAE; returns it and, on rank 0, the source of its weights. Collective.
 
     Below ZeRO 3 the model is whole, in float32 on CPU, on every rank. At ZeRO 3 its
-    parameters are partitioned as they are made, in the engine's dtype: rank 0 reads or
+    parameters are partitioned as they are made, in the engine's dtype. Rank 0 reads or
     draws one tensor after the other, and no rank ever holds more than one.
 
     Args:
@@ -129,8 +129,8 @@ def find_origin(
 
 
 def _partition(model: T5VAE, origin: Origin | None, ds_config: dict[str, Any]) -> None:
-    """Fills a model on the meta device. Each weight is partitioned over the ranks before
-    the next one is read. Collective.
+    """Fills a model on the meta device. Each weight is partitioned over the ranks
+    before the next one is read. Collective.
 
     Args:
         origin: the source of the weights, on rank 0; DeepSpeed sends its values to the

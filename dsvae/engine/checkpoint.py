@@ -54,8 +54,8 @@ def tag(phase: int, step: int) -> str:
 
 
 def identity(directory: Path) -> str:
-    """Returns a digest that identifies the state in a complete checkpoint: of its list of
-    checksums. Random if there is no such checkpoint."""
+    """Returns a digest that identifies the state in a complete checkpoint: of its list
+    of checksums. Random if there is no such checkpoint."""
     try:
         return hashlib.sha256((directory / COMPLETE).read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -142,8 +142,8 @@ def save(
 
 
 def _remove(directory: Path, ignore_errors: bool = False) -> None:
-    """Removes a checkpoint. Its COMPLETE goes first, so it is incomplete whatever happens
-    to the rest."""
+    """Removes a checkpoint. Its COMPLETE goes first, so it is incomplete whatever
+    happens to the rest."""
     with suppress(OSError) if ignore_errors else nullcontext():
         (directory / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors)
@@ -218,8 +218,8 @@ class _Writer:
             self.failures.append(f"{first_line(error)}: {path}{room}")
 
     def checksums(self, directory: Path) -> dict[str, dict[str, Any]]:
-        """Returns size and checksum of every file that this rank has written, by its name in
-        `directory`. The files are then on the disk.
+        """Returns size and checksum of every file that this rank has written, by its
+        name in `directory`. The files are then on the disk.
 
         The rank that wrote a file computes them: on a file system shared by several
         nodes, another node cannot flush the file, and may not see it yet.

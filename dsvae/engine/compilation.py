@@ -1,11 +1,12 @@
 """The training passes of a model through torch.compile.
 
-The blocks of the T5 are compiled and not the whole model: all blocks of a stack share what
-was compiled, so that compiling takes as long for 24 layers as for two. Rows and widths are
-symbols in it. It is compiled again only for another kind of pass, or if a size is 1.
+The blocks of the T5 are compiled and not the whole model: all blocks of a stack share
+what was compiled, so that compiling takes as long for 24 layers as for two. Rows and
+widths are symbols in it. It is compiled again only for another kind of pass, or if a
+size is 1.
 
-Dropout draws the same numbers as without compilation. Evaluation, generation and exports
-are not compiled, and no weight changes its name.
+Dropout draws the same numbers as without compilation. Evaluation, generation and
+exports are not compiled, and no weight changes its name.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def _need(what: str, *names: str) -> None:
 
 
 def compile_training(model: T5VAE) -> None:
-    """Compiles the blocks and the loss on the vocabulary, at their first training pass."""
+    """Compiles the blocks and the loss on the vocabulary, at their first training
+    pass."""
     torch._dynamo.config.recompile_limit = VARIANTS
     settings: dict[str, Any] = {"dynamic": True, "options": {"fallback_random": True}}
     compiled: dict[type, Any] = {}
@@ -83,6 +85,7 @@ def _forward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Runs a block, compiled in training, with its own part of the keyword arguments."""
+    """Runs a block, compiled in training, with its own part of the keyword
+    arguments."""
     plain: Any = type(block).forward
     return (compiled if block.training else plain)(block, *args, **own(kwargs))

@@ -153,8 +153,8 @@ def resolve(
             torch_autocast.
         batch_size: sentences per optimizer step over all ranks.
         micro_batches: the largest number of micro-batches per step. Batches are cut by
-            tokens, so the batch sizes are upper bounds to DeepSpeed; gradients are scaled
-            by the true number of sentences.
+            tokens, so the batch sizes are upper bounds to DeepSpeed; gradients are
+            scaled by the true number of sentences.
 
     Raises:
         UserError: an `auto` that nothing resolves, precisions that exclude each other
@@ -240,8 +240,8 @@ def _are_betas(value: Any) -> bool:
 def _resolve_batch(
     config: dict[str, Any], batch_size: int, micro_batches: int, world_size: int
 ) -> None:
-    """Fills DeepSpeed's batch sizes; they follow from `data.batch_size` and only have to
-    be consistent."""
+    """Fills DeepSpeed's batch sizes; they follow from `data.batch_size` and only have
+    to be consistent."""
     accumulation = _fill(config, "gradient_accumulation_steps", micro_batches)
     _check("gradient_accumulation_steps", accumulation, _is_positive, "a positive whole number")
     micro = -(-batch_size // (accumulation * world_size))
@@ -316,8 +316,8 @@ def precision_of(resolved: dict[str, Any]) -> str:
 
 
 def parameter_dtype(resolved: dict[str, Any]) -> torch.dtype:
-    """Returns the dtype of the engine's parameters: float32 under `torch_autocast`, which
-    casts copies of them."""
+    """Returns the dtype of the engine's parameters: float32 under `torch_autocast`,
+    which casts copies of them."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "torch_autocast": torch.float32}
     return next((dtypes[name] for name in _enabled(resolved)), torch.float32)
 

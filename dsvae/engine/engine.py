@@ -1,7 +1,8 @@
 """One phase of training: a DeepSpeed engine around the model, and the optimizer step.
 
-Each phase gets its own engine, which never changes: DeepSpeed decides at its start which
-weights train. Changing `requires_grad` later would neither start nor stop their training.
+Each phase gets its own engine, which never changes: DeepSpeed decides at its start
+which weights train. Changing `requires_grad` later would neither start nor stop their
+training.
 """
 
 from __future__ import annotations
@@ -174,13 +175,14 @@ class PhaseEngine:
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps of this phase were skipped so far; checkpoints keep the count."""
+        """How many steps of this phase were skipped so far; checkpoints keep the
+        count."""
         return self.deepspeed.skipped_steps
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping; not finite if that step
-        was skipped."""
+        """Global gradient norm of the last step, before clipping; not finite if that
+        step was skipped."""
         return self._norm if self.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())
 
     def train_step(self, index: int, step: Step, penalty: Penalty) -> StepSums:
@@ -304,8 +306,8 @@ class PhaseEngine:
         """Returns the noise of each sentence's z, (B, E): of K draws the one that makes
         the sentence likeliest (speculative sampling, Sato et al. 2021).
 
-        The draws are scored without dropout. Every rank encodes once and decodes K times,
-        also for fillers: ZeRO 3 needs the same passes on every rank.
+        The draws are scored without dropout. Every rank encodes once and decodes K
+        times, also for fillers: ZeRO 3 needs the same passes on every rank.
         """
         draws = batch.noise.shape[1]
         if draws == 1 or not self.phase.sample_latent:

@@ -39,14 +39,14 @@ class ModelDirectory:
         self._total = 0
 
     def begin(self) -> None:
-        """Makes a temporary directory beside the final one, and removes what a cut export
-        left."""
+        """Makes a temporary directory beside the final one, and removes what a cut
+        export left."""
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a weight on CPU, and holds it until its shard is full. Errors are raised in
-        `finish`."""
+        """Takes a weight on CPU, and holds it until its shard is full. Errors are
+        raised in `finish`."""
         size = tensor.numel() * tensor.element_size()
         held = sum(t.numel() * t.element_size() for t in self._pending.values())
         if self._pending and held + size > self._max_shard_bytes:
@@ -73,8 +73,8 @@ class ModelDirectory:
         self._pending.clear()
 
     def finish(self, model: T5VAE, extras: Callable[[Path], None], *, merge: bool = True) -> None:
-        """Adds the configurations of `model`, calls `extras` with the directory, and moves
-        it to its place.
+        """Adds the configurations of `model`, calls `extras` with the directory, and
+        moves it to its place.
 
         Args:
             merge: the weights are without adapters, which were added to their matrices.

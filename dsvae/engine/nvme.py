@@ -56,9 +56,9 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
     rank waits for the others.
 
     Raises:
-        UserError: on every rank: no such directory, one that cannot be written to, no
-            compiler or libaio, a disk that does not return what direct I/O wrote, a
-            ZeRO stage below 3, or an option that DeepSpeed gets wrong.
+        UserError: on every rank: no such directory, or one that cannot be written to; no
+            compiler or libaio; a disk that does not return what direct I/O wrote; a
+            ZeRO stage below 3; or an option that DeepSpeed gets wrong.
     """
     on_disk = sections(resolved)
     for name, section in on_disk.items():
@@ -117,8 +117,8 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
 
 
 def make_room(resolved: dict[str, Any], model: nn.Module, world: World) -> None:
-    """Sizes the buffers that weights pass through, unless the ds_config does, and checks
-    that the disk has room for everything.
+    """Sizes the buffers that weights pass through, unless the ds_config does, and
+    checks that the disk has room for everything.
 
     Args:
         model: may be on the meta device.
@@ -153,8 +153,8 @@ def make_room(resolved: dict[str, Any], model: nn.Module, world: World) -> None:
 
 
 def patch_engine(engine: Any) -> None:
-    """Makes a DeepSpeed engine cut gradients at aligned addresses, and save and load its
-    states themselves."""
+    """Makes a DeepSpeed engine cut gradients at aligned addresses, and save and load
+    its states themselves."""
     if not sections(engine.config):
         return
     optimizer = engine.optimizer

@@ -40,11 +40,11 @@ def freeze_pretrained(model: T5VAE) -> None:
 
 
 def freeze_decoder(model: T5VAE) -> None:
-    """Freezes everything but the encoder and the latent path: the posterior, the head of
-    a learned prior, and the injection with its random projection.
+    """Freezes everything but the encoder and the latent path: the posterior, the head
+    of a learned prior, and the injection with its random projection.
 
-    Cross-attention to a condition is part of the decoder, and stays as pretrained. So do
-    the adapters of the decoder.
+    Cross-attention to a condition is part of the decoder, and stays as pretrained. So
+    do the adapters of the decoder.
 
     The embedding that encoder and decoder share is frozen too: it is the decoder's
     input, and in T5 v1.0 its output.
@@ -61,9 +61,9 @@ SCALE_RATIO = 1.25
 
 
 def measure_lr_scales(model: nn.Module, origin: Origin | None, world: World) -> dict[str, float]:
-    """Computes the factor of the learning rate of every parameter that trains: the root
-    mean square (RMS) of its tensor, at least `SCALE_FLOOR`, as in Adafactor (Shazeer &
-    Stern 2018), which trained T5. Collective.
+    """Computes the factor of the learning rate of every parameter that trains. It is
+    the root mean square (RMS) of the parameter's tensor, at least `SCALE_FLOOR`, as in
+    Adafactor (Shazeer & Stern 2018), which trained T5. Collective.
 
     A partition of ZeRO holds all tensors of a group end to end, so tensors need a group
     each, or one in common. Tensors of like RMS share one: its factor is the middle
@@ -151,9 +151,9 @@ def full_weights(
     tensor, elsewhere None.
 
     Collective: every rank must iterate to the end. Trained weights come from the
-    optimizer's float32 copies. Frozen ones are read again from their source and compared
-    with the engine's: the engine may have cast them, and a copy would cost as much memory
-    as the model.
+    optimizer's float32 copies. Frozen ones are read again from their source and
+    compared with the engine's: the engine may have cast them, and a copy would cost as
+    much memory as the model.
 
     Raises:
         UserError: on every rank: the files of the frozen weights are gone or have

@@ -1,6 +1,7 @@
 """Densities over z that were fitted to draws of the aggregate posterior.
 
-Each has a log-density, and turns standard normal noise into samples, as the families do.
+Each has a log-density, and turns standard normal noise into samples, as the families
+do.
 """
 
 from __future__ import annotations

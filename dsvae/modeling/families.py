@@ -1,13 +1,13 @@
 """Latent families: what z is, how it is drawn, and what its KL costs.
 
-A family is a small value made from the configuration. It knows the widths of everything.
-A distribution is a batch of parameters of one family: the posterior q(z|x) of a batch of
-sentences, or a prior. A prior is a distribution of the same class: the fixed p(z), with
-one row for all sentences, or a learned p(z|c), with one row per sentence. Nothing outside
-`dsvae.modeling` knows which family it has.
+A family is a small value made from the configuration. It knows the widths of
+everything. A distribution is a batch of parameters of one family: the posterior q(z|x)
+of a batch of sentences, or a prior. A prior is a distribution of the same class: the
+fixed p(z), with one row for all sentences, or a learned p(z|c), with one row per
+sentence. Nothing outside `dsvae.modeling` knows which family it has.
 
-All noise is standard normal, and a family transforms it into what it needs. So the random
-numbers of a sentence are the same for every family.
+All noise is standard normal, and a family transforms it into what it needs. So the
+random numbers of a sentence are the same for every family.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Distribution:
         raise NotImplementedError
 
     def along(self, unit: int, offsets: Tensor) -> Tensor:
-        """Returns the values of one dimension at `offsets` (J,) standard deviations from
-        its mean, (B, J). Only continuous families have them."""
+        """Returns the values of one dimension at `offsets` (J,) standard deviations
+        from its mean, (B, J). Only continuous families have them."""
         raise TypeError("categories have no standard deviation")
 
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
@@ -111,7 +111,8 @@ class Distribution:
 class Family:
     """Makes the distributions of a family, and says how wide they are.
 
-    A dataclass of `units` and of the fields of `LatentConfig` that only this family reads.
+    A dataclass of `units` and of the fields of `LatentConfig` that only this family
+    reads.
     """
 
     units: int
@@ -268,9 +269,9 @@ class SpikeSlab(Distribution):
     """A batch of hierarchical spike-and-slab distributions, in float32.
 
     For each dimension: a weight g ~ Beta(a, b), a selector s ~ Bernoulli(g), and
-    z ~ N(0, SPIKE^2) if s = 1 (the spike), or N(mean, exp(logvar)) if s = 0 (the
-    slab). This follows Prokhorov et al. 2021, with the selector kept as a latent. The KL
-    of (g, s, z) then has a closed form, is never negative, and is an upper bound on
+    z ~ N(0, SPIKE^2) if s = 1 (the spike), or N(mean, exp(logvar)) if s = 0 (the slab).
+    This follows Prokhorov et al. 2021, with the selector kept as a latent. The KL of
+    (g, s, z) then has a closed form, is never negative, and is an upper bound on
     theirs. G = a/(a+b) is the probability of the spike.
     """
 
@@ -303,7 +304,8 @@ class SpikeSlab(Distribution):
 
     @property
     def point(self) -> Tensor:
-        """The slab's mean if the slab is likelier than the spike, otherwise 0, (B, Z)."""
+        """The slab's mean if the slab is likelier than the spike, otherwise 0,
+        (B, Z)."""
         return torch.where(self.spike < 0.5, self.slab.mean, 0.0)
 
     def sample(self, noise: Tensor) -> Tensor:

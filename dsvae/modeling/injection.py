@@ -1,7 +1,8 @@
 """How z enters the decoder. z is the only way from the sentence to the decoder.
 
-An injection owns its weights, what it adds to the decoder's call, and the answers to all
-questions about it. A new one is a subclass of `Injection` and its entry in `INJECTIONS`.
+An injection owns its weights, what it adds to the decoder's call, and the answers to
+all questions about it. A new one is a subclass of `Injection` and its entry in
+`INJECTIONS`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Injection(nn.Module):
         super().__init__()
 
     def forward(self, latent: Tensor, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the decoder's input embeddings, and keyword arguments for its attention.
+        """Returns the decoder's input embeddings, and keyword arguments for its
+        attention.
 
         Args:
             latent: z, (B, Z).
@@ -50,8 +52,8 @@ class Injection(nn.Module):
     def of_layer(arguments: dict[str, Any], layer: int) -> dict[str, Any]:
         """Returns what one decoder layer needs of the keyword arguments for all.
 
-        A compiled block gets its own part alone: if it chose it by its number, every layer
-        would be compiled.
+        A compiled block gets its own part alone: if it chose it by its number, every
+        layer would be compiled.
         """
         return arguments
 

@@ -121,8 +121,8 @@ def merged(
     scale B A.
 
     Args:
-        weights: whole, in the order of `named_parameters`, where the adapter follows its
-            matrix. None: another rank has the value.
+        weights: whole, in the order of `named_parameters`, where the adapter follows
+            its matrix. None: another rank has the value.
     """
     held: tuple[str, Tensor | None] | None = None
     a: Tensor | None = None

@@ -52,8 +52,8 @@ CLUSTER_WIDTH = 32
 
 
 class ClusterHead(nn.Module):
-    """The parameters of q(z|x), (B, P), and the probabilities of R clusters, (B, R), from
-    a vector per sentence h (B, d); both float32 (after Yuan & Eldardiry 2021).
+    """The parameters of q(z|x), (B, P), and the probabilities of R clusters, (B, R),
+    from a vector per sentence h (B, d); both float32 (after Yuan & Eldardiry 2021).
 
         r = softmax(W h)
         parameters = head([V h ; r E]),    V: d to `OWN_WIDTH`,  E: R to `CLUSTER_WIDTH`
@@ -78,8 +78,8 @@ class ClusterHead(nn.Module):
 
 
 class PosteriorHead(nn.Module):
-    """The parameters of q(z|x), (B, P) float32, from the encoder's states: pooling, and a
-    linear head or a `ClusterHead`.
+    """The parameters of q(z|x), (B, P) float32, from the encoder's states: pooling, and
+    a linear head or a `ClusterHead`.
 
     The model calls its two parts one after the other, because other heads read what
     `pooling` returns. Outputs are plain tensors and not yet distributions. ZeRO-3 looks

@@ -1,9 +1,9 @@
-"""The settings of the latent path and of the adapters, which a run's configuration and a
-model's config.json share; and how a field is declared.
+"""The settings of the latent path and of the adapters, which a run's configuration and
+a model's config.json share; and how a field is declared.
 
-A field is declared once, as a field of a dataclass: its type, in `Annotated` what else is
-true of it, its default, and under it what it means. `convert` reads a value by that. The
-help, the command line and the checks need nothing more.
+A field is declared once, as a field of a dataclass: its type, in `Annotated` what else
+is true of it, its default, and under it what it means. `convert` reads a value by that.
+The help, the command line and the checks need nothing more.
 
 Nothing here needs torch: the command line has to be fast.
 """
@@ -107,7 +107,7 @@ class LatentConfig:
         return self.injection != "none"
 
     def has_learned_prior(self, conditional: bool) -> bool:
-        """Whether the prior is learned.
+        """Returns whether the prior is learned.
 
         Args:
             conditional: whether the decoder reads a condition.

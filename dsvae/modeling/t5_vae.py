@@ -63,8 +63,8 @@ HUB = (
 def read_config(name_or_path: str, **hub: Any) -> PreTrainedConfig:
     """Reads the configuration of a T5 or T5VAE.
 
-    A config.json without `model_type`, such as that of google/umt5-small, is read by the
-    architecture that it names.
+    A config.json without `model_type`, such as that of google/umt5-small, is read by
+    the architecture that it names.
 
     Args:
         name_or_path: a hub id, or a directory.
@@ -121,8 +121,8 @@ class T5VAEFields(LatentConfig):
 class T5VAEConfig(T5VAEFields, PreTrainedConfig):
     """Configuration of a T5VAE: the one of its T5, and the latent path.
 
-    Its fields are those of `T5VAEFields`. With injection none, latent_dim is 0, family is
-    gaussian and prior is fixed, whatever was given.
+    Its fields are those of `T5VAEFields`. With injection none, latent_dim is 0, family
+    is gaussian and prior is fixed, whatever was given.
 
     Raises:
         ValueError: a value that does not fit its field, or the others.
@@ -214,9 +214,9 @@ class T5VAEConfig(T5VAEFields, PreTrainedConfig):
 class T5VAEOutput(CausalLMOutputWithPast):
     """What `T5VAE.forward` returns.
 
-    loss: the mean over the B sentences of nats + `config.beta` * KL(posterior || prior),
-        the negative ELBO in nats per sentence for beta 1. Only if labels were given,
-        and no latent.
+    loss: the mean over the B sentences of nats + `config.beta` * KL(posterior ||
+        prior), the negative ELBO in nats per sentence for beta 1. Only if labels were
+        given, and no latent.
     logits: (B, T, V).
     hidden_states, attentions: of the decoder, if they were asked for. So are those of
         the encoder, and the decoder's cross_attentions.
@@ -259,10 +259,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     encoder -> masked pooling -> q(z|x) -> z -> injection -> decoder. The decoder has no
     cross-attention to the sentence, so z is the only way from there.
 
-    With a condition c, the same encoder also reads c alone. The decoder attends to these
-    states with T5's own cross-attention, after the vectors made of z if z enters there
-    too. The pooling of these states gives the learned prior p(z|c). The posterior reads
-    the packed text `c EOS x EOS`. So z stays the only way from x.
+    With a condition c, the same encoder also reads c alone. The decoder attends to
+    these states with T5's own cross-attention, after the vectors made of z if z enters
+    there too. The pooling of these states gives the learned prior p(z|c). The posterior
+    reads the packed text `c EOS x EOS`. So z stays the only way from x.
     """
 
     config_class = T5VAEConfig
@@ -311,7 +311,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
-        """Sets the attention of both stacks: sdpa, or eager, which can return its weights.
+        """Sets the attention of both stacks: sdpa, or eager, which can return its
+        weights.
 
         Raises:
             ValueError: another one, which would not see the vectors made of z.
@@ -356,17 +357,17 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         Args:
             name_or_path: a hub id, or a directory in the format of transformers.
             dropout_rate: replaces that of the checkpoint.
-            dtype: of the weights; posterior and heads stay in float32. `auto`: that of the
-                checkpoint. None: float32.
-            latent: fields of `T5VAEConfig` (latent_dim, pooling, injection and so on), and
-                from where to read a model of the hub, as in transformers: revision, token,
-                cache_dir, local_files_only, force_download, proxies, subfolder.
+            dtype: of the weights; posterior and heads stay in float32. `auto`: that of
+                the checkpoint. None: float32.
+            latent: fields of `T5VAEConfig` (latent_dim, pooling, injection and so on),
+                and from where to read a model of the hub, as in transformers: revision,
+                token, cache_dir, local_files_only, force_download, proxies, subfolder.
 
         Raises:
             OSError: no such model, or no safetensors in it.
             TypeError: an argument has another name.
-            ValueError: it is not a T5, mT5, umT5 or T5Gemma, or weights are missing or have
-                another shape.
+            ValueError: it is not a T5, mT5, umT5 or T5Gemma, or weights are missing or
+                have another shape.
         """
         # The seed of the latent path comes from torch's generator, as for any new module.
         seed = int(torch.randint(1 << 62, ()))
@@ -622,12 +623,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask: (B, S), the sentence as the encoder sees it; with
                 a condition, the packed text `c EOS x EOS`.
-            labels: (B, T), the sentence to reconstruct, -100 for padding. Shifted right,
-                it is the decoder's input.
+            labels: (B, T), the sentence to reconstruct, -100 for padding. Shifted
+                right, it is the decoder's input.
             latent: (B, Z), decoded as it is. The encoder is skipped.
-            noise: (B, E), standard normal, from which the family makes its sample. None:
-                it is drawn here in training. In evaluation nothing is drawn, and the
-                posterior's point is decoded (the mean of a Gaussian).
+            noise: (B, E), standard normal, from which the family makes its sample.
+                None: it is drawn here in training. In evaluation nothing is drawn, and
+                the posterior's point is decoded (the mean of a Gaussian).
             sample_latent: False decodes the posterior's point in training, too.
             decoder_input_ids: (B, T), instead of labels.
             cache, past_key_values: the decoder's cache, under its name in transformers

@@ -3,13 +3,13 @@
 The logits of 8,192 tokens are 1 GB in float32 for T5 (32,128 pieces) and 8 GB for mT5
 (250,112), and the loss of torch makes several copies of them. Here they are made for a
 few tokens at a time, in two uses: the nats of the tokens, and the gradients of their
-weighted sum, which the forward pass keeps in place of the logits. So no logit is computed
-twice, and the gradients are exact.
+weighted sum, which the forward pass keeps in place of the logits. So no logit is
+computed twice, and the gradients are exact.
 
-`torch.nn.functional.linear_cross_entropy` (torch 2.13) does the same. It is not used: in
-bfloat16 on CPU it was 3 to 5 times slower than the plain loss and its loss was off by 0.3
-to 1.5% (2,048 tokens, 32,128 pieces, width 512); and with a weight per sentence it
-computes all logits twice.
+`torch.nn.functional.linear_cross_entropy` (torch 2.13) does the same. It is not used:
+in bfloat16 on CPU it was 3 to 5 times slower than the plain loss and its loss was off
+by 0.3 to 1.5% (2,048 tokens, 32,128 pieces, width 512); and with a weight per sentence
+it computes all logits twice.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class VocabularyHead(nn.Linear):
             labels: (B, T), `IGNORE` where there is no token.
             weights: (B,) of the sentences.
 
-        Returns: (..., V); or (nats (B,) of each sentence, the sum over its tokens, float32
-            without gradient; the sum of weights * nats, a scalar with gradient).
+        Returns: (..., V); or (nats (B,) of each sentence, the sum over its tokens,
+            float32 without gradient; the sum of weights * nats, a scalar with gradient).
         """
         if labels is None:
             return _capped(super().forward(hidden), self.cap)
@@ -104,8 +104,8 @@ def piece(
 
 
 class _Nats(torch.autograd.Function):
-    """(hidden (N, d), weight (V, d), target (N,), scale (N,), cap, piece) -> -log p of each
-    target (N,), and their sum weighted by `scale`, which alone has a gradient."""
+    """(hidden (N, d), weight (V, d), target (N,), scale (N,), cap, piece) -> -log p of
+    each target (N,), and their sum weighted by `scale`, which alone has a gradient."""
 
     @staticmethod
     def forward(

@@ -99,10 +99,11 @@ class Origin:
     """The initial values of the parameters of a model.
 
     Args:
-        make: makes the model. It is called on the meta device, where a model of any size
-            takes no memory.
-        seed: of the parameters that are drawn, by the rules of transformers. Each module
-            has its own generator, so that the values depend only on seed and name.
+        make: makes the model. It is called on the meta device, where a model of any
+            size takes no memory.
+        seed: of the parameters that are drawn, by the rules of transformers. Each
+            module has its own generator, so that the values depend only on seed and
+            name.
         files: of the parameters that are read. None: all are drawn.
         key_of: the name in `files` of a parameter, None for one that is drawn.
 
@@ -150,8 +151,8 @@ class Origin:
 
     @torch.no_grad()
     def copy(self, name: str, out: Tensor) -> Tensor:
-        """Copies the value of a parameter into `out`, in the dtype of `out`, and returns
-        `out`."""
+        """Copies the value of a parameter into `out`, in the dtype of `out`, and
+        returns `out`."""
         if name in self._keys:
             cast(SafetensorsFiles, self._files).copy(self._keys[name], out)
             return out

@@ -37,7 +37,8 @@ Statistics = dict[str, Tensor]
 
 
 def pack(statistics: Statistics) -> Tensor:
-    """Returns all numbers side by side, (B, S) or (S,), for one product or all-reduce."""
+    """Returns all numbers side by side, (B, S) or (S,), for one product or
+    all-reduce."""
     return torch.cat(list(statistics.values()), dim=-1)
 
 
@@ -53,8 +54,8 @@ def reconstruction_weights(weight: Tensor, labels: Tensor, length_weighted: bool
     Args:
         weight: (B,), 1 for a sentence, 0 for a filler.
         labels: (B, T), `IGNORE` where there is no token.
-        length_weighted: divide by the predicted tokens of the sentence, EOS included, as
-            in the published command of Optimus (Li et al. 2020).
+        length_weighted: divide by the predicted tokens of the sentence, EOS included,
+            as in the published command of Optimus (Li et al. 2020).
     """
     return weight / (labels != IGNORE).sum(1) if length_weighted else weight
 
@@ -71,8 +72,8 @@ class Penalty:
             max(lambda, kl_iu), as in Optimus (Li et al. 2020) and in the code of Park &
             Lee 2021.
         total_correlation: weight of the pairwise total correlation of the categories,
-            the sum over pairs of variables of their mutual information under the mean of
-            q(z|x) (beta-TCVAE, Chen et al. 2018). For two variables it is the total
+            the sum over pairs of variables of their mutual information under the mean
+            of q(z|x) (beta-TCVAE, Chen et al. 2018). For two variables it is the total
             correlation itself. Only discrete families have one.
         prior_alone: add KL(sg(q) || p), the KL to a learned prior with the posterior
             held constant, for steps with beta 0. With `detach_prior` of
@@ -83,8 +84,9 @@ class Penalty:
             of sentence i: it wants each sentence decided.
         dispersion: weight of sum_k m_k ln m_k in nats, m = mean_i r_i: it wants all
             clusters used alike; it is then -ln R. (Both are after Simon et al. 2019.)
-        class_weight, tag_weight: weights of -log p of the labels and of the tags, of the
-            sentences that have them. The sum is divided by the number of all sentences.
+        class_weight, tag_weight: weights of -log p of the labels and of the tags, of
+            the sentences that have them. The sum is divided by the number of all
+            sentences.
     """
 
     beta: float = 0.0
@@ -117,8 +119,8 @@ class Penalty:
         return not thresholded and self.total_correlation == 0 and self.dispersion == 0
 
     def statistics(self, out: T5VAEOutput) -> Statistics:
-        """Returns s of each sentence of a forward pass, (B, n) by name: `kl`, in nats of
-        each unit, and what else the penalty reads.
+        """Returns s of each sentence of a forward pass, (B, n) by name: `kl`, in nats
+        of each unit, and what else the penalty reads.
 
         Raises:
             ValueError: the model has no clusters, classes or tags to penalize.
@@ -199,7 +201,8 @@ def _pairs(variables: int, device: torch.device) -> Tensor:
 
 
 def products_of_pairs(probabilities: Tensor) -> Tensor:
-    """Returns q(z_d = j|x) q(z_e = k|x) for each pair of variables d < e, (B, pairs, K, K).
+    """Returns q(z_d = j|x) q(z_e = k|x) for each pair of variables d < e,
+    (B, pairs, K, K).
 
     Args:
         probabilities: (B, D, K), q(z_d = k|x).
@@ -238,7 +241,8 @@ def loss_share(
     Args:
         rec: the sum of w_i rec_i over the sentences, `weighted_nats` of `T5VAEOutput`.
         statistics: of each sentence, (B, n) by name, from `Penalty.statistics`.
-        weight: (B,), 1 for a sentence, 0 for a filler that only keeps the ranks in step.
+        weight: (B,), 1 for a sentence, 0 for a filler that only keeps the ranks in
+            step.
         slopes: from `Penalty.slopes`; None if nothing is penalized.
         sentences: N, the sentences of the global batch.
     """

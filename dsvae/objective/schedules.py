@@ -15,9 +15,9 @@ def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
     """Returns the weight of the KL term at optimizer step `step` of a phase of `steps`
     steps.
 
-    constant: `max`. linear: 0 for a share `zero` of the phase, then a linear rise over a
-    share `rise`, then `max`. cyclic: the same in each of `cycles` equal parts (cyclical
-    annealing, Fu et al. 2019).
+    constant: `max`. linear: 0 for a share `zero` of the phase, then a linear rise over
+    a share `rise`, then `max`. cyclic: the same in each of `cycles` equal parts
+    (cyclical annealing, Fu et al. 2019).
     """
     if beta.kind == "constant":
         return beta.max
@@ -34,11 +34,11 @@ def beta_at(step: int, steps: int, beta: BetaConfig) -> float:
 def next_beta(beta: float, kl: float, settings: BetaConfig) -> float:
     """Returns beta of the next optimizer step for kind target.
 
-    It is beta + gain * (kl - target), between 0 and `max`. This is an integral controller
-    in velocity form (after ControlVAE, Shao et al. 2020). Its state is beta itself, so
-    that no error accumulates while beta is at a bound. The error counts with at most 8
-    nats: after phase 1 the KL is many times the target, and beta would otherwise be at its
-    maximum within a few steps and stay there until z is forgotten.
+    It is beta + gain * (kl - target), between 0 and `max`. This is an integral
+    controller in velocity form (after ControlVAE, Shao et al. 2020). Its state is beta
+    itself, so that no error accumulates while beta is at a bound. The error counts with
+    at most 8 nats: after phase 1 the KL is many times the target. Beta would otherwise
+    be at its maximum within a few steps, and stay there until z is forgotten.
 
     Args:
         kl: the mean KL of the last step's global batch in nats per sentence, before any

@@ -19,9 +19,9 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 class Stopping:
     """Listens for SIGTERM, SIGUSR1 and SIGINT (Ctrl-C).
 
-    Inside `defer_signals` a signal is only noted, and the loop asks `agreed` after every
-    step. Anywhere else everything is saved already, and `RunStopped` is raised at once.
-    A second Ctrl-C never waits.
+    Inside `defer_signals` a signal is only noted, and the loop asks `agreed` after
+    every step. Anywhere else everything is saved already, and `RunStopped` is raised at
+    once. A second Ctrl-C never waits.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
-"""Which rank no longer answers. Without it, the others would wait for that rank until the
-time-out of the process group, and never learn its name.
+"""Finds out which rank no longer answers. Without it, the others would wait for that
+rank until the time-out of the process group, and never learn its name.
 
 Every rank tells the others through a store, from a thread, that it lives and how long
 ago its main thread last made progress. A rank that has waited for `timeout` looks for
@@ -108,8 +108,8 @@ class Watchdog:
             self._waiting -= 1
 
     def close(self, code: int | None = None) -> None:
-        """Ends the thread. With an exit code, this rank leaves before the others, and they
-        learn the code."""
+        """Ends the thread. With an exit code, this rank leaves before the others, and
+        they learn the code."""
         self._closed.set()
         self._thread.join()
         if code is not None:
@@ -120,7 +120,8 @@ class Watchdog:
                 self._linger()
 
     def _linger(self) -> None:
-        """Lets the others read the exit code before the store ends with this process."""
+        """Lets the others read the exit code before the store ends with this
+        process."""
         for _ in range(16):
             states = enumerate(self._all())
             if all("leaving" in state or rank in self._lost for rank, state in states):
@@ -128,11 +129,13 @@ class Watchdog:
             time.sleep(self._interval / 2)
 
     def report(self, line: str) -> None:
-        """Tells the others that rank 0 has printed a line, which they need not repeat."""
+        """Tells the others that rank 0 has printed a line, which they need not
+        repeat."""
         self._publish(line=line)
 
     def reported(self, line: str) -> bool:
-        """Returns whether rank 0 has printed a line, or does so within a few seconds."""
+        """Returns whether rank 0 has printed a line, or does so within a few
+        seconds."""
         for wait in (0, 1, 1, 1):
             time.sleep(wait * self._interval / 2)
             if (states := self._all()) and states[0].get("line") == line:
@@ -140,8 +143,8 @@ class Watchdog:
         return False
 
     def lost(self) -> Verdict | None:
-        """Returns which rank is gone, after an operation with the others has failed; None if
-        none is.
+        """Returns which rank is gone, after an operation with the others has failed;
+        None if none is.
 
         Takes a few seconds: a rank that says nothing during them is gone.
         """

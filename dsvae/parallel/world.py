@@ -106,7 +106,8 @@ class World:
                 torch.accelerator.synchronize(self.device)
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Marks a block in which this rank waits for a result that needs the other ranks."""
+        """Marks a block in which this rank waits for a result that needs the other
+        ranks."""
         return self.watchdog.waiting() if self.watchdog else nullcontext()
 
     def heartbeat(self, where: str) -> None:
@@ -161,9 +162,9 @@ class World:
 
 
 def join(hang_timeout: float = HANG_TIMEOUT) -> World:
-    """Joins the processes that deepspeed, torchrun or srun started, with RANK, LOCAL_RANK,
-    WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment. If RANK is not set, the
-    run has one process, and these variables are set until `leave`.
+    """Joins the processes that deepspeed, torchrun or srun started, with RANK,
+    LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment. If RANK is
+    not set, the run has one process, and these variables are set until `leave`.
 
     Args:
         hang_timeout: seconds after which a rank that makes no progress is given up, and
@@ -234,8 +235,8 @@ def leave(world: World, group: bool = True) -> None:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """Runs `join` before and `leave` after a block that all ranks run. If the caller has made
-    a process group, it is used and kept.
+    """Runs `join` before and `leave` after a block that all ranks run. If the caller
+    has made a process group, it is used and kept.
 
     If only this rank meets an error, the others leave at once, with its exit code and a
     line that names this rank.
@@ -284,8 +285,8 @@ def _meet(hang_timeout: float) -> dist.Store:
     """Waits until every rank has come; returns a connection to the store where they
     met.
 
-    The wait has a time limit: a rank that died on its way here leaves nothing behind that
-    the others could notice.
+    The wait has a time limit: a rank that died on its way here leaves nothing behind
+    that the others could notice.
     """
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=hang_timeout)))

@@ -220,7 +220,8 @@ def _efficient_attention() -> Iterator[None]:
     the output and one number per query.
 
     torch chooses the kernel by the device, and here there is none. (A TorchFunctionMode
-    would be off during backward, in which gradient checkpointing runs the forward again.)
+    would be off during backward, in which gradient checkpointing runs the forward
+    again.)
     """
     stock = F.scaled_dot_product_attention
 

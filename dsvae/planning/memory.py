@@ -83,7 +83,8 @@ class Ranks:
 
 @dataclass
 class Estimate:
-    """Bytes on one GPU, in the memory of one node for all its ranks, and on its disk."""
+    """Bytes on one GPU, in the memory of one node for all its ranks, and on its
+    disk."""
 
     gpu: dict[str, int]
     """What stays from step to step, by name."""

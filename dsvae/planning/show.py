@@ -14,7 +14,8 @@ MOST_GPUS = 64
 
 
 def advise(plan: Plan, change: Callable[[Machine, dict[str, Any], Option], Plan]) -> dict[str, Any]:
-    """Returns the smallest need, in bytes with the margin, and flags that suffice alone.
+    """Returns the smallest need, in bytes with the margin, and flags that suffice
+    alone.
 
     It halves the tokens, then doubles the GPUs, with the option that needs the smallest
     share of a GPU. `change` plans one option for another machine and with other flags
@@ -54,7 +55,8 @@ def _up(size: float) -> float:
 
 
 def as_json(plan: Plan, advice: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns everything, sizes in bytes. `fits` is the index of the chosen option, or null."""
+    """Returns everything, sizes in bytes. `fits` is the index of the chosen option, or
+    null."""
     rows, tokens, count = plan.rows, plan.tokens, plan.micro_batches
     return {
         "parameters": plan.parameters,
@@ -72,7 +74,8 @@ def as_json(plan: Plan, advice: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def as_text(plan: Plan, advice: dict[str, Any] | None) -> str:
-    """Returns what is needed, one line per option; which one to take, and its command."""
+    """Returns what is needed, one line per option; which one to take, and its
+    command."""
     machine = plan.machine
     lines = [
         f"{plan.parameters:,} parameters, {plan.trained:,} trained; micro-batches of {plan.rows} "
