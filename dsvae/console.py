@@ -1,4 +1,5 @@
-"""The streams of the `dsvae` command: results go to stdout, everything else to stderr."""
+"""The streams of the `dsvae` command: results go to stdout, everything else to
+stderr."""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ def show(
 
 
 def table(row: dict[str, Any]) -> str:
-    """Name and value of every field, one field per line."""
+    """Writes name and value of every field, one field per line; returns the text."""
     width = max(map(len, row))
     return "\n".join(f"{name:<{width}}  {one_line(value)}" for name, value in row.items())
 
 
 def one_line(text: str) -> str:
-    """Generated text on one line: byte vocabularies can produce line ends."""
+    """Puts generated text on one line: byte vocabularies can produce line ends."""
     return " ".join(text.splitlines())
 
 
@@ -49,12 +50,12 @@ def progress(
     shown: bool | None = None,
     prints_rows: bool = True,
 ) -> Iterable[Any]:
-    """The same rows under a progress bar. A log file gets one line per minute.
+    """Returns the same rows under a progress bar. A log file gets one line per minute.
 
     Args:
         delay: seconds before the bar appears.
-        shown: None: where stderr is a terminal; and while the rows are printed
-            (`prints_rows`), only where stdout is not one.
+        shown: None: if stderr is a terminal; and while the rows are printed
+            (`prints_rows`), only if stdout is not one.
     """
     terminal = sys.stderr.isatty()
     if shown is None:
@@ -96,7 +97,7 @@ def prepare_streams() -> None:
 
 
 def abandon_stdout() -> None:
-    """Discards what is not written yet, which Python would flush at its end."""
+    """Discards what is not written yet. Otherwise Python would flush it at its end."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

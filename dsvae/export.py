@@ -134,7 +134,7 @@ def _read_config(run: RunDirectory) -> RunConfig:
 
 
 def _find(run: RunDirectory, which: str, report: Callable[[str], Any]) -> Checkpoint:
-    """The checkpoint of that name, complete and sound."""
+    """Finds the checkpoint of that name, complete and sound."""
     complete = checkpoint.find(run.checkpoints)
     names = ", ".join(each.directory.name for each in complete)
     if not complete:
@@ -192,8 +192,9 @@ def _still_there(*read: Checkpoint) -> Iterator[None]:
 
 
 def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
-    """Every weight of a checkpoint by name: trained ones in float32, frozen ones in the
-    engine's dtype. A value becomes a tensor by `.contiguous()`, one at a time."""
+    """Returns every weight of a checkpoint by name: trained ones in float32, frozen
+    ones in the engine's dtype. A value becomes a tensor by `.contiguous()`, one at a
+    time."""
     if meta["zero_stage"] == 0:
         return dict(_load(found.directory / "mp_rank_00_model_states.pt")["module"])
     if meta["zero_stage"] == 3:
@@ -218,7 +219,7 @@ def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A file of a checkpoint. Its tensors take no memory until they are read."""
+    """Loads a file of a checkpoint. Its tensors take no memory until they are read."""
     loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     return loaded
 
@@ -242,8 +243,8 @@ class _Spread:
 def _weights(
     found: Checkpoint, saved: dict[str, Any], model: T5VAE, origin: Origin
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of `model` (on the meta device) whole, in float32, one at a time;
-    `origin` has the weights that the phase began with."""
+    """Returns every parameter of `model` (on the meta device) whole, in float32, one at
+    a time; `origin` has the weights that the phase began with."""
     for name, parameter in model.named_parameters():
         if name not in saved or saved[name].shape != parameter.shape:
             has = f"has the shape {tuple(saved[name].shape)}" if name in saved else "is missing"

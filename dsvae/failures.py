@@ -1,7 +1,7 @@
 """How a rank ends: what it says on stderr when an error ends it, and its exit code.
 
-Every rank meets most errors. Each error is printed once all the same, by rank 0 or by
-the one rank that has it.
+Nearly every error is met by every rank. It is printed once all the same, by rank 0 or
+by the one rank that has it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def explain(
 
 
 def _print_stack(error: BaseException, world: World | None) -> None:
-    """The stack of a defect. The other ranks do not repeat the stack of rank 0."""
+    """Prints the stack of a defect. The other ranks do not repeat the stack of rank
+    0."""
     if world is not None and world.watchdog is not None:
         stack = "".join(traceback.format_exception(error))
         digest = hashlib.sha256(stack.encode()).hexdigest()
@@ -94,7 +95,7 @@ def _print_stack(error: BaseException, world: World | None) -> None:
 
 
 def _print_on_every_node(line: str, stopping: Stopping) -> None:
-    """One line per node, which may be the only one that lacks a file."""
+    """Prints one line per node, which may be the only one that lacks a file."""
     if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0:
         _print(line, on_every_rank=True)
         return
@@ -106,7 +107,8 @@ def _print_on_every_node(line: str, stopping: Stopping) -> None:
 
 
 def _print_once(error: Exception, line: str, world: World | None) -> None:
-    """One line for all ranks, or the rank's own line if it may be the only one."""
+    """Prints one line for all ranks, or the rank's own line if it may be the only
+    one."""
     if world is None:
         _print(line, on_every_rank=True)
     elif getattr(error, "shared", False) or world.is_main or world.watchdog is None:
@@ -125,7 +127,7 @@ def _print(line: str, on_every_rank: bool = False) -> None:
 def end_process(code: int) -> NoReturn:
     """Ends this process with everything flushed, without taking the interpreter down.
 
-    Taking it down lasts a while, and now and then it aborts (three of about a hundred
+    Taking it down lasts a while, and sometimes it aborts (three of about a hundred
     small ZeRO-3 runs, torch 2.13, on CPU): a thread that is in C++ at that moment ends
     the process with "terminate called", and a finished run with 134.
     """

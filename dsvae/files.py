@@ -17,7 +17,8 @@ from dsvae.errors import UserError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes the place of `path` when the block ends without an error."""
+    """Opens a text file that takes the place of `path` if the block ends without an
+    error."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -71,15 +72,16 @@ def make_writable(directory: Path, flag: str) -> None:
 
 
 def make_place(directory: Path) -> None:
-    """Makes the parent of a directory that a command is going to write; raises UserError
-    where there already are files, or no right to write."""
+    """Makes the parent of a directory that a command is going to write. Raises
+    UserError if there already are files, or no right to write."""
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory} already exists; choose another --output, or remove it")
     make_writable(directory.absolute().parent, "--output")
 
 
 def finite(value: Any) -> Any:
-    """The same value with None for infinities and NaN, which JSON does not have."""
+    """Returns the same value with None for infinities and NaN, which JSON does not
+    have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

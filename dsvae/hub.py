@@ -51,7 +51,7 @@ def package(model_dir: str, output: str | Path) -> Path:
 
     Args:
         model_dir: a directory, or a hub id.
-        output: the directory. Weights are hard links where that is possible.
+        output: the directory. Weights are hard links if that is possible.
 
     Raises:
         UserError: no sound T5VAE there; an output that exists or cannot be written to.
@@ -70,8 +70,8 @@ def package(model_dir: str, output: str | Path) -> Path:
 
 
 def push(model_dir: str, repo: str, private: bool = False, revision: str | None = None) -> str:
-    """Uploads what `package` writes to a repository on the hub, and returns its address.
-    The repository and the branch are made where they do not exist.
+    """Uploads what `package` writes to a repository on the hub, and returns its
+    address. The repository and the branch are made if they do not exist.
 
     Args:
         repo: `USER/NAME` or `ORGANIZATION/NAME`.
@@ -119,7 +119,8 @@ def _upload(directory: Path, repo: str, private: bool, revision: str | None) -> 
 
 
 def code() -> dict[str, str]:
-    """The source of T5VAE and of all that it imports of dsvae, by the names of the files."""
+    """Returns the source of T5VAE and of all that it imports of dsvae, by the names of
+    the files."""
     license_line = f"# From dsvae {version('dsvae')}, Apache License 2.0 (see LICENSE).\n"
     files: dict[str, str] = {}
     missing = ["t5_vae"]
@@ -139,7 +140,8 @@ def code() -> dict[str, str]:
 
 
 def _checked(model_dir: str) -> Path:
-    """The directory of a model whose weights and tokenizer are there, and fit."""
+    """Finds the directory of a model, and checks that its weights and tokenizer are
+    there, and fit."""
     directory = find_model(model_dir)
     logging.set_verbosity_error()
     try:
@@ -183,7 +185,8 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _card(path: Path, name: str) -> str:
-    """The model's card, with a section on its use without dsvae before that with dsvae."""
+    """Writes the model's card, with a section on its use without dsvae before that with
+    dsvae."""
     title = "## Without dsvae"
     card = f"---\nlibrary_name: transformers\ntags:\n- dsvae\n---\n\n# {name}\n"
     if path.is_file():

@@ -90,7 +90,8 @@ def precision_of(model: T5VAE) -> str:
 
 
 def find_model(model_dir: str | Path) -> Path:
-    """Finds the directory of a T5VAE by its config.json; arguments and errors as of `load`."""
+    """Finds the directory of a T5VAE by its config.json; arguments and errors as of
+    `load`."""
     directory = find_directory(str(model_dir))
     kind = _model_type(directory)
     if kind != T5VAEConfig.model_type:
@@ -121,7 +122,7 @@ def find_directory(name: str) -> Path:
 
 
 def _model_type(directory: Path) -> str:
-    """The `model_type` in the directory's config.json."""
+    """Reads the `model_type` in the directory's config.json."""
     if not directory.is_dir():
         raise UserError(
             f"{directory}: {'is not a' if directory.exists() else 'no such'} directory; {ADVICE}"

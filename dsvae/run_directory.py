@@ -7,8 +7,8 @@ module what a command line means, so that they and train.py cannot disagree:
         The directory that train.py would write to.
     python -m dsvae.run_directory arguments COPIES DS_CONFIG TRAIN_ARGS...
         The same arguments, with the files of --config and --ds_config replaced by
-        copies in COPIES, and with --output_dir and --ds_config DS_CONFIG where neither
-        they nor their configuration name one. Each half is left out where its word is
+        copies in COPIES, and with --output_dir and --ds_config DS_CONFIG if neither
+        they nor their configuration name one. Each half is left out if its word is
         empty.
     python -m dsvae.run_directory member LIST INDEX TRAIN_ARGS...
         The arguments of the run in line INDEX of a sweep's list, counted from 1.
@@ -77,16 +77,18 @@ class RunDirectory:
         self.lock = self.path / ".lock"
 
     def resolved_ds_config(self, phase: int) -> Path:
-        """The DeepSpeed configuration of a phase with every value filled in."""
+        """Returns the path of the DeepSpeed configuration of a phase with every value
+        filled in."""
         return self.path / f"ds_config.phase{phase}.json"
 
     def non_finite(self, phase: int, step: int) -> Path:
-        """The batch after which a run stopped because nothing finite came out."""
+        """Returns the path of the batch after which a run stopped because nothing
+        finite came out."""
         return self.path / f"non_finite.phase{phase}-step{step:08d}.jsonl"
 
     def claim(self) -> TextIO:
         """Makes the directory, checks that it can be written to, and locks it for this
-        process until the returned file is closed; raises UserError where a live run has
+        process until the returned file is closed. Raises UserError if a live run has
         it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -133,11 +135,13 @@ class RunDirectory:
             return False
 
     def is_claimed(self) -> bool:
-        """Whether a run has ever begun here; one that wrote nothing has left its lock."""
+        """Tells whether a run has ever begun here; one that wrote nothing has left its
+        lock."""
         return any(file.is_file() for file in (self.config, self.metrics_jsonl, self.lock))
 
     def is_finished(self, phase: str) -> bool:
-        """Whether all is there that a run of `phase` (1, 2 or all) leaves at its end."""
+        """Tells whether all is there that a run of `phase` (1, 2 or all) leaves at its
+        end."""
         if phase == "1":
             return self.phase1_model.is_dir()
         return self.metrics.is_file() and self.model.is_dir()
@@ -154,7 +158,7 @@ def _lock(file: IO[Any], kind: int) -> bool:
 
 
 def settings_of(words: Sequence[str]) -> RunConfig:
-    """The configuration of a command line, right in `output_dir` and `ds_config`;
+    """Reads the configuration of a command line, right in `output_dir` and `ds_config`;
     train.py judges the other flags. Raises UserError as `parse_flags` and `load_tree`."""
     given = configuration.parse_flags(words)
     asked = ("config", "ds_config", "output_dir")
@@ -165,7 +169,7 @@ def settings_of(words: Sequence[str]) -> RunConfig:
 
 
 def arguments(copies: str, ds_config: str, *words: str) -> list[str]:
-    """`words` as a job uses them; see the head of this module."""
+    """Returns `words` as a job uses them; see the head of this module."""
     settings_of(words)  # refuses what train.py cannot parse
     complete = list(words)
     for index, word in enumerate(words if copies else ()):
@@ -186,7 +190,8 @@ def arguments(copies: str, ds_config: str, *words: str) -> list[str]:
 
 
 def _copy(file: str, directory: Path) -> str:
-    """The copy of a file in `directory`; the word itself where it names no file."""
+    """Copies a file into `directory`, unless its copy is there; returns the copy, or
+    the word itself if it names no file."""
     copy = directory / Path(file).name
     if not copy.is_file():
         if (RECIPES / f"{file}.yaml").is_file() or not Path(file).is_file():
@@ -200,7 +205,8 @@ def _copy(file: str, directory: Path) -> str:
 
 
 def member(list_file: str, index: str, *common: str) -> list[str]:
-    """The arguments of one run of a sweep, with an output_dir where none is named."""
+    """Returns the arguments of one run of a sweep, with an output_dir if none is
+    named."""
     lines = _lines(list_file)
     if not (index.isdigit() and 1 <= int(index) <= len(lines)):
         raise UserError(f"{list_file} has {len(lines)} runs; there is no run {index}")
@@ -219,7 +225,8 @@ def member(list_file: str, index: str, *common: str) -> list[str]:
 
 
 def members(list_file: str, *common: str) -> list[str]:
-    """The output directories of all runs of a sweep, in the order of its list."""
+    """Returns the output directories of all runs of a sweep, in the order of its
+    list."""
     runs = [member(list_file, str(index), *common) for index, _ in enumerate(_lines(list_file), 1)]
     places = [settings_of(words).output_dir for words in runs]
     if len(set(places)) < len(places):
@@ -228,7 +235,7 @@ def members(list_file: str, *common: str) -> list[str]:
 
 
 def begun(list_file: str, *common: str) -> list[str]:
-    """The output directories of the runs of a sweep that have begun."""
+    """Returns the output directories of the runs of a sweep that have begun."""
     claimed = {each: RunDirectory(each).is_claimed() for each in members(list_file, *common)}
     for place in claimed:
         if not claimed[place]:
@@ -252,7 +259,7 @@ def state(*words: str) -> list[str]:
 
 
 def _lines(list_file: str) -> list[str]:
-    """The lines of a sweep's list that are runs."""
+    """Returns the lines of a sweep's list that are runs."""
     try:
         text = Path(list_file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -275,7 +282,7 @@ COMMANDS: dict[str, Callable[..., list[str]]] = {
 
 
 def main(words: Sequence[str]) -> int:
-    """Answers a script; the exit code."""
+    """Answers a script; returns the exit code."""
     try:
         answer = COMMANDS[words[0]](*words[1:])
     except UserError as error:

@@ -1,4 +1,5 @@
-"""What a run says of itself: status.json in its output directory, which rank 0 writes."""
+"""What a run says of itself: status.json in its output directory, which rank 0
+writes."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class Status:
     """When this was written: a sign of life."""
 
     def write(self, path: Path) -> None:
-        """Replaces the file at once. A run does not fail because this cannot be written."""
+        """Replaces the file at once. A run does not fail because this cannot be
+        written."""
         self.updated = _now()
         with suppress(OSError):
             write_json(path, asdict(self))
@@ -74,7 +76,7 @@ class Status:
 
 
 def read(path: Path) -> Status | None:
-    """Returns what a run has said; None where it has not said anything readable."""
+    """Returns what a run has said; None if it has not said anything readable."""
     try:
         found = json.loads(path.read_bytes())
         return Status(**{each.name: found[each.name] for each in fields(Status)})

@@ -154,9 +154,9 @@ def row_lengths(
     posterior_reads: PosteriorReads = "both",
     indices: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int32]:
-    """(N,), the tokens that each sentence takes in the encoder or in the decoder,
-    whichever is more; of all sentences, or of `indices`. Budgets of padded tokens count
-    these."""
+    """Returns (N,), the tokens that each sentence takes in the encoder or in the
+    decoder, whichever is more; of all sentences, or of `indices`. Budgets of padded
+    tokens count these."""
     texts = split.lengths if indices is None else split.lengths_of(indices)
     conditions = split.condition_lengths_of(indices)
     if conditions is None:
@@ -183,10 +183,10 @@ def collate(
 
     Args:
         rows: (T_i,) each, EOS last.
-        encoder_rows: (T'_i,) each, the sentences with noise; where the posterior reads the
+        encoder_rows: (T'_i,) each, the sentences with noise; if the posterior reads the
             condition alone, the conditions with noise. None: without noise.
         conditions: (C_i,) each, EOS last.
-        class_labels: (B,), -100 where there is none.
+        class_labels: (B,), -100 if there is none.
         tags: (T'_i,) each, of the tokens of `encoder_rows`.
         posterior_reads: with conditions, what `input_ids` are. both: the condition and
             the sentence (encoder_rows) without padding between them; the decoder reads
@@ -233,7 +233,8 @@ def collate_split(
     posterior_reads: PosteriorReads = "both",
     delete: Callable[[int, NDArray[np.int64]], NDArray[np.int64]] | None = None,
 ) -> MicroBatch:
-    """The sentences `indices` of a split as a batch, with all that belongs to them.
+    """Collates the sentences `indices` of a split into a batch, with all that belongs
+    to them.
 
     Args:
         delete: maps a row of the batch and its tokens (..., T) to those that deletion
@@ -265,7 +266,7 @@ def collate_split(
 
 
 def padded(rows: Sequence[Sequence[int] | Ids], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Padded ids and their mask, (B, T) int64 each."""
+    """Returns padded ids and their mask, (B, T) int64 each."""
     ids = _pad(rows, pad_id)
     lengths = np.array([len(row) for row in rows])
     mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
@@ -368,8 +369,8 @@ def share(
 def evaluation_batches(
     lengths: NDArray[np.int32], *, token_budget: int, rank: int, world_size: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """(indices, weights) of this rank's batches, which cover every sentence once over
-    all ranks. Every rank has the same number of batches."""
+    """Returns (indices, weights) of this rank's batches, which cover every sentence
+    once over all ranks. Every rank has the same number of batches."""
     order = np.argsort(-lengths, kind="stable")
     for part in cut_step(lengths[order], world_size, token_budget):
         yield share(order[part], rank, world_size)

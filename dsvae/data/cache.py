@@ -121,7 +121,7 @@ def clear(found: list[Entry]) -> list[Entry]:
 
 
 def _paths(root: Path) -> Iterator[Path]:
-    """The directories that are named like entries."""
+    """Returns the directories that are named like entries."""
     for path in root.iterdir() if root.is_dir() else ():
         if re.fullmatch(r"[0-9a-f]{64}", path.name) and path.is_dir():
             yield path
@@ -138,7 +138,7 @@ def _read(path: Path) -> Entry:
 
 
 def _free(entry: Path) -> bool:
-    """Whether no run holds an entry."""
+    """Tells whether no run holds an entry."""
     try:
         with (entry / REPORT).open() as report:
             fcntl.flock(report, fcntl.LOCK_EX | fcntl.LOCK_NB)

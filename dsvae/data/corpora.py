@@ -51,7 +51,8 @@ class Corpus:
     dropped: int
     """Training sentences that `data.deduplicate` left out."""
     held_out: tuple[str, ...]
-    """The splits that the source lacks and that were cut from the training sentences."""
+    """The splits that the source lacks and that were cut from the training
+    sentences."""
 
 
 def load_corpus(source: Source, seed: int, work_dir: Path) -> Corpus:
@@ -157,7 +158,7 @@ def _hold_out(
 
 
 def _content_keys(split: datasets.Dataset) -> NDArray[np.uint64]:
-    """(N,), a hash of each sentence, with its condition if it has one."""
+    """Returns (N,), a hash of each sentence, with its condition if it has one."""
     kinds = [kind for kind in ("text", "condition") if kind in split.column_names]
     digests = (
         hashlib.blake2b("\0".join(content).encode(), digest_size=8).digest()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 def _rows(table: str) -> list[list[str]]:
-    """The words of each entry; entries are separated by commas."""
+    """Splits the words of each entry; entries are separated by commas."""
     return [entry.split() for entry in table.split(",")]
 
 
@@ -131,7 +131,7 @@ def parse(text: str) -> dict[str, str] | None:
     words = text[:-1].split()
 
     def the_one(forms: Mapping[str, str]) -> str:
-        """The value whose form is among the words; empty if there is none."""
+        """Returns the value whose form is among the words; empty if there is none."""
         return next((value for form, value in forms.items() if form in words), "")
 
     verbs = {form: base for base, forms in _VERBS.items() for form in (base, *forms)}

@@ -74,7 +74,7 @@ class Variant(NamedTuple):
 
 
 def paired(size: int, seed: int) -> Iterator[Variant]:
-    """Sentences with conditions such as "artist admire knife"."""
+    """Yields sentences with conditions such as "artist admire knife"."""
     for position in range(size):
         digits = _Digits("paired", seed, position)
         choice = {name: digits.below(len(FACTORS[name])) for name in _NAMES}
@@ -109,8 +109,8 @@ def dependent_value(name: str, subject: int, case: int) -> int:
 
 
 def relations(size: int, seed: int) -> Iterator[Variant]:
-    """Sentences with two marked entities as the condition, the pair as the text, and the
-    relation (0 to 7) as the label.
+    """Yields sentences with two marked entities as the condition, the pair as the text,
+    and the relation (0 to 7) as the label.
 
     A relation has two verbs. Its two entities of either kind are likely, and others rare.
     """
@@ -240,5 +240,6 @@ class _Digits:
 
 
 def _subject_place(sentence_type: int) -> int:
-    """Which word of a sentence is its subject: "The artist ...", "Did the artist ..."."""
+    """Returns which word of a sentence is its subject: "The artist ...", "Did the
+    artist ..."."""
     return 2 if FACTORS["sentence_type"][sentence_type] == "question" else 1

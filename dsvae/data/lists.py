@@ -33,7 +33,8 @@ class Lists:
         return np.array([b - a for _, a, b in self._bounds(indices)], np.int32)
 
     def _bounds(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[int, int, int]]:
-        """The chunk of each list, and where in its values the list begins and ends."""
+        """Returns the chunk of each list, and where in its values the list begins and
+        ends."""
         wanted = np.asarray(indices, dtype=np.int64)
         count = int(self._starts[-1])
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < count:

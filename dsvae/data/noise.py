@@ -32,7 +32,7 @@ def generator(seed: int, purpose: int, repetition: int, sentence: int) -> np.ran
 def normal(
     seed: int, purpose: int, keys: Iterable[tuple[int, int]], *shape: int
 ) -> NDArray[np.float32]:
-    """Standard normal numbers (N, *shape) from the streams of N sentences.
+    """Draws standard normal numbers (N, *shape) from the streams of N sentences.
 
     Args:
         keys: (repetition, sentence) of each, as in `generator`.

@@ -80,7 +80,7 @@ class Mixture:
 
     @staticmethod
     def of(counts: Sequence[int], weights: Sequence[float]) -> Mixture:
-        """Shares in proportion to `weights`, to within a 65,536th.
+        """Makes shares in proportion to `weights`, to within a 65,536th.
 
         Raises:
             UserError: a weight is too small for a place per cycle.

@@ -32,7 +32,7 @@ from dsvae.data.tokenization import BATCH_ROWS, TokenizedSplit, load_tokenizer, 
 from dsvae.data.tokenizer_training import train_tokenizer
 from dsvae.errors import UserError
 
-# To be raised whenever the same sentences and options would give other files.
+# Raise this whenever the same sentences and options would give other files.
 _FORMAT = 5
 _TOKENIZER_SENTENCES = 1_000_000
 # A process needs about 5 seconds of its core to begin, and one tokenizes this many in 10.
@@ -82,11 +82,11 @@ def prepare(
     seed: int,
     corpus: dict[str, Any] | None = None,
 ) -> Path:
-    """Makes a directory with the tokenizer, the tokenized splits and the report, unless it
-    exists, and returns it.
+    """Makes a directory with the tokenizer, the tokenized splits and the report, unless
+    it exists, and returns it.
 
-    Call this on one process. Its name is a hash of everything
-    that decides its content. It appears complete, by a rename, or not at all.
+    Call this on one process. The directory's name is a hash of everything that decides
+    its content. It appears complete, by a rename, or not at all.
 
     Args:
         tokenizer: one to load. None: one is trained on the training sentences.
@@ -240,7 +240,7 @@ def _tokenize(
 
 
 def _values(corpus: Corpus, kind: str) -> tuple[str, ...]:
-    """The different labels or tags of the training sentences, sorted.
+    """Returns the different labels or tags of the training sentences, sorted.
 
     Raises:
         UserError: the column is read, and no training sentence has one.
@@ -261,8 +261,8 @@ def _values(corpus: Corpus, kind: str) -> tuple[str, ...]:
 
 
 def _sample(split: datasets.Dataset) -> Iterator[str]:
-    """The sentences to train a tokenizer on, with their conditions: all, or evenly spaced
-    ones if there are more than `_TOKENIZER_SENTENCES`."""
+    """Returns the sentences to train a tokenizer on, with their conditions: all, or
+    evenly spaced ones if there are more than `_TOKENIZER_SENTENCES`."""
     step = -(-len(split) // _TOKENIZER_SENTENCES)
     for batch in split.select(range(0, len(split), step)).iter(BATCH_ROWS):
         yield from batch["text"]
@@ -270,7 +270,7 @@ def _sample(split: datasets.Dataset) -> Iterator[str]:
 
 
 def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What decides the ids of a tokenizer, wherever it was loaded from."""
+    """Returns what decides the ids of a tokenizer, wherever it was loaded from."""
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     if tokenizer.is_fast:
         digest.update(tokenizer.backend_tokenizer.to_str().encode())

@@ -103,8 +103,8 @@ def _similar_file(file: Path) -> str:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, each with its end. Only "\\n" ends a line, and a byte
-    order mark is dropped."""
+    """Yields the lines of a UTF-8 file, each with its end. Only "\\n" ends a line, and a
+    byte order mark is dropped."""
     try:
         with file.open("rb") as stream:
             for number, line in enumerate(stream, 1):
@@ -127,7 +127,8 @@ def _read_text(file: Path, columns: Columns) -> Iterator[_Row]:
 
 
 def _read_json(file: Path, columns: Columns) -> Iterator[_Row]:
-    """The rows of a file with one object per line. A blank line is a blank sentence."""
+    """Yields the rows of a file with one object per line. A blank line is a blank
+    sentence."""
     seen: dict[str, None] = {}
     for number, line in enumerate(_lines(file), 1):
         if not line.strip():
@@ -160,7 +161,7 @@ def _json_object(line: str, columns: Columns, where: str) -> dict[str, Any]:
     for column in columns.named.values() if "\\" in line else ():
         try:
             json.dumps(row.get(column), ensure_ascii=False).encode()
-        # json can escape half a surrogate pair, which is no character
+        # json can escape half a surrogate pair, which is not a character
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{where}: column {column} has half a surrogate pair (\\ud800 to \\udfff); "
@@ -204,8 +205,8 @@ def _read_tsv(file: Path, columns: Columns) -> Iterator[_Row]:
 def _table(
     file: Path, columns: Columns, rows: Iterator[tuple[int, list[str]]], remedy: str
 ) -> Iterator[_Row]:
-    """The rows of a table of (line number, fields); the first row that is not empty has
-    the names."""
+    """Yields the rows of a table of (line number, fields); the first row that is not
+    empty has the names."""
     header = next((row for _, row in rows if row), [])
     check_columns(header, columns, str(file))
     positions = {column: header.index(column) for column in columns.named.values()}

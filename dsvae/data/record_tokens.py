@@ -192,7 +192,7 @@ def tokenize(
 def _numbers(
     values: Sequence[str | None], known: Sequence[str], kind: str, where: str
 ) -> list[int]:
-    """The places of labels or tags among the known ones; -100 for None."""
+    """Returns the places of labels or tags among the known ones; -100 for None."""
     place: dict[str | None, int] = {name: i for i, name in enumerate(known)}
     place[None] = IGNORE
     for value in values:

@@ -1,4 +1,4 @@
-"""What one row of a source gives: a text and, where their columns are named, a
+"""What one row of a source gives: a text and, if their columns are named, a
 condition, a label and tags."""
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Columns:
 
     @staticmethod
     def of(data: DataConfig) -> Columns:
-        """Those that a configuration names."""
+        """Returns the columns that a configuration names."""
         return Columns(data.text_column, data.condition_column, data.label_column, data.tags_column)
 
     @cached_property
@@ -124,7 +124,8 @@ def _text(row: Mapping[str, Any], column: str, kind: str, where: str) -> str:
 
 
 def _label(value: Any, column: str, where: str) -> str | None:
-    """A label as text: numbers as Python writes them, true and false as JSON does."""
+    """Returns a label as text: numbers as Python writes them, true and false as JSON
+    does."""
     if value is None or value != value:  # nan is how some tools write "nothing"
         return None
     if isinstance(value, bool):

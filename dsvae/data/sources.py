@@ -37,7 +37,8 @@ class Source(ABC):
     unused: tuple[str, ...] = ("data.builtin_",)
     """Prefixes of the fields of the configuration that do not matter to this source."""
     files: tuple[str, ...] = ()
-    """The names of the training files, if they are several: `Record.part` counts them."""
+    """The names of the training files, if they are several: `Record.part` counts
+    them."""
 
     def __init__(self, data: DataConfig) -> None:
         self.data, self.columns = data, Columns.of(data)
@@ -185,7 +186,8 @@ class Files(Source):
 
 
 class MixedFiles(Files):
-    """Files of which several are for training, with weights (`dsvae.data.order.Mixture`)."""
+    """Files of which several are for training, with weights
+    (`dsvae.data.order.Mixture`)."""
 
     def __init__(self, data: DataConfig) -> None:
         super().__init__(data)
@@ -296,13 +298,13 @@ def source_of(data: DataConfig) -> Source:
 
 
 def _named_files(data: DataConfig) -> dict[str, str]:
-    """The files of a configuration by split."""
+    """Returns the files of a configuration by split."""
     files = {"train": data.train_file, "valid": data.valid_file, "test": data.test_file}
     return {split: file for split, file in files.items() if file is not None}
 
 
 def _with_names(value: Any, feature: Any) -> Any:
-    """A value, with the names that a data set gives to its class numbers."""
+    """Returns a value, with the names that a data set gives to its class numbers."""
     if isinstance(feature, datasets.ClassLabel) and isinstance(value, int):
         return None if value < 0 else feature.int2str(value)  # -1: the set hides its labels
     if isinstance(feature, datasets.List) and isinstance(value, list):

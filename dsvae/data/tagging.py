@@ -66,8 +66,8 @@ def tagged_ids(
 def _with_words(
     text: str, pieces: list[int], spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """The pieces, and unknown ones for the words without any, and which word each of them
-    begins."""
+    """Returns the pieces, and unknown ones for the words without any, and which word
+    each of them begins."""
     word_at = [-1] * len(text)
     count = 0
     for match in re.finditer(r"\S+", text):

@@ -1,4 +1,5 @@
-"""Tokenizers, sentences as token ids, and splits of them that are read memory-mapped."""
+"""Tokenizers, sentences as token ids, and splits of them that are read
+memory-mapped."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ BATCH_ROWS = 10_000
 
 
 def _column(name: str) -> cached_property[Any]:
-    """A property with the numbers of a column; None if the split does not have it."""
+    """Makes a property with the numbers of a column; None if the split does not have
+    it."""
 
     def read(split: TokenizedSplit) -> np.ndarray | None:
         present = name in split.dataset.column_names
@@ -90,7 +92,7 @@ class TokenizedSplit:
         return self._ids.lengths()
 
     def lengths_of(self, indices: np.ndarray) -> np.ndarray:
-        """`lengths` of the sentences `indices`."""
+        """Returns `lengths` of the sentences `indices`."""
         return self._ids.lengths(indices)
 
     def condition_lengths_of(self, indices: np.ndarray | None = None) -> np.ndarray | None:

@@ -70,8 +70,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     # The Unigram trainer of `tokenizers` iterates over hash maps of random order. Its
     # scores differ from run to run, and so would the cached corpus and the losses. Its
     # byte-pair trainer breaks ties by rule. So byte-pair merges propose pieces, the
-    # pieces that occur most in the segmented text are kept, and their frequencies are the
-    # probabilities of the Unigram model.
+    # pieces that are the most frequent in the segmented text are kept, and their
+    # frequencies are the probabilities of the Unigram model.
     sentences = list(texts)
     alphabet = _alphabet(sentences, size)[:room]
     proposal = _pipeline(models.BPE(unk_token=_SPECIAL[2]), _SPACE)
@@ -109,7 +109,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def _alphabet(sentences: list[str], size: int) -> list[str]:
-    """The characters that get a piece each, most frequent first.
+    """Returns the characters that get a piece each, most frequent first.
 
     These are as many as fit into half of `size` pieces, or as many as cover nearly all of
     the text (`_COVERAGE`) if those are more.
@@ -134,8 +134,8 @@ def _piece_counts(tokenizer: Tokenizer, sentences: list[str]) -> Counter[str]:
 
 
 def _unigram(pieces: list[str], counts: Counter[str], space: str) -> Tokenizer:
-    """A Unigram tokenizer of the special pieces, `pieces` and the bytes. A piece that
-    never occurs counts as half an occurrence."""
+    """Makes a Unigram tokenizer of the special pieces, `pieces` and the bytes. A piece
+    that never occurs counts as half an occurrence."""
     total = math.log(sum(max(counts[piece], 0.5) for piece in pieces))
     vocabulary = [
         *((piece, _NEVER) for piece in _SPECIAL),
@@ -149,7 +149,7 @@ def _unigram(pieces: list[str], counts: Counter[str], space: str) -> Tokenizer:
 
 
 def _pipeline(model: models.Model, space: str) -> Tokenizer:
-    """A tokenizer of `model`, in whose pieces a space is written as `space`."""
+    """Makes a tokenizer of `model`, in whose pieces a space is written as `space`."""
     tokenizer = Tokenizer(model)
     # The first word gets a space like the others, so that a word has the same piece
     # everywhere. Decoding removes it again.

@@ -113,7 +113,7 @@ def fit(draws: Draws, kind: str, components: int | None = None, seed: int = 0) -
     Args:
         kind: gaussian: mean and full covariance. gmm: a mixture of Gaussians with full
             covariances, by expectation maximization. flow: a real NVP, begun as the
-            gaussian, of the training step with the best validation draws.
+            gaussian, as of the training step with the best validation draws.
         components: Gaussians of a gmm. None: as the validation draws choose.
         seed: of the start of a gmm and of the training of a flow.
 

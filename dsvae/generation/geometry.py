@@ -36,7 +36,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
     The direction turns at constant speed while the norm changes linearly from |a| to
     |b|. Points between typical draws of a high-dimensional prior thus stay at typical
-    distances from its centre, while a straight line passes close to it. Where the two
+    distances from its centre, while a straight line passes close to it. If the two
     directions define no great circle (parallel, opposite, or a zero vector), the path is
     the straight line.
     """

@@ -69,12 +69,13 @@ class Inputs:
         return None if given is None else [np.array(given[i]) for i in indices]
 
     def tags(self, indices: Sequence[int] | Rows) -> list[Rows] | None:
-        """The tags are not known: any number but -100 says that a word begins there."""
+        """Marks the words that have a tag. The tags are not known: any number but -100
+        says that a word begins there."""
         given = self.words
         return None if given is None else [np.minimum(given[i], 0) for i in indices]
 
     def select(self, indices: Sequence[int]) -> Inputs:
-        """Those of some sentences."""
+        """Returns the inputs of some sentences."""
 
         def part(rows: list[list[int]] | None) -> list[list[int]] | None:
             return rows and [rows[i] for i in indices]
@@ -204,7 +205,8 @@ class InputReader:
         return [ids for ids, _ in found]
 
     def _whole(self, texts: Sequence[str], what: str) -> list[list[int]]:
-        """The ids of texts. Raises UserError for one that cannot be read whole."""
+        """Returns the ids of texts. Raises UserError for one that cannot be read
+        whole."""
         for text in texts:
             if not text.strip():
                 raise UserError(f"a {what} is blank: give one with words")

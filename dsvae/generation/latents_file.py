@@ -64,7 +64,7 @@ def write_latents(
 
 
 def _rows(posterior: Distribution, prior: Distribution | None) -> dict[str, Tensor]:
-    """What a batch has in the file."""
+    """Returns what a batch has in the file."""
     found: dict[str, Tensor] = {}
     for prefix, each in (("", posterior), ("prior_", prior)):
         if each is not None:

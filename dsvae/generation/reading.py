@@ -49,7 +49,7 @@ def read_records(
     Args:
         file: .txt (one sentence per line), .jsonl, .csv, .tsv or .parquet. None or "-":
             stdin, one sentence per line.
-        text_column: the column of the sentence, where the file has columns.
+        text_column: the column of the sentence, if the file has columns.
         condition_column: the column of its condition. None: records have none.
         option: the flag that named the file, for errors.
 
@@ -79,7 +79,7 @@ def read_conditions(file: str, column: str | None) -> Iterator[str]:
     """Reads the conditions of a file as they stand there, blank ones included.
 
     Args:
-        column: of the condition, where the file has columns; None: "condition".
+        column: of the condition, if the file has columns; None: "condition".
 
     Raises:
         UserError: as `read_records`.

@@ -283,8 +283,8 @@ class SentenceVAE:
         prior: Density | None,
         options: dict[str, Any],
     ) -> Iterator[str]:
-        """Sentences of z from the prior, one for each pair of the number of its noise
-        and the ids of its condition.
+        """Generates sentences of z from the prior, one for each pair of the number of
+        its noise and the ids of its condition.
 
         Raises:
             UserError: another prior than the model's that has another number of
@@ -537,7 +537,7 @@ class SentenceVAE:
         options: dict[str, Any],
         lengths: NDArray[np.int32] | None = None,
     ) -> list[str]:
-        """The sentences of z (N, Z) under the ids of their conditions; `lengths` as of
+        """Decodes z (N, Z) under the ids of their conditions; `lengths` as of
         `Passes.generate`."""
         settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **options}
         try:
@@ -555,8 +555,8 @@ class SentenceVAE:
 
 
 def _noise(seed: int, purpose: int, numbers: Iterable[int], width: int) -> Tensor:
-    """Standard normal noise of samples by their numbers, (N, width). Each has its own
-    stream, whatever the batch."""
+    """Draws standard normal noise of samples by their numbers, (N, width). Each has its
+    own stream, whatever the batch."""
     return torch.from_numpy(normal(seed, purpose, ((0, i) for i in numbers), width))
 
 

@@ -49,14 +49,15 @@ class Kept:
         world.run_on_rank0(make)
 
     def key(self, split: Any, name: str, token_budget: int) -> str:
-        """The key of a pass over `split`, whose name says what it computes."""
+        """Returns the key of a pass over `split`, whose name says what it computes."""
         digest = hashlib.sha256(f"{token_budget} {name}".encode())
         for array in (split.content_keys, split.lengths):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def load(self, key: str, result: Tensor) -> int:
-        """The number of batches of a pass that are done, on every rank. Collective.
+        """Returns the number of batches of a pass that are done, on every rank.
+        Collective.
 
         Args:
             result: zeros; on rank 0 it receives the results of those batches, of all
@@ -93,5 +94,5 @@ class Kept:
         self._world.run_on_rank0(write)
 
     def remove(self) -> None:
-        """Deletes everything. On rank 0."""
+        """Deletes everything. Only rank 0 calls it."""
         shutil.rmtree(self._root, ignore_errors=True)

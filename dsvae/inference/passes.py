@@ -63,7 +63,7 @@ class Passes:
     Args:
         world: the ranks. None: this process alone, on the model's device, without
             progress bars.
-        token_budget: most padded tokens of a forward pass on one rank; or
+        token_budget: the limit of padded tokens of a forward pass on one rank; or
         batch_size: texts or latents of a forward pass.
         kept: keeps the results of encoding and decoding, so that an interrupted
             evaluation continues.
@@ -84,7 +84,8 @@ class Passes:
         self._token_budget, self._batch_size, self._kept = token_budget, batch_size, kept
 
     def encode(self, texts: Texts) -> Encoded:
-        """Encodes N texts: posteriors, priors, and what the other heads say of them."""
+        """Encodes N texts; returns posteriors, priors, and what the other heads say of
+        them."""
         config, family = self.model.config, self.family
         learned = config.prior == "learned"
         tagged = bool(config.tags) and texts.tags([]) is not None
@@ -178,9 +179,9 @@ class Passes:
         """
         model, world = self.model, self.world
         eos, device = model.config.eos_token_id, world.device
-        # At ZeRO 3, a rank that ends a text sooner must go on with empty passes, or the
-        # others wait for it forever. `generate` detects this only if transformers itself
-        # set up DeepSpeed.
+        # At ZeRO 3, a rank that ends a text sooner must continue with empty passes, or
+        # the others wait for it forever. `generate` detects this only if transformers
+        # itself set up DeepSpeed.
         partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
         options["synced_gpus"] = world.size > 1 and partitioned
         if lengths is None:
@@ -206,7 +207,7 @@ class Passes:
             return self.model.prior(**self._conditions(conditions)).to("cpu")
 
     def _conditions(self, rows: Sequence[Sequence[int] | Rows] | None) -> dict[str, Tensor]:
-        """What the model takes for the conditions of a batch."""
+        """Returns what the model takes for the conditions of a batch."""
         if rows is None:
             return {}
         ids, mask = padded(rows, self.model.config.pad_token_id)
@@ -215,7 +216,7 @@ class Passes:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """How every pass runs: in evaluation mode, without gradients."""
+        """Sets how every pass runs: in evaluation mode, without gradients."""
         training = self.model.training
         self.model.eval()
         try:
@@ -232,7 +233,7 @@ class Passes:
         compute: Callable[[MicroBatch, Rows], Mapping[str, Tensor]],
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Tensor]:
-        """The results of `compute` for every text, by name (N, width) on CPU.
+        """Computes the results of `compute` for every text, by name (N, width) on CPU.
 
         Args:
             name: of the pass, to find what was kept of it.
@@ -272,7 +273,7 @@ class Passes:
         return row_lengths(texts, self.model.config.posterior_reads)
 
     def _batches(self, lengths: NDArray[np.int32]) -> list[Batch]:
-        """This rank's batches of texts of these lengths, longest first."""
+        """Returns this rank's batches of texts of these lengths, longest first."""
         if not self._batch_size:
             shares = {"rank": self.world.rank, "world_size": self.world.size}
             return list(evaluation_batches(lengths, token_budget=self._token_budget, **shares))
@@ -281,7 +282,7 @@ class Passes:
         return [(part, np.ones(len(part), dtype=np.float32)) for part in parts]
 
     def _batch(self, texts: Texts, rows: Rows, weight: NDArray[np.float32]) -> MicroBatch:
-        """The texts of a batch as the model reads them, without noise."""
+        """Collates the texts of a batch as the model reads them, without noise."""
         return collate_split(
             texts,
             rows,

@@ -59,7 +59,7 @@ class Metric:
     second_row: tuple[str, str] | None = None
     """Section and meaning of a second row with the same value."""
     meaning_without_latent: str | None = None
-    """Its meaning for a model without a latent, whose likelihood is no bound. None: the
+    """Its meaning for a model without a latent, whose likelihood is not a bound. None: the
     tables of such a model leave it out."""
     latent: bool = False
     """Whether it describes z. `dsvae compare` drops it for a model without a latent."""
@@ -79,12 +79,12 @@ def _section(title: str, *metrics: Metric) -> tuple[Metric, ...]:
 def _any(
     name: str, unit: str, meaning: str, better: Better = None, places: Place = NOWHERE
 ) -> Metric:
-    """A metric that means the same with and without a latent."""
+    """Makes a metric that means the same with and without a latent."""
     return Metric(name, unit, meaning, better, places, meaning_without_latent=meaning)
 
 
 def _bound(name: str, unit: str, meaning: str, better: Better, places: Place) -> Metric:
-    """A metric that is exact without a latent."""
+    """Makes a metric that is exact without a latent."""
     from_elbo = f"{meaning} from the ELBO (an upper bound)"
     return Metric(name, unit, from_elbo, better, places, meaning_without_latent=meaning)
 
@@ -97,7 +97,7 @@ def _z(
     places: Place = NOWHERE,
     difference: tuple[str, str] | None = None,
 ) -> Metric:
-    """A metric of the latent."""
+    """Makes a metric of the latent."""
     return Metric(name, unit, meaning, better, places, latent=True, difference=difference)
 
 

@@ -12,7 +12,7 @@ from dsvae.modeling.families import Distribution
 from dsvae.objective import elbo
 
 ENUMERABLE = 65_536
-"""Most codes that a total correlation is summed over one by one."""
+"""The largest number of codes that a total correlation is summed over one by one."""
 
 
 def of_codes(posterior: Distribution, draws: Tensor) -> dict[str, float]:
@@ -91,8 +91,8 @@ def pairwise_total_correlation(probabilities: Tensor) -> float:
 
 
 def total_correlation(probabilities: Tensor) -> float:
-    """KL(q(z) || prod_d q(z_d)) in nats under q(z) = mean_n q(z|x_n), by enumeration;
-    NaN if there are more than `ENUMERABLE` codes.
+    """Computes KL(q(z) || prod_d q(z_d)) in nats under q(z) = mean_n q(z|x_n), by
+    enumeration; NaN if there are more than `ENUMERABLE` codes.
 
     With I(x; z) of the same N sentences it is exact that mean_n KL(q(z|x_n) || p) =
     I(x; z) + total correlation + sum_d KL(q(z_d) || p_d) (Chen et al. 2018).
@@ -113,5 +113,6 @@ def total_correlation(probabilities: Tensor) -> float:
 
 
 def _product(rows: Tensor) -> Tensor:
-    """The probabilities of all codes (K**D,) of independent variables, rows (D, K)."""
+    """Returns the probabilities of all codes (K**D,) of independent variables, rows (D,
+    K)."""
     return reduce(lambda codes, row: torch.outer(codes, row).flatten(), rows)

@@ -110,8 +110,8 @@ def scores(
 def mutual_information_matrix(
     codes: Codes, factors: Factors, columns: int = 1
 ) -> NDArray[np.float64]:
-    """I(z_i; v_k) in nats, (U, K), by counting: of numbers in 20 equal-width bins, of
-    categories as they are."""
+    """Computes I(z_i; v_k) in nats, (U, K), by counting: of numbers in 20 equal-width
+    bins, of categories as they are."""
     if columns > 1:
         binned = _blocks(codes, columns).argmax(-1).T
     else:
@@ -120,8 +120,8 @@ def mutual_information_matrix(
 
 
 def mig_gaps(information: NDArray[np.float64], factors: Factors) -> NDArray[np.float64]:
-    """(I(z_1st; v_k) - I(z_2nd; v_k)) / H(v_k) of every factor, (K,); their mean is the
-    mutual information gap (Chen et al. 2018).
+    """Computes (I(z_1st; v_k) - I(z_2nd; v_k)) / H(v_k) of every factor, (K,); their
+    mean is the mutual information gap (Chen et al. 2018).
 
     A single unit has no second one: its gap is its whole information.
     """
@@ -130,8 +130,8 @@ def mig_gaps(information: NDArray[np.float64], factors: Factors) -> NDArray[np.f
 
 
 def dci_disentanglement(importance: NDArray[np.float64]) -> float:
-    """sum_i rho_i (1 - H_K(P_i)) of the importance (U, K) of unit i for factor k
-    (Eastwood & Williams 2018).
+    """Computes sum_i rho_i (1 - H_K(P_i)) of the importance (U, K) of unit i for factor
+    k (Eastwood & Williams 2018).
 
     P_i is the importance of unit i as a distribution over the K factors, H_K its
     entropy to the base K, rho_i its share of all.
@@ -142,13 +142,13 @@ def dci_disentanglement(importance: NDArray[np.float64]) -> float:
 
 
 def dci_completeness_per_factor(importance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 - H_U(P_k) of every factor, (K,): P_k is the importance of the U units for
-    factor k (Eastwood & Williams 2018)."""
+    """Computes 1 - H_U(P_k) of every factor, (K,): P_k is the importance of the U units
+    for factor k (Eastwood & Williams 2018)."""
     return 1 - _entropy(importance.T)
 
 
 def z_diff(codes: Codes, factors: Factors, seed: int, columns: int = 1) -> tuple[float, float]:
-    """The beta-VAE metric (Higgins et al. 2017): held-out accuracy of a linear
+    """Computes the beta-VAE metric (Higgins et al. 2017): held-out accuracy of a linear
     classifier that tells which factor two sentences share, from the mean |z - z'| of 64
     pairs that share it and are random otherwise. Chance is 1/K. Of categories, |z - z'|
     is 1 if they differ and 0 if they are equal.
@@ -174,8 +174,8 @@ def z_diff(codes: Codes, factors: Factors, seed: int, columns: int = 1) -> tuple
 def _differences(
     codes: Codes, values: NDArray[np.integer], count: int, rng: np.random.Generator, columns: int
 ) -> NDArray[np.floating]:
-    """(count, U): the mean |z - z'| of 64 pairs of sentences that share a value. Each
-    value comes as often as the corpus has it."""
+    """Draws (count, U): the mean |z - z'| of 64 pairs of sentences that share a value.
+    Each value comes as often as the corpus has it."""
     _, value, sizes = np.unique(values, return_inverse=True, return_counts=True)
     members = np.argsort(value, kind="stable")  # the sentences of each value in a row
     starts = np.cumsum(sizes) - sizes
@@ -192,10 +192,9 @@ def sap_scores(
     test: NDArray[np.intp],
     columns: int = 1,
 ) -> NDArray[np.float64]:
-    """How well one unit alone tells the value of one factor, (U, K): held-out balanced
-    accuracy of a decision tree on that unit (Kumar et al. 2018, for categorical
-    factors), rescaled so that chance is 0 and perfection 1.
-    """
+    """Measures how well one unit alone tells the value of one factor, (U, K): held-out
+    balanced accuracy of a decision tree on that unit (Kumar et al. 2018, for
+    categorical factors), rescaled so that chance is 0 and perfection 1."""
     units = _blocks(codes, columns)
     scores = np.zeros((units.shape[1], factors.shape[1]))
     for k, values in enumerate(factors.T):
@@ -214,8 +213,8 @@ def sap_scores(
 
 
 def gaps(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Best minus second-best of the scores (U, K) of every factor, (K,); of
-    `sap_scores` their mean is the separated attribute predictability."""
+    """Computes the best minus the second-best of the scores (U, K) of every factor,
+    (K,); of `sap_scores` their mean is the separated attribute predictability."""
     ordered = np.sort(scores, axis=0)[::-1]
     return ordered[0] - ordered[1] if len(ordered) > 1 else ordered[0]
 
@@ -228,9 +227,9 @@ def _importance(
     seed: int,
     columns: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Importances (U, K) and held-out accuracies (K,) of random forests that predict
-    each factor from all units (a choice of the DCI paper). The importance of a category
-    is the sum over its columns."""
+    """Returns importances (U, K) and held-out accuracies (K,) of random forests that
+    predict each factor from all units (a choice of the DCI paper). The importance of a
+    category is the sum over its columns."""
     importance, accuracy = [], []
     state = seed % 2**32  # scikit-learn takes no more
     for values in factors.T:
@@ -244,7 +243,7 @@ def _importance(
 
 
 def _blocks(codes: NDArray[Any], columns: int) -> NDArray[Any]:
-    """(..., U * C) as (..., U, C)."""
+    """Returns (..., U * C) as (..., U, C)."""
     return codes.reshape(*codes.shape[:-1], -1, columns)
 
 
@@ -255,8 +254,8 @@ def _split(count: int, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 
 
 def _entropy(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The entropy of every row as a distribution, to the base of its length, from 0 to
-    1. It is 1 for a row of zeros, which says nothing."""
+    """Computes the entropy of every row as a distribution, to the base of its length,
+    from 0 to 1. It is 1 for a row of zeros, which says nothing."""
     count = rows.shape[1]
     if count == 1:
         return np.zeros(len(rows))

@@ -30,7 +30,7 @@ SELF_BLEU_OUTPUTS = 500
 """Outputs that self-BLEU is measured on: it grows with their number."""
 
 ORDER = 4
-"""The most words of an n-gram of BLEU."""
+"""The largest number of words of an n-gram of BLEU."""
 
 _BLEU = BLEU(tokenize="none", smooth_method="exp", effective_order=True, force=True)
 
@@ -133,8 +133,8 @@ def distinct(texts: Sequence[str], n: int) -> float:
 
 
 def self_bleu(texts: Sequence[str]) -> list[float]:
-    """The BLEU of each text with all others as references (Zhu et al. 2018), from 0 to
-    100: lower is more diverse. No scores for fewer than two texts."""
+    """Computes the BLEU of each text with all others as references (Zhu et al. 2018),
+    from 0 to 100: lower is more diverse. No scores for fewer than two texts."""
     if len(texts) < 2:
         return []
     # BLEU of `bleu`, from the counts of all texts at once: what matches of an n-gram is at
@@ -157,7 +157,7 @@ def _self_bleu(
     largest: dict[tuple[str, ...], list[int]],
     lengths: list[int],
 ) -> float:
-    """The BLEU of one of several texts against the others.
+    """Computes the BLEU of one of several texts against the others.
 
     Args:
         counts: of its n-grams.
@@ -178,23 +178,26 @@ def _self_bleu(
 
 
 def _ngrams(words: list[str]) -> Counter[tuple[str, ...]]:
-    """How often each n-gram of up to `ORDER` words occurs."""
+    """Counts how often each n-gram of up to `ORDER` words occurs."""
     return Counter(
         tuple(words[i : i + n]) for n in range(1, ORDER + 1) for i in range(len(words) - n + 1)
     )
 
 
 def bleu(text: str, references: Sequence[str]) -> float:
-    """The sentence BLEU of a text against its references, as above, from 0 to 100."""
+    """Computes the sentence BLEU of a text against its references, as above, from 0 to
+    100."""
     return _BLEU.sentence_score(text, references).score
 
 
 def _table(texts: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
-    """The BLEU of each text against each single reference, (texts, references)."""
+    """Computes the BLEU of each text against each single reference, (texts,
+    references)."""
     return np.array([[bleu(text, [reference]) for reference in references] for text in texts])
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of the values that are defined and its standard error; NaN for none."""
+    """Computes the mean of the values that are defined and its standard error; NaN for
+    none."""
     defined = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
     return likelihood.mean(defined) if len(defined) else (math.nan, math.nan)

@@ -312,7 +312,7 @@ def warnings_of(metrics: dict[str, Any], measured: Measured, unk: int = 0) -> li
             "marginal_kl is unknown; evaluate on more sentences"
         )
     gain, error = likelihood.mean(measured.rec_shuffled - measured.rec)
-    if gain <= 3 * error:  # false for NaN, where there is no other text
+    if gain <= 3 * error:  # false for NaN, if there is no other text
         measurement = f"rec_shuffled - rec = {gain:.3f} ± {error:.3f} nats: "
         if gain + 3 * error < NO_USE * metrics["rec"]:
             warnings.append(
@@ -341,8 +341,8 @@ def warnings_of(metrics: dict[str, Any], measured: Measured, unk: int = 0) -> li
 
 
 def _sample(split: TokenizedSplit, count: int) -> TokenizedSplit:
-    """`count` random sentences of a split, the same at every call; all if it has no
-    more."""
+    """Draws `count` random sentences of a split, the same at every call; all if it has
+    no more."""
     if len(split) <= count:
         return split
     rng = np.random.default_rng(EVALUATION_SEED)

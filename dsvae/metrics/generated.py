@@ -32,13 +32,13 @@ from dsvae.modeling.families import Distribution
 OUTPUTS = 500
 """Sentences of a model that reads no condition."""
 CONDITIONS = 200
-"""The most conditions that a model generates sentences for."""
+"""The largest number of conditions that a model generates sentences for."""
 DRAWS = 10
 """Draws of z per condition."""
 REFERENCES = 100
-"""The most texts of a condition that outputs are compared with."""
+"""The largest number of texts of a condition that outputs are compared with."""
 CLASSES = 20
-"""The most different conditions that a classifier tells apart."""
+"""The largest number of different conditions that a classifier tells apart."""
 
 
 def decode_prior(
@@ -66,8 +66,8 @@ class Conditions:
 
     @staticmethod
     def of(split: TokenizedSplit) -> Conditions:
-        """Those of a split that has conditions. The hash of their tokens orders them,
-        so the first ones are a random choice."""
+        """Finds the conditions of a split that has conditions. The hash of their tokens
+        orders them, so the first ones are a random choice."""
         hashes = split.condition_hashes
         assert hashes is not None
         order = np.lexsort((split.content_keys, hashes))

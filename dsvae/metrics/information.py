@@ -21,10 +21,10 @@ says little: a sentence's own posterior is then more than half of the aggregate 
 z."""
 
 SENTENCES = 2**11
-"""The most sentences whose terms are computed."""
+"""The largest number of sentences whose terms are computed."""
 
 POSTERIORS = 2**16
-"""The most posteriors in the aggregate."""
+"""The largest number of posteriors in the aggregate."""
 
 PAIRS = 2**22
 """Entries of the pairwise float64 matrix that are computed at a time."""

@@ -119,5 +119,5 @@ def ratio(values: Tensor, units: NDArray[np.integer]) -> tuple[float, float]:
 
 
 def _exp(value: float) -> float:
-    """exp(value), infinite if it overflows."""
+    """Computes exp(value), infinite if it overflows."""
     return math.exp(value) if value < 700 else math.inf

@@ -64,7 +64,7 @@ def entities(tags: Sequence[str]) -> list[Entity]:
     An entity is a `B-type` and all `I-type` that follow it without a gap.
     """
     found: list[Entity] = []
-    open_until = -1  # the word at which the last entity may still go on
+    open_until = -1  # the word at which the last entity may still continue
     for i, tag in enumerate(tags):
         if tag.startswith("B-"):
             found.append((tag[2:], i, i + 1))
@@ -119,8 +119,8 @@ def of_classes(
 def _counts(
     wanted: list[set[Entity]], found: list[set[Entity]], kind: str | None
 ) -> NDArray[np.float64]:
-    """Right, predicted and true entities of a type (None: of all) per sentence, (3,
-    N)."""
+    """Counts right, predicted and true entities of a type (None: of all) per sentence,
+    (3, N)."""
 
     def count(each: set[Entity]) -> int:
         return sum(kind is None or entity[0] == kind for entity in each)
@@ -130,8 +130,8 @@ def _counts(
 
 
 def _scores(counts: NDArray[np.float64]) -> tuple[dict[str, float], dict[str, float]]:
-    """Precision, recall, F1 and the numbers of entities, and the standard errors of the
-    first three, from `_counts`."""
+    """Computes precision, recall, F1 and the numbers of entities, and the standard
+    errors of the first three, from `_counts`."""
     right, predicted, true = counts
     scores, errors = {}, {}
     if not (predicted + true).any():
@@ -152,14 +152,14 @@ def _f1_residuals(true: NDArray[np.bool_], answers: NDArray[np.bool_]) -> NDArra
 
 
 def _residuals(values: NDArray[np.floating], units: NDArray[np.floating]) -> NDArray[np.floating]:
-    """What each of N sentences adds to sum(values) / sum(units), to first order, times
-    N: their mean is 0."""
+    """Computes what each of N sentences adds to sum(values) / sum(units), to first
+    order, times N: their mean is 0."""
     return (values - values.sum() / units.sum() * units) / units.mean()
 
 
 def _error(residuals: NDArray[np.floating]) -> float:
-    """The standard error of a mean whose N terms have these residuals; NaN for N =
-    1."""
+    """Computes the standard error of a mean whose N terms have these residuals; NaN for
+    N = 1."""
     count = len(residuals)
     if count < 2:
         return math.nan

@@ -97,8 +97,8 @@ class ModelFlops:
         )
 
     def count(self, batch: MicroBatch) -> float:
-        """The operations for the tokens of one rank's micro-batch, without padding and
-        fillers."""
+        """Counts the operations for the tokens of one rank's micro-batch, without
+        padding and fillers."""
         weight = batch.weight.double()
         encoder = batch.attention_mask.sum(1).double()  # (B,) tokens
         decoder = (batch.labels != IGNORE).sum(1).double()
@@ -113,7 +113,7 @@ class ModelFlops:
 
 
 def _grows_with(name: str) -> str:
-    """What a linear layer of this name is applied to."""
+    """Returns what a linear layer of this name is applied to."""
     if name.startswith(("encoder.", "posterior.pooling.")):
         return "encoder token"
     if name.endswith(CROSS_KEYS):
@@ -139,7 +139,7 @@ class Speed:
         self._operations += sum(map(self._flops.count, step.micro_batches))
 
     def read(self) -> dict[str, float]:
-        """The metrics since the last reading.
+        """Returns the metrics since the last reading.
 
         `tokens_per_s` counts the predicted tokens of all ranks. `flops_per_s` is of this
         rank, and so is `mfu`, its share of what the device could do, if that is known.
@@ -158,8 +158,8 @@ class Speed:
 
 
 def peak_flops(precision: str) -> float | None:
-    """FLOP/s that this rank's device could do in 16 bits; None for an unlisted device,
-    and in fp32, where it depends on torch's settings."""
+    """Returns the FLOP/s that this rank's device could do in 16 bits; None for an
+    unlisted device, and in fp32, where it depends on torch's settings."""
     if precision == "fp32" or local_device().type != "cuda":
         return None
     words = set(torch.cuda.get_device_name().replace("-", " ").split())
@@ -167,8 +167,8 @@ def peak_flops(precision: str) -> float | None:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held since its start: GPU memory on a GPU,
-    else resident host memory."""
+    """Returns the largest number of bytes that this process has held since its start:
+    GPU memory on a GPU, else resident host memory."""
     if local_device().type != "cpu":
         return torch.accelerator.max_memory_allocated()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -76,7 +76,8 @@ def compare_runs(
 
 
 def _differing(runs: list[RunSummary]) -> list[str]:
-    """Names of the settings that differ between the runs that use them, in their order."""
+    """Returns the names of the settings that differ between the runs that use them, in
+    their order."""
     known = [run.settings for run in runs if run.settings]
     fields = field_types()
 
@@ -124,7 +125,8 @@ def _sorted(
 
 
 def _texts(runs: list[RunSummary]) -> tuple[dict[str, str], list[str]]:
-    """Letters of the measured texts if a split has several, and a warning per split."""
+    """Returns letters of the measured texts if a split has several, and a warning per
+    split."""
 
     def same(a: RunSummary, b: RunSummary) -> bool:
         sources = a.source(), b.source()
@@ -157,7 +159,8 @@ def _about(run: RunSummary) -> str:
 
 
 def _tokenizers(runs: list[RunSummary]) -> tuple[dict[str, str], list[str]]:
-    """Letters of the tokenizers if there are several, and a warning about them."""
+    """Returns letters of the tokenizers if there are several, and a warning about
+    them."""
     measured = [run for run in runs if run.split]
     unknown = [run.name for run in measured if not run.tokenizer]
     groups = _groups(
@@ -179,7 +182,7 @@ def _tokenizers(runs: list[RunSummary]) -> tuple[dict[str, str], list[str]]:
 def _groups(
     runs: list[RunSummary], same: Callable[[RunSummary, RunSummary], bool]
 ) -> dict[str, list[RunSummary]]:
-    """Letter A, B, ..., Z, A1, ... -> the runs that are the `same`."""
+    """Returns letter A, B, ..., Z, A1, ... -> the runs that are the `same`."""
     return {
         f"{chr(65 + index % 26)}{index // 26 or ''}": group
         for index, group in enumerate(grouped(runs, same))
@@ -187,7 +190,8 @@ def _groups(
 
 
 def grouped(items: Iterable[T], same: Callable[[T, T], bool]) -> list[list[T]]:
-    """The items in groups; each joins the first group whose first item is the `same`."""
+    """Puts the items in groups; each joins the first group whose first item is the
+    `same`."""
     groups: list[list[T]] = []
     for item in items:
         for group in groups:

@@ -15,13 +15,13 @@ from dsvae.reports.runs import RunSummary
 from dsvae.reports.table import number
 
 _LINES = 9
-"""Most lines of equal rec + kl, at round numbers."""
+"""The largest number of lines of equal rec + kl, at round numbers."""
 _PALETTE = itertools.cycle([COLOR, "#c1662f", "#3c8d5a", "#7a5ba8"])
 _COLORS = dict(zip(get_args(InjectionName), _PALETTE, strict=False))
 """By injection."""
 _NO_LATENT = "#444444"
 _NAME = 100
-"""Most characters of a run's name. A sweep's names are told apart by their ends."""
+"""The longest name of a run, in characters. The ends of a sweep's names differ."""
 _AXES, _CHARACTER = 5.7, 0.058
 """Inches of the figure's width: without the legend, and per character of it."""
 _NEAR = 0.025
@@ -29,9 +29,9 @@ _NEAR = 0.025
 
 
 def plot(comparison: Comparison) -> str | None:
-    """The plot as SVG; None if no run has both values. A model without a latent is drawn
-    at kl 0, with the line on which rec + kl is its -log p(x): below it, a latent pays.
-    Rows of several seeds have their standard deviations as bars.
+    """Draws the plot as SVG; returns None if no run has both values. A model without a
+    latent is drawn at kl 0, with the line on which rec + kl is its -log p(x): below it,
+    a latent pays. Rows of several seeds have their standard deviations as bars.
 
     Phase 1 does not train the KL, which is then many times that of phase 2. So runs in
     phase 1 are drawn only if there are no others.

@@ -17,8 +17,8 @@ from dsvae.reports.table import error, markdown, number
 
 
 def place(directories: Sequence[Path], output: str | None) -> Path:
-    """`output`, or `comparison` beside the runs; in the current directory if they lie
-    apart."""
+    """Returns `output`, or `comparison` beside the runs; in the current directory if
+    they lie apart."""
     if output is not None:
         return Path(output).expanduser()
     parents = {directory.absolute().parent.resolve() for directory in directories}
@@ -26,7 +26,8 @@ def place(directories: Sequence[Path], output: str | None) -> Path:
 
 
 def write(directory: Path, comparison: Comparison) -> dict[str, Path]:
-    """Writes the files, each whole or not at all; their paths by what they hold."""
+    """Writes the files, each whole or not at all; returns their paths by what they
+    hold."""
     from dsvae.reports.compare_plot import plot
 
     files = {"all metrics": directory / "comparison.csv"}
@@ -41,7 +42,8 @@ def write(directory: Path, comparison: Comparison) -> dict[str, Path]:
 
 
 def text(comparison: Comparison) -> str:
-    """The table, the meaning of its columns, notes and warnings."""
+    """Writes the table, the meaning of its columns, notes and warnings; returns the
+    text."""
     runs = comparison.runs
     columns = {"run": [run.name for run in runs], "state": [run.state for run in runs]}
     for name in comparison.settings:
@@ -89,7 +91,7 @@ def _notes(runs: list[RunSummary]) -> list[str]:
 
 
 def _csv(comparison: Comparison) -> str:
-    """One row per run, numbers in full."""
+    """Writes one row per run, numbers in full; returns the text."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     heading = ["run", "directory", "state", "values_of", "step", "text", "tokenizer"]
@@ -117,7 +119,7 @@ def _values_of(run: RunSummary) -> str:
 
 
 def _values(name: str, values: list[Any]) -> list[str]:
-    """A column of settings; files by their names alone where these differ."""
+    """Returns a column of settings; files by their names alone if these differ."""
     if name.startswith("data.") and name.endswith("_file"):
         short = [value and Path(value).name for value in values]
         values = short if len(set(short)) == len(set(values)) else values
@@ -125,7 +127,7 @@ def _values(name: str, values: list[Any]) -> list[str]:
 
 
 def _value(value: Any, unset: str = "-") -> str:
-    """A setting as people write it."""
+    """Returns a setting as people write it."""
     if value is None:
         return unset
     if isinstance(value, bool):

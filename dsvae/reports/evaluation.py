@@ -44,7 +44,7 @@ from dsvae.reports.sentences import Sentences, check_factors, input_hashes, of_r
 from dsvae.reports.table import table
 
 SHOWN = 20
-"""The most reconstructions and prior samples in the report."""
+"""The largest number of reconstructions and prior samples in the report."""
 
 T = TypeVar("T")
 
@@ -90,8 +90,8 @@ def evaluate_model(
         samples: samples of z per sentence for the ELBO.
         iw_samples: samples of z per sentence for the importance-weighted bound. None:
             the bound is not measured.
-        batch_tokens: most padded tokens per forward pass on one rank; it changes only the
-            speed.
+        batch_tokens: the limit of padded tokens per forward pass on one rank; it changes
+            only the speed.
         max_tokens: longest sentence in tokens, EOS included. None: that of the model's
             training.
         seed: of the draws of z and of the folds of the probes.
@@ -247,7 +247,7 @@ def _generated(
     max_tokens: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The metrics of greedy sentences with z from the prior. Collective."""
+    """Computes the metrics of greedy sentences with z from the prior. Collective."""
     world = passes.world
     if not passes.model.config.conditional:
         outputs = generated.decode_prior(passes, tokenizer, max_tokens, seed)
@@ -294,7 +294,7 @@ def _use_of_latents(model: T5VAE, measured: Measured, text: Sentences, seed: int
 
 
 def _estimators(samples: int, iw_samples: int | None, latent_dim: int) -> dict[str, str]:
-    """The estimator of each likelihood."""
+    """Returns the estimator of each likelihood."""
     bounded = "ppl_token, ppl_word, bits_per_byte"
     if latent_dim == 0:
         return {f"rec, {bounded}": "log p(x) itself: without a latent, nothing is bounded"}
@@ -314,7 +314,7 @@ def _estimators(samples: int, iw_samples: int | None, latent_dim: int) -> dict[s
 def _policies(
     max_tokens: int, offsets: bool, config: PreTrainedConfig, conditions: int | None
 ) -> dict[str, str]:
-    """How everything was counted, for people.
+    """Says how everything was counted, for people.
 
     Args:
         conditions: how many have generated sentences, if any.
@@ -352,14 +352,15 @@ def _policies(
 
 
 def _default_output(model_dir: str) -> Path:
-    """`evaluation` in the model's directory. For a hub id in the current directory: one
-    with the name of the model would hide it."""
+    """Returns `evaluation` in the model's directory. For a hub id it is in the current
+    directory: one with the name of the model would hide it."""
     directory = Path(model_dir).expanduser()
     return directory / "evaluation" if directory.is_dir() else Path("evaluation")
 
 
 def _limit(model: T5VAE, max_tokens: int | None) -> int:
-    """The longest sentence in tokens: as given, or as in the model's training."""
+    """Returns the longest sentence in tokens: as given, or as in the model's
+    training."""
     return max_tokens or model.config.max_tokens or DataConfig.max_tokens
 
 

@@ -24,21 +24,21 @@ COLOR = "#2f6db3"
 
 
 def new_figure(width: float = 5.6, height: float = 3.6) -> tuple[Figure, Axes]:
-    """An empty figure and its axes; width and height in inches."""
+    """Makes an empty figure and its axes; width and height in inches."""
     # pyplot would keep the figure and choose a window system.
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def svg(figure: Figure) -> str:
-    """The figure as SVG text, the same for the same figure."""
+    """Returns the figure as SVG text, the same for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
     return buffer.getvalue().decode()
 
 
 def legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str], **style: Any) -> None:
-    """A legend to the right of what was drawn (`handles`), with any labels."""
+    """Draws a legend to the right of what was drawn (`handles`), with any labels."""
     style |= {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
     # matplotlib leaves out labels that begin with an underscore.
     entries = axes.legend(handles, [f"entry {i}" for i in range(len(labels))], **style).get_texts()
@@ -47,6 +47,6 @@ def legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str], **style: A
 
 
 def short(label: str, most: int = 18) -> str:
-    """A user's label, cut to `most` characters, which matplotlib shows as it is."""
+    """Cuts a user's label to `most` characters, which matplotlib shows as it is."""
     label = label.replace("$", r"\$")  # two of them would enclose mathematics
     return label if len(label) <= most else f"{label[: most - 1]}…"

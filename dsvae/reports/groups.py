@@ -44,7 +44,7 @@ def by_seed(runs: list[RunSummary]) -> Groups:
         if len(members) == 1:
             merged.append(members[0])
         else:
-            # Another group has the same name where the seed comes first in it.
+            # Another group has the same name if the seed comes first in it.
             name = name if name and alone[name] == 1 else f"{members[0].name} and others"
             merged.append(_merged(name, members))
             counts = Counter(run.settings[SEED] for run in members)
@@ -57,7 +57,8 @@ def by_seed(runs: list[RunSummary]) -> Groups:
 
 
 def _key(run: RunSummary) -> str | None:
-    """Equal for runs of one group; None for a run that stays alone."""
+    """Returns a key that is equal for runs of one group; None for a run that stays
+    alone."""
     if run.split != "test" or SEED not in run.settings:
         return None
     settings = {name: value for name, value in run.settings.items() if name != SEED}
@@ -65,8 +66,8 @@ def _key(run: RunSummary) -> str | None:
 
 
 def _name(members: list[RunSummary]) -> str:
-    """What the names of runs have in common: `a` of a_s0 and a_s1, `b` of b/seed0 and
-    b/seed1. Empty where they have nothing in common."""
+    """Returns what the names of runs have in common: `a` of a_s0 and a_s1, `b` of
+    b/seed0 and b/seed1. Empty if they have nothing in common."""
     if len(members) == 1:
         return members[0].name
     common = os.path.commonprefix([run.name for run in members])

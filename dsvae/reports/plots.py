@@ -18,15 +18,16 @@ from dsvae.reports.figures import COLOR, STYLE, legend, new_figure, svg
 from dsvae.reports.sentences import Sentences
 
 POINTS = 5_000
-"""The most sentences in a scatter plot."""
+"""The largest number of sentences in a scatter plot."""
 ENOUGH = 10
 """Sentences that a length needs for a point of the mean."""
 CLASSES = 10
-"""The most labels that colours can tell apart."""
+"""The largest number of labels that colours can tell apart."""
 
 
 def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[str, str]:
-    """Title -> SVG. A model without a latent has only the plot of the lengths."""
+    """Draws the plots; returns title -> SVG. A model without a latent has only the plot
+    of the lengths."""
     chosen = np.argsort(text.split.content_keys)[:POINTS]
     with matplotlib.rc_context(STYLE):
         images = {}
@@ -83,7 +84,7 @@ def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> str:
 
 
 def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
-    """The first two principal components, coloured by labels or by numbers."""
+    """Draws the first two principal components, coloured by labels or by numbers."""
     figure, axes = new_figure()
     components = min(2, *means.shape)
     pca = PCA(components).fit(means)
@@ -109,7 +110,8 @@ def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
 def _colours(
     metrics: dict[str, Any], text: Sentences, chosen: NDArray[np.intp]
 ) -> tuple[str, NDArray]:
-    """Name and values of the label that the linear probe reads best, or the length."""
+    """Returns name and values of the label that the linear probe reads best, or the
+    length."""
     probes = {
         name: probe
         for name, probe in metrics.get("probes", {}).items()
@@ -123,7 +125,7 @@ def _colours(
 
 
 def _matrix(information: NDArray[np.float64], names: list[str], dimensions: list[int]) -> str:
-    """I(z_i; v_k): one row per factor, one column per active unit."""
+    """Draws I(z_i; v_k): one row per factor, one column per active unit."""
     figure, axes = new_figure()
     image = axes.imshow(information.T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     axes.set_yticks(range(len(names)), names)
@@ -135,6 +137,6 @@ def _matrix(information: NDArray[np.float64], names: list[str], dimensions: list
 
 
 def _label_units(axes: Axes, units: list[int]) -> None:
-    """Numbers below the columns of a plot, at most 63 of them."""
+    """Writes numbers below the columns of a plot, at most 63 of them."""
     shown = range(0, len(units), max(1, len(units) // 32))
     axes.set_xticks(shown, [str(units[i]) for i in shown], fontsize=7)

@@ -14,7 +14,7 @@ from dsvae.modeling.families import Distribution
 from dsvae.reports.sentences import Sentences
 
 POINTS = 10_000
-"""The most points that the projector shows smoothly."""
+"""The largest number of points that the projector shows smoothly."""
 
 
 def write_projector(directory: Path, posterior: Distribution, text: Sentences) -> None:

@@ -18,7 +18,8 @@ _SHOWN_LABELS = 10
 
 
 def data_text(report: dict[str, Any], ranks: int) -> str:
-    """What a run trains on, with a warning where it is measured on the same sentences."""
+    """Says what a run trains on, with a warning if it is measured on the same
+    sentences."""
     splits: dict[str, dict[str, Any]] = report["splits"]
     sizes = (
         f"{name} {part['sentences']:,}{' (held out)' if part['held_out'] else ''}"
@@ -51,8 +52,8 @@ def data_text(report: dict[str, Any], ranks: int) -> str:
 
 
 def mixture_text(files: list[dict[str, Any]], mixture: Mixture, config: RunConfig) -> str:
-    """One line per training file of a mixture: its sentences, its share of the steps, and
-    how often each phase goes through it.
+    """Says of each training file of a mixture, in a line: its sentences, its share of
+    the steps, and how often each phase goes through it.
 
     Args:
         files: their names and numbers of sentences, from the report on the data.
@@ -73,7 +74,7 @@ def mixture_text(files: list[dict[str, Any]], mixture: Mixture, config: RunConfi
 
 
 def _columns_lines(report: dict[str, Any]) -> list[str]:
-    """One line on conditions, labels and tags, where there are any."""
+    """Writes one line on conditions, labels and tags, if there are any."""
     parts = report["splits"].values()
     figures: Counter[str] = Counter()
     for part in parts:
@@ -97,7 +98,7 @@ def _columns_lines(report: dict[str, Any]) -> list[str]:
 
 
 def phase_text(phase: Phase, engine: PhaseEngine, ds_config: Path) -> str:
-    """What a phase trains with; `ds_config` is its resolved configuration."""
+    """Says what a phase trains with; `ds_config` is its resolved configuration."""
     line = (
         f"phase {phase.number}: {phase.steps:,} steps of {phase.config.data.batch_size} sentences, "
         f"ZeRO {engine.zero_stage}, {engine.precision}; its ds_config is {ds_config}"
@@ -111,7 +112,7 @@ def phase_text(phase: Phase, engine: PhaseEngine, ds_config: Path) -> str:
 
 
 def finished_text(config: RunConfig) -> str:
-    """The results of a finished run, and where everything is."""
+    """Writes the results of a finished run, and where everything is."""
     directory = RunDirectory(config.output_dir)
     if config.phase == "1":
         return (

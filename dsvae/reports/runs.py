@@ -1,6 +1,6 @@
 """The output directory of a run: its settings, its state and its newest numbers.
 
-It is only read, without a lock, since the run may still be going on.
+It is only read, without a lock, since the run may still be live.
 """
 
 from __future__ import annotations
@@ -67,17 +67,18 @@ class RunSummary:
         return RunDirectory(self.directory)
 
     def source(self) -> str | None:
-        """What decides the sentences of `split` besides the text files, if anything."""
+        """Returns what decides the sentences of `split` besides the text files, if
+        anything."""
         if self.config is None:
             return None
         return source_of(self.config.data).distinguishes(str(self.split), self.config.seed)
 
 
 def find_runs(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The output directories that a command line names, each once, and the words that
-    name files instead.
+    """Finds the output directories that a command line names, each once, and the words
+    that name files instead.
 
-    A directory that is no run stands for the runs one level down. An earlier
+    A directory that is not a run stands for the runs one level down. An earlier
     comparison, which `runs/*` also names, is left out.
 
     Raises:
@@ -122,12 +123,13 @@ def _is_run(path: Path) -> bool:
 
 
 def _natural(path: Path) -> str:
-    """A sort key that puts run2 before run10."""
+    """Returns a sort key that puts run2 before run10."""
     return re.sub(r"\d+", lambda number: number[0].zfill(20), path.name)
 
 
 def read_runs(directories: Sequence[Path]) -> list[RunSummary]:
-    """The runs in the directories; `RunSummary.problems` lists what cannot be read."""
+    """Reads the runs in the directories; `RunSummary.problems` lists what cannot be
+    read."""
     whole = [Path(os.path.abspath(directory)) for directory in directories]
     common = os.path.commonpath([path.parent for path in whole])
     return [
@@ -178,7 +180,7 @@ def _read_settings(run: RunSummary) -> None:
 
 
 def _unused(config: RunConfig) -> tuple[str, ...]:
-    """Prefixes of the names of the fields that a run does not use."""
+    """Returns prefixes of the names of the fields that a run does not use."""
     names = {"1": ["phase2."], "2": ["phase1."], "all": []}[config.phase]
     names += source_of(config.data).unused
     if not config.model.has_latent:
@@ -189,7 +191,7 @@ def _unused(config: RunConfig) -> tuple[str, ...]:
 
 
 def _newest_validation(run: RunSummary) -> dict[str, Any] | None:
-    """The last row of metrics.jsonl that evaluates validation text."""
+    """Returns the last row of metrics.jsonl that evaluates validation text."""
     path = run.paths.metrics_jsonl
     valid, damaged = None, []
     try:
@@ -215,7 +217,8 @@ def _newest_validation(run: RunSummary) -> dict[str, Any] | None:
 def _read_json(
     run: RunSummary, path: Path, take: Callable[[Any], dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """What `take` finds in a file; None where there is none or where it cannot be read."""
+    """Returns what `take` finds in a file; None if there is none or it cannot be
+    read."""
     if not path.exists():
         return None
     try:
@@ -226,7 +229,7 @@ def _read_json(
 
 
 def _final(content: Any) -> dict[str, Any]:
-    """The final evaluation in a metrics.json."""
+    """Returns the final evaluation in a metrics.json."""
     final = content.get("test") if isinstance(content, dict) else None
     if not isinstance(final, dict) or "rec" not in final:
         raise ValueError("no final evaluation in it")
@@ -249,7 +252,8 @@ def _take(run: RunSummary, evaluation: dict[str, Any]) -> None:
 
 
 def _tokenizer(directory: Path) -> str | None:
-    """A hash of the pieces and rules of a tokenizer, whatever the layout of its file."""
+    """Returns a hash of the pieces and rules of a tokenizer, whatever the layout of its
+    file."""
     try:
         if (directory / "tokenizer.json").is_file():
             rules = json.loads((directory / "tokenizer.json").read_bytes())
@@ -269,7 +273,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _describe_error(error: Exception, path: Path) -> str:
-    """One line about a file that cannot be read."""
+    """Returns one line about a file that cannot be read."""
     if isinstance(error, UserError):
         return str(error)
     reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())

@@ -47,7 +47,7 @@ class Sentences:
     factors: NDArray[np.int64] | None = None
     """(N, K), indices of values in `grammar.FACTORS`, for the built-in corpus."""
     conditions: list[str] | None = None
-    """As the user wrote them; None where none are read."""
+    """As the user wrote them; None if none are read."""
     kept: NDArray[np.int64] | None = None
     """(N,), which of the records each sentence is; None for the built-in corpus."""
     warnings: list[str] = field(default_factory=list)
@@ -63,8 +63,8 @@ def read(
     max_tokens: int,
     most: int | None = None,
 ) -> Sentences:
-    """The sentences of a file, with what belongs to them in `columns` or another file;
-    without a file those of the built-in corpus.
+    """Reads the sentences of a file, with what belongs to them in `columns` or another
+    file; without a file those of the built-in corpus.
 
     Args:
         config: of the model, which knows its classes and tags. Without classes, the
@@ -107,8 +107,8 @@ def of_records(
     where: str,
     source: str,
 ) -> Sentences:
-    """The sentences of records, with what belongs to them in `columns`; arguments as in
-    `read`.
+    """Makes the sentences of records, with what belongs to them in `columns`; arguments
+    as in `read`.
 
     Args:
         where: what errors call the place of the records.
@@ -138,8 +138,8 @@ def of_records(
 
 
 def _chosen(records: list[Record], most: int | None) -> list[int]:
-    """The places of `most` records whose hashes are the smallest, and of the blank ones,
-    which are counted."""
+    """Returns the places of `most` records whose hashes are the smallest, and of the
+    blank ones, which are counted."""
 
     def key(i: int) -> bytes:
         content = f"{records[i].text.strip()}\0{records[i].condition or ''}"
@@ -152,7 +152,8 @@ def _chosen(records: list[Record], most: int | None) -> list[int]:
 
 
 def input_hashes(split: TokenizedSplit, config: PreTrainedConfig) -> NDArray[np.uint64]:
-    """(N,), equal where the encoder reads the same, so that the posterior is the same."""
+    """Returns (N,), equal for sentences that the encoder reads alike, so that their
+    posteriors are the same."""
     if config.posterior_reads == "condition" and split.condition_hashes is not None:
         return split.condition_hashes
     return split.record_hashes
@@ -197,14 +198,14 @@ def _probe_column(
 def _pairs(
     labels: NDArray[np.str_], split: TokenizedSplit, config: PreTrainedConfig
 ) -> list[tuple[str, int]]:
-    """(label, sentence) of each sentence that has one. Sentences that the encoder reads
-    alike are equal."""
+    """Returns (label, sentence) of each sentence that has one. Sentences that the
+    encoder reads alike are equal."""
     inputs = input_hashes(split, config).tolist()
     return [pair for pair in zip(labels.tolist(), inputs, strict=True) if pair[0]]
 
 
 def check_factors(text: Sentences) -> None:
-    """Raises UserError, before hours of work, where truncation leaves too few different
+    """Raises UserError, before hours of work, if truncation leaves too few different
     sentences of the built-in corpus for the probes."""
     for name, labels in text.labels.items() if text.factors is not None else ():
         where = f"{text.source}, truncated to {text.split.lengths.max()} tokens: {name}"
@@ -215,7 +216,7 @@ def check_factors(text: Sentences) -> None:
 
 
 def _labels(path: Path, sentences: Path, texts: list[str]) -> NDArray[np.str_]:
-    """(N,), one label per text; blank only where the text is blank too."""
+    """Reads (N,), one label per text; blank only if the text is blank too."""
     labels = read_labels(path, "--labels_file")
     if len(labels) != len(texts):
         raise UserError(
@@ -231,8 +232,9 @@ def _labels(path: Path, sentences: Path, texts: list[str]) -> NDArray[np.str_]:
 def _as_seen(
     texts: list[str], split: TokenizedSplit, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """The part of each text that the model sees: up to the end of its last token. Only a
-    fast tokenizer knows where that is; with any other, the tokens are decoded."""
+    """Returns the part of each text that the model sees: up to the end of its last
+    token. Only a fast tokenizer knows where that is; with any other, the tokens are
+    decoded."""
     texts = [text.strip() for text in texts]
     for i in np.flatnonzero(split.truncated).tolist():
         ids = split.ids(i)[:-1]  # without EOS

@@ -18,16 +18,16 @@ class Row(NamedTuple):
     name: str
     value: str
     error: str
-    """Its standard error; empty where it has none."""
+    """Its standard error; empty if it has none."""
     unit: str
     meaning: str
 
 
 def sections(metrics: dict[str, Any]) -> Iterator[tuple[str, list[Row]]]:
-    """Title and rows of every section that has a metric.
+    """Returns title and rows of every section that has a metric.
 
     Args:
-        metrics: name -> value, None where it is not finite. `se`: standard errors by
+        metrics: name -> value, None if it is not finite. `se`: standard errors by
             name.
     """
     latent = bool(metrics["latent_dim"])
@@ -41,7 +41,7 @@ def sections(metrics: dict[str, Any]) -> Iterator[tuple[str, list[Row]]]:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """All sections as aligned text, then the warnings."""
+    """Writes all sections as aligned text, then the warnings."""
     lines = [f"{metrics['source']}: {metrics['sentences']:,} sentences"]
     for title, rows in sections(metrics):
         lines += ["", title]
@@ -55,7 +55,8 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def result_table(title: str, metrics: dict[str, Any]) -> str:
-    """The final metrics of a run (of metrics.json) as lines, then the warnings."""
+    """Writes the final metrics of a run (of metrics.json) as lines, then the
+    warnings."""
     latent = metrics["kl_per_dim"] != []
     lines = [f"{title} ({metrics['sentences']:,} sentences)"]
     rows = []
@@ -70,8 +71,8 @@ def result_table(title: str, metrics: dict[str, Any]) -> str:
 
 
 def markdown(columns: dict[str, list[str]], right: set[str]) -> str:
-    """Heading -> cells as a Markdown table; columns in `right` are aligned to the
-    right."""
+    """Writes heading -> cells as a Markdown table; columns in `right` are aligned to
+    the right."""
     lines: list[list[str]] = []
     for heading, cells in columns.items():
         cells = [" ".join(cell.replace("|", r"\|").split()) for cell in (heading, *cells)]
@@ -83,7 +84,7 @@ def markdown(columns: dict[str, list[str]], right: set[str]) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number at the precision that people read; "-" where it is not finite."""
+    """Writes a number at the precision that people read; "-" if it is not finite."""
     if isinstance(value, int):
         return f"{value:,}"
     if value is None or not math.isfinite(value):
@@ -92,8 +93,8 @@ def number(value: float | None) -> str:
 
 
 def error(value: float | None, se: float | None) -> str:
-    """A standard error with as many decimals as its value; "-" where one of them is not
-    finite, empty where there is none."""
+    """Writes a standard error with as many decimals as its value; "-" if one of them is
+    not finite, empty if there is none."""
     if se is None:
         return ""
     if value is None or not math.isfinite(value) or not math.isfinite(se):
@@ -102,7 +103,7 @@ def error(value: float | None, se: float | None) -> str:
 
 
 def _meaning(metric: Metric, title: str, latent: bool) -> str | None:
-    """The words of a metric in a section; None where it has no row there."""
+    """Returns the words of a metric in a section; None if it has no row there."""
     if latent and metric.second_row is not None and metric.second_row[0] == title:
         return metric.second_row[1]
     if metric.section != title:
@@ -111,7 +112,8 @@ def _meaning(metric: Metric, title: str, latent: bool) -> str | None:
 
 
 def _rows(metric: Metric, meaning: str, metrics: dict[str, Any]) -> list[Row]:
-    """The rows of a metric: none if it was not measured, one per label for probes."""
+    """Returns the rows of a metric: none if it was not measured, one per label for
+    probes."""
     outer, _, name = metric.name.rpartition(".")
     group = metrics.get(outer, {}) if outer else metrics
     if group is None:

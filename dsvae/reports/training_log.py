@@ -186,8 +186,8 @@ class Reporter:
         self._record({"step": step, "split": "text", "reconstruction": pairs, "prior": prior})
 
     def flush(self) -> None:
-        """Puts on disk what was reported so far. Called before a checkpoint, since a run
-        that continues from it does not report those steps again."""
+        """Puts on disk what was reported so far. Called before a checkpoint, since a
+        run that resumes from it does not report those steps again."""
         if self._jsonl is not None and self._writer is not None:
             os.fsync(self._jsonl.fileno())
             self._writer.flush()
@@ -219,7 +219,7 @@ class Reporter:
 
 
 def _postfix(values: dict[str, float]) -> str:
-    """The losses, speed and memory after the progress bar."""
+    """Returns the losses, speed and memory after the progress bar."""
     main = [metric.name for metric in catalog.METRICS if catalog.PROGRESS in metric.places]
     losses = " ".join(f"{name} {values[name]:.4g}" for name in main if name in values)
     flops = values["flops_per_s"]
@@ -231,7 +231,7 @@ def _postfix(values: dict[str, float]) -> str:
 
 
 def _charted(metrics: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an evaluation that have a chart."""
+    """Returns the numbers of an evaluation that have a chart."""
     return {
         name: value
         for name, value in metrics.items()
@@ -240,7 +240,7 @@ def _charted(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
-    """The charts of TensorBoard's CUSTOM SCALARS, in its format."""
+    """Returns the charts of TensorBoard's CUSTOM SCALARS, in its format."""
     data = config.data
     left_out = set()
     if not config.model.has_latent:
@@ -260,7 +260,7 @@ def _layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
 
 
 def _kl_figure(history: list[tuple[int, list[float]]]) -> Figure:
-    """KL of every dimension (rows) at every validation (columns).
+    """Draws KL of every dimension (rows) at every validation (columns).
 
     The logarithmic colour scale is fixed, so that images of several steps and runs can
     be compared: 0.01 nats is nothing, 10 is a lot.
@@ -282,7 +282,8 @@ def _kl_figure(history: list[tuple[int, list[float]]]) -> Figure:
 
 
 def _hyperparameters(config: RunConfig) -> dict[str, int | float | str | bool]:
-    """The tuned settings, for TensorBoard's HPARAMS; config.yaml has all of them."""
+    """Returns the tuned settings, for TensorBoard's HPARAMS; config.yaml has all of
+    them."""
     parameters = {}
     for name, value in flatten(to_tree(config)).items():
         tuned = name in ("data.batch_size", "data.max_tokens", "seed")
@@ -292,7 +293,8 @@ def _hyperparameters(config: RunConfig) -> dict[str, int | float | str | bool]:
 
 
 def _truncate_jsonl(path: Path, first_step: int) -> list[dict[str, Any]]:
-    """Keeps and returns the rows before `first_step`, without an incomplete last one."""
+    """Keeps and returns the rows before `first_step`, without an incomplete last
+    one."""
     if not path.exists():
         return []
     kept, lines = [], []
@@ -312,7 +314,7 @@ def _truncate_jsonl(path: Path, first_step: int) -> list[dict[str, Any]]:
 
 
 def _cell(text: str) -> str:
-    """Text in a cell of a Markdown table, with markup escaped."""
+    """Returns text in a cell of a Markdown table, with markup escaped."""
     for char in "\\|`*_<>[]":
         text = text.replace(char, "\\" + char)
     return text.replace("\n", " ")
