@@ -723,7 +723,7 @@ def compare(
     directories, passed_over = find_runs(runs)
     if passed_over:
         more = f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
-        say(f"skipped, because they are no directories: {', '.join(passed_over[:3])}{more}")
+        say(f"skipped, because they are not directories: {', '.join(passed_over[:3])}{more}")
     comparison = compare_runs(directories, sort_by, group)
     directory = place(directories, output)
     make_writable(directory, "--output")

@@ -145,7 +145,7 @@ class Command:
                 loose.append(word)
                 continue
             parameter = self._flag(match[1], match[2], program)
-            value = match[3] if match[3] is not None else _value_behind(parameter, rest)
+            value = match[3] if match[3] is not None else _value_after(parameter, rest)
             if parameter.name in given:
                 raise UserError(f"--{parameter.name} is given twice")
             given[parameter.name] = [value] if parameter.takes_all else parameter.read(value)
@@ -220,7 +220,7 @@ def overview(known: Mapping[str, Command], program: str) -> str:
     )
 
 
-def _value_behind(parameter: Parameter, rest: list[str]) -> str:
+def _value_after(parameter: Parameter, rest: list[str]) -> str:
     """The value of a flag, taken off the words that follow it."""
     if parameter.kind is bool:
         return rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"

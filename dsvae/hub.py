@@ -82,7 +82,7 @@ def push(model_dir: str, repo: str, private: bool = False, revision: str | None 
         UserError: no sound T5VAE there; no token, permission or network.
     """
     if repo.count("/") != 1:
-        raise UserError(f"{repo} is no name of a repository: write USER/NAME")
+        raise UserError(f"{repo} is not the name of a repository: write USER/NAME")
     source = _checked(model_dir)
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set, and nothing can be uploaded: unset it")

@@ -368,7 +368,7 @@ def _load(run: Run, engine: PhaseEngine, resumed: Checkpoint) -> None:
         )
     if converted:
         run.reporter.say(converted)
-    run.reporter.say(f"going on from {resumed.directory}")
+    run.reporter.say(f"resuming from {resumed.directory}")
 
 
 def _save(

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsvae.config import DataConfig
 from dsvae.data import cache
-from dsvae.data.batches import PosteriorReads, row_lengths
+from dsvae.data.batches import row_lengths
 from dsvae.data.corpora import Corpus, load_corpus
 from dsvae.data.order import Mixture
 from dsvae.data.processes import map_batches, usable_cores
@@ -31,6 +31,7 @@ from dsvae.data.sources import SPLITS, Source, source_of
 from dsvae.data.tokenization import BATCH_ROWS, TokenizedSplit, load_tokenizer, parallel_tokenizers
 from dsvae.data.tokenizer_training import train_tokenizer
 from dsvae.errors import UserError
+from dsvae.modeling.settings import PosteriorReads
 
 # Raise this whenever the same sentences and options would give other files.
 _FORMAT = 5

@@ -1,6 +1,7 @@
 """Where sentences come from: one class per kind of source.
 
-A new kind is a subclass of `Source` with its abstract members, and a line in `source_of`.
+A new kind is a subclass of `Source` with its abstract members, a field of `DataConfig`,
+and a line in `source_of`.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def _resolve(phase: Phase, raw: dict[str, Any], data: Prepared, world: World) ->
             settings.batch_size,
             world.size,
             settings.micro_batch_tokens,
-            mixed=bool(settings.weights),
+            mixed=len(settings.weights) > 1,
         ),
         world_size=world.size,
         bf16_supported=accelerator.is_bf16_supported(),

@@ -87,7 +87,7 @@ class Inputs:
 
 
 class InputReader:
-    """Makes the `Input` of a model from sentences, tokenized as in training.
+    """Makes the `Inputs` of a model from sentences, tokenized as in training.
 
     Args:
         max_tokens: longest sentence, and longest condition, EOS included.

@@ -45,7 +45,7 @@ class Tagged(NamedTuple):
 
 def cluster_stream(vae: SentenceVAE, texts: Records) -> Iterator[tuple[Line, int, float]]:
     """Yields (sentence, its most probable cluster from 0, its probability)."""
-    _need(vae, vae.model.config.clusters, "clusters", "model.clusters")
+    _need(vae.model.config.clusters, "clusters", "model.clusters")
     for lines, inputs in vae.inputs.stream(texts, vae.batch_size):
         yield from _most_probable(lines, vae.encode_inputs(inputs).clusters)
 
@@ -53,7 +53,7 @@ def cluster_stream(vae: SentenceVAE, texts: Records) -> Iterator[tuple[Line, int
 def classify_stream(vae: SentenceVAE, texts: Records) -> Iterator[tuple[Line, str, float]]:
     """Yields (sentence, its most probable class, its probability)."""
     names = vae.model.config.classes
-    _need(vae, names, "classes", "data.label_column")
+    _need(names, "classes", "data.label_column")
     for lines, inputs in vae.inputs.stream(texts, vae.batch_size):
         logits = vae.encode_inputs(inputs).class_logits
         assert logits is not None
@@ -64,7 +64,7 @@ def classify_stream(vae: SentenceVAE, texts: Records) -> Iterator[tuple[Line, st
 def tag_stream(vae: SentenceVAE, texts: Records) -> Iterator[tuple[Line, Tagged]]:
     """Yields (sentence, its words with the tags that are most probable together)."""
     names = vae.model.config.tags
-    _need(vae, names, "tags", "data.tags_column")
+    _need(names, "tags", "data.tags_column")
     for lines, inputs in vae.inputs.stream(texts, vae.batch_size, tags=True):
         found = vae.encode_inputs(inputs).tags
         assert found is not None
@@ -81,6 +81,6 @@ def _most_probable(lines: list[Line], rows: Tensor | None) -> Iterator[tuple[Lin
     return zip(lines, best.tolist(), probabilities.tolist(), strict=True)
 
 
-def _need(vae: SentenceVAE, head: Any, name: str, setting: str) -> None:
+def _need(head: Any, name: str, setting: str) -> None:
     if not head:
         raise UserError(f"the model has no {name}: give one that was trained with {setting}")

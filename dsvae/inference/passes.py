@@ -80,6 +80,8 @@ class Passes:
     ) -> None:
         self.model, self.family = model, model.family
         self.world = World(0, 0, 1, model.device) if world is None else world
+        if batch_size and self.world.size > 1:
+            raise ValueError("batches of a number of texts are not shared among ranks")
         self._shows_progress = world is not None and world.is_main
         self._token_budget, self._batch_size, self._kept = token_budget, batch_size, kept
 

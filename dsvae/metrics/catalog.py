@@ -2,7 +2,8 @@
 show it.
 
 The console, TensorBoard, the model card, report.html and `dsvae compare` all read this
-list. A new metric needs the function that computes it and one entry here.
+list. A new metric needs the function that computes it, its call in
+`dsvae.metrics.evaluate`, and one entry here.
 """
 
 from __future__ import annotations

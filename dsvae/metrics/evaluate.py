@@ -61,7 +61,7 @@ class Measured:
     """(k, N) float64: the importance weights of k samples, the first S of them the
     same."""
     kl: Tensor
-    """(N, Z) float64."""
+    """(N, U) float64, of each unit."""
     mi_rows: Tensor
     """(J,), the sentences whose terms of the mutual information were computed."""
     mi_terms: information.Terms

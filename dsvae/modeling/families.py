@@ -4,7 +4,8 @@ A family is a small value made from the configuration. It knows the widths of
 everything. A distribution is a batch of parameters of one family: the posterior q(z|x)
 of a batch of sentences, or a prior. A prior is a distribution of the same class: the
 fixed p(z), with one row for all sentences, or a learned p(z|c), with one row per
-sentence. Nothing outside `dsvae.modeling` knows which family it has.
+sentence. Outside `dsvae.modeling`, only the checks of the configuration ask which family
+it is.
 
 All noise is standard normal, and a family transforms it into what it needs. So the
 random numbers of a sentence are the same for every family.
@@ -13,6 +14,7 @@ random numbers of a sentence are the same for every family.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
@@ -31,7 +33,7 @@ ACTIVE = 0.01
 """A unit is active if its `activity` is larger (Burda et al. 2016)."""
 
 
-class Distribution:
+class Distribution(ABC):
     """A batch of distributions over z, in float32; a dataclass of tensors (B, ...).
 
     Widths: U units, Z numbers of z, E noise numbers (see `Family`).
@@ -52,48 +54,48 @@ class Distribution:
         return None
 
     @property
+    @abstractmethod
     def parameters(self) -> Tensor:
         """(B, P), the inverse of `Family.of`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def point(self) -> Tensor:
         """The z that is decoded if nothing is drawn, (B, Z)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, noise: Tensor) -> Tensor:
         """Returns z (B, Z), reparametrized, from standard normal `noise` (B, E)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kl(self, prior: Self) -> Tensor:
         """Returns KL(self || prior) of each unit in nats, (B, U); never negative."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
         """Returns log q(z_i|x_i) in nats, (B,), for z (B, Z)."""
-        raise NotImplementedError
 
     def along(self, unit: int, offsets: Tensor) -> Tensor:
         """Returns the values of one dimension at `offsets` (J,) standard deviations
         from its mean, (B, J). Only continuous families have them."""
         raise TypeError("categories have no standard deviation")
 
+    @abstractmethod
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
         """Returns log q(z_j|x_i) in nats of each pair, (J, B) float64, for z (J, Z)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def moments(self) -> tuple[Tensor, Tensor]:
         """Returns mean and variance of each number of z, (B, Z) both."""
-        raise NotImplementedError
 
+    @abstractmethod
     def activity(self) -> Tensor:
         """Returns how much each unit varies over the batch, (U,) float64; compare with
         `ACTIVE`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Returns the parameters by their names, (B, ...) each, for files."""
-        raise NotImplementedError
 
     def to(self, device: torch.device | str) -> Self:
         """Copies it to a device."""
@@ -108,7 +110,7 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(ABC):
     """Makes the distributions of a family, and says how wide they are.
 
     A dataclass of `units` and of the fields of `LatentConfig` that only this family
@@ -121,9 +123,9 @@ class Family:
     """Whether sums and multiples of z are z, so that paths and directions make sense."""
 
     @property
+    @abstractmethod
     def description(self) -> str:
         """The size and the kind of z, for the model card."""
-        raise NotImplementedError
 
     @property
     def latent_width(self) -> int:
@@ -131,9 +133,9 @@ class Family:
         return self.units
 
     @property
+    @abstractmethod
     def parameter_width(self) -> int:
         """P, how many numbers the posterior's head returns per sentence."""
-        raise NotImplementedError
 
     @property
     def noise_width(self) -> int:
@@ -145,9 +147,9 @@ class Family:
         families have them."""
         raise TypeError("a dimension has no list of values")
 
+    @abstractmethod
     def of(self, parameters: Tensor) -> Distribution:
         """Returns the distributions of a head's output (B, P)."""
-        raise NotImplementedError
 
     def bounded(self, parameters: Tensor) -> Tensor:
         """Returns a head's output (B, P) with its log-variances, which come second,
@@ -162,9 +164,9 @@ class Family:
         logvar = high - torch.nn.functional.softplus(high - logvar)
         return torch.cat([mean, logvar, rest], dim=-1)
 
+    @abstractmethod
     def prior(self, device: torch.device | str = "cpu") -> Distribution:
         """Returns the fixed prior, one row that broadcasts against any batch."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

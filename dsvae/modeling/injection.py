@@ -1,8 +1,8 @@
 """How z enters the decoder. z is the only way from the sentence to the decoder.
 
 An injection owns its weights, what it adds to the decoder's call, and the answers to
-all questions about it. A new one is a subclass of `Injection` and its entry in
-`INJECTIONS`.
+all questions about it. A new one is a subclass of `Injection`, its entry in
+`INJECTIONS`, and its name in `dsvae.modeling.settings`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -142,9 +142,8 @@ def unread(settings: Any) -> list[str]:
     values of others."""
     return [
         name
-        for name, kind in declared(type(settings)).items()
-        for mark in get_args(kind)
-        if isinstance(mark, ReadBy) and getattr(settings, mark.field) not in mark.values
+        for name, mark in _readers(type(settings))
+        if getattr(settings, mark.field) not in mark.values
     ]
 
 
@@ -153,11 +152,14 @@ def read_by(settings: Any, choice: str) -> dict[str, Any]:
     the categories of a categorical family."""
     return {
         name: getattr(settings, name)
-        for name, kind in declared(LatentConfig).items()
-        for mark in get_args(kind)
-        if isinstance(mark, ReadBy) and mark.field == choice
-        if getattr(settings, choice) in mark.values
+        for name, mark in _readers(LatentConfig)
+        if mark.field == choice and getattr(settings, choice) in mark.values
     }
+
+
+def _readers(cls: type) -> Iterator[tuple[str, ReadBy]]:
+    for name, kind in declared(cls).items():
+        yield from ((name, mark) for mark in get_args(kind) if isinstance(mark, ReadBy))
 
 
 _EXAMPLES = {list: "a list such as [1, 2]", dict: "a dict such as {a: 1}"}

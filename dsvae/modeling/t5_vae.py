@@ -29,7 +29,7 @@ from transformers.utils import can_return_tuple
 from dsvae.modeling.backbone import BACKBONES, T5Backbone, backbone
 from dsvae.modeling.crf import CRF, IGNORE, TagHead
 from dsvae.modeling.families import Distribution, Family, make_family
-from dsvae.modeling.injection import make_injection
+from dsvae.modeling.injection import INJECTIONS, make_injection
 from dsvae.modeling.lora import add_adapters, checked, is_adapter
 from dsvae.modeling.posterior import Float32Linear, PosteriorHead
 from dsvae.modeling.settings import LatentConfig, convert, declared
@@ -159,9 +159,8 @@ class T5VAEConfig(T5VAEFields, PreTrainedConfig):
         self.prior = "learned" if self.has_learned_prior(self.conditional) else "fixed"
         if not self.has_latent and (self.clusters or self.classes or self.tags):
             raise ValueError("clusters, classes and tags need an injection other than none")
-        if self.backbone.needs_cross_attention and (
-            self.injection not in ("cross", "none") or not self.cross_attention
-        ):
+        reads_z = not self.has_latent or INJECTIONS[self.injection].in_cross_attention
+        if self.backbone.needs_cross_attention and not (reads_z and self.cross_attention):
             raise ValueError(
                 f"injection {self.injection} does not work with a {self.t5.model_type}, whose "
                 f"decoder has no memory slots and always reads encoder states: use injection cross"
@@ -185,7 +184,7 @@ class T5VAEConfig(T5VAEFields, PreTrainedConfig):
     @property
     def cross_attention(self) -> bool:
         """Whether the decoder keeps its cross-attention, for a condition or for z."""
-        return self.conditional or self.injection == "cross"
+        return self.conditional or INJECTIONS[self.injection].in_cross_attention
 
     # `generate` reads these to set the size of its cache.
     @property

@@ -181,7 +181,7 @@ def test_a_run_that_was_cut_in_phase_2_goes_on_as_if_it_had_not_been(run):
     (cut / "metrics.json").unlink()
     for name in ("model", "checkpoints/phase2-step00000004"):
         shutil.rmtree(cut / name)
-    assert "going on from" in train(*arguments, "--output_dir", cut, ranks=2).stdout
+    assert "resuming from" in train(*arguments, "--output_dir", cut, ranks=2).stdout
     assert numbers(cut) == numbers(directory)
     assert (cut / "metrics.json").read_text() == (directory / "metrics.json").read_text()
     ours, uncut = (load_file(each / "model" / "model.safetensors") for each in (cut, directory))

@@ -88,7 +88,7 @@ def test_a_killed_offloaded_run_goes_on_as_the_uncut_one(name, tiny, tmp_path):
     run.wait_for(cut / "checkpoints" / "phase2-step00000004" / "COMPLETE")
     run.kill()
     assert not (cut / "metrics.json").exists()
-    assert "going on from" in train(*common, "--output_dir", cut, ranks=2).stdout
+    assert "resuming from" in train(*common, "--output_dir", cut, ranks=2).stdout
     assert [row["step"] for row in rows(cut)] == list(range(1, 15))
     assert numbers(cut) == numbers(tmp_path / "uncut")
 

@@ -122,7 +122,7 @@ def test_cut_in_both_phases(stage, cuts, arguments, tiny, pretrained_t5, tmp_pat
             assert not (cut / "metrics.json").exists()
         assert len(list((cut / ".evaluation").glob("*/*"))) > 1
     last = train(*common, "--output_dir", cut, ranks=2)
-    assert "going on from" in last.stdout
+    assert "resuming from" in last.stdout
     same_as_uncut(cut, tmp_path / "uncut")
 
     again = train(*common, "--output_dir", cut, ranks=2)  # a second run into the same folder
@@ -155,7 +155,7 @@ def test_resume_from_another_directory(tiny, tmp_path):
     run.wait_for(complete(own, "phase2-step00000015"))
     run.kill()
     assert not (own / "metrics.json").exists()
-    assert f"going on from {own}" in train(*again).stdout
+    assert f"resuming from {own}" in train(*again).stdout
     found = numbers(own)
     assert found[0]["step"] > 24 + 5
     assert found == [row for row in numbers(tmp_path / "uncut") if row["step"] >= found[0]["step"]]
@@ -176,4 +176,4 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tiny, tmp_path):
     file.write_bytes(content)
     done = train(*common)
     assert f"{file} does not match its checksum" in done.stdout
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout

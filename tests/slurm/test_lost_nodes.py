@@ -79,7 +79,7 @@ def test_preempted(waiting, arguments, undisturbed, cluster, checkout, tmp_path)
         log[-3000:]
     )
     assert "SIGTERM: saved" in log
-    assert "going on from" in log
+    assert "resuming from" in log
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 41))
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
@@ -101,5 +101,5 @@ def test_a_node_dies(waiting, arguments, undisturbed, cluster, checkout, tmp_pat
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), (
         log[-3000:]
     )
-    assert "going on from" in log
+    assert "resuming from" in log
     assert numbers(tmp_path / "run") == numbers(undisturbed)

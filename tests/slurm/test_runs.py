@@ -122,7 +122,7 @@ def test_the_time_limit_is_met_by_a_save(submitted, cluster, checkout):
     cluster.wait(job, {"RUNNING"})
     log = checkout / f"dsvae-{job}.out"
     end = time.monotonic() + 400
-    while "going on from" not in log.read_text():
+    while "resuming from" not in log.read_text():
         assert time.monotonic() < end, log.read_text()[-3000:]
         time.sleep(0.2)
     cluster.run("scancel", job)
@@ -131,7 +131,7 @@ def test_the_time_limit_is_met_by_a_save(submitted, cluster, checkout):
     assert "SIGUSR1: saved" in text
     assert "stopped by a signal: requeued" in text
     assert "DUE TO TIME LIMIT" not in text
-    (saved,) = re.findall(r"going on from \S*phase1-step(\d+)", text)
+    (saved,) = re.findall(r"resuming from \S*phase1-step(\d+)", text)
     steps = [row["step"] for row in rows(place)]
     assert 0 < int(saved) < 100_000
     assert steps == sorted(set(steps))
