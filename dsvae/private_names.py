@@ -52,6 +52,11 @@ DEEPSPEED = {
     # engine/engine.py: steps are skipped by the norm alone
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": "step check_overflow "
     "update_offload_overflow_tracker",
+    # engine/engine.py: the trace of a pass without a backward pass is dropped
+    "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator": (
+        "is_invalid_trace _invalidate_trace"
+    ),
+    "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload": "get_param_coordinator",
     # engine/nvme.py: gradients at aligned addresses
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3": "state_dict load_state_dict "
     "_rigid_load_state_dict _rigid_state_dict _set_fp32_optimizer_param_groups "

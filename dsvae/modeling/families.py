@@ -101,6 +101,10 @@ class Distribution(ABC):
         """Copies it to a device."""
         return type(self)(*(tensor.to(device) for tensor in self._tensors()))
 
+    def repeat(self, times: int) -> Self:
+        """Returns each row so many times, one behind the other."""
+        return type(self)(*(tensor.repeat_interleave(times, 0) for tensor in self._tensors()))
+
     def detach(self) -> Self:
         """Returns the same without a gradient."""
         return type(self)(*(tensor.detach() for tensor in self._tensors()))

@@ -625,7 +625,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             labels: (B, T), the sentence to reconstruct, -100 for padding. Shifted
                 right, it is the decoder's input.
             latent: (B, Z), decoded as it is. The encoder is skipped.
-            noise: (B, E), standard normal, from which the family makes its sample.
+            noise: (B, E), standard normal, from which the family makes its sample. Or
+                (B, K, E), for K samples of each sentence: then `labels` are decoded K
+                times, and latent, posterior and nats have B * K rows.
                 None: it is drawn here in training. In evaluation nothing is drawn, and
                 the posterior's point is decoded (the mean of a Gaussian).
             sample_latent: False decodes the posterior's point in training, too.
@@ -694,6 +696,13 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             if noise is None and self.training:
                 width = self.family.noise_width
                 noise = torch.randn(len(input_ids), width, device=input_ids.device)
+            if noise is not None and noise.ndim == 3:  # K draws of each sentence
+                draws, noise = noise.shape[1], noise.flatten(0, 1)
+                posterior = posterior.repeat(draws)
+                labels, sentence_weights, condition_states, condition_mask = (
+                    None if each is None else each.repeat_interleave(draws, 0)
+                    for each in (labels, sentence_weights, condition_states, condition_mask)
+                )
             drawn = sample_latent and noise is not None
             latent = posterior.sample(noise) if drawn else posterior.point
         if decoder_input_ids is None:

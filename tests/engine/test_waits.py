@@ -43,7 +43,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(micro_batches):
+def step(micro_batches, draws=1):
     """Sentences of 3 to 6 tokens; one is padded."""
     torch.manual_seed(1)
     made = []
@@ -51,7 +51,7 @@ def step(micro_batches):
         ids = torch.randint(3, 60, (4, width + 1))
         ids[-1, -1] = 0
         mask = (ids != 0).long()
-        noise = torch.randn(4, 1, 6)
+        noise = torch.randn(4, draws, 6)
         labels = ids.masked_fill(ids == 0, -100)
         made.append(MicroBatch(ids, mask, labels, noise, torch.ones(4), np.arange(4)))
     return Step(made, 4 * micro_batches, 99)
