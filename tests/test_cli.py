@@ -418,6 +418,7 @@ def test_evaluate_hands_everything_over(run, monkeypatch):
     run("evaluate", "DIR", "--test_file", "1.0", "--iw_samples", 8, "--max_tokens", 32)
     assert seen == {
         "model_dir": "DIR",
+        "precision": "fp32",
         "test_file": "1.0",
         "labels_file": None,
         "output": None,

@@ -3,22 +3,23 @@ that of the passes that train."""
 
 from dsvae import train
 from dsvae.engine.engine import PhaseEngine
+from dsvae.objective.elbo import pack
 
-kl_ahead, train_step = PhaseEngine._statistics_ahead, PhaseEngine.train_step
+means_ahead, train_step = PhaseEngine._means_ahead, PhaseEngine.train_step
 ahead = []
 
 
-def remember(self, index, batches, penalty):
-    found = kl_ahead(self, index, batches, penalty)
-    ahead.append(found.clone())  # it is summed over the ranks in place
-    return found
+def remember(self, *arguments):
+    ahead.append(means_ahead(self, *arguments))
+    return ahead[-1]
 
 
 def compare(self, index, step, penalty):
     before = len(ahead)
     sums = train_step(self, index, step, penalty)
     if len(ahead) > before:
-        error = float((ahead[-1] - sums.statistics).abs().max())
+        found = self.world.sum(pack(sums.statistics).clone()) / step.sentences
+        error = float((pack(ahead[-1]) - found).abs().max())
         print(
             f"rank {self.world.rank}: {len(step.micro_batches)} micro-batches, largest "
             f"difference {error}",
@@ -27,5 +28,5 @@ def compare(self, index, step, penalty):
     return sums
 
 
-PhaseEngine._statistics_ahead, PhaseEngine.train_step = remember, compare
+PhaseEngine._means_ahead, PhaseEngine.train_step = remember, compare
 train.end_process(train.main())

@@ -34,6 +34,7 @@ SHOWN = re.findall(
 """Commands on the quickstart's model, and what they print."""
 
 
+@pytest.mark.timeout(1800)
 def test_the_quickstart(tmp_path, cache_dir, monkeypatch, capsys):
     """The README's first command, with another place to write to: it must end with a
     latent that is alive and used. Then the commands that use its model.
@@ -52,7 +53,7 @@ def test_the_quickstart(tmp_path, cache_dir, monkeypatch, capsys):
         "--data.cache_dir",
         cache_dir,
         launcher="deepspeed",
-        timeout=570,
+        timeout=1700,
         cwd=ROOT,
     )
     metrics = json.loads((tmp_path / "runs" / "quickstart" / "metrics.json").read_text())["test"]

@@ -250,7 +250,8 @@ def test_a_job_submitted_from_inside_an_array_is_none_of_its_members(cluster, ch
     assert (checkout / "runs/inside/slurm" / job / "rank-0.log").exists()
     compared = cluster.sbatch(*compare, cwd=checkout, **stand_in.variables, **inherited, RANK="0")
     assert cluster.wait(compared)["ExitCode"] == "0:0"
-    assert stand_in.records(compared)[0, 0]["arguments"] == ["-m", "dsvae.cli", "compare"]
+    words = stand_in.records(compared)[0, 0]["arguments"]
+    assert words == ["-m", "dsvae.cli", "compare", "runs/inside"]
 
 
 def test_a_surplus_job_leaves_at_once_and_another_command_does_not(cluster, checkout, stand_in):
@@ -473,7 +474,7 @@ def test_a_mistake_in_a_command_line_is_found_before_a_job_is_submitted(tmp_path
         "unknown flag --poolin; did you mean pooling?"
     )
     assert "--config none.yaml: no such file" in ask("output_dir", "--config", "none.yaml", code=2)
-    assert "output_dir is empty" in ask("output_dir", "--output_dir", "", code=2)
+    assert "output_dir must be" in ask("output_dir", "--output_dir", "", code=2)
 
 
 def test_values_are_for_train_to_judge(tmp_path, monkeypatch):
