@@ -49,6 +49,8 @@ def _words(kind: Any) -> str:
         return " ".join([_words(plain), *(rule.words for rule in more if isinstance(rule, Rule))])
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return f"list of {_words(typing.get_args(kind)[0])}"
     return str(kind) if typing.get_args(kind) else kind.__name__
 
 

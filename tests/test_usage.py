@@ -35,3 +35,5 @@ def test_the_command_prints_it_and_does_nothing(tmp_path):
     )
     assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
     assert help_text() in done.stdout
+    assert "--data.weights  list of float positive; default []" in done.stdout
+    assert "<" not in done.stdout.split("--ds_config  ")[1]  # no object of Python
