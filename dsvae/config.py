@@ -219,7 +219,7 @@ class PhaseConfig:
     lr_scale: Literal["none", "rms"] = "none"
     """What the learning rate of a tensor is multiplied by. none: nothing. rms: the root
     mean square of the tensor when the phase starts, at least 0.001, as in Adafactor, which
-    trained T5. The rate is then a share of a tensor's size: 0.02 and not 0.003."""
+    trained T5. The rate is then a share of a tensor's size."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the learning rate does after the warm-up: it stays constant, or falls to
     zero along a line or a cosine. The step after the last one would have zero."""

@@ -102,7 +102,7 @@ class Distribution(ABC):
         return type(self)(*(tensor.to(device) for tensor in self._tensors()))
 
     def repeat(self, times: int) -> Self:
-        """Returns each row so many times, one behind the other."""
+        """Returns each row so many times, one after the other."""
         return type(self)(*(tensor.repeat_interleave(times, 0) for tensor in self._tensors()))
 
     def detach(self) -> Self:
