@@ -39,6 +39,6 @@ if os.environ["RANK"] == "1":
     elif fault == "killed":
         evaluation.generate = killed
     elif fault == "gpu":
-        world._device = lambda local_rank: torch.device("cuda", local_rank)
+        world.local_device = lambda local_rank: torch.device("cuda", local_rank)
         torch.accelerator.device_count = lambda: 1
 sys.exit(cli.main())

@@ -6,9 +6,9 @@ from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.parallel.world import joined
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def world():
-    # One for all: DeepSpeed keeps its groups for the life of the process.
+    # One for the whole session: DeepSpeed keeps its groups for the life of the process.
     with joined() as world:
         lend_to_deepspeed(world)
         yield world
