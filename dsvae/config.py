@@ -380,8 +380,9 @@ class RunConfig:
     """Seed of everything random, 0 to 2^53: initialization, order of the sentences,
     deletion noise, z, dropout."""
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], MAY_CHANGE] = "auto"
-    """Fills `bf16.enabled`, `fp16.enabled` and `torch_autocast.enabled` where the
-    ds_config says auto. auto: bf16."""
+    """Fills `bf16.enabled`, `fp16.enabled` and `torch_autocast.enabled` if the
+    ds_config says auto. auto: bf16, but fp32 on a CPU without AVX-512, where bf16 is
+    slow."""
     compile: Annotated[bool, MAY_CHANGE] = False
     """Compile the training passes (torch.compile). It takes half a minute to a few minutes
     at the start of each phase, and makes steps faster. Not at ZeRO 3."""

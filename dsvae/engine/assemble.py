@@ -19,6 +19,7 @@ from dsvae.engine.checkpoint import Checkpoint
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.errors import UserError
+from dsvae.parallel.device import has_fast_bf16
 from dsvae.parallel.world import World
 from dsvae.phases import Phase
 
@@ -116,6 +117,7 @@ def _resolve(phase: Phase, raw: dict[str, Any], data: Prepared, world: World) ->
         world_size=world.size,
         bf16_supported=accelerator.is_bf16_supported(),
         fp16_supported=accelerator.is_fp16_supported(),
+        bf16_fast=has_fast_bf16(world.device),
     )
     lend_to_deepspeed(world)  # its check compares batch sizes with the number of ranks
     ds_config.check_with_deepspeed(resolved)

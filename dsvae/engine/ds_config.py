@@ -144,6 +144,7 @@ def resolve(
     world_size: int,
     bf16_supported: bool,
     fp16_supported: bool,
+    bf16_fast: bool = True,
 ) -> dict[str, Any]:
     """Returns the configuration that DeepSpeed gets, every `auto` replaced.
 
@@ -151,6 +152,7 @@ def resolve(
         raw: from `load`.
         precision: auto, bf16, fp16 or fp32; fills `enabled: auto` of bf16, fp16 and
             torch_autocast.
+        bf16_fast: whether auto is bf16; otherwise it is fp32.
         batch_size: sentences per optimizer step over all ranks.
         micro_batches: the largest number of micro-batches per step. Batches are cut by
             tokens, so the batch sizes are upper bounds to DeepSpeed; gradients are
@@ -174,7 +176,7 @@ def resolve(
     clipping = _fill(config, "gradient_clipping", phase.max_grad_norm)
     _check("gradient_clipping", clipping, _is_not_negative, "a number, 0 for none")
     _resolve_batch(config, batch_size, micro_batches, world_size)
-    _resolve_precision(config, precision, bf16_supported, fp16_supported)
+    _resolve_precision(config, precision, bf16_supported, fp16_supported, bf16_fast)
     dtypes = ("fp32", "bf16", "fp16")
     dtype = config.get("data_types", {}).get("grad_accum_dtype", "fp32")
     _check("data_types.grad_accum_dtype", dtype, dtypes.__contains__, "fp32, bf16 or fp16")
@@ -256,9 +258,13 @@ def _resolve_batch(
 
 
 def _resolve_precision(
-    config: dict[str, Any], precision: str, bf16_supported: bool, fp16_supported: bool
+    config: dict[str, Any],
+    precision: str,
+    bf16_supported: bool,
+    fp16_supported: bool,
+    bf16_fast: bool,
 ) -> None:
-    wanted = "bf16" if precision == "auto" else precision
+    wanted = ("bf16" if bf16_fast else "fp32") if precision == "auto" else precision
     for name in (name for name in PRECISIONS if name in config):
         enabled = config[name].get("enabled", False)
         if enabled == "auto":

@@ -50,6 +50,15 @@ def _refuse_unusable_gpu() -> None:
     )
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Returns whether products in bf16 are at least as fast as in float32. On a CPU
+    without AVX-512 they took 25 times as long."""
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() not in (
+        "DEFAULT",
+        "AVX2",
+    )
+
+
 def prepare(device: torch.device) -> torch.device:
     """Sets what this process needs of torch on a device; returns the device."""
     if device.type == "cuda":

@@ -155,7 +155,7 @@ def test_a_defect_on_one_rank_is_no_lost_rank(tiny, tmp_path):
 def test_a_step_that_is_not_finite_on_one_rank_moves_no_weight_on_any(config, tiny, tmp_path):
     weights = tmp_path / "weights"
     weights.mkdir()
-    precision = ("--precision", "fp32" if config == "zero2" else "auto")
+    precision = ("--precision", "fp32" if config == "zero2" else "bf16")
     arguments = run_of(tiny, config, tmp_path / "run", *precision, "--phase1.steps", "6")
     patch = {"script": PATCHED, "FAULT": "non_finite 1 2", "WEIGHTS": str(weights)}
     train(*arguments, ranks=2, **patch)

@@ -352,6 +352,14 @@ def test_what_the_machine_cannot_do():
     assert ds_config.precision_of(resolve(file("fp16"), bf16_supported=False)) == "fp16"
 
 
+@pytest.mark.parametrize("name", ["zero0", "zero2"])
+def test_auto_is_float32_if_bf16_is_slow(name):
+    slow = resolve(file(name), bf16_fast=False)
+    assert ds_config.precision_of(slow) == "fp32"
+    asked = resolve(file(name), bf16_fast=False, precision="bf16")
+    assert ds_config.precision_of(asked) == ds_config.precision_of(resolve(file(name))) == "bf16"
+
+
 def test_precisions_are_those_of_the_command_line():
     from dsvae.config import field_types
 
