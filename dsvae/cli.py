@@ -19,7 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from dsvae import private_names
 from dsvae.command_line import commands, dispatch
@@ -34,8 +34,10 @@ from dsvae.console import (
     table,
     terminable,
 )
+from dsvae.data.grammar_variants import CorpusKind
 from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
-from dsvae.generation.options import OPTIONS
+from dsvae.generation.options import OPTIONS, PathKind, PriorKind, Scale
+from dsvae.modeling.settings import Count, Precision, Rule, at_least
 
 SHARED = {
     "model_dir": "model directory of a run (OUTPUT_DIR/model), or a hub id.",
@@ -75,7 +77,7 @@ class Model:
         seed: int | None = None,
         max_tokens: int = 512,
         device: str | None = None,
-        precision: Literal["fp32", "tf32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
         **options: Any,
     ) -> None:
         self.model_dir, self.json, self.options = model_dir, json, options
@@ -145,7 +147,7 @@ def with_model(flags: str) -> Callable[[Callable[..., None]], Callable[..., None
 def sample(
     model: Model,
     *,
-    n: int = 20,
+    n: Count = 20,
     condition: str | None = None,
     conditions_file: str | None = None,
     source: Literal["prior", "aggregate", "fitted"] = "prior",
@@ -157,7 +159,7 @@ def sample(
 
     A conditional model needs a condition: one for all sentences, a file of them, or a
     column of --file. Sample i has the same noise under every condition. With --json one
-    object per line: "sample" (from 1), "sentence", and "condition" where there is one; for
+    object per line: "sample" (from 1), "sentence", and "condition" if there is one; for
     a file also "line", the number in it, and with --source aggregate "from", the sentence
     whose posterior was sampled.
 
@@ -167,7 +169,7 @@ def sample(
         conditions_file: conditions, one per line, or in a column (.jsonl, .csv, .tsv,
             .parquet).
         source: prior draws z from p(z), or p(z|c) of a condition; aggregate draws it from
-            q(z|x) of sentences of --file, which shows where the decoder was trained;
+            q(z|x) of sentences of --file, which the decoder was trained on;
             fitted draws it from what dsvae fit_prior has fitted to such draws.
         file: sentences for --source aggregate (.txt, .jsonl, .csv, .tsv, .parquet).
         condition_column: column of the condition in --file, or in --conditions_file, where
@@ -179,8 +181,6 @@ def sample(
     from dsvae.generation.fitted_prior import load_prior
     from dsvae.generation.session import check_not_empty
 
-    if n < 1:
-        raise UserError(f"-n is {n}: give at least 1")
     given = (condition, conditions_file, file, text_column, condition_column)
     sampling.check(*given, source)
     conditional = any(each is not None for each in (condition, conditions_file, condition_column))
@@ -224,8 +224,8 @@ def interpolate(
     a: str,
     b: str,
     *,
-    steps: int = 8,
-    path: Literal["linear", "slerp"] = "linear",
+    steps: Annotated[int, at_least(2)] = 8,
+    path: PathKind = "linear",
     condition: str | None = None,
 ) -> None:
     """Generates the sentences on the way from one sentence to another.
@@ -241,8 +241,6 @@ def interpolate(
             changes linearly.
         condition: that of all sentences, for a conditional model.
     """
-    if steps < 2:
-        raise UserError(f"--steps is {steps}: a path needs at least 2, its two ends")
     with model.open(conditions=condition is not None) as (vae, _):
         texts = vae.interpolate(a, b, steps=steps, path=path, condition=condition, **model.options)
         rows = ({"t": i / (steps - 1), "sentence": text} for i, text in enumerate(texts))
@@ -274,7 +272,7 @@ def traverse(
     dim: int,
     steps: int | None = None,
     width: float | None = None,
-    scale: Literal["prior", "posterior"] | None = None,
+    scale: Scale | None = None,
     condition: str | None = None,
 ) -> None:
     """Generates the sentences along one unit of the latent, from the posterior mean of a
@@ -340,7 +338,7 @@ def edit(
         labels_file: one label per line, line i for sentence i of --text_file.
         text_file: the labelled sentences (.txt, .jsonl, .csv, .tsv, .parquet).
         strength: 1 (the default) goes by the distance of the two means; try 0.5 to 3.
-        text_column: column of the sentence in --text_file, where it has columns.
+        text_column: column of the sentence in --text_file, if it has columns.
         condition: that of the sentence, before and after, for a conditional model.
         condition_column: column of the condition in --text_file, for a conditional model.
     """
@@ -385,7 +383,7 @@ def fit_prior(
     model: Model,
     *,
     train_file: str,
-    kind: Literal["gaussian", "gmm", "flow"] = "gmm",
+    kind: PriorKind = "gmm",
     components: int | None = None,
     text_column: str = "text",
     condition_column: str | None = None,
@@ -490,8 +488,8 @@ def tag(model: Model) -> None:
 
 def corpus(
     *,
-    kind: Literal["plain", "paired", "relations", "tagged"] = "plain",
-    n: int = 1000,
+    kind: CorpusKind = "plain",
+    n: Count = 1000,
     seed: int = 0,
     output: str | None = None,
     factors: str | None = None,
@@ -513,8 +511,6 @@ def corpus(
     """
     from dsvae.data.grammar_variants import draw_lines, write_variant
 
-    if n < 1:
-        raise UserError(f"-n is {n}: give at least 1")
     if output is not None:
         write_variant(output, kind, n, seed, factors, labelled)
     elif factors is not None:
@@ -579,7 +575,7 @@ def evaluate(
     tags_column: str | None = None,
     max_tokens: int | None = None,
     seed: int = 0,
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> None:
     """Measures a model: likelihood, information in the latent, reconstruction, and use of
     the latent.
@@ -604,8 +600,8 @@ def evaluate(
             it, the bound is not measured.
         sentences: measure only this many of the sentences, which are chosen by a hash of
             their texts; by default all.
-        batch_tokens: most padded tokens per forward pass on one rank; it changes only the
-            speed.
+        batch_tokens: limit of padded tokens per forward pass on one rank; it changes only
+            the speed.
         max_tokens: longest sentence in tokens, EOS included; longer ones are truncated
             and counted. By default data.max_tokens of the model's training, or 64 if the
             model does not say.
@@ -662,7 +658,7 @@ def package(model_dir: str, *, output: str) -> None:
     installed.
 
     AutoModel.from_pretrained(DIR, trust_remote_code=True) and AutoTokenizer load it.
-    Weights are hard links where the disk allows it. The directory appears whole or not at
+    Weights are hard links if the disk allows them. The directory appears whole or not at
     all, and its name is printed.
 
     Args:
@@ -680,9 +676,9 @@ def push(model_dir: str, repo: str, *, private: bool = False, revision: str | No
     HF_TOKEN. The model card names the files and data of the training: read it before.
 
     Args:
-        repo: USER/NAME or ORGANIZATION/NAME; it is made where it does not exist.
+        repo: USER/NAME or ORGANIZATION/NAME; it is made if it does not exist.
         private: make it private; a public one that exists is refused.
-        revision: the branch, main by default; it is made where it does not exist.
+        revision: the branch, main by default; it is made if it does not exist.
     """
     from dsvae import hub
 
@@ -737,11 +733,11 @@ def compare(
 def plan(
     model: str,
     *,
-    gpus: int = 1,
+    gpus: Count = 1,
     gpu_memory: str = "80GB",
-    gpus_per_node: int = 8,
+    gpus_per_node: Count = 8,
     host_memory: str = "512GB",
-    margin: float = 10.0,
+    margin: Annotated[float, Rule("in [0, 100)", lambda share: 0 <= share < 100)] = 10.0,
     config: str | None = None,
     ds_config: str | None = None,
     gradient_checkpointing: bool | None = None,
@@ -759,7 +755,7 @@ def plan(
             directory with a config.json, a recipe or a YAML file.
         gpus: number of GPUs on all nodes together.
         gpu_memory: memory per GPU: 40GB (10^9), 80GiB (2^30).
-        gpus_per_node: most GPUs per node.
+        gpus_per_node: the number of GPUs of a node.
         host_memory: memory per node.
         margin: per cent of each memory to leave free.
         config: recipe or YAML file of the run, for a model given by its name (park2021).

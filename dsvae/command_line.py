@@ -247,6 +247,8 @@ def _parameter(parameter: inspect.Parameter, firsts: list[str]) -> Parameter:
 
 
 def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Annotated:
+        return _type_name(typing.get_args(kind)[0])
     if typing.get_origin(kind) is typing.Literal:
         return " | ".join(typing.get_args(kind))
     return (typing.get_origin(kind) or kind).__name__

@@ -31,6 +31,7 @@ from dsvae.modeling.settings import (
     LoraConfig,
     Positive,
     Rule,
+    Seed,
     Share,
     Weight,
     declared,
@@ -43,8 +44,6 @@ MAY_CHANGE = object()
 """Marks a field that a resumed run may change, because it does not affect what is
 learned."""
 
-# Two phases and a purpose are packed with the seed into 64 bits.
-Seed = Annotated[int, Rule("between 0 and 2^53", lambda seed: 0 <= seed <= 2**53)]
 Every = Annotated[
     int, Rule("at least 0 (0: only at the end of each phase)", lambda n: n >= 0), MAY_CHANGE
 ]
@@ -92,7 +91,7 @@ class DataConfig:
     empty). It needs a fast tokenizer, which ByT5 lacks."""
     deduplicate: bool = False
     """Drop the training sentences that are also validation or test sentences, with the same
-    condition where they have one. Sentences that occur several times in one split stay:
+    condition if they have one. Sentences that occur several times in one split stay:
     they say how common each is."""
     builtin_size: Count = 20_000
     """Number of sentences of the built-in corpus: training, validation and test
@@ -105,10 +104,10 @@ class DataConfig:
     batch_size: Annotated[Count, SHORT] = 128
     """Sentences per optimizer step, over all ranks and micro-batches."""
     micro_batch_tokens: Amount = 8192
-    """Most padded tokens per forward pass on one rank. A step is cut into as many
-    micro-batches as that takes. A smaller number means less padding, because sentences
-    of similar length share a micro-batch, and more passes. 0: 1024 on a CPU, where less
-    padding counts, and 8192 on a GPU, where fewer passes do."""
+    """Limit of padded tokens per forward pass on one rank. A step is cut into as many
+    micro-batches as that takes. A smaller limit means less padding, because sentences of
+    similar length share a micro-batch, and more passes. 0: 1024 on a CPU, which gains more
+    from less padding, and 8192 on a GPU, which gains more from fewer passes."""
     cache_dir: Annotated[str | None, MAY_CHANGE] = None
     """Directory where tokenized corpora are cached by content. Without it, `dsvae`
     inside the cache directory of `datasets`."""
@@ -245,11 +244,11 @@ class PhaseConfig:
     reconstruction (speculative sampling, Sato et al. 2021). The logged training rec is
     then too good by up to ln(draws). Evaluation always draws once."""
     skewness: Weight = 0.01
-    """Weight of the mean entropy of a sentence's cluster in nats, where
-    `model.clusters` is set: it wants each sentence decided."""
+    """Weight of the mean entropy of a sentence's cluster in nats, if `model.clusters` is
+    not 0. It makes the cluster of each sentence certain."""
     dispersion: Weight = 0.02
-    """Weight of the negative entropy of the mean cluster of the global batch in nats,
-    where `model.clusters` is set: it wants all clusters used."""
+    """Weight of the negative entropy of the mean cluster of the global batch in nats, if
+    `model.clusters` is not 0. It makes the clusters equally common."""
     deletion: Share = 0.0
     """Share of tokens that are deleted from the encoder's input during training: of the
     sentence, or of the condition if `model.posterior_reads` is condition. EOS is never
@@ -331,10 +330,10 @@ class HeadsConfig:
     per sentence, and sentences without labels count with 0."""
 
     class_weight: Weight = 1.0
-    """Weight of -log p of the label of a sentence, where `data.label_column` is given. 0:
-    no head, and the labels only measure what the model found without them."""
+    """Weight of -log p of the label of a sentence, if `data.label_column` is given. 0: no
+    head, and the labels only measure what the model found without them."""
     tag_weight: Weight = 1.0
-    """Weight of -log p of the tags of a sentence, where `data.tags_column` is given. 0: no
+    """Weight of -log p of the tags of a sentence, if `data.tags_column` is given. 0: no
     head."""
 
 
@@ -348,7 +347,7 @@ class EvalConfig:
     """Samples of z per sentence for the importance-weighted bound `nll_iw` of the final
     evaluation. 0: do not measure it."""
     batch_tokens: Count = 16384
-    """Most padded tokens per forward pass on one rank."""
+    """Limit of padded tokens per forward pass on one rank."""
     sentences: Count = 5000
     """Use at most this many validation sentences during training. The final evaluation
     uses all."""
@@ -377,7 +376,7 @@ class RunConfig:
     """Which phases to run. 2 alone starts from output_dir/phase1/model if it exists,
     otherwise from the model itself."""
     seed: Seed = 0
-    """Seed of everything random, 0 to 2^53: initialization, order of the sentences,
+    """Seed of everything random: initialization, order of the sentences,
     deletion noise, z, dropout."""
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], MAY_CHANGE] = "auto"
     """Fills `bf16.enabled`, `fp16.enabled` and `torch_autocast.enabled` if the
@@ -455,19 +454,13 @@ class RunConfig:
                 "data.tags_column needs an encoder that reads the sentence: set "
                 "model.posterior_reads to both"
             )
-        if not latent and (data.label_column or data.tags_column or model.clusters):
-            raise UserError(
-                "labels, tags and clusters need an encoder that reads the sentence: choose a "
-                "model.injection other than none"
-            )
+        try:
+            model.check_latent(self.conditional, bool(data.label_column or data.tags_column))
+        except ValueError as error:
+            raise UserError(f"model.{error}") from None
         if model.posterior_reads != "both" and not (latent and has_conditions):
             raise UserError(
                 "model.posterior_reads condition needs data.condition_column, and a latent"
-            )
-        if model.prior == "learned" and not self.learned_prior:
-            raise UserError(
-                "model.prior learned needs conditions, and a latent: set data.condition_column, "
-                "and a model.injection other than none"
             )
         draws = max(self.phase1.draws, self.phase2.draws)
         if not latent and (draws > 1 or self.phase2.beta.kind == "target"):
@@ -475,8 +468,8 @@ class RunConfig:
                 "phase2.beta.kind target and several draws need a latent, and model.injection is "
                 "none"
             )
-        if self.phase2.total_correlation and model.family != "categorical":
-            raise UserError("phase2.total_correlation needs model.family categorical")
+        if self.phase2.total_correlation and not model.discrete:
+            raise UserError("phase2.total_correlation needs categories: set model.family")
         nothing_trains = not latent and not self.conditional and self.phase1.freeze_decoder
         if nothing_trains and self.phase != "2":
             raise UserError(

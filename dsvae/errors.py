@@ -68,7 +68,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; its type where the message is empty."""
+    """The first line of an exception's message; its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

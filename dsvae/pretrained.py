@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -14,13 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from dsvae import private_names
 from dsvae.data.tokenization import load_tokenizer
 from dsvae.errors import UserError, first_line
+from dsvae.modeling.settings import Precision
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 from dsvae.modeling.weight_source import PICKLES, refuse_pickles
 from dsvae.run_directory import RunDirectory
 
 ADVICE = "name the directory `model` in the output_dir of a run"
-
-Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def load(

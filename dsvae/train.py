@@ -407,7 +407,7 @@ def _save(
                 EXIT_DISK,
                 f"error: {failure}; make room, and the same command continues from there",
             ) from None
-        reporter.say(f"warning: {failure}; training goes on without (on_save_error is continue)")
+        reporter.say(f"warning: {failure}; on_save_error is continue, so training continues")
 
 
 def finish(run: Run, phase: Phase, engine: PhaseEngine) -> dict[str, Any]:
@@ -425,14 +425,13 @@ def finish(run: Run, phase: Phase, engine: PhaseEngine) -> dict[str, Any]:
     last = directory.checkpoints / checkpoint.tag(phase.number, phase.steps)
     identity = world.run_on_rank0(lambda: f"{checkpoint.identity(last)} {precision}")
     kept = Kept(directory.evaluation, identity, world, lambda: run.stopping.agreed(world))
-    latent = engine.module.config.latent_dim
     with run.stopping.defer_signals():
         metrics, pairs, prior = _evaluate(
             run,
             engine,
             test,
             kept,
-            iw_samples=config.eval.iw_samples if latent else 0,
+            iw_samples=config.eval.iw_samples if config.model.has_latent else 0,
             more=data.splits["train"],
             entropy=source_of(config.data).entropy,
             unk=data.report["splits"]["test"]["unk"],

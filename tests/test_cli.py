@@ -594,7 +594,7 @@ def test_bad_input_is_told_in_one_line(fail, model_dir, corpus, tokenizer, tmp_p
     )
     assert "blank" in fail("interpolate", model_dir, "a", " ")
     assert "--device warp" in fail("sample", model_dir, "--device", "warp")
-    assert "--seed is -1" in fail("sample", model_dir, "--seed", -1)
+    assert "--seed must be" in fail("sample", model_dir, "--seed", -1)
     assert "strictly positive" in fail("sample", model_dir, "--do_sample", "--temperature", 0)
 
     def edit(toward, labels_file, text_file=text):

@@ -2,6 +2,7 @@
 command."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dsvae.data.tokenization import hash_of
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE, fitted_prior
 from dsvae.generation.fitted_prior import Draws, draw, fit, load_prior
+from dsvae.generation.options import PriorKind
 
 WORDS = ["a", "ace", "bad", "bed", "bee", "beach", "cab", "dad", "each", "had", "he", "tea", "the"]
 FEW = {"max_new_tokens": 5}
@@ -72,7 +74,7 @@ def test_a_fit_finds_a_mixture_that_the_standard_normal_does_not(short):
     draws = Draws(train, valid, held_out)
     nats = {
         kind: float(fit(draws, kind).log_prob(held_out).double().mean())
-        for kind in fitted_prior.KINDS
+        for kind in get_args(PriorKind)
     }
     best = float(true.double().mean())
     standard = float(Normal(0.0, 1.0).log_prob(held_out).sum(1).mean())
@@ -136,7 +138,7 @@ def run(capsys):
     return call
 
 
-@pytest.mark.parametrize("kind", fitted_prior.KINDS)
+@pytest.mark.parametrize("kind", get_args(PriorKind))
 def test_the_command_fits_and_samples(run, vae, tokenizer, file, tmp_path, kind, short):
     model_dir = save(tmp_path / "model", tokenizer, latent_dim=3)
     before = run("sample", model_dir, "-n", 6, "--seed", 1, *FLAGS)

@@ -7,6 +7,7 @@ import math
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from dsvae.data.record_tokens import tokenize
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE, geometry, latents_file, options
 from dsvae.generation.latents_file import check_place, write_latents
+from dsvae.generation.options import PathKind
 from dsvae.generation.reading import WINDOW, Line, draw_sentences, windows
 
 TEXTS = [
@@ -225,7 +227,7 @@ def test_sentences_are_drawn_uniformly_with_replacement_from_those_that_are_not_
 # Paths and directions
 
 
-@pytest.mark.parametrize("path", geometry.PATHS)
+@pytest.mark.parametrize("path", get_args(PathKind))
 def test_an_interpolation_begins_and_ends_with_the_reconstructions(vae, path):
     a, b = TEXTS[1], TEXTS[3]
     found = vae.interpolate(a, b, steps=5, path=path, **FEW)

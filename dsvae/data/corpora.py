@@ -13,7 +13,7 @@ import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
-from dsvae.data.records import Record
+from dsvae.data.records import BATCH_ROWS, Record
 from dsvae.data.sources import SPLITS, Source
 from dsvae.errors import UserError
 
@@ -26,7 +26,6 @@ _FEATURES = {
     "tags": datasets.List(datasets.Value("string")),
     "part": datasets.Value("int32"),
 }
-_WRITE_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _store(
     read = kept = 0
     features = datasets.Features({kind: _FEATURES[kind] for kind in kinds})
     with ArrowWriter(path=str(path), features=features) as writer:
-        while batch := list(islice(records, _WRITE_ROWS)):
+        while batch := list(islice(records, BATCH_ROWS)):
             read += len(batch)
             stripped = [record._replace(text=record.text.strip()) for record in batch]
             if full := [record for record in stripped if record.text]:
@@ -162,7 +161,7 @@ def _content_keys(split: datasets.Dataset) -> NDArray[np.uint64]:
     kinds = [kind for kind in ("text", "condition") if kind in split.column_names]
     digests = (
         hashlib.blake2b("\0".join(content).encode(), digest_size=8).digest()
-        for batch in split.iter(_WRITE_ROWS)
+        for batch in split.iter(BATCH_ROWS)
         for content in zip(*(batch[kind] for kind in kinds), strict=True)
     )
     return np.frombuffer(b"".join(digests), dtype="<u8")

@@ -17,8 +17,9 @@ import os
 from collections.abc import Iterator
 from math import log
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from dsvae.config import convert
 from dsvae.data import grammar
 from dsvae.data.grammar import FACTORS, Sentence
 from dsvae.errors import UserError
@@ -156,18 +157,19 @@ def tagged(size: int, seed: int, labelled: int | None = None) -> Iterator[Varian
         yield Variant(record, drawn.factors)
 
 
-KINDS = ("plain", "paired", "relations", "tagged")
+CorpusKind = Literal["plain", "paired", "relations", "tagged"]
 
 
-def draw_lines(kind: str, size: int, seed: int, labelled: int | None = None) -> Iterator[Sentence]:
+def draw_lines(
+    kind: CorpusKind, size: int, seed: int, labelled: int | None = None
+) -> Iterator[Sentence]:
     """Yields the lines of a file of some kind, with the factors of each: sentences for
     plain, JSON objects for the others.
 
     Raises:
         UserError: an unknown kind, or `labelled` with another kind than tagged.
     """
-    if kind not in KINDS:
-        raise UserError(f"--kind {kind}: choose one of {', '.join(KINDS)}")
+    convert(kind, CorpusKind, "--kind")
     if labelled is not None and kind != "tagged":
         raise UserError(f"--labelled is for --kind tagged, not for {kind}: leave it out")
     if labelled is not None and labelled < 1:
@@ -183,7 +185,7 @@ def draw_lines(kind: str, size: int, seed: int, labelled: int | None = None) -> 
 
 def write_variant(
     path: str | os.PathLike[str],
-    kind: str,
+    kind: CorpusKind,
     size: int,
     seed: int,
     factors_path: str | os.PathLike[str] | None = None,

@@ -26,9 +26,10 @@ from dsvae.data.batches import row_lengths
 from dsvae.data.corpora import Corpus, load_corpus
 from dsvae.data.order import Mixture
 from dsvae.data.processes import map_batches, usable_cores
-from dsvae.data.record_tokens import Encoded, Names, encode, features_of
+from dsvae.data.record_tokens import Names, TokenizedBatch, encode, features_of
+from dsvae.data.records import BATCH_ROWS
 from dsvae.data.sources import SPLITS, Source, source_of
-from dsvae.data.tokenization import BATCH_ROWS, TokenizedSplit, load_tokenizer, parallel_tokenizers
+from dsvae.data.tokenization import TokenizedSplit, load_tokenizer, parallel_tokenizers
 from dsvae.data.tokenizer_training import train_tokenizer
 from dsvae.errors import UserError
 from dsvae.modeling.settings import PosteriorReads
@@ -197,7 +198,7 @@ def _fill(
 
 
 def _tokenize(
-    corpus: Corpus, name: str, encode_batch: Callable[..., Encoded], target: Path
+    corpus: Corpus, name: str, encode_batch: Callable[..., TokenizedBatch], target: Path
 ) -> dict[str, Any]:
     """Writes one tokenized split to `target`, an Arrow file.
 

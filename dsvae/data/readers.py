@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dsvae.data.records import Columns, Record, check_columns, kind_of, record_of
+from dsvae.data.records import BATCH_ROWS, Columns, Record, check_columns, kind_of, record_of
 from dsvae.errors import UserError, first_line, nearest
 
 TEXT_SUFFIXES = ("", ".txt", ".text")
@@ -24,7 +24,6 @@ TEXT_SUFFIXES = ("", ".txt", ".text")
 # Characters of a csv field. The csv module takes only 131,072, and documents are longer.
 # A quote that is never closed still ends here and does not fill the memory.
 _LONGEST_FIELD = 1 << 24
-_ROWS = 10_000
 _Row = tuple[str, dict[str, Any] | None]
 """Where a row is, to follow the name of the file, and its values by their columns; None
 for an empty row."""
@@ -225,7 +224,7 @@ def _read_parquet(file: Path, columns: Columns) -> Iterator[_Row]:
         with pq.ParquetFile(file) as table:
             check_columns(table.schema_arrow.names, columns, str(file))
             number = 0
-            for batch in table.iter_batches(batch_size=_ROWS, columns=wanted):
+            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     yield f", row {number}", row

@@ -13,10 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dsvae.data.records import Columns, Record
+from dsvae.data.records import BATCH_ROWS, Columns, Record
 from dsvae.data.tagging import tagged_ids
 from dsvae.data.tokenization import (
-    BATCH_ROWS,
     TokenizedSplit,
     hash_of,
     parallel_tokenizers,
@@ -53,7 +52,7 @@ class Names(NamedTuple):
 _TEXT, _NO_NAMES = Columns(), Names()
 
 
-class Encoded(NamedTuple):
+class TokenizedBatch(NamedTuple):
     """A batch of records as rows of a split."""
 
     table: pa.Table
@@ -80,7 +79,7 @@ def encode(
     max_tokens: int,
     names: Names = _NO_NAMES,
     where: str = "",
-) -> Encoded:
+) -> TokenizedBatch:
     """Turns records into token ids and what is counted of them.
 
     A text of which the tokenizer leaves nothing counts as blank.
@@ -137,7 +136,7 @@ def encode(
     if "part" in batch:
         figures.update(f"part {batch['part'][i]}" for i in kept)
     schema = features_of(batch).arrow_schema
-    return Encoded(pa.Table.from_pydict(columns, schema=schema), figures, kept)
+    return TokenizedBatch(pa.Table.from_pydict(columns, schema=schema), figures, kept)
 
 
 def tokenize(
@@ -159,7 +158,7 @@ def tokenize(
         names: what the model calls labels and tags.
 
     Returns: the split; (N,) int64, which of the records each of its sentences is; and the
-        counts of `Encoded`, with `skipped_blank` in place of `blank`.
+        counts of `TokenizedBatch`, with `skipped_blank` in place of `blank`.
 
     Raises:
         UserError: no sentence is left, or as `encode`.

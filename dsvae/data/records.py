@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from dsvae.config import DataConfig
 from dsvae.errors import UserError, nearest
 
+BATCH_ROWS = 10_000
+"""Sentences that are read, tokenized or written at a time."""
+
 
 class Record(NamedTuple):
     """A sentence with what belongs to it."""

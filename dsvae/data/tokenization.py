@@ -19,8 +19,6 @@ from dsvae.data.lists import Lists
 from dsvae.data.noise import mix
 from dsvae.errors import UserError, first_line
 
-BATCH_ROWS = 10_000
-
 
 def _column(name: str) -> cached_property[Any]:
     """Makes a property with the numbers of a column; None if the split does not have

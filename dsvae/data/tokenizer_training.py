@@ -19,9 +19,9 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from dsvae.data.records import BATCH_ROWS
 from dsvae.errors import UserError
 
-_BATCH_ROWS = 10_000
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 # How `tokenizers` spells a byte that no piece covers.
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -127,8 +127,8 @@ def _alphabet(sentences: list[str], size: int) -> list[str]:
 
 def _piece_counts(tokenizer: Tokenizer, sentences: list[str]) -> Counter[str]:
     counts: Counter[int] = Counter()
-    for start in range(0, len(sentences), _BATCH_ROWS):
-        for encoding in tokenizer.encode_batch_fast(sentences[start : start + _BATCH_ROWS]):
+    for start in range(0, len(sentences), BATCH_ROWS):
+        for encoding in tokenizer.encode_batch_fast(sentences[start : start + BATCH_ROWS]):
             counts.update(encoding.ids)
     return Counter({str(tokenizer.id_to_token(token)): count for token, count in counts.items()})
 

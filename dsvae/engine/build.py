@@ -157,6 +157,34 @@ def _partition(model: T5VAE, origin: Origin | None, ds_config: dict[str, Any]) -
         put(new)
 
 
+def new_vae(
+    settings: ModelConfig, columns: Annotations, vocabulary: int, pad: int = 0, eos: int = 1
+) -> T5VAEConfig:
+    """Returns the T5VAE of a run that makes a new T5.
+
+    Raises:
+        ValueError: `model.t5` has an unknown field, or values that do not go together.
+    """
+    t5 = {"model_type": "t5", **settings.t5, "vocab_size": vocabulary}
+    if t5["model_type"] == "t5gemma":
+        raise ValueError(
+            "a new t5gemma needs sizes for each side: make it with transformers, save it, and "
+            "name its directory in --model"
+        )
+    # transformers accepts and keeps any name.
+    known = {
+        *AutoConfig.for_model(t5["model_type"]).to_dict(),
+        "decoder_start_token_id",
+        "tie_word_embeddings",
+    }
+    if unknown := sorted(set(t5) - known):
+        raise ValueError(f"unknown field {unknown[0]}{did_you_mean(unknown[0], known)}")
+    t5 = {"decoder_start_token_id": pad, **t5, "pad_token_id": pad, "eos_token_id": eos}
+    if settings.dropout is not None:
+        t5["dropout_rate"] = settings.dropout
+    return T5VAEConfig(t5=t5, **latent_fields(settings, columns))
+
+
 def _origin(
     settings: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -168,25 +196,8 @@ def _origin(
     if weights is not None:
         return T5VAE.origin_in(str(weights))
     if settings.name is None:
-        t5 = {"model_type": "t5", **settings.t5, "vocab_size": len(tokenizer)}
-        if t5["model_type"] == "t5gemma":
-            raise ValueError(
-                "a new t5gemma needs sizes for each side: make it with transformers, save it, and "
-                "name its directory in --model"
-            )
-        # transformers accepts and keeps any name.
-        known = {
-            *AutoConfig.for_model(t5["model_type"]).to_dict(),
-            "decoder_start_token_id",
-            "tie_word_embeddings",
-        }
-        if unknown := sorted(set(t5) - known):
-            raise ValueError(f"unknown field {unknown[0]}{did_you_mean(unknown[0], known)}")
-        t5 |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-        t5.setdefault("decoder_start_token_id", tokenizer.pad_token_id)
-        if settings.dropout is not None:
-            t5["dropout_rate"] = settings.dropout
-        fresh = T5VAEConfig(t5=t5, **latent)
+        special = tokenizer.pad_token_id, tokenizer.eos_token_id
+        fresh = new_vae(settings, columns, len(tokenizer), *special)
         return Origin(lambda: T5VAE(copy.deepcopy(fresh)), seed)
     config = read_config(settings.name)
     if not isinstance(config, T5VAEConfig):

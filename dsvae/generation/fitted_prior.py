@@ -20,12 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsvae import pretrained
-from dsvae.data.noise import LATENT, normal
+from dsvae.config import convert
+from dsvae.data.noise import LATENT
 from dsvae.data.records import Record
 from dsvae.data.tokenization import hash_of
 from dsvae.errors import UserError, first_line
 from dsvae.generation.latents_file import write_tensors
-from dsvae.modeling.densities import Density, Flow, Mixture, flow_of
+from dsvae.generation.options import PriorKind
+from dsvae.modeling.densities import Density, Flow, GaussianMixture, flow_of
 
 if TYPE_CHECKING:
     from dsvae.generation.sentence_vae import SentenceVAE
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 NAME = "fitted_prior.safetensors"
 """The file in the model's directory."""
 
-KINDS = ("gaussian", "gmm", "flow")
 COMPONENTS = (1, 2, 5, 10, 20, 50)
 """The numbers of Gaussians that a gmm is tried with, until one is worse than the
 last."""
@@ -93,7 +94,7 @@ def draw(vae: SentenceVAE, records: Iterable[str | Record], seed: int = 0) -> Dr
             keys.append((key, seen[key]))
             seen[key] += 1
         pairs = ((repetition, key) for key, repetition in keys[first:])
-        noise = torch.from_numpy(normal(seed, LATENT, pairs, family.noise_width))
+        noise = vae.passes.noise(seed, LATENT, pairs)
         parts.append(vae.encode_inputs(inputs).posterior.sample(noise))
     order = sorted(range(len(keys)), key=keys.__getitem__)
     latent = torch.cat(parts)[order] if parts else torch.empty(0, family.latent_width)
@@ -107,7 +108,7 @@ def draw(vae: SentenceVAE, records: Iterable[str | Record], seed: int = 0) -> Dr
     return draws
 
 
-def fit(draws: Draws, kind: str, components: int | None = None, seed: int = 0) -> Density:
+def fit(draws: Draws, kind: PriorKind, components: int | None = None, seed: int = 0) -> Density:
     """Fits a density to the draws.
 
     Args:
@@ -121,8 +122,7 @@ def fit(draws: Draws, kind: str, components: int | None = None, seed: int = 0) -
         UserError: another kind, a flow of one dimension, or not enough draws for so many
             components.
     """
-    if kind not in KINDS:
-        raise UserError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+    convert(kind, PriorKind, "kind")
     gaussian = _mixture(draws.train, 1, seed)
     if kind == "flow":
         return _flow(draws, gaussian, seed)
@@ -179,7 +179,7 @@ def load_prior(model_dir: str) -> Density:
         with safe_open(path, "pt") as file:
             kind = (file.metadata() or {}).get("kind")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return flow_of(tensors) if kind == "flow" else Mixture(**tensors)
+        return flow_of(tensors) if kind == "flow" else GaussianMixture(**tensors)
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be read ({first_line(error)}): repeat dsvae fit_prior"
@@ -190,7 +190,7 @@ def fit_and_save(
     vae: SentenceVAE,
     records: Iterable[str | Record],
     path: Path,
-    kind: str,
+    kind: PriorKind,
     components: int | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -206,31 +206,31 @@ def fit_and_save(
     # whole or not at all
     write_tensors(path, density.tensors(), {"kind": kind})
     row: dict[str, Any] = {"kind": kind}
-    if isinstance(density, Mixture):
+    if isinstance(density, GaussianMixture):
         row["components"] = len(density.weights)
     row |= {"sentences": sum(map(len, draws)), "held_out": len(draws.held_out)}
     return {**row, **compare(vae, density, draws.held_out), "file": str(path)}
 
 
-def _mixture(draws: Tensor, components: int, seed: int) -> Mixture:
+def _mixture(draws: Tensor, components: int, seed: int) -> GaussianMixture:
+    from sklearn import mixture
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
 
     if not 1 <= components <= len(draws):
         raise UserError(f"{components} components for {len(draws)} sentences: give 1 to as many")
-    model = GaussianMixture(components, random_state=seed)
+    model = mixture.GaussianMixture(components, random_state=seed)
     with warnings.catch_warnings():  # the held-out draws say how good it is
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(draws.double().numpy())
     covariances = torch.from_numpy(model.covariances_)
-    return Mixture(
+    return GaussianMixture(
         torch.from_numpy(model.weights_),
         torch.from_numpy(model.means_),
         torch.linalg.cholesky(covariances),
     )
 
 
-def _best_mixture(draws: Draws, gaussian: Mixture, seed: int) -> Mixture:
+def _best_mixture(draws: Draws, gaussian: GaussianMixture, seed: int) -> GaussianMixture:
     best, score = gaussian, float(gaussian.log_prob(draws.valid).mean())
     for components in COMPONENTS[1:]:
         if components > len(draws.train):
@@ -242,7 +242,7 @@ def _best_mixture(draws: Draws, gaussian: Mixture, seed: int) -> Mixture:
     return best
 
 
-def _flow(draws: Draws, gaussian: Mixture, seed: int) -> Flow:
+def _flow(draws: Draws, gaussian: GaussianMixture, seed: int) -> Flow:
     if gaussian.latent_width < 2:
         raise UserError("a flow needs at least 2 dimensions, and z has 1: fit a gmm")
     with torch.random.fork_rng(devices=[]):

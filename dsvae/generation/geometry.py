@@ -6,12 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PATHS = ("linear", "slerp")
+from dsvae.generation.options import PathKind
+from dsvae.modeling.settings import convert
 
 _PARALLEL = 1e-6  # sine of an angle below which two directions define no great circle
 
 
-def interpolate(a: Tensor, b: Tensor, steps: int, path: str = "linear") -> Tensor:
+def interpolate(a: Tensor, b: Tensor, steps: int, path: PathKind = "linear") -> Tensor:
     """Computes `steps` points from `a` to `b` (Z,), both included and equally spaced,
     (steps, Z).
 
@@ -24,9 +25,7 @@ def interpolate(a: Tensor, b: Tensor, steps: int, path: str = "linear") -> Tenso
     """
     if steps < 2:
         raise ValueError(f"a path needs at least 2 steps, not {steps}")
-    if path not in PATHS:
-        raise ValueError(f"path {path!r} is not one of {', '.join(PATHS)}")
-    along = slerp if path == "slerp" else torch.lerp
+    along = slerp if convert(path, PathKind, "path") == "slerp" else torch.lerp
     return torch.stack([along(a, b, torch.tensor(i / (steps - 1))) for i in range(steps)])
 
 

@@ -1,12 +1,20 @@
-"""The options of transformers' `generate` that the command line takes: names, types,
-and combinations without effect."""
+"""What generation can be asked for: names that the command line shares, and the options of
+transformers' `generate` that it takes, with their types and combinations without
+effect."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from dsvae.errors import UserError, first_line
+
+PathKind = Literal["linear", "slerp"]
+"""The ways from one z to another: `dsvae.generation.geometry`."""
+PriorKind = Literal["gaussian", "gmm", "flow"]
+"""The densities that are fitted: `dsvae.generation.fitted_prior`."""
+Scale = Literal["prior", "posterior"]
+"""What a traversal counts standard deviations of."""
 
 SAMPLING: dict[str, type] = {
     "temperature": float,

@@ -65,7 +65,7 @@ def rows(
         prior: in place of the model's own.
         options: of transformers' `generate`.
     """
-    if vae.latent_dim == 0 and not options.get("do_sample"):
+    if not vae.model.config.has_latent and not options.get("do_sample"):
         say("the model has no latent: without --do_sample, a condition has one sentence")
     if conditions_file is not None:
         conditions = read_conditions(conditions_file, condition_column)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from typing import Any
@@ -15,25 +14,25 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsvae import pretrained
+from dsvae.config import convert
 from dsvae.data.batches import row_lengths
-from dsvae.data.noise import LATENT, ORDER, PRIOR, generator, normal
+from dsvae.data.noise import LATENT, ORDER, PRIOR, generator
 from dsvae.data.records import Record
 from dsvae.errors import UserError, first_line
 from dsvae.generation import geometry
 from dsvae.generation.inputs import Counts, InputReader, Inputs, repeated
-from dsvae.generation.options import refusal
+from dsvae.generation.options import PathKind, Scale, refusal
 from dsvae.generation.reading import Line, windows
 from dsvae.inference.passes import Encoded, Passes
 from dsvae.modeling.densities import Density
 from dsvae.modeling.families import Distribution
+from dsvae.modeling.settings import Seed
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.device import local_device, prepare
 
 MAX_NEW_TOKENS = 128
 """Longest generated sentence in tokens, EOS included, unless the option
 `max_new_tokens` is given."""
-
-SCALES = ("prior", "posterior")
 
 
 class SentenceVAE:
@@ -76,8 +75,8 @@ class SentenceVAE:
     ) -> None:
         if not model.config.has_latent and not model.config.conditional:
             raise UserError(
-                "the model is a language model without a latent (injection none): give one with "
-                "a latent"
+                f"{model.name_or_path or 'the model'} is a language model without a latent "
+                f"(injection none): give one with a latent; only dsvae evaluate works without one"
             )
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: give at least 1")
@@ -108,11 +107,6 @@ class SentenceVAE:
         """
         where = find_device(device)
         model, tokenizer = pretrained.load(model_dir, where, precision)
-        if not model.config.has_latent and not model.config.conditional:
-            raise UserError(
-                f"{model_dir} is a language model without a latent (injection none): give one "
-                f"with a latent; only dsvae evaluate works without one"
-            )
         return cls(model, tokenizer, **settings)
 
     @property
@@ -135,7 +129,7 @@ class SentenceVAE:
     def encode_inputs(self, inputs: Inputs) -> Encoded:
         """Encodes sentences that are tokenized, for all heads of the encoder."""
         self._need_latent()
-        return self._passes.encode(inputs)
+        return self.passes.encode(inputs)
 
     def decode(
         self, latent: Tensor, conditions: Sequence[str] | None = None, **options: Any
@@ -177,7 +171,7 @@ class SentenceVAE:
     def prior(self, condition: str | None = None) -> Distribution:
         """Returns p(z), or the learned p(z|c) of a condition, one row on CPU."""
         read = self.inputs.conditions(None if condition is None else [condition], 1)
-        return self._passes.prior(read)
+        return self.passes.prior(read)
 
     # Samples
 
@@ -207,7 +201,7 @@ class SentenceVAE:
         """
         if count < 1:
             raise UserError(f"the number of samples is {count}: give at least 1")
-        seed = int(torch.randint(2**53, ())) if seed is None else check_seed(seed)
+        seed = int(torch.randint(2**53, ())) if seed is None else convert(seed, Seed, "seed")
         if texts is None:
             if conditions is not None:
                 raise UserError("conditions are those of texts: give condition, or texts, too")
@@ -269,8 +263,8 @@ class SentenceVAE:
         done = 0
         for window in windows(lines, self.batch_size):
             inputs = self.inputs.of_lines(window)
-            numbers, width = range(done, done + len(window)), self.model.family.noise_width
-            noise = _noise(seed, LATENT, numbers, width)
+            keys = ((0, done + i) for i in range(len(window)))
+            noise = self.passes.noise(seed, LATENT, keys)
             latent = self.encode_inputs(inputs).posterior.sample(noise)
             done += len(window)
             texts = self._decode(latent, inputs.condition_ids, options)
@@ -292,13 +286,14 @@ class SentenceVAE:
         """
         if prior is not None:
             self._check_prior(prior)
-        width = (self.model.family if prior is None else prior).noise_width
         pairs = iter(pairs)
         while part := list(islice(pairs, self.batch_size)):
             numbers, conditions = zip(*part, strict=True)
             read = None if conditions[0] is None else list(conditions)
-            own = self._passes.prior(read) if prior is None else prior
-            latent = own.sample(_noise(seed, PRIOR, numbers, width))
+            own = self.passes.prior(read) if prior is None else prior
+            width = None if prior is None else prior.noise_width
+            keys = ((0, number) for number in numbers)
+            latent = own.sample(self.passes.noise(seed, PRIOR, keys, width))
             yield from self._decode(latent, read, options)
 
     # Paths and directions
@@ -309,7 +304,7 @@ class SentenceVAE:
         b: str,
         *,
         steps: int = 8,
-        path: str = "linear",
+        path: PathKind = "linear",
         condition: str | None = None,
         **options: Any,
     ) -> list[str]:
@@ -343,7 +338,7 @@ class SentenceVAE:
         *,
         steps: int | None = None,
         width: float | None = None,
-        scale: str | None = None,
+        scale: Scale | None = None,
         condition: str | None = None,
     ) -> tuple[list[dict[str, float]], Tensor]:
         """Moves one unit of the latent, from the posterior's point of a sentence.
@@ -377,13 +372,11 @@ class SentenceVAE:
             return [{"category": i} for i in range(len(codes))], codes
         steps = 7 if steps is None else steps
         width = 3.0 if width is None else width
-        scale = SCALES[0] if scale is None else scale
+        scale = convert("prior" if scale is None else scale, Scale, "scale")
         if steps < 2:
             raise UserError(f"steps is {steps}: a traversal needs at least 2, its two ends")
         if not (math.isfinite(width) and width > 0):
             raise UserError(f"width is {width}: give a positive number of standard deviations")
-        if scale not in SCALES:
-            raise UserError(f"scale {scale!r} is not one of {', '.join(SCALES)}")
         offsets = torch.linspace(-width, width, steps)
         posterior = self.encode([text] * steps, repeated(condition, steps))
         latent = posterior.point.clone()
@@ -399,7 +392,7 @@ class SentenceVAE:
         *,
         steps: int | None = None,
         width: float | None = None,
-        scale: str | None = None,
+        scale: Scale | None = None,
         condition: str | None = None,
         **options: Any,
     ) -> list[str]:
@@ -523,7 +516,8 @@ class SentenceVAE:
     # Passes
 
     @property
-    def _passes(self) -> Passes:
+    def passes(self) -> Passes:
+        """The passes of the model."""
         return Passes(self.model, batch_size=self.batch_size)
 
     def _reconstruct(self, inputs: Inputs, options: dict[str, Any]) -> list[str]:
@@ -541,7 +535,7 @@ class SentenceVAE:
         `Passes.generate`."""
         settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **options}
         try:
-            rows = self._passes.generate(latent, conditions, lengths, **settings)
+            rows = self.passes.generate(latent, conditions, lengths, **settings)
         except (ValueError, TypeError) as error:
             if not options:
                 raise
@@ -552,22 +546,6 @@ class SentenceVAE:
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
-
-
-def _noise(seed: int, purpose: int, numbers: Iterable[int], width: int) -> Tensor:
-    """Draws standard normal noise of samples by their numbers, (N, width). Each has its
-    own stream, whatever the batch."""
-    return torch.from_numpy(normal(seed, purpose, ((0, i) for i in numbers), width))
-
-
-def check_seed(seed: int | None) -> int:
-    """Returns the seed itself, or a fresh one for None. Raises UserError for a seed
-    outside 0 .. 2^53 - 1."""
-    if seed is None:
-        return secrets.randbits(32)
-    if not 0 <= seed < 2**53:
-        raise UserError(f"--seed is {seed}: give a number from 0 to 2^53 - 1")
-    return seed
 
 
 def find_device(name: str | None) -> torch.device:

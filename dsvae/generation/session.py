@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from dsvae.config import convert
 from dsvae.console import say
 from dsvae.generation.options import check
 from dsvae.generation.reading import no_sentences
-from dsvae.generation.sentence_vae import SentenceVAE, check_seed
-from dsvae.pretrained import Precision
+from dsvae.generation.sentence_vae import SentenceVAE
+from dsvae.modeling.settings import Precision, Seed
 
 
 @contextmanager
@@ -55,7 +57,7 @@ def session(
         max_tokens=max_tokens,
     )
     vae.inputs.check(conditions)
-    chosen = check_seed(seed)
+    chosen = secrets.randbits(32) if seed is None else convert(seed, Seed, "--seed")
     if seed is None and (draws or options.get("do_sample")):
         say(f"seed {chosen} (--seed {chosen} repeats this)")
     torch.manual_seed(chosen)

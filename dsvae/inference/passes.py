@@ -7,7 +7,7 @@ every result. The ranks and the batches change no result but by rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,7 @@ from dsvae.data.batches import (
     padded,
     row_lengths,
 )
+from dsvae.data.noise import normal
 from dsvae.inference.kept import Kept
 from dsvae.modeling.crf import IGNORE
 from dsvae.modeling.families import Distribution, Family
@@ -84,6 +85,18 @@ class Passes:
             raise ValueError("batches of a number of texts are not shared among ranks")
         self._shows_progress = world is not None and world.is_main
         self._token_budget, self._batch_size, self._kept = token_budget, batch_size, kept
+
+    def noise(
+        self, seed: int, purpose: int, keys: Iterable[tuple[int, int]], width: int | None = None
+    ) -> Tensor:
+        """Draws standard normal noise of N texts, (N, width), each from its own stream.
+
+        Args:
+            seed, purpose, keys: as of `dsvae.data.noise.normal`.
+            width: of one text. None: what the model's family takes for one z.
+        """
+        width = self.family.noise_width if width is None else width
+        return torch.from_numpy(normal(seed, purpose, keys, width))
 
     def encode(self, texts: Texts) -> Encoded:
         """Encodes N texts; returns posteriors, priors, and what the other heads say of

@@ -87,7 +87,7 @@ def pairwise_total_correlation(probabilities: Tensor) -> float:
     flat = p.reshape(n, variables * values)
     joint = (flat.T @ flat / n).view(variables, values, variables, values)
     first, second = torch.triu_indices(variables, variables, offset=1)
-    return float(elbo.pairwise_total_correlation(p.mean(0), joint[first, :, second]))
+    return float(elbo.information_of_pairs(p.mean(0), joint[first, :, second]))
 
 
 def total_correlation(probabilities: Tensor) -> float:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsvae.data.noise import LATENT, PRIOR, normal
+from dsvae.data.noise import LATENT, PRIOR
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.inference.passes import Encoded, Passes, Rows, by_rows
 from dsvae.metrics import information, likelihood
@@ -141,14 +141,14 @@ def measure(
     The random numbers of a sentence are keyed by its content, not by its place: results
     do not depend on the order of the file.
     """
-    family, keys = passes.family, split.content_keys
+    config, family, keys = passes.model.config, passes.family, split.content_keys
     encoded = passes.encode(split)
     posterior, prior = encoded.posterior, encoded.prior
     posterior_of, prior_of = by_rows(family, posterior), by_rows(family, prior)
 
     def noise(rows: Rows, purpose: int, sample: int) -> Tensor:
         pairs = [(sample, key) for key in keys[rows].tolist()]
-        return torch.from_numpy(normal(seed, purpose, pairs, family.noise_width))
+        return passes.noise(seed, purpose, pairs)
 
     def sampled(rows: Rows, sample: int) -> tuple[Tensor, Tensor]:
         own = posterior_of(rows)
@@ -165,7 +165,7 @@ def measure(
     log_weights: list[Tensor] = []
     draws = torch.zeros(0)
     for sample in range(max(samples, iw_samples)):
-        if sample == 0 or family.units:  # without a latent, all samples are one
+        if sample == 0 or config.has_latent:  # without a latent, all samples are one
             width = (0 if sample else family.latent_width) + 2 * (sample < iw_samples)
             name = f"sample {sample} of seed {seed}, {width}"
             draw = functools.partial(sampled, sample=sample)
@@ -179,7 +179,7 @@ def measure(
             log_weights.append(likelihood.log_importance_weights(nats, log_pz, log_qz))
 
     def rec_of(latent: Callable[[Rows], Tensor], name: str) -> Tensor:
-        if not family.units:
+        if not config.has_latent:
             return -log_px_z[0]
 
         def draw(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -192,10 +192,10 @@ def measure(
     # subset, which is the same in every order of the file.
     chosen = torch.from_numpy(np.argsort(keys)[: information.POSTERIORS])
     # Against priors that differ by sentence, I(x; z) and the marginal KL say nothing.
-    one_prior = passes.model.config.prior == "fixed"
+    one_prior = config.prior == "fixed"
     parameters = posterior.parameters[chosen]
     room = information.POSTERIORS - len(chosen)
-    if more is not None and family.units and room and one_prior:
+    if more is not None and config.has_latent and room and one_prior:
         others = passes.encode(_sample(more, room)).posterior
         parameters = torch.cat([parameters, others.parameters])
     rows = chosen[: information.SENTENCES if one_prior else 0]
@@ -212,7 +212,7 @@ def measure(
         if other is None
         else rec_of(lambda rows: draws[other[rows]], "another's sample"),
         rec_prior=rec_of(lambda rows: prior_of(rows).sample(noise(rows, PRIOR, 0)), "prior"),
-        codes=of_codes(posterior, draws) if family.units else {},
+        codes=of_codes(posterior, draws) if config.has_latent else {},
     )
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsvae.data import grammar
 from dsvae.data.grammar_variants import parse_condition
-from dsvae.data.noise import PRIOR, normal
+from dsvae.data.noise import PRIOR
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.inference.passes import Passes, by_rows, texts_of
 from dsvae.metrics import likelihood
@@ -45,9 +45,8 @@ def decode_prior(
     passes: Passes, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int
 ) -> list[str]:
     """Generates `OUTPUTS` greedy sentences with z from the fixed prior. Collective."""
-    keys = ((0, number) for number in range(OUTPUTS))
-    noise = normal(seed, PRIOR, keys, passes.family.noise_width)
-    latent = passes.family.prior().sample(torch.from_numpy(noise))
+    noise = passes.noise(seed, PRIOR, ((0, number) for number in range(OUTPUTS)))
+    latent = passes.family.prior().sample(noise)
     return texts_of(generate(passes, latent, max_tokens), tokenizer)
 
 
@@ -95,14 +94,13 @@ def decode_conditions(
     Args:
         prior: of each sentence of the split, or one for all.
     """
-    family, hashes = passes.family, split.condition_hashes
+    hashes = split.condition_hashes
     assert hashes is not None
     first = np.array([rows[0] for rows in Conditions.of(split).chosen])
-    draws = DRAWS if family.units else 1
+    draws = DRAWS if passes.model.config.has_latent else 1
     each = np.repeat(first, draws)
     keys = [(i % draws, key) for i, key in enumerate(hashes[each].tolist())]
-    noise = normal(seed, PRIOR, keys, family.noise_width)
-    latent = by_rows(family, prior)(each).sample(torch.from_numpy(noise))
+    latent = by_rows(passes.family, prior)(each).sample(passes.noise(seed, PRIOR, keys))
     decoded = texts_of(generate(passes, latent, max_tokens, split.select(each)), tokenizer)
     outputs = [decoded[i : i + draws] for i in range(0, len(decoded), draws)]
     return [texts * (DRAWS // draws) for texts in outputs]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsvae.data.batches import row_lengths
-from dsvae.data.noise import PRIOR, normal
+from dsvae.data.noise import PRIOR
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.inference.passes import Encoded, Passes, Rows, by_rows, texts_of
 from dsvae.metrics import likelihood
@@ -66,15 +66,15 @@ def samples(
     Args:
         encoded: of all sentences of the split.
     """
-    config, family = passes.model.config, passes.family
-    if not family.units and not config.conditional:
+    config = passes.model.config
+    if not config.has_latent and not config.conditional:
         rows = rows[:1]
     if not len(rows):
         return [], []
     keys = [(0, key) for key in split.content_keys[rows].tolist()]
-    noise = torch.from_numpy(normal(EVALUATION_SEED, PRIOR, keys, family.noise_width))
-    drawn = by_rows(family, encoded.prior)(rows).sample(noise)
-    own = rows if family.units else rows[:0]
+    noise = passes.noise(EVALUATION_SEED, PRIOR, keys)
+    drawn = by_rows(passes.family, encoded.prior)(rows).sample(noise)
+    own = rows if config.has_latent else rows[:0]
     latent = torch.cat([encoded.posterior.point[own], drawn])
     conditions = split.select([*own, *rows]) if config.conditional else None
     decoded = texts_of(generate(passes, latent, max_tokens, conditions), tokenizer)

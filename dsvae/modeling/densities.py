@@ -20,7 +20,7 @@ BOUND = 2.0
 
 
 @dataclass(frozen=True)
-class Mixture:
+class GaussianMixture:
     """K Gaussians with full covariances, in float64. A single Gaussian has K = 1."""
 
     weights: Tensor
@@ -165,7 +165,7 @@ class Flow(nn.Module):
         return self.state_dict()
 
 
-Density = Mixture | Flow
+Density = GaussianMixture | Flow
 
 
 def flow_of(tensors: dict[str, Tensor]) -> Flow:

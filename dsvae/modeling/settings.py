@@ -51,17 +51,23 @@ Count = Annotated[int, at_least(1)]
 Amount = Annotated[int, at_least(0)]
 Weight = Annotated[float, at_least(0)]
 Positive = Annotated[float, Rule("positive", lambda value: value > 0)]
+# Two phases and a purpose are packed with the seed into 64 bits.
+Seed = Annotated[int, Rule("from 0 to 2^53 - 1", lambda seed: 0 <= seed < 2**53)]
 Share = Annotated[float, Rule("in [0, 1)", lambda value: 0 <= value < 1)]
 
+FamilyName = Literal["gaussian", "spike_slab", "categorical"]
+Pooling = Literal["mean", "max", "first", "attention"]
 InjectionName = Literal["memory", "embedding", "both", "cross", "none"]
 PosteriorReads = Literal["both", "condition"]
+Precision = Literal["fp32", "tf32", "bf16"]
+"""Of a finished model."""
 
 
 @dataclass
 class LatentConfig:
     """The latent path that is added to a T5."""
 
-    family: Literal["gaussian", "spike_slab", "categorical"] = "gaussian"
+    family: FamilyName = "gaussian"
     """What z is. gaussian: a diagonal Gaussian. spike_slab: a sparse vector (Prokhorov
     et al. 2021). categorical: variables of `categories` values each."""
     latent_dim: Annotated[Count, SHORT] = 32
@@ -82,7 +88,7 @@ class LatentConfig:
     """What z is compared with. fixed: one p(z) for all sentences. learned: p(z|c) of the
     sentence's condition (Fang et al. 2021). Without it, learned if the decoder reads a
     condition, and fixed otherwise."""
-    pooling: Annotated[Literal["mean", "max", "first", "attention"], SHORT] = "mean"
+    pooling: Annotated[Pooling, SHORT] = "mean"
     """How the encoder's states become one vector."""
     posterior_reads: PosteriorReads = "both"
     """What the encoder makes z of, if there are conditions. both: the condition and the
@@ -105,6 +111,30 @@ class LatentConfig:
     def has_latent(self) -> bool:
         """Whether there is a latent at all."""
         return self.injection != "none"
+
+    @property
+    def discrete(self) -> bool:
+        """Whether z consists of categories."""
+        return "categories" in read_by(self, "family")
+
+    def check_latent(self, conditional: bool, labelled: bool) -> None:
+        """Raises ValueError if fields do not go together, in one line that begins with the
+        name of one.
+
+        Args:
+            conditional: whether the decoder reads a condition.
+            labelled: whether sentences have labels or tags.
+        """
+        if not self.has_latent and (labelled or self.clusters):
+            raise ValueError(
+                "injection none has no encoder that reads the sentence, and labels, tags and "
+                "clusters need one: choose an injection other than none"
+            )
+        if self.prior == "learned" and not self.has_learned_prior(conditional):
+            raise ValueError(
+                "prior learned needs conditions that the decoder reads, and an injection other "
+                "than none: use prior fixed without them"
+            )
 
     def has_learned_prior(self, conditional: bool) -> bool:
         """Returns whether the prior is learned.

@@ -154,11 +154,8 @@ class T5VAEConfig(T5VAEFields, PreTrainedConfig):
             setattr(self, name, convert(getattr(self, name), kind, name))
         if not self.has_latent:
             self.latent_dim = 0
-        if self.prior == "learned" and not self.conditional:
-            raise ValueError("a learned prior needs a condition")
+        self.check_latent(self.conditional, bool(self.classes or self.tags))
         self.prior = "learned" if self.has_learned_prior(self.conditional) else "fixed"
-        if not self.has_latent and (self.clusters or self.classes or self.tags):
-            raise ValueError("clusters, classes and tags need an injection other than none")
         reads_z = not self.has_latent or INJECTIONS[self.injection].in_cross_attention
         if self.backbone.needs_cross_attention and not (reads_z and self.cross_attention):
             raise ValueError(

@@ -81,9 +81,9 @@ class Penalty:
             later KL starts from a prior that fits. (The norm by which gradients are
             clipped includes it.)
         skewness: weight of mean_i H(r_i) in nats, r_i the probabilities of the clusters
-            of sentence i: it wants each sentence decided.
-        dispersion: weight of sum_k m_k ln m_k in nats, m = mean_i r_i: it wants all
-            clusters used alike; it is then -ln R. (Both are after Simon et al. 2019.)
+            of sentence i: it makes the cluster of each sentence certain.
+        dispersion: weight of sum_k m_k ln m_k in nats, m = mean_i r_i: it makes
+            the clusters equally common; it is then -ln R. (Both are after Simon et al. 2019.)
         class_weight, tag_weight: weights of -log p of the labels and of the tags, of
             the sentences that have them. The sum is divided by the number of all
             sentences.
@@ -170,7 +170,7 @@ class Penalty:
         if self.total_correlation:
             alone = mean["categories"].view(len(mean["kl"]), -1)
             joint = mean["pairs"].view(-1, alone.shape[1], alone.shape[1])
-            penalty = penalty + self.total_correlation * pairwise_total_correlation(alone, joint)
+            penalty = penalty + self.total_correlation * information_of_pairs(alone, joint)
         return penalty
 
     def slopes(self, mean: Statistics) -> Statistics:
@@ -212,7 +212,7 @@ def products_of_pairs(probabilities: Tensor) -> Tensor:
     return probabilities[:, first, :, None] * probabilities[:, second, None, :]
 
 
-def pairwise_total_correlation(alone: Tensor, joint: Tensor) -> Tensor:
+def information_of_pairs(alone: Tensor, joint: Tensor) -> Tensor:
     """Returns the sum of the mutual information of all pairs of variables in nats, a
     scalar.
 

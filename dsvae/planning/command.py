@@ -14,8 +14,8 @@ from dsvae.planning.plan import SHIPPED, Machine, Option, Plan, make_plan
 from dsvae.planning.show import advise, as_json, as_text
 from dsvae.planning.sizes import KNOWN, known_name
 
-DEFAULT_RECIPE = "park2021"
-"""Recipe of the run for a model given by name: it does not set a model itself."""
+RECIPE = "park2021"
+"""That of the run for a model given by name: it does not set a model itself."""
 MOST_BYTES = 10**18
 """More is a typing error, and the largest would be infinite."""
 
@@ -44,10 +44,6 @@ def plan_command(
             would refuse.
     """
     flags = {ALIASES.get(name, name): value for name, value in fields.items()}
-    if gpus < 1 or gpus_per_node < 1:
-        raise UserError("--gpus and --gpus_per_node must be at least 1")
-    if not 0 <= margin < 100:
-        raise UserError(f"--margin is {margin}: give per cent, at least 0 and less than 100")
     if gpus > gpus_per_node and gpus % gpus_per_node:
         raise UserError(
             f"--gpus {gpus} is not a multiple of --gpus_per_node {gpus_per_node}: every node runs "
@@ -86,7 +82,7 @@ def _run_arguments(model: str, config: str | None, flags: dict[str, Any]) -> lis
     names one."""
     known = model if (Path(model) / "config.json").is_file() else known_name(model)
     if known is not None:
-        words = ["--config", config or DEFAULT_RECIPE, "--model", known]
+        words = ["--config", config or RECIPE, "--model", known]
     elif Path(model).suffix in (".yaml", ".yml") or (RECIPES / f"{model}.yaml").is_file():
         if config is not None:
             raise UserError(f"{model} and --config {config} are two configurations: give one")

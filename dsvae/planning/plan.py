@@ -17,7 +17,7 @@ import torch
 from dsvae import config as configuration
 from dsvae.config import RunConfig
 from dsvae.engine import ds_config
-from dsvae.engine.build import Annotations, latent_fields
+from dsvae.engine.build import Annotations, latent_fields, new_vae
 from dsvae.errors import UserError, first_line
 from dsvae.modeling.t5_vae import T5VAEConfig, read_config
 from dsvae.planning import memory
@@ -210,13 +210,12 @@ def _dry_run(vae: str, *, precision: str, autocast: bool, **settings: Any) -> Dr
 def _model_of(config: RunConfig) -> T5VAEConfig:
     """Returns the T5VAE of a run."""
     settings = config.model
-    latent = latent_fields(settings, Annotations(config.conditional))
+    columns = Annotations(config.conditional)
     try:
         if settings.name is None:
-            t5: Any = {"model_type": "t5", "decoder_start_token_id": 0, **settings.t5}
-            t5["vocab_size"] = settings.vocab_size
-        elif (t5 := configuration_of(settings.name)) is None:
-            t5 = read_config(settings.name)
+            return new_vae(settings, columns, settings.vocab_size)
+        t5 = configuration_of(settings.name) or read_config(settings.name)
+        latent = latent_fields(settings, columns)
         vae = t5 if isinstance(t5, T5VAEConfig) else T5VAEConfig(t5=t5, **latent)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"model {settings.name or 'model.t5'}: {first_line(error)}") from None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, get_args
+from typing import Any
 
 import matplotlib
 from matplotlib.ticker import MaxNLocator
 
-from dsvae.modeling.settings import InjectionName
 from dsvae.reports.compare import Comparison, grouped
 from dsvae.reports.figures import COLOR, STYLE, new_figure, short, svg
 from dsvae.reports.runs import RunSummary
@@ -16,9 +15,8 @@ from dsvae.reports.table import number
 
 _LINES = 9
 """The largest number of lines of equal rec + kl, at round numbers."""
-_PALETTE = itertools.cycle([COLOR, "#c1662f", "#3c8d5a", "#7a5ba8"])
-_COLORS = dict(zip(get_args(InjectionName), _PALETTE, strict=False))
-"""By injection."""
+_PALETTE = (COLOR, "#c1662f", "#3c8d5a", "#7a5ba8")
+"""Of the injections, in the order of the runs."""
 _NO_LATENT = "#444444"
 _NAME = 100
 """The longest name of a run, in characters. The ends of a sweep's names differ."""
@@ -43,15 +41,16 @@ def plot(comparison: Comparison) -> str | None:
         return None
     with matplotlib.rc_context(STYLE):
         points = [(run.metrics.get("kl", 0.0), run.metrics["rec"]) for run in runs]
-        several = len({_injection(run) for run in runs if run.latent}) > 1
+        injections = dict.fromkeys(_injection(run) for run in runs if run.latent)
+        colors = dict(zip(injections, itertools.cycle(_PALETTE), strict=False))
         labels = []
         for index, run in enumerate(runs, 1):
-            how = f"{_injection(run)}, " if several and run.latent else ""
+            how = f"{_injection(run)}, " if len(colors) > 1 and run.latent else ""
             labels.append(f"{index}  {short(run.name, _NAME)}: {how}{_about(run)}")
         width = _AXES + _CHARACTER * max(map(len, labels))
         figure, axes = new_figure(width, max(4.0, 0.6 + 0.26 * len(runs)))
         for run, (kl, rec), label in zip(runs, points, labels, strict=True):
-            color = _COLORS.get(_injection(run), COLOR) if run.latent else _NO_LATENT
+            color = colors[_injection(run)] if run.latent else _NO_LATENT
             style: dict[str, Any] = {"marker": "o" if run.latent else "D", "markersize": 6}
             style["markerfacecolor"] = color if run.split == "test" else "none"
             axes.plot(kl, rec, color=color, linestyle="none", label=label, **style)

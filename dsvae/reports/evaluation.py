@@ -6,12 +6,12 @@ scores and plots from their results, and writes the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import datasets
 import numpy as np
@@ -20,12 +20,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dsvae import pretrained
-from dsvae.config import DataConfig
+from dsvae.config import DataConfig, convert
 from dsvae.data import grammar
 from dsvae.data.records import Columns, Record
 from dsvae.errors import UserError
 from dsvae.files import make_writable, write_json
-from dsvae.generation.sentence_vae import check_seed
 from dsvae.inference.passes import Passes
 from dsvae.metrics import generated
 from dsvae.metrics.disentanglement import disentanglement
@@ -36,6 +35,7 @@ from dsvae.metrics.probes import probe
 from dsvae.metrics.reconstruction import compare, generate
 from dsvae.metrics.reconstruction import samples as show_samples
 from dsvae.modeling.families import ACTIVE
+from dsvae.modeling.settings import Count, Seed, at_least
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.world import World, joined
 from dsvae.reports.html import write_report
@@ -99,7 +99,7 @@ def evaluate_model(
     Raises:
         UserError: on every rank, if an argument does not fit.
     """
-    _check(samples, iw_samples, batch_tokens, max_tokens, seed)
+    _check(locals())
     limit = _limit(model, max_tokens)
     records = [each if isinstance(each, Record) else Record(each) for each in sentences]
     if any(record.condition is None for record in records) and any(r.condition for r in records):
@@ -154,7 +154,7 @@ def evaluate_directory(
     Raises:
         UserError: on every rank, before anything is written.
     """
-    _check(samples, iw_samples, batch_tokens, max_tokens, seed, sentences)
+    _check(locals())
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     with joined() as world:
@@ -169,7 +169,7 @@ def evaluate_directory(
                 test_file, labels_file, columns, model.config, tokenizer, limit, sentences
             ),
         )
-        if model.config.latent_dim:
+        if model.config.has_latent:
             world.run_on_rank0(lambda: check_factors(text))
         directory = _default_output(model_dir) if output is None else Path(output).expanduser()
         world.run_on_rank0(lambda: make_writable(directory, "--output"))
@@ -211,12 +211,12 @@ def evaluate_sentences(
     )
     pairs: list[tuple[str, str]] = []
     prior: list[str] = []
-    if config.latent_dim:
+    if config.has_latent:
         metrics["au_curve"] = active_unit_curve(measured.posterior)
         decoded = generate(passes, measured.posterior.point, max_tokens, split)
         add(metrics, world.run_on_rank0(lambda: compare(split, text.texts, decoded, tokenizer)))
         metrics |= world.run_on_rank0(lambda: _use_of_latents(passes.model, measured, text, seed))
-    if config.latent_dim or config.conditional:
+    if config.has_latent or config.conditional:
         shown = np.argsort(split.content_keys)[:SHOWN]
         pairs, prior = show_samples(passes, split, measured.encoded, tokenizer, shown, max_tokens)
         pairs = [(text.texts[i], decoded) for i, (_, decoded) in zip(shown, pairs, strict=False)]
@@ -228,7 +228,7 @@ def evaluate_sentences(
         "max_tokens": max_tokens,
         "precision": pretrained.precision_of(passes.model),
         "evaluator": f"dsvae {version('dsvae')}",
-        "estimators": _estimators(samples, iw_samples, config.latent_dim),
+        "estimators": _estimators(samples, iw_samples, config.has_latent),
         "policies": _policies(max_tokens, tokenizer.is_fast, config, metrics.get("conditions")),
     }
     metrics["warnings"] += text.warnings
@@ -293,10 +293,10 @@ def _use_of_latents(model: T5VAE, measured: Measured, text: Sentences, seed: int
     return results
 
 
-def _estimators(samples: int, iw_samples: int | None, latent_dim: int) -> dict[str, str]:
+def _estimators(samples: int, iw_samples: int | None, has_latent: bool) -> dict[str, str]:
     """Returns the estimator of each likelihood."""
     bounded = "ppl_token, ppl_word, bits_per_byte"
-    if latent_dim == 0:
+    if not has_latent:
         return {f"rec, {bounded}": "log p(x) itself: without a latent, nothing is bounded"}
     estimators = {
         f"elbo, {bounded}": f"ELBO with closed-form KL and {samples} sample(s) of z per sentence "
@@ -322,7 +322,7 @@ def _policies(
     policies = {}
     only_z = "tokens are not sampled, only z varies"
     if config.conditional:
-        draws = f"{generated.DRAWS} draws of z from p(z|c)" if config.latent_dim else "a sentence"
+        draws = f"{generated.DRAWS} draws of z from p(z|c)" if config.has_latent else "a sentence"
         policies["condition"] = (
             "every likelihood is that of the sentence given its condition; rec_shuffled has the z "
             "of another text and the sentence's own condition"
@@ -331,7 +331,7 @@ def _policies(
             f"greedy decoding of {draws} for each of {conditions} conditions, chosen by hash: "
             f"{only_z}; BLEU against at most {generated.REFERENCES} texts of the condition"
         )
-    elif config.latent_dim:
+    elif config.has_latent:
         policies["generated sentences"] = (
             f"greedy decoding of {generated.OUTPUTS} draws of z from p(z): {only_z}"
         )
@@ -372,23 +372,22 @@ def _main_first(world: World, load: Callable[[], T]) -> T:
     return world.run_on_all(lambda: box[0] if world.is_main else load())
 
 
-def _check(
-    samples: int,
-    iw_samples: int | None,
-    batch_tokens: int,
-    max_tokens: int | None,
-    seed: int,
-    sentences: int | None = None,
-) -> None:
-    numbers: dict[str, tuple[Any, int]]
-    numbers = {"samples": (samples, 1), "batch_tokens": (batch_tokens, 1), "seed": (seed, 0)}
-    numbers |= {"iw_samples": (iw_samples, 1), "max_tokens": (max_tokens, 2)}
-    for name, (value, least) in (numbers | {"sentences": (sentences, 1)}).items():
-        optional = name in ("iw_samples", "max_tokens", "sentences") and value is None
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not optional and (not whole or value < least):
-            raise UserError(f"{name} {value}: give a whole number of at least {least}")
-    check_seed(seed)
+_KINDS = {
+    "samples": Count,
+    "iw_samples": Count | None,
+    "sentences": Count | None,
+    "batch_tokens": Count,
+    "max_tokens": Annotated[int, at_least(2)] | None,
+    "seed": Seed,
+}
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Raises UserError for a number that its kind excludes."""
+    for name, kind in _KINDS.items():
+        value = given.get(name)
+        if name in given and type(convert(value, kind, name)) is not type(value):
+            raise UserError(f"{name} must be a whole number, not {value!r}")
 
 
 def _write(directory: Path, evaluation: Evaluation, text: Sentences) -> None:

@@ -106,7 +106,7 @@ def phase_text(phase: Phase, engine: PhaseEngine, ds_config: Path) -> str:
     if engine.precision != "fp16":
         return line
     return (
-        "warning: T5 was trained in bf16 and overflows easily in fp16; prefer bf16 where the "
+        "warning: T5 was trained in bf16 and overflows easily in fp16; prefer bf16 if the "
         f"GPU has it\n{line}"
     )
 

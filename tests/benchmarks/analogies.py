@@ -39,7 +39,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ from benchmarks.style_transfer import Given
 
 from dsvae.errors import UserError
 from dsvae.generation import geometry
+from dsvae.generation.options import PathKind
 from dsvae.metrics import likelihood
 from dsvae.metrics.diversity import bleu
 from dsvae.reports.table import error, markdown, number
@@ -101,7 +102,7 @@ def paths(given: Given, point: Tensor, steps: int, seed: int) -> dict[str, list[
     texts = given.chosen.texts
     ends = list(zip(texts, [*texts[1:], texts[0]], strict=True))
     rows = {}
-    for kind in geometry.PATHS:
+    for kind in get_args(PathKind):
         latent = [
             geometry.interpolate(a, b, steps, kind)
             for a, b in zip(point, point.roll(-1, 0), strict=True)

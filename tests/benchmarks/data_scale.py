@@ -44,8 +44,8 @@ from dsvae import config as configuration
 from dsvae.data import prepared
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.grammar_variants import write_variant
+from dsvae.data.records import BATCH_ROWS
 from dsvae.data.sources import source_of
-from dsvae.data.tokenization import BATCH_ROWS
 from dsvae.files import write_json
 
 VALUES = ("seconds", "processor", "peak", "rss", "anonymous")

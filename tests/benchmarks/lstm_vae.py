@@ -89,6 +89,7 @@ class LstmVae(nn.Module):
         self.family = GaussianFamily(latent_dim)
         self.config = SimpleNamespace(
             latent_dim=latent_dim,
+            has_latent=latent_dim > 0,
             pad_token_id=pad,
             prior="fixed",
             posterior_reads="both",

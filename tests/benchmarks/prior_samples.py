@@ -34,7 +34,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ from dsvae import pretrained
 from dsvae.data.readers import read_file
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE, fitted_prior
+from dsvae.generation.options import PriorKind
 from dsvae.generation.reading import draw_sentences
 from dsvae.metrics import likelihood
 from dsvae.metrics.diversity import of_outputs
@@ -127,7 +128,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     others = [test[i] for i in order[args.samples :]]
 
     draws = fitted_prior.draw(vae, train, args.seed)
-    priors = {kind: fitted_prior.fit(draws, kind, seed=args.seed) for kind in fitted_prior.KINDS}
+    priors = {kind: fitted_prior.fit(draws, kind, seed=args.seed) for kind in get_args(PriorKind)}
     fits = {
         kind: fitted_prior.compare(vae, prior, draws.held_out) for kind, prior in priors.items()
     }

@@ -87,7 +87,7 @@ def test_text_suffixes(tmp_path, name):
 
 
 def test_more_sentences_than_one_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "_WRITE_ROWS", 7)
+    monkeypatch.setattr(corpora, "BATCH_ROWS", 7)
     assert texts(three(write(tmp_path / "a.txt", "\n".join(LINES)))) == LINES
 
 

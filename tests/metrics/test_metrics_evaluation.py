@@ -824,20 +824,20 @@ BAD = {
     ),
     "a single label": (lambda d, t: {"labels_file": write(t / "l", "a\n" * 60)}, "two"),
     "labels alone": (lambda d, t: {"test_file": None}, "without --test_file"),
-    "k below 1": (lambda d, t: {"iw_samples": 0}, "iw_samples 0"),
-    "no samples": (lambda d, t: {"samples": 0}, "samples 0: give a whole number of at least 1"),
-    "half a sample": (lambda d, t: {"samples": 1.5}, "samples 1.5"),
-    "a negative seed": (lambda d, t: {"seed": -1}, "seed -1: give a whole number of at least 0"),
+    "k below 1": (lambda d, t: {"iw_samples": 0}, "iw_samples must be at least 1"),
+    "no samples": (lambda d, t: {"samples": 0}, "samples must be at least 1"),
+    "half a sample": (lambda d, t: {"samples": 1.5}, "samples must be a whole number"),
+    "a negative seed": (lambda d, t: {"seed": -1}, "seed must be"),
     "a seed of too many bits": (
         lambda d, t: {"seed": 2**53},
-        r"seed is 9007199254740992: give a number from 0 to 2\^53 - 1",
+        r"seed must be from 0 to 2\^53 - 1",
     ),
     "factors cut off": (
         lambda d, t: {"test_file": None, "labels_file": None, "max_tokens": 2},
         "built-in corpus .* truncated to 2 tokens: .* a probe needs two such labels; give a larger "
         "--max_tokens",
     ),
-    "one token": (lambda d, t: {"max_tokens": 1}, "max_tokens 1"),
+    "one token": (lambda d, t: {"max_tokens": 1}, "max_tokens must be at least 2"),
     "no directory to write to": (
         lambda d, t: {"output": write(t / "file", "")},
         "give another --output",

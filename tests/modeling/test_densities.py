@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from dsvae.modeling.densities import Flow, Mixture, flow_of
+from dsvae.modeling.densities import Flow, GaussianMixture, flow_of
 
 
 def mixture(components, dim, seed=0):
@@ -13,7 +13,7 @@ def mixture(components, dim, seed=0):
     means = torch.randn(components, dim, generator=rng, dtype=torch.float64) * 1.5
     raw = torch.randn(components, dim, dim, generator=rng, dtype=torch.float64)
     factors = raw.tril(-1) * 0.4 + torch.diag_embed(raw.diagonal(dim1=1, dim2=2).abs() + 0.3)
-    return Mixture(weights / weights.sum(), means, factors)
+    return GaussianMixture(weights / weights.sum(), means, factors)
 
 
 def flow(dim, seed=0):

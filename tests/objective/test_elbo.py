@@ -10,9 +10,9 @@ from dsvae.modeling.families import Categorical, CategoricalFamily, Gaussian, Ga
 from dsvae.modeling.t5_vae import T5VAEOutput
 from dsvae.objective.elbo import (
     Penalty,
+    information_of_pairs,
     loss_share,
     negative_entropy,
-    pairwise_total_correlation,
     products_of_pairs,
     reconstruction_weights,
 )
@@ -213,7 +213,7 @@ def test_the_pairwise_total_correlation_of_two_variables_by_enumeration():
     joint = torch.einsum("nj,nk->njk", p[:, 0], p[:, 1])  # q(z|x_n)
     mean, alone = joint.mean(0), p.mean(0)
     tc = (mean * (mean / (alone[0][:, None] * alone[1][None])).log()).sum()
-    found = pairwise_total_correlation(p.mean(0), products_of_pairs(p).mean(0))
+    found = information_of_pairs(p.mean(0), products_of_pairs(p).mean(0))
     torch.testing.assert_close(found, tc)
     information = (joint * (joint / mean).log()).sum((1, 2)).mean()
     marginals = (alone * (alone * 3).log()).sum()
