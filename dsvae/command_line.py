@@ -1,20 +1,24 @@
 """From the words of a command line to the call of a function.
 
-Every word is checked and read by the annotations of the function, and the help is written
-from them and from its docstring.
+Every word is checked and read by the annotations of the function. python-fire writes the
+help from its docstring, and nothing else: it reads `1, 2`, `None` or `[ok]` as Python and
+not as text, takes `-` for a separator, and complains about unknown words only after the
+call.
 """
 
+import functools
 import inspect
+import io
 import re
-import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from dsvae.config import convert
 from dsvae.errors import UserError, did_you_mean
-from dsvae.modeling.settings import without_none, words_of
+from dsvae.modeling.settings import without_none
 
 Function = Callable[..., None]
 
@@ -93,21 +97,33 @@ class Command:
         return " ".join(shown)
 
     def help(self, program: str) -> str:
-        """Returns the usage, the docstring, and the type, the default and the meaning of
-        every parameter."""
-        about, _, described = (inspect.getdoc(self.function) or "").partition("\n\nArgs:\n")
-        own = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", described, re.M)
-        texts = {**self.shared, **dict(own)}
-        lines = [f"usage: {program} {self.usage} [--FLAG VALUE ...]", "", about, ""]
-        for name, declared in inspect.signature(self.function).parameters.items():
-            if parameter := self.parameters.get(name):
-                letter = f"-{parameter.letter}, " if parameter.letter else ""
-                given = "" if declared.default in (declared.empty, None) else declared.default
-                default = f"; default {given}" if given != "" else ""
-                lines.append(f"{letter}--{name}  {words_of(parameter.kind)}{default}")
-                meaning = textwrap.fill(" ".join(texts[name].split()), 88)
-                lines.append(textwrap.indent(meaning, "    "))
-        return "\n".join(lines) + self.about_options
+        """Returns the help that fire writes from the docstring."""
+        import fire  # it takes a tenth of a second
+
+        shown = functools.wraps(self.function)(lambda: None)
+        signature = inspect.signature(self.function)
+        # fire prints the name of a type, and a Literal has none. In `X | None` the None
+        # says no more than the default does.
+        named = []
+        for p in signature.parameters.values():
+            known = self.parameters.get(p.name)
+            kind = type(_type_name(known.kind), (), {}) if known else p.empty
+            named.append(p.replace(annotation=kind))
+        shown.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        document = inspect.getdoc(self.function) or ""
+        lines = [document] if "\nArgs:" in document else [document, "", "Args:"]
+        for name, text in self.shared.items():
+            if name in signature.parameters and f"\n    {name}: " not in document:
+                lines.append(f"    {name}: {text}")
+        shown.__doc__ = "\n".join(lines)
+        out = io.StringIO()  # fire opens no pager where neither stream is a terminal
+        with redirect_stdout(out), redirect_stderr(out), suppress(SystemExit):
+            fire.Fire({self.name: shown}, command=[self.name, "--", "--help"], name=program)
+        text = out.getvalue().rstrip("\n")
+        text = re.sub(r"Type: Optional\[(.+?)\]?$", r"Type: \1", text, flags=re.M)
+        for name in (p.name.upper() for p in self.parameters.values() if p.takes_all):
+            text = text.replace(f"{name} <flags>", f"{name}... <flags>", 1)
+        return text + self.about_options
 
     def read(self, words: Sequence[str], program: str) -> dict[str, Any]:
         """Returns the values that the words after the command's name give.
@@ -228,3 +244,11 @@ def _parameter(parameter: inspect.Parameter, firsts: list[str]) -> Parameter:
         required=required,
         letter=name[0] if has_letter else None,
     )
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Annotated:
+        return _type_name(typing.get_args(kind)[0])
+    if typing.get_origin(kind) is typing.Literal:
+        return " | ".join(typing.get_args(kind))
+    return (typing.get_origin(kind) or kind).__name__

@@ -12,7 +12,7 @@ import typing
 from typing import Any
 
 from dsvae.config import ALIASES, RECIPES, RunConfig, field_types, flatten, to_tree
-from dsvae.modeling.settings import words_of
+from dsvae.modeling.settings import Rule, without_none
 
 HEAD = """\
 usage: deepspeed [--num_gpus N] dsvae/train.py --ds_config FILE
@@ -33,13 +33,25 @@ def help_text() -> str:
     for name, kind in field_types(plain=False).items():
         default = defaults.get(name)
         lines.append(
-            f"--{name}{f', --{short[name]}' if name in short else ''}  {words_of(kind)}; default "
+            f"--{name}{f', --{short[name]}' if name in short else ''}  {_words(kind)}; default "
             f"{default}"
         )
         lines += textwrap.wrap(
             documents[name], 126, initial_indent="    ", subsequent_indent="    "
         )
     return "\n".join(lines)
+
+
+def _words(kind: Any) -> str:
+    """The type and the rule of a field."""
+    if typing.get_origin(kind := without_none(kind)) is typing.Annotated:
+        plain, *more = typing.get_args(kind)
+        return " ".join([_words(plain), *(rule.words for rule in more if isinstance(rule, Rule))])
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return f"list of {_words(typing.get_args(kind)[0])}"
+    return str(kind) if typing.get_args(kind) else kind.__name__
 
 
 def _documents(cls: Any, prefix: str = "") -> dict[str, str]:

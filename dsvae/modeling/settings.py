@@ -252,15 +252,3 @@ def without_none(kind: Any) -> Any:
     if get_origin(kind) in (types.UnionType, typing.Union):
         return next(each for each in get_args(kind) if each is not type(None))
     return kind
-
-
-def words_of(kind: Any) -> str:
-    """Returns the type and the rule of a field in words."""
-    if get_origin(kind := without_none(kind)) is Annotated:
-        plain, *more = get_args(kind)
-        return " ".join([words_of(plain), *(rule.words for rule in more if isinstance(rule, Rule))])
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
-    if get_origin(kind) is list:
-        return f"list of {words_of(get_args(kind)[0])}"
-    return str(kind) if get_args(kind) else kind.__name__
