@@ -458,6 +458,13 @@ class RunConfig:
             model.check_latent(self.conditional, bool(data.label_column or data.tags_column))
         except ValueError as error:
             raise UserError(f"model.{error}") from None
+        read = data.max_tokens * (2 if self.conditional else 1)
+        if model.pooling == "chunks" and model.latent_vectors * model.chunk < read:
+            raise UserError(
+                f"{model.latent_vectors} chunks of {model.chunk} tokens are less than a text of "
+                f"{read}: set model.latent_vectors to {-(-read // model.chunk)}, or less "
+                f"data.max_tokens"
+            )
         if model.posterior_reads != "both" and not (latent and has_conditions):
             raise UserError(
                 "model.posterior_reads condition needs data.condition_column, and a latent"

@@ -490,6 +490,12 @@ def test_values_that_leave_nothing_to_run(flags, message):
         (("--injection", "none", "--model.family", "categorical"), "model.family"),
         (("--phase1.draws", "2", "--phase1.sample_latent", "false"), "phase1.draws"),
         (("--model.prior", "learned"), "model.prior learned needs conditions"),
+        (("--latent_vectors", "8", "--injection", "cross"), "pooling mean"),
+        (("--latent_vectors", "16", "--pooling", "chunks"), "injection both"),
+        (
+            ("--latent_vectors", "8", "--pooling", "chunks", "--injection", "cross"),
+            "model.latent_vectors to 16",
+        ),
         (
             ("--injection", "none", "--phase2.beta.kind", "target", "--phase2.beta.target", "3"),
             "phase2.beta.kind",

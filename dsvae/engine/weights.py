@@ -25,7 +25,7 @@ from dsvae.modeling.weight_source import Origin
 if TYPE_CHECKING:
     from dsvae.parallel.world import World
 
-EMBEDDINGS = ("shared", "encoder_embedding", "relative_attention_bias")
+EMBEDDINGS = ("shared", "encoder_embedding", "relative_attention_bias", ".positions", ".queries")
 """Words in the names of embeddings and position biases, which do not decay."""
 
 PUT_BACK = "put it back, and repeat the command, which continues from the last checkpoint"

@@ -99,7 +99,8 @@ class InputReader:
     def __init__(self, model: T5VAE, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
         if max_tokens < 2:
             raise UserError(f"max_tokens is {max_tokens}: give at least 2, one token and EOS")
-        self.config, self.tokenizer, self.max_tokens = model.config, tokenizer, max_tokens
+        self.config, self.tokenizer = model.config, tokenizer
+        self.max_tokens = min(max_tokens, self.config.room or max_tokens)
         self.counts = Counts()
 
     def check(self, conditions: bool) -> None:
@@ -222,9 +223,11 @@ class InputReader:
                     f"the tokenizer leaves nothing of the {what} {text!r}: give one with words"
                 )
             if truncated:
+                full = self.max_tokens == self.config.room
+                rest = "the model has no more vectors" if full else "or raise --max_tokens"
                 raise UserError(
                     f"the {what} {text[:40]!r}... is longer than max_tokens ({self.max_tokens}): "
-                    f"shorten it, or raise --max_tokens"
+                    f"shorten it, {rest}"
                 )
         return [ids for ids, _ in tokenized]
 

@@ -45,6 +45,7 @@ def latent_attention_forward(
     *,
     position_bias: Tensor,
     latent_memory: Tensor | None = None,
+    latent_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes scaled dot-product attention over `[memory slots of this layer, tokens]`.
@@ -59,11 +60,13 @@ def latent_attention_forward(
             cross-attention.
         latent_memory: (B, L, 2, M, H, D), for each decoder layer the keys and values of
             M slots; or (B, 1, 2, M, H, D), of this layer alone. None: plain attention.
+        latent_mask: (B, M) boolean, the slots that count. None: all.
 
-    Every query sees every slot. Slots have no position, so their bias is zero.
+    Every query sees every slot that counts. Slots have no position, so their bias is
+    zero.
     """
     key, value, attention_mask, position_bias = _with_slots(
-        module, key, value, attention_mask, position_bias, latent_memory
+        module, key, value, attention_mask, position_bias, latent_memory, latent_mask
     )
     return sdpa_attention_forward(
         module,
@@ -144,12 +147,13 @@ def eager_attention_forward(
     scaling: float,
     dropout: float = 0.0,
     latent_memory: Tensor | None = None,
+    latent_mask: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Computes the same in plain torch; returns the weights (B, H, Q, M + K) too, the
     slots first."""
     key, value, attention_mask, position_bias = _with_slots(
-        module, key, value, attention_mask, position_bias, latent_memory
+        module, key, value, attention_mask, position_bias, latent_memory, latent_mask
     )
     scores = query @ key.transpose(2, 3) * scaling + position_bias
     if attention_mask is not None:
@@ -165,6 +169,7 @@ def _with_slots(
     attention_mask: Tensor | None,
     position_bias: Tensor,
     latent_memory: Tensor | None,
+    latent_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Returns keys, values, mask and position bias, with the slots of this layer before
     the tokens if it has some."""
@@ -173,7 +178,10 @@ def _with_slots(
     layer = cast(int, module.layer_idx) if latent_memory.shape[1] > 1 else 0
     slots = latent_memory[:, layer].to(key.dtype).transpose(2, 3)  # (B, 2, H, M, D)
     count = slots.shape[3]
-    if attention_mask is not None:
+    if latent_mask is not None and attention_mask is not None:
+        rows = latent_mask[:, None, None].expand(-1, 1, attention_mask.shape[2], -1)
+        attention_mask = torch.cat([rows, attention_mask.expand(len(rows), -1, -1, -1)], dim=-1)
+    elif attention_mask is not None:
         attention_mask = F.pad(attention_mask, (count, 0), value=True)
     return (
         torch.cat([slots[:, 0], key], dim=2),

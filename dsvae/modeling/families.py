@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -99,15 +99,20 @@ class Distribution(ABC):
 
     def to(self, device: torch.device | str) -> Self:
         """Copies it to a device."""
-        return type(self)(*(tensor.to(device) for tensor in self._tensors()))
+        return self.each_tensor(lambda tensor: tensor.to(device))
 
     def repeat(self, times: int) -> Self:
         """Returns each row so many times, one after the other."""
-        return type(self)(*(tensor.repeat_interleave(times, 0) for tensor in self._tensors()))
+        return self.each_tensor(lambda tensor: tensor.repeat_interleave(times, 0))
 
     def detach(self) -> Self:
         """Returns the same without a gradient."""
-        return type(self)(*(tensor.detach() for tensor in self._tensors()))
+        return self.each_tensor(lambda tensor: tensor.detach())
+
+    def each_tensor(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Returns the same with each of its tensors (B, ...) changed, as by a choice of
+        rows."""
+        return type(self)(*(change(tensor) for tensor in self._tensors()))
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
@@ -140,6 +145,11 @@ class Family(ABC):
     @abstractmethod
     def parameter_width(self) -> int:
         """P, how many numbers the posterior's head returns per sentence."""
+
+    @property
+    def head_width(self) -> int:
+        """How many numbers the posterior's head returns per vector."""
+        return self.parameter_width
 
     @property
     def noise_width(self) -> int:
@@ -552,6 +562,184 @@ class CategoricalFamily(Family):
         return Categorical(torch.zeros(1, self.units, self.categories, device=device))
 
 
+def present(z: Tensor, vectors: int) -> Tensor:
+    """Returns which of its K vectors each z (B, Z) has, (B, K) boolean: those that are
+    not 0 in all numbers. It is how z itself says how many vectors a text has."""
+    return (z.unflatten(-1, (vectors, -1)) != 0).any(-1)
+
+
+def masked(z: Tensor, valid: Tensor) -> Tensor:
+    """Returns z (B, Z) with 0 in place of the vectors that are not `valid`, (B, K)."""
+    vectors = z.unflatten(-1, (valid.shape[-1], -1))
+    return torch.where(valid.bool().unsqueeze(-1), vectors, 0.0).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Vectors(Distribution):
+    """A batch of distributions over K vectors each, of which a text may lack some.
+
+    z is the vectors side by side. A vector that a text lacks is 0 in z, has no KL and no
+    density, and counts nowhere.
+    """
+
+    each: Distribution
+    """B * K rows: the vectors of the first text, then those of the next."""
+    valid: Tensor
+    """(B, K) boolean: the vectors that there are."""
+
+    @property
+    def kl_of_z(self) -> bool:  # type: ignore[override]
+        return self.each.kl_of_z
+
+    @property
+    def probabilities(self) -> Tensor | None:
+        found = self.each.probabilities
+        return None if found is None else self._per_text(found)
+
+    @property
+    def spike(self) -> Tensor | None:
+        return None if self.each.spike is None else self._per_text(self.each.spike)
+
+    @property
+    def parameters(self) -> Tensor:
+        """(B, P): those of each vector, and which there are."""
+        found = self._per_text(self.each.parameters)
+        return torch.cat([found, self.valid.to(found)], dim=-1)
+
+    @property
+    def point(self) -> Tensor:
+        return self._masked(self.each.point)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return self._masked(self.each.sample(noise.reshape(self.valid.numel(), -1)))
+
+    def kl(self, prior: Vectors) -> Tensor:
+        other = prior.each
+        if len(prior.valid) < len(self.valid):  # one row for all texts
+            texts = torch.arange(len(self.valid) * self.valid.shape[1], device=self.valid.device)
+            other = other.each_tensor(lambda rows: rows[texts % self.valid.shape[1]])
+        return self._masked(self.each.kl(other))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Returns log q(z_i|x_i) in nats, (B,), of the vectors that z (B, Z) has."""
+        found = self.each.log_prob(z.reshape(self.valid.numel(), -1)).view_as(self.valid)
+        return torch.where(present(z, self.valid.shape[1]), found, 0.0).sum(-1)
+
+    def along(self, unit: int, offsets: Tensor) -> Tensor:
+        vector, unit = divmod(unit, self.each.point.shape[1])
+        return self._vector(vector).along(unit, offsets)
+
+    def pairwise_log_prob(self, z: Tensor) -> Tensor:
+        """Returns log q(z_j|x_i) in nats of each pair, (J, B) float64; minus infinity for
+        another number of vectors."""
+        count = self.valid.shape[1]
+        has = present(z, count)
+        total = torch.zeros(len(z), len(self.valid), dtype=torch.float64, device=z.device)
+        for vector, own in enumerate(z.unflatten(-1, (count, -1)).unbind(1)):
+            found = self._vector(vector).pairwise_log_prob(own)
+            total += torch.where(has[:, vector, None], found, 0.0)
+        same = (has[:, None] == self.valid[None]).all(-1)
+        return total.masked_fill(~same, -math.inf)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        mean, variance = self.each.moments()
+        return self._masked(mean), self._masked(variance)
+
+    def activity(self) -> Tensor:
+        """Returns that of each vector over the texts that have it."""
+        vectors = enumerate(self.valid.unbind(1))
+        return torch.cat([self._vector(number, has).activity() for number, has in vectors])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the parameters by their names, (B, K, ...) each, and `valid`, (B, K)."""
+        named = self.each.tensors()
+        return {n: t.unflatten(0, self.valid.shape) for n, t in named.items()} | {
+            "valid": self.valid
+        }
+
+    def each_tensor(self, change: Callable[[Tensor], Tensor]) -> Vectors:
+        def of_each(tensor: Tensor) -> Tensor:
+            return change(tensor.unflatten(0, self.valid.shape)).flatten(0, 1)
+
+        return Vectors(self.each.each_tensor(of_each), change(self.valid))
+
+    def _vector(self, number: int, texts: Tensor | slice = slice(None)) -> Distribution:
+        """Returns one vector of all texts, or of some."""
+        return self.each.each_tensor(lambda rows: rows[number :: self.valid.shape[1]][texts])
+
+    def _per_text(self, rows: Tensor) -> Tensor:
+        """Returns rows (B * K, U, ...) side by side, (B, K * U, ...)."""
+        return rows.unflatten(0, self.valid.shape).flatten(1, 2)
+
+    def _masked(self, rows: Tensor) -> Tensor:
+        """The same of rows (B * K, U), with 0 for the vectors that there are not."""
+        return masked(self._per_text(rows), self.valid)
+
+
+@dataclass(frozen=True)
+class VectorFamily(Family):
+    """`vectors` vectors of a family `each`, of which a text may lack some."""
+
+    each: Family
+    vectors: int
+
+    @property
+    def continuous(self) -> bool:  # type: ignore[override]
+        return self.each.continuous
+
+    @property
+    def description(self) -> str:
+        return f"up to {self.vectors} vectors of {self.each.description}"
+
+    @property
+    def latent_width(self) -> int:
+        return self.vectors * self.each.latent_width
+
+    @property
+    def parameter_width(self) -> int:
+        """P: the head's output for each vector, and which there are."""
+        return self.vectors * (self.each.parameter_width + 1)
+
+    @property
+    def head_width(self) -> int:
+        return self.each.parameter_width
+
+    @property
+    def noise_width(self) -> int:
+        return self.vectors * self.each.noise_width
+
+    def codes(self, z: Tensor, unit: int) -> Tensor:
+        vector, unit = divmod(unit, self.each.units)
+        own = z.unflatten(0, (self.vectors, -1))
+        of_each = self.each.codes(own[vector], unit)
+        codes = own.repeat(len(of_each), 1, 1)
+        codes[:, vector] = of_each
+        return codes.flatten(1)
+
+    def of(self, parameters: Tensor) -> Vectors:
+        rows, valid = self._rows(parameters)
+        return Vectors(self.each.of(rows), valid > 0)
+
+    def bounded(self, parameters: Tensor) -> Tensor:
+        rows, valid = self._rows(parameters)
+        return torch.cat([self.each.bounded(rows).view(len(valid), -1), valid], -1)
+
+    def prior(self, device: torch.device | str = "cpu") -> Vectors:
+        """Returns the fixed prior of a text with all vectors."""
+        one = self.each.prior(device)
+        return Vectors(
+            one.repeat(self.vectors),
+            torch.ones(1, self.vectors, dtype=torch.bool, device=device),
+        )
+
+    def _rows(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what the head says of each vector, (B * K, P), and which vectors there
+        are, (B, K)."""
+        width = self.parameter_width - self.vectors
+        of_each, valid = parameters.split([width, self.vectors], dim=-1)
+        return of_each.reshape(len(parameters) * self.vectors, -1), valid
+
+
 FAMILIES: dict[str, type[Family]] = {
     "gaussian": GaussianFamily,
     "spike_slab": SpikeSlabFamily,
@@ -562,4 +750,6 @@ FAMILIES: dict[str, type[Family]] = {
 
 def make_family(config: PreTrainedConfig) -> Family:
     """Returns the family that a model's configuration names."""
-    return FAMILIES[config.family](config.latent_dim, **read_by(config, "family"))
+    each = FAMILIES[config.family](config.latent_dim, **read_by(config, "family"))
+    vectors = config.latent_vectors
+    return VectorFamily(vectors * each.units, each, vectors) if vectors > 1 else each

@@ -56,7 +56,7 @@ Seed = Annotated[int, Rule("from 0 to 2^53 - 1", lambda seed: 0 <= seed < 2**53)
 Share = Annotated[float, Rule("in [0, 1)", lambda value: 0 <= value < 1)]
 
 FamilyName = Literal["gaussian", "spike_slab", "categorical"]
-Pooling = Literal["mean", "max", "first", "attention"]
+Pooling = Literal["mean", "max", "first", "attention", "chunks", "queries"]
 InjectionName = Literal["memory", "embedding", "both", "cross", "none"]
 PosteriorReads = Literal["both", "condition"]
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -71,7 +71,11 @@ class LatentConfig:
     """What z is. gaussian: a diagonal Gaussian. spike_slab: a sparse vector (Prokhorov
     et al. 2021). categorical: variables of `categories` values each."""
     latent_dim: Annotated[Count, SHORT] = 32
-    """Number of units of the latent: dimensions of z, or categorical variables."""
+    """Number of units of each vector of the latent: dimensions of z, or categorical
+    variables."""
+    latent_vectors: Annotated[Count, SHORT] = 1
+    """Largest number of vectors K that z has. More than one need pooling chunks or
+    queries, and injection cross or memory."""
     categories: Annotated[int, at_least(2), ReadBy("family", ("categorical",))] = 16
     """Number of values of each variable, for the categorical family."""
     spike_prior: Annotated[
@@ -89,7 +93,13 @@ class LatentConfig:
     sentence's condition (Fang et al. 2021). Without it, learned if the decoder reads a
     condition, and fixed otherwise."""
     pooling: Annotated[Pooling, SHORT] = "mean"
-    """How the encoder's states become one vector."""
+    """How the encoder's states become vectors. mean, max, first, attention: one vector.
+    chunks: one per `chunk` consecutive states, so that a longer text has more. queries:
+    one per learned query that attends to all states."""
+    chunk: Annotated[Count, ReadBy("pooling", ("chunks",))] = 4
+    """Tokens per vector, for pooling by chunks."""
+    query_layers: Annotated[Count, ReadBy("pooling", ("queries",))] = 1
+    """Layers of attention to the states, for pooling by queries."""
     posterior_reads: PosteriorReads = "both"
     """What the encoder makes z of, if there are conditions. both: the condition and the
     sentence; the decoder reads the condition and z. condition: the condition alone; the
@@ -104,8 +114,9 @@ class LatentConfig:
     condition if there is one. With none, the model has no latent: it is a language model
     of the same decoder without encoder, or a plain T5 if sentences have conditions."""
     memory_slots: Annotated[Count, ReadBy("injection", ("memory", "both", "cross"))] = 1
-    """Key/value slots per decoder layer, for injection by memory. Vectors that z becomes,
-    for cross: with one, every position reads the same; with more it can choose."""
+    """Key/value slots per decoder layer that a vector of z becomes, for injection by
+    memory. Vectors that it becomes, for cross: with one in all, every position reads the
+    same; with more it can choose."""
 
     @property
     def has_latent(self) -> bool:
@@ -134,6 +145,27 @@ class LatentConfig:
             raise ValueError(
                 "prior learned needs conditions that the decoder reads, and an injection other "
                 "than none: use prior fixed without them"
+            )
+        several, count = self.latent_vectors > 1, f"latent_vectors is {self.latent_vectors}"
+        if several and self.injection not in ("memory", "cross"):
+            raise ValueError(
+                f"{count}, and injection {self.injection} has no place for several vectors: use "
+                f"cross or memory"
+            )
+        if self.pooling not in ("chunks", "queries"):
+            if several:
+                raise ValueError(
+                    f"{count}, and pooling {self.pooling} gives one vector: use chunks or queries"
+                )
+        elif self.clusters:
+            raise ValueError(
+                f"clusters read one vector per text, and pooling {self.pooling} gives several: "
+                f"use mean"
+            )
+        elif self.pooling == "chunks" and self.has_learned_prior(conditional):
+            raise ValueError(
+                "prior learned does not work with pooling chunks, because chunks of a condition "
+                "are not chunks of its text: use queries, or prior fixed"
             )
 
     def has_learned_prior(self, conditional: bool) -> bool:

@@ -28,10 +28,10 @@ from transformers.utils import can_return_tuple
 
 from dsvae.modeling.backbone import BACKBONES, T5Backbone, backbone
 from dsvae.modeling.crf import CRF, IGNORE, TagHead
-from dsvae.modeling.families import Distribution, Family, make_family
+from dsvae.modeling.families import Distribution, Family, make_family, masked
 from dsvae.modeling.injection import INJECTIONS, make_injection
 from dsvae.modeling.lora import add_adapters, checked, is_adapter
-from dsvae.modeling.posterior import Float32Linear, PosteriorHead
+from dsvae.modeling.posterior import Float32Linear, PosteriorHead, make_pooling
 from dsvae.modeling.settings import LatentConfig, convert, declared
 from dsvae.modeling.vocabulary import VocabularyHead
 from dsvae.modeling.weight_source import Origin, SafetensorsFiles, refuse_pickles
@@ -179,6 +179,14 @@ class T5VAEConfig(T5VAEFields, PreTrainedConfig):
         return backbone(self.t5)
 
     @property
+    def room(self) -> int | None:
+        """Longest sentence, and longest condition, that the posterior can read, in tokens
+        with EOS. None: there is no limit."""
+        if self.pooling != "chunks" or not self.has_latent:
+            return None
+        return self.latent_vectors * self.chunk // (2 if self.conditional else 1)
+
+    @property
     def cross_attention(self) -> bool:
         """Whether the decoder keeps its cross-attention, for a condition or for z."""
         return self.conditional or INJECTIONS[self.injection].in_cross_attention
@@ -287,14 +295,14 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 self.encoder_embedding = nn.Embedding(base.vocabulary, base.encoder_width)
         if config.has_latent:
             self.posterior = PosteriorHead(
-                base.encoder_width, self.family.parameter_width, config.pooling, config.clusters
+                base.encoder_width, self.family.head_width, make_pooling(config), config.clusters
             )
         if config.classes:
             self.class_head = Float32Linear(base.encoder_width, len(config.classes))
         if config.tags:
             self.tag_head = TagHead(base.encoder_width, config.tags)
         if config.prior == "learned":
-            self.prior_head = Float32Linear(base.encoder_width, self.family.parameter_width)
+            self.prior_head = Float32Linear(base.encoder_width, self.family.head_width)
         self.injection = make_injection(config, self.family.latent_width)
         self.decoder = base.decoder(cross_attention=config.cross_attention)
         self.lm_head = VocabularyHead(base.decoder_width, base.vocabulary, base.logit_cap)
@@ -564,8 +572,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         parameters = self.posterior.head(pooled)
         if config.clusters:
             parameters, out["clusters"] = parameters
-        out["posterior"] = self._distribution(parameters)
+        out["posterior"] = self._distribution(parameters, mask)
         if config.classes:
+            if pooled.ndim == 3:  # the mean of the vectors that there are
+                pooled = pooled.sum(1) / self.posterior.pooling.valid(mask).sum(1, keepdim=True)
             out["class_logits"] = logits = self.class_head(pooled)
             if class_labels is not None:
                 out["class_nats"] = F.cross_entropy(logits, class_labels, reduction="none")
@@ -581,9 +591,15 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         """Returns p(z|c) from the states of the conditions. With `alone`, only its head
         gets a gradient."""
         pooled = self.posterior.pooling(states, mask)
-        return self._distribution(self.prior_head(pooled.detach() if alone else pooled))
+        return self._distribution(self.prior_head(pooled.detach() if alone else pooled), mask)
 
-    def _distribution(self, parameters: Tensor) -> Distribution:
+    def _distribution(self, parameters: Tensor, mask: Tensor) -> Distribution:
+        """Returns the distributions of a head's output, (B, P) or (B, K, P), for the
+        texts of a mask (B, S)."""
+        if self.config.latent_vectors > 1:
+            valid = self.posterior.pooling.valid(mask)
+            parameters = torch.cat([parameters.flatten(1), valid.to(parameters)], dim=1)
+        parameters = parameters.flatten(1)
         learned = self.config.prior == "learned"
         return self.family.of(self.family.bounded(parameters) if learned else parameters)
 
@@ -595,6 +611,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         *,
         latent: Tensor | None = None,
+        latent_mask: Tensor | None = None,
         noise: Tensor | None = None,
         sample_latent: bool = True,
         decoder_input_ids: Tensor | None = None,
@@ -621,7 +638,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 a condition, the packed text `c EOS x EOS`.
             labels: (B, T), the sentence to reconstruct, -100 for padding. Shifted
                 right, it is the decoder's input.
-            latent: (B, Z), decoded as it is. The encoder is skipped.
+            latent: (B, Z), decoded as it is. The encoder is skipped. Of K vectors, those
+                that are 0 are not there.
+            latent_mask: (B, K), which vectors of `latent` there are; the others become 0.
             noise: (B, E), standard normal, from which the family makes its sample. Or
                 (B, K, E), for K samples of each sentence: then `labels` are decoded K
                 times, and latent, posterior and nats have B * K rows.
@@ -702,6 +721,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 )
             drawn = sample_latent and noise is not None
             latent = posterior.sample(noise) if drawn else posterior.point
+        elif latent_mask is not None:
+            latent = masked(latent, latent_mask)
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("T5VAE needs labels, or decoder_input_ids, to decode")
@@ -712,8 +733,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         embeddings, attention_kwargs = self.injection(latent, self.shared(decoder_input_ids))
         cache = past_key_values if cache is None else cache
         if self.config.cross_attention:
+            vectors = attention_kwargs.get("encoder_hidden_states")
             attention_kwargs |= _cross_attended(
-                attention_kwargs.get("encoder_hidden_states"), condition_states, condition_mask
+                (vectors, attention_kwargs.get("encoder_attention_mask")),
+                (condition_states, condition_mask),
             )
             cache = _with_cross_attention(cache, use_cache)
         decoded = self.decoder(
@@ -778,6 +801,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         *,
         inputs: Tensor | None = None,
         latent: Tensor | None = None,
+        latent_mask: Tensor | None = None,
         condition_ids: Tensor | None = None,
         condition_mask: Tensor | None = None,
         **kwargs: Any,
@@ -789,7 +813,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             input_ids, attention_mask: (B, S), sentences to reconstruct from the points
                 of their posteriors; or
             inputs: (B, S), the same as input_ids, by its name in transformers; or
-            latent: (B, Z), decoded as it is.
+            latent, latent_mask: (B, Z) and (B, K), as of `forward`.
             condition_ids, condition_mask: (B, C), `c EOS`, for a conditional model. It
                 is encoded once.
             kwargs: everything that `GenerationMixin.generate` takes.
@@ -812,6 +836,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             if input_ids is None:
                 raise ValueError("generate needs a latent, or input_ids to encode")
             latent = self.encode(input_ids, attention_mask).point
+        elif latent_mask is not None:
+            latent = masked(latent, latent_mask)
         start = torch.full(
             (latent.shape[0], 1),
             self.config.decoder_start_token_id,
@@ -836,12 +862,10 @@ def _nats(logits: Tensor, labels: Tensor) -> Tensor:
     return nats.view(labels.shape).sum(1)
 
 
-def _cross_attended(
-    vectors: Tensor | None, condition: Tensor | None, condition_mask: Tensor | None
-) -> dict[str, Tensor]:
-    """Returns what cross-attention reads: the vectors made of z (B, M, d), and after
-    them the states of the condition (B, C, d) with its mask."""
-    given = ((vectors, None), (condition, condition_mask))
+def _cross_attended(*given: tuple[Tensor | None, Tensor | None]) -> dict[str, Tensor]:
+    """Returns what cross-attention reads: states (B, C, d), each with its mask, one after
+    the other. They are the vectors made of z, and the condition. No mask means that
+    nothing is masked."""
     parts = [
         (states, _mask_of(states[..., 0], mask)) for states, mask in given if states is not None
     ]

@@ -361,7 +361,10 @@ def _default_output(model_dir: str) -> Path:
 def _limit(model: T5VAE, max_tokens: int | None) -> int:
     """Returns the longest sentence in tokens: as given, or as in the model's
     training."""
-    return max_tokens or model.config.max_tokens or DataConfig.max_tokens
+    room = model.config.room
+    if max_tokens and room and max_tokens > room:
+        raise UserError(f"--max_tokens is {max_tokens}: the vectors of this model hold {room}")
+    return max_tokens or model.config.max_tokens or room or DataConfig.max_tokens
 
 
 def _main_first(world: World, load: Callable[[], T]) -> T:

@@ -40,6 +40,8 @@ SYSTEMS = {
     "categorical": {"family": "categorical", "categories": 3},
     "lora": {"lora": {"rank": 3, "alpha": 6.0, "targets": ["o", "q", "wi", "wo"]}},
     "scaled": {},
+    "chunks": {"injection": "cross", "latent_vectors": 12, "pooling": "chunks", "chunk": 2},
+    "queries": {"latent_vectors": 3, "pooling": "queries", "query_layers": 2},
 }
 """The latent path of each system."""
 DRAWS = {"spike_slab": 3}
@@ -83,8 +85,20 @@ def rms_of(weight):
     return weight.pow(2).mean().sqrt().item()
 
 
-def kl_by_hand(model, parameters):
-    """KL of every sentence and unit from the head's output, by torch.distributions."""
+def kl_by_hand(model, parameters, tokens):
+    """KL of every sentence and unit from the head's output, by torch.distributions.
+
+    Args:
+        tokens: (B,), that the encoder read of each sentence. A chunk of two without any
+            counts as 0.
+    """
+    if (vectors := model.config.latent_vectors) > 1:
+        heads = parameters[:, : vectors * 12].unflatten(1, (vectors, 12))
+        mean, logvar = heads.chunk(2, dim=-1)
+        kl = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0))
+        if model.config.pooling == "chunks":
+            kl = kl * (2 * torch.arange(vectors) < tokens[:, None])[..., None]
+        return kl.flatten(1)
     if model.config.family == "categorical":
         log_q = parameters.view(-1, 6, 3).log_softmax(-1)
         return (log_q.exp() * (log_q + math.log(3))).sum(-1)
@@ -138,7 +152,8 @@ def reference(system, directory, prepared):
     plain = [
         n
         for n, p in model.named_parameters()
-        if p.ndim < 2 or "shared" in n or "relative_attention_bias" in n
+        if p.ndim < 2
+        or any(part in n for part in ("shared", "relative_attention_bias", "positions", "queries"))
     ]
     named = dict(model.named_parameters())
     if system == "lora":
@@ -170,7 +185,8 @@ def reference(system, directory, prepared):
         out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=noise)
         nats = F.cross_entropy(out.logits.transpose(1, 2), batch.labels, reduction="none").sum(1)
         rec = (nats / (batch.labels >= 0).sum(1) if system in LENGTH_WEIGHTED else nats).mean()
-        kl = kl_by_hand(model, out.posterior.parameters).mean(0)
+        tokens = batch.attention_mask.sum(1)
+        kl = kl_by_hand(model, out.posterior.parameters, tokens).mean(0)
         off = index >= STEPS - RELEASED.get(system, 0)
         loss = rec + beta * torch.maximum(kl, torch.tensor(0.0 if off else free_bits)).sum()
         if weight := TOTAL_CORRELATION.get(system):
@@ -183,7 +199,7 @@ def reference(system, directory, prepared):
         below.append(int((kl < free_bits).sum()))
     # free bits are at work, and not everywhere: else they would be compared with
     # nothing
-    assert 0 < sum(below) < STEPS * 6
+    assert 0 < sum(below) < STEPS * len(kl)
     return losses, without_adapters({n: p.detach() for n, p in model.named_parameters()})
 
 
@@ -288,6 +304,14 @@ SPLITS = [
     ("scaled", "zero2", 1, 10**6),
     ("scaled", "zero2_offload", 2, 150),
     ("scaled", "zero3", 2, 150),
+    ("chunks", "zero0", 2, 150),
+    ("chunks", "zero1", 2, 150),
+    ("chunks", "zero2", 1, 10**6),
+    ("chunks", "zero2", 2, 150),
+    ("chunks", "zero3", 2, 150),
+    ("queries", "zero0", 1, 10**6),
+    ("queries", "zero1", 2, 150),
+    ("queries", "zero3", 2, 150),
 ]
 
 
