@@ -85,6 +85,8 @@ def test_an_alias_sets_its_field(alias):
     value = {int: "640", bool: "True"}.get(kind, value)
     # adapters need a pretrained model, and a long sentence needs room in a micro-batch
     flags = {"model": "t5-small", "batch_tokens": "640"} | {alias: value}
+    if alias == "latent_vectors":
+        flags["pooling"] = "queries"
     words = (f"--{name}={each}" for name, each in flags.items())
     config = read([*DS, "--config", "park2021", *words])
     assert str(value_at(config, ALIASES[alias])) == value
@@ -403,9 +405,16 @@ def test_names_of_families_and_injections_have_a_class_each():
 
 
 def test_a_field_that_only_some_choices_read():
-    def unread_of(**fields):
-        return set(unread(configuration.ModelConfig(**fields)))
+    poolings = {"chunk", "query_layers"}
 
+    def unread_of(**fields):
+        return set(unread(configuration.ModelConfig(**fields))) - poolings
+
+    assert unread(configuration.ModelConfig(pooling="queries")) == [
+        "categories",
+        "spike_prior",
+        "chunk",
+    ]
     assert unread_of() == {"categories", "spike_prior"}
     assert unread_of(family="categorical", injection="embedding") == {"spike_prior", "memory_slots"}
     assert unread_of(family="spike_slab", injection="cross") == {"categories"}
