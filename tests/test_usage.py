@@ -19,7 +19,9 @@ def test_help_names_every_flag_with_its_default_and_says_what_it_is():
             assert lines[at + 1].startswith("    "), line
     assert "--model.name, --model  str; default None" in text
     assert "--phase2.free_bits  float at least 0; default 0.0\n    KL threshold in nats" in text
-    assert "--model.pooling, --pooling  mean|max|first|attention; default mean" in text
+    assert (
+        "--model.pooling, --pooling  mean|max|first|attention|chunks|queries; default mean" in text
+    )
     recipes = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     assert ", ".join(recipes) in " ".join(text.split())
 
