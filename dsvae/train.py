@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         reading = False
         world = join(config.hang_timeout)
         reporter = Reporter(config, world.is_main)
+        if world.watchdog is not None:
+            world.watchdog.before_leaving = reporter.ended
         run(config, raw, world, stopping, reporter)
     except BaseException as error:
         code = EXIT_INTERRUPTED  # if a second Ctrl-C cuts the lines below short

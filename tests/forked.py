@@ -15,8 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-# What a run imports, at its start and with its first optimizer (torch's compiler).
-PRELOADED = ["dsvae.train", "deepspeed.runtime.zero.muon.muon_optimizer"]
+# What a run imports: at its start, with its first optimizer (torch's compiler), and for
+# the figure of its first validation.
+PRELOADED = [
+    "dsvae.train",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+]
 TESTS = str(Path(__file__).parent)  # no rank has it on its path
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(PRELOADED)

@@ -115,6 +115,15 @@ def load(path: str | Path) -> dict[str, Any]:
     return raw
 
 
+def fit_bucket(resolved: dict[str, Any], trained: int) -> None:
+    """Makes the reduce bucket of a resolved configuration no larger than the model's
+    gradients, `trained` elements: DeepSpeed allocates whole buckets."""
+    if zero_stage(resolved) > 0:
+        zero = resolved["zero_optimization"]
+        given = DeepSpeedZeroConfig(**zero).reduce_bucket_size
+        zero["reduce_bucket_size"] = min(given, trained)
+
+
 def check_with_deepspeed(resolved: dict[str, Any]) -> None:
     """Lets DeepSpeed itself read a resolved configuration, in a started process group.
     Its error becomes one line.

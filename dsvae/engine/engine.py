@@ -150,6 +150,10 @@ class PhaseEngine:
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(step, phase.settings)
         )
+        trained = sum(
+            getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad
+        )
+        ds_configs.fit_bucket(ds_config, trained)
         # From this section DeepSpeed would build another optimizer.
         without_optimizer = {key: value for key, value in ds_config.items() if key != "optimizer"}
         self.deepspeed, *_ = deepspeed.initialize(

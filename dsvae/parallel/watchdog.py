@@ -71,6 +71,8 @@ class Watchdog:
     ) -> None:
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
         self._synchronize = synchronize
+        self.before_leaving: Callable[[int, str], Any] = lambda code, reason: None
+        """Called with the exit code and the line before the thread ends the process."""
         self._interval = min(2.0, timeout / 5)
         self._progress: tuple[float, str] = (time.monotonic(), "start")
         self._patient = self._waiting = 0
@@ -295,6 +297,8 @@ class Watchdog:
         if self._closed.is_set():  # the main thread leaves by itself
             return
         self._publish(leaving=True)
+        # In a thread: the main thread may hang because the disk does.
+        _Asker(_STORE_ANSWERS).ask(lambda: self.before_leaving(code, line))
         with suppress(OSError, ValueError):
             if not self._waits():
                 faulthandler.dump_traceback(sys.stderr)

@@ -205,7 +205,7 @@ def _on_gpu(e: Engine, n: _Counts, alone: bool) -> dict[str, int]:
     if not alone:
         sizes["small weights, whole"] = c * n.small
     if e.zero.contiguous_gradients:
-        sizes["reduce bucket"] = c * int(e.zero.reduce_bucket_size)
+        sizes["reduce bucket"] = c * _bucket(e, n)
     return sizes
 
 
@@ -276,7 +276,7 @@ def _training(
         return gathered + max(run.forward, run.backward, scratch), 0
     buckets = 0
     if e.zero.contiguous_gradients or e.optimizer_on != "gpu":
-        buckets = c * int(e.zero.reduce_bucket_size) * (2 if e.zero.overlap_comm else 1)
+        buckets = c * _bucket(e, n) * (2 if e.zero.overlap_comm else 1)
     # The rank's part of the gradients, which a reduction leaves.
     gradients = c * n.part if e.optimizer_on == "gpu" else 0
     if _adds_up_in_float32(e):
@@ -284,6 +284,11 @@ def _training(
     before, after = gradients if accumulates else 0, gradients + buckets
     last = after + c * reduced
     return max(run.forward + before, run.backward + after, last), gradients
+
+
+def _bucket(e: Engine, n: _Counts) -> int:
+    """Returns the elements of a reduce bucket, as `ds_config.fit_bucket` sets them."""
+    return min(int(e.zero.reduce_bucket_size), n.trained)
 
 
 def _gathered(e: Engine, n: _Counts) -> int:

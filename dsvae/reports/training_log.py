@@ -266,18 +266,19 @@ def _kl_figure(history: list[tuple[int, list[float]]]) -> Figure:
     be compared: 0.01 nats is nothing, 10 is a lot.
     """
     from matplotlib.colors import LogNorm
-
-    from dsvae.reports.figures import new_figure
+    from matplotlib.figure import Figure
 
     least, most = 0.01, 10.0
     steps, columns = zip(*history, strict=True)
     image = np.array(columns, dtype=float).T.clip(least, most)  # (Z, validations)
-    figure, axes = new_figure(5.0, 3.6)
+    # A fixed layout: to find one takes a third of the time.
+    figure = Figure(figsize=(5.0, 3.6))
+    axes = figure.add_axes((0.12, 0.14, 0.84, 0.8))
     shown = axes.imshow(image, aspect="auto", norm=LogNorm(least, most), interpolation="nearest")
     labelled = np.unique(np.linspace(0, len(steps) - 1, 6).astype(int))
     axes.set_xticks(labelled, [f"{steps[i]:,}" for i in labelled])
     axes.set(xlabel="step", ylabel="dimension of z")
-    figure.colorbar(shown, label="KL (nats)")
+    figure.colorbar(shown, label="KL (nats)", format="%g")
     return figure
 
 

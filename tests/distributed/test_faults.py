@@ -12,6 +12,7 @@ import pytest
 from launch import CONFIGS, numbers, rows, start, train
 from safetensors.torch import load_file
 
+from dsvae import status
 from dsvae.data.grammar import generate
 
 PATCHED = Path(__file__).with_name("patched_train.py")
@@ -77,12 +78,19 @@ def hanging(slow, tiny, tmp_path_factory):
 def test_a_rank_that_stands_still_is_named_by_the_others(frozen, hanging):
     """SIGSTOP: as on a node that is swapping to death, or cut off. Rank 0 too, on which
     the store of the others lives."""
-    run, _ = hanging[f"stands still {frozen}"]
+    run, directory = hanging[f"stands still {frozen}"]
     other = run.processes[1 - frozen]
     _, stderr = other.communicate(timeout=400)
     assert other.returncode == 69
     assert f"dsvae: error: rank {1 - frozen}: rank {frozen}" in stderr
     assert "no longer answers" in stderr
+    said = status.read(directory / "status.json")
+    if frozen == 1:  # rank 0 could still write why its watchdog ended it
+        assert (said.state, said.exit_code) == ("failed", 69)
+        assert said.reason.startswith("rank 1 (on ")
+        assert said.phase == 1
+    else:
+        assert said.state == "running"
 
 
 def test_a_rank_that_lives_but_hangs_is_named_on_all_ranks_and_shows_where(hanging):
@@ -93,6 +101,9 @@ def test_a_rank_that_lives_but_hangs_is_named_on_all_ranks_and_shows_where(hangi
         assert f"dsvae: error: rank {rank}: rank 1 (on " in run.stderr
     assert "in observed_step" in run.stderr  # the hanging rank's stack
     assert (directory / "checkpoints" / "phase1-step00000010" / "COMPLETE").exists()
+    said = status.read(directory / "status.json")
+    assert (said.state, said.exit_code) == ("failed", 69)
+    assert said.reason.startswith("rank 1 (on ")
 
 
 def test_ranks_that_wait_on_their_devices_name_the_one_that_hangs_and_not_themselves(hanging):

@@ -366,6 +366,20 @@ def test_precisions_are_those_of_the_command_line():
     assert set(typing.get_args(field_types()["precision"])) == {"auto", "bf16", "fp16", "fp32"}
 
 
+@pytest.mark.parametrize(
+    ("zero", "size"),
+    [
+        ({"stage": 2, "reduce_bucket_size": 100}, 100),
+        ({"stage": 2, "reduce_bucket_size": 5000}, 1000),
+        ({"stage": 3}, 1000),  # DeepSpeed's default is 5e8
+    ],
+)
+def test_a_bucket_is_no_larger_than_the_gradients(zero, size):
+    resolved = resolve({"zero_optimization": zero})
+    ds_config.fit_bucket(resolved, 1000)
+    assert resolved["zero_optimization"] == {**zero, "reduce_bucket_size": size}
+
+
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "fp16"])
 def test_buckets_overlap_for_t5_base_and_are_small_for_a_small_model(name):
     """One bucket for all gradients would leave nothing to reduce while others are computed."""
