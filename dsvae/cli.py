@@ -576,6 +576,7 @@ def evaluate(
     max_tokens: int | None = None,
     seed: int = 0,
     precision: Precision = "fp32",
+    noise_sentences: int = 0,
 ) -> None:
     """Measures a model: likelihood, information in the latent, reconstruction, and use of
     the latent.
@@ -608,6 +609,8 @@ def evaluate(
         seed: of the draws of z and of the folds of the probes, from 0 to 2^53 - 1.
         precision: fp32, tf32 (NVIDIA GPUs: float32 weights, faster products) or bf16.
             metrics.json says which.
+        noise_sentences: reconstruct this many of the sentences, chosen by hash, from z with
+            noise of 0, 0.1, 0.2, 0.3, 0.5, 0.7 and 1 standard deviations of z; 0: none.
     """
     given = locals()
     # DeepSpeed logs to the stdout that is there when it is imported.
@@ -697,7 +700,8 @@ def compare(
 
     A run that is not finished shows its newest validation values, with a star. The
     printed table is Markdown. Written: comparison.csv (every metric in full, standard
-    errors too) and comparison.svg (rec against kl).
+    errors too), comparison.svg (rec against kl), and noise.svg (BLEU against noise on z) if
+    a run has it.
 
     Args:
         runs: output directories of runs; a directory that contains them one level down,

@@ -351,6 +351,12 @@ class EvalConfig:
     sentences: Count = 5000
     """Use at most this many validation sentences during training. The final evaluation
     uses all."""
+    reconstructions: Amount = 0
+    """Decode this many test sentences greedily in the final evaluation, for exact match,
+    token accuracy and BLEU. They are chosen by hash. 0: none."""
+    noise_sentences: Amount = 0
+    """Decode this many of those `reconstructions` seven more times, from z with noise of up
+    to one standard deviation of z. 0: none."""
     shown: Amount = 8
     """Number of reconstructions and prior samples written as text at every
     evaluation."""
@@ -475,6 +481,17 @@ class RunConfig:
                 "phase2.beta.kind target and several draws need a latent, and model.injection is "
                 "none"
             )
+        if self.eval.reconstructions and not latent:
+            raise UserError(
+                "eval.reconstructions needs a latent to decode, and model.injection is none"
+            )
+        if self.eval.noise_sentences > self.eval.reconstructions:
+            raise UserError(
+                f"eval.noise_sentences ({self.eval.noise_sentences}) are some of the "
+                f"eval.reconstructions ({self.eval.reconstructions}): raise these"
+            )
+        if self.eval.noise_sentences and model.discrete:
+            raise UserError("eval.noise_sentences adds noise to z, and model.family has categories")
         if self.phase2.total_correlation and not model.discrete:
             raise UserError("phase2.total_correlation needs categories: set model.family")
         nothing_trains = not latent and not self.conditional and self.phase1.freeze_decoder

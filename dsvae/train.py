@@ -69,9 +69,10 @@ from dsvae.engine.non_finite import SkippedSteps
 from dsvae.failures import end_process, explain
 from dsvae.files import write_json
 from dsvae.inference.kept import Kept
-from dsvae.inference.passes import Passes
+from dsvae.inference.passes import Passes, texts_of
 from dsvae.metrics.evaluate import evaluate
-from dsvae.metrics.reconstruction import samples
+from dsvae.metrics.labelled import add
+from dsvae.metrics.reconstruction import fidelity, samples
 from dsvae.metrics.throughput import Speed
 from dsvae.objective.schedules import next_beta
 from dsvae.parallel.device import describe, local_device
@@ -348,10 +349,19 @@ def _evaluate(
     settings, data = run.config.eval, run.data
     passes = Passes(engine.module, run.world, token_budget=settings.batch_tokens, kept=kept)
     metrics, measured = evaluate(passes, split, samples=settings.samples, **options)
+    limit = run.config.data.max_tokens
+    if kept is not None and settings.reconstructions:
+        chosen = np.sort(np.argsort(split.content_keys)[: settings.reconstructions])
+        # The text is known as tokens alone. An unknown piece must not count as recovered.
+        unknown = str(data.tokenizer.unk_token)
+        texts = [
+            text.replace(unknown, "\N{REPLACEMENT CHARACTER}")
+            for text in texts_of(split.rows(chosen), data.tokenizer)
+        ]
+        given = (measured, chosen, texts, data.tokenizer, limit, settings.noise_sentences)
+        add(metrics, fidelity(passes, split, *given))
     rows = np.arange(min(settings.shown, len(split)))
-    shown = samples(
-        passes, split, measured.encoded, data.tokenizer, rows, run.config.data.max_tokens
-    )
+    shown = samples(passes, split, measured.encoded, data.tokenizer, rows, limit)
     if kept is not None and (stop := kept.stop()):
         raise stop
     return metrics, *shown

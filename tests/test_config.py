@@ -162,6 +162,13 @@ def test_a_negative_number_is_a_value_and_no_flag():
         (["--phase1.adam_betas", "0.9"], r"phase1\.adam_betas must be a list"),
         (["--phase1.adam_betas", "[a, b]"], r"phase1\.adam_betas must be a number"),
         (["--model.t5", "{d_model"], r"model\.t5 is not valid YAML"),
+        (["--eval.noise_sentences", "9"], r"eval\.noise_sentences \(9\).*reconstructions \(0\)"),
+        (["--injection", "none", "--eval.reconstructions", "1"], "reconstructions needs a latent"),
+        (
+            ["--model.family", "categorical", "--eval.reconstructions", "9"]
+            + ["--eval.noise_sentences", "9"],
+            "model.family has categories",
+        ),
         (
             ["--config", "quickstrat"],
             "quickstrat: no such file, and not one of the recipes .*quickstart",

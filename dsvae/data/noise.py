@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-DELETION, LATENT, PRIOR, ORDER, MIXTURE = 1, 2, 3, 4, 5
+DELETION, LATENT, PRIOR, ORDER, MIXTURE, ROOM = 1, 2, 3, 4, 5, 16
 """Purposes: two streams of one sentence never share numbers."""
 
 
@@ -20,7 +20,7 @@ def generator(seed: int, purpose: int, repetition: int, sentence: int) -> np.ran
     """Returns the stream of one sentence.
 
     Args:
-        purpose: DELETION, LATENT, PRIOR, ORDER or MIXTURE.
+        purpose: one of the above.
         repetition: the epoch in training, the number of the sample in evaluation.
     """
     # Philox is counter-based: a new key costs no warm-up.

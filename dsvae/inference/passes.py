@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +56,18 @@ class Encoded:
     tags: Tensor | None
     """(N, S) int64, the most probable tags if the texts have tags, -100 elsewhere; None
     without a tag head, or if no text has tags."""
+
+
+class Scored(NamedTuple):
+    """What teacher forcing makes of N texts under z, in float64 on CPU."""
+
+    log_px_z: Tensor
+    """(N,), log p(x|z) in nats."""
+    more: Tensor
+    """(N, columns), the other numbers that were drawn with z."""
+    right: Tensor
+    """(N,), how many tokens, EOS included, are the likeliest ones given z and the tokens
+    before; (0,) if they are not counted."""
 
 
 class Passes:
@@ -147,7 +159,8 @@ class Passes:
         draw: Callable[[Rows], tuple[Tensor, Tensor]],
         name: str,
         columns: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+        count_right: bool = False,
+    ) -> Scored:
         """Computes the likelihood of N texts under z, each decoded with teacher
         forcing.
 
@@ -155,8 +168,7 @@ class Passes:
             draw: makes of the places of a batch its z (B, Z), and any other numbers of
                 these texts (B, columns), on CPU. A rank calls it for its own texts alone.
             name: what these z are; equal only for the same z of the same texts.
-
-        Returns: log p(x|z) in nats, (N,), and the other numbers, (N, columns); float64.
+            count_right: count the tokens that are the likeliest ones.
         """
 
         def nats(batch: MicroBatch, rows: Rows) -> dict[str, Tensor]:
@@ -167,12 +179,14 @@ class Passes:
                 latent=latent.to(self.world.device),
                 condition_ids=batch.condition_ids,
                 condition_mask=batch.condition_mask,
+                count_right=count_right,
             )
-            return {"nats": out.nats[:, None], "more": more.to(self.world.device)}
+            right = out.right[:, None] if count_right else out.nats.new_zeros(len(rows), 0)
+            return {"nats": out.nats[:, None], "more": more.to(self.world.device), "right": right}
 
-        widths = {"nats": 1, "more": columns}
+        widths = {"nats": 1, "more": columns, "right": int(count_right)}
         found = self._over(texts, f"decoding {name}", widths, nats, torch.float64)
-        return -found["nats"][:, 0], found["more"]
+        return Scored(-found["nats"][:, 0], found["more"], found["right"].flatten())
 
     def generate(
         self,
@@ -264,7 +278,7 @@ class Passes:
         batches = self._batches(self._lengths(texts)) if total else []
         key, done = "", 0
         if kept is not None:
-            key = kept.key(texts, name, self._token_budget)
+            key = kept.key(texts, f"{name}, {total} numbers", self._token_budget)
             done = kept.load(key, result)
         with self._evaluating():
             for number, (rows, weight) in enumerate(

@@ -26,7 +26,13 @@ from dsvae.data.tokenization import TokenizedSplit
 from dsvae.inference.passes import Encoded, Passes, Rows, by_rows
 from dsvae.metrics import information, likelihood
 from dsvae.metrics.codes import of_codes
-from dsvae.metrics.information import active_units, mutual_information, near_cap
+from dsvae.metrics.information import (
+    active_units,
+    centred,
+    mutual_information,
+    near_cap,
+    participation_ratio,
+)
 from dsvae.metrics.labelled import add, of_heads
 from dsvae.modeling.families import Distribution
 
@@ -69,6 +75,9 @@ class Measured:
     mi_posteriors: int
     """P, the posteriors in the aggregate; 0 if there is none, since priors differ by
     sentence."""
+    right: Tensor
+    """(N,) float64: the tokens that are the likeliest ones, given the first sample of z
+    and the tokens before."""
     rec_shuffled: Tensor
     """(N,) float64: -log p(x|z) under the z of another text; NaN if there is none."""
     rec_prior: Tensor
@@ -80,6 +89,13 @@ class Measured:
     def posterior(self) -> Distribution:
         """q(z|x) of all sentences, on CPU."""
         return self.encoded.posterior
+
+    @property
+    def valid(self) -> Tensor:
+        """(N, K) boolean: which of its K vectors each sentence has. One, if z is one
+        vector."""
+        one = torch.ones(len(self.draws), 1, dtype=torch.bool)
+        return self.posterior.tensors().get("valid", one)
 
     @property
     def rec(self) -> Tensor:
@@ -119,6 +135,8 @@ def evaluate(
         passes, split, samples=samples, iw_samples=iw_samples or 0, seed=seed, more=more
     )
     metrics = summarize(measured, split)
+    if config.has_latent and passes.family.continuous:
+        add(metrics, room_of(measured, split))
     add(metrics, of_heads(measured.encoded, split, config.classes, config.tags, seed))
     if len(measured.log_weights):
         add(metrics, importance_weighted(measured.log_weights, split))
@@ -163,20 +181,20 @@ def measure(
 
     log_px_z: list[Tensor] = []
     log_weights: list[Tensor] = []
-    draws = torch.zeros(0)
+    draws = right = torch.zeros(0)
     for sample in range(max(samples, iw_samples)):
         if sample == 0 or config.has_latent:  # without a latent, all samples are one
             width = (0 if sample else family.latent_width) + 2 * (sample < iw_samples)
             name = f"sample {sample} of seed {seed}, {width}"
             draw = functools.partial(sampled, sample=sample)
-            nats, numbers = passes.decode(split, draw, name, width)
+            scored = passes.decode(split, draw, name, width, count_right=sample == 0)
         if sample == 0:
-            draws = numbers[:, : family.latent_width].float()
+            draws, right = scored.more[:, : family.latent_width].float(), scored.right
         if sample < samples:
-            log_px_z.append(nats)
+            log_px_z.append(scored.log_px_z)
         if sample < iw_samples:
-            log_pz, log_qz = numbers[:, -2:].T
-            log_weights.append(likelihood.log_importance_weights(nats, log_pz, log_qz))
+            log_pz, log_qz = scored.more[:, -2:].T
+            log_weights.append(likelihood.log_importance_weights(scored.log_px_z, log_pz, log_qz))
 
     def rec_of(latent: Callable[[Rows], Tensor], name: str) -> Tensor:
         if not config.has_latent:
@@ -185,7 +203,7 @@ def measure(
         def draw(rows: Rows) -> tuple[Tensor, Tensor]:
             return latent(rows), torch.zeros(len(rows), 0)
 
-        return -passes.decode(split, draw, f"{name} of seed {seed}")[0]
+        return -passes.decode(split, draw, f"{name} of seed {seed}").log_px_z
 
     other = another_sentence(split.text_keys, keys)
     # Content keys look random, so the sentences with the smallest keys are a random
@@ -208,6 +226,7 @@ def measure(
         mi_rows=rows,
         mi_terms=mutual_information(family.of(parameters), draws[rows], passes.world),
         mi_posteriors=len(parameters) if one_prior else 0,
+        right=right,
         rec_shuffled=torch.full((len(split),), math.nan).double()
         if other is None
         else rec_of(lambda rows: draws[other[rows]], "another's sample"),
@@ -246,6 +265,7 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
         reason = "undefined against a prior that differs by sentence"
         undefined["undefined"] = dict.fromkeys(OF_ONE_PRIOR, reason)
     units, units_se = likelihood.per_unit(-bound, split)
+    forced, forced_se = likelihood.ratio(measured.right, split.lengths)
     return {
         **value,
         "samples": len(measured.log_px_z),
@@ -254,6 +274,7 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
         "mi_sentences": len(measured.mi_rows),
         "mi_posteriors": measured.mi_posteriors,
         "au": active_units(measured.posterior),
+        "token_accuracy_forced": forced,
         **measured.codes,
         "kl_per_dim": measured.kl.mean(0).tolist(),
         "sentences": len(split),
@@ -261,9 +282,35 @@ def summarize(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
         "words": int(split.words.sum()),
         "bytes": int(split.bytes.sum()),
         "truncated": int(split.truncated.sum()),
-        "se": se | units_se,
+        "se": se | units_se | {"token_accuracy_forced": forced_se},
         **undefined,
     }
+
+
+def room_of(measured: Measured, split: TokenizedSplit) -> dict[str, Any]:
+    """Computes how large z is beside the texts, and how much of it varies, for `add`.
+
+    Returns:
+        tokens_per_vector, numbers_per_token, nats_per_token: tokens of a sentence (EOS
+            included) per vector of z, numbers of z per token, and KL in nats per token.
+        participation_ratio: that of the posterior means.
+        participation_ratio_vector: that of all vectors together, if z has several.
+        se: their standard errors over sentences.
+    """
+    point, valid = measured.posterior.point, measured.valid
+    width, vectors = point.shape[1] // valid.shape[1], valid.sum(1)
+    found = {
+        "tokens_per_vector": likelihood.ratio(torch.from_numpy(split.lengths), vectors.numpy()),
+        "numbers_per_token": likelihood.ratio(vectors * width, split.lengths),
+        "nats_per_token": likelihood.ratio(measured.kl.sum(1), split.lengths),
+        "participation_ratio": participation_ratio(centred(point, valid)[0]),
+    }
+    if valid.shape[1] > 1:
+        rows = point.unflatten(1, (-1, width))[valid]
+        ratio = participation_ratio(rows, valid.nonzero()[:, 0])
+        found["participation_ratio_vector"] = ratio
+    values = {name: value for name, (value, _) in found.items()}
+    return {**values, "se": {name: error for name, (_, error) in found.items()}}
 
 
 def importance_weighted(log_weights: Tensor, split: TokenizedSplit) -> dict[str, Any]:

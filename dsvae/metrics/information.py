@@ -90,6 +90,49 @@ def active_units(posterior: Distribution, threshold: float = ACTIVE) -> int:
     return int((posterior.activity() > threshold).sum())
 
 
+def centred(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtracts from each number of z its mean over the texts that have its vector.
+
+    Args:
+        z: (N, Z), of N texts with up to K vectors each.
+        valid: (N, K) boolean, the vectors that there are.
+
+    Returns: (N, Z) float64, 0 in vectors that there are not; and the standard deviation
+        of each number over those that there are, (Z,) float64.
+    """
+    z, has = z.double(), valid.repeat_interleave(z.shape[1] // valid.shape[1], dim=1)
+    count = has.sum(0).clamp(min=1)
+    z = torch.where(has, z - torch.where(has, z, 0.0).sum(0) / count, 0.0)
+    return z, (z.square().sum(0) / count).sqrt()
+
+
+def participation_ratio(z: Tensor, texts: Tensor | None = None) -> tuple[float, float]:
+    """Computes how many directions z varies in, and its standard error by linearization.
+
+    tr(C)^2 / tr(C^2) with the covariance C of z: D if D directions have the same
+    variance and the others none. NaN if nothing varies. N rows have at most N - 1
+    directions, so it is too low if N is not far above the width of z.
+
+    Args:
+        z: (N, Z).
+        texts: (N,), which text each row is of. None: each of its own.
+    """
+    z = z.double()
+    z = z - z.mean(0)
+    # tr(C) and tr(C^2) are the means of these.
+    one, two = z.square().sum(1), (z * (z @ (z.T @ z / len(z)))).sum(1)
+    trace, squared = float(one.mean()), float(two.mean())
+    texts = torch.arange(len(z)) if texts is None else texts.unique(return_inverse=True)[1]
+    count = int(texts.max()) + 1
+    if not squared or count < 2:
+        return math.nan, math.nan
+    ratio = trace**2 / squared
+    # tr(C^2) is quadratic in C, so a row changes it twice as much.
+    influence = ratio * (2 * (one / trace - 1) - 2 * (two / squared - 1)) / len(z)
+    of_texts = torch.zeros(count, dtype=z.dtype).index_add(0, texts, influence)
+    return ratio, math.sqrt(float(of_texts.square().sum()) * count / (count - 1))
+
+
 def active_unit_curve(posterior: Distribution) -> dict[str, list]:
     """Counts active units at each of `CURVE_THRESHOLDS`: a count that depends on its
     threshold is not a property of the model."""

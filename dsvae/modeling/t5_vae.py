@@ -227,6 +227,8 @@ class T5VAEOutput(CausalLMOutputWithPast):
     nats: (B,), -log p(x|z) of each sentence, if labels were given.
     weighted_nats: their sum by `sentence_weights`, if these were given. The logits are
         then None, and `nats` have no gradient.
+    right: (B,), how many tokens of each sentence are the likeliest ones, given z and the
+        tokens before; only for `count_right`.
     latent: (B, Z), the z that was decoded.
     posterior: q(z|x) of each sentence; None if `latent` was given.
     prior: p(z) in one row, or the learned p(z|c) of each sentence, whose condition was
@@ -246,6 +248,7 @@ class T5VAEOutput(CausalLMOutputWithPast):
     encoder_attentions: tuple[Tensor, ...] | None = None
     nats: Tensor | None = None
     weighted_nats: Tensor | None = None
+    right: Tensor | None = None
     latent: Tensor | None = None
     posterior: Distribution | None = None
     prior: Distribution | None = None
@@ -624,6 +627,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         condition_states: Tensor | None = None,
         detach_prior: bool = False,
         sentence_weights: Tensor | None = None,
+        count_right: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -661,6 +665,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             sentence_weights: (B,). With them, `labels` give `nats` and their sum by
                 these weights, `weighted_nats`, without all logits in memory, in place
                 of `logits` and `loss`.
+            count_right: with `sentence_weights`, also give `right`.
             num_items_in_batch: by how many sentences to divide the sum of the loss, if
                 this batch is a part of a larger one. None: B.
             output_hidden_states, output_attentions: return those of each layer. None:
@@ -759,7 +764,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         elif labels is None:
             raise ValueError("sentence_weights weigh the nats of labels, and there are none")
         else:
-            out["nats"], out["weighted_nats"] = self.lm_head(hidden, labels, sentence_weights)
+            right = torch.empty_like(labels).flatten() if count_right else None
+            out["nats"], out["weighted_nats"] = self.lm_head(
+                hidden, labels, sentence_weights, right
+            )
+            if right is not None:
+                out["right"] = right.view(labels.shape).sum(1)
         return T5VAEOutput(latent=latent, **out)
 
     def _loss(self, nats: Tensor, kl: Tensor) -> Tensor:

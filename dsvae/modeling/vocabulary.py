@@ -47,10 +47,16 @@ class VocabularyHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor: ...
 
     @overload
-    def forward(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, hidden: Tensor, labels: Tensor, weights: Tensor, right: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+        right: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the logits; or, with labels, -log p of sentences in nats.
 
@@ -58,6 +64,8 @@ class VocabularyHead(nn.Linear):
             hidden: (B, T, d).
             labels: (B, T), `IGNORE` where there is no token.
             weights: (B,) of the sentences.
+            right: (B * T,), is filled with 1 where the most likely piece is the label, 0
+                elsewhere.
 
         Returns: (..., V); or (nats (B,) of each sentence, the sum over its tokens,
             float32 without gradient; the sum of weights * nats, a scalar with gradient).
@@ -72,8 +80,10 @@ class VocabularyHead(nn.Linear):
         scale = (present * weights[:, None]).flatten()
         target = labels.clamp(min=0).flatten()
         nats, total = _Nats.apply(
-            hidden, weight, target, scale, self.cap, self.piece if self.training else piece
+            hidden, weight, target, scale, self.cap, self.piece if self.training else piece, right
         )
+        if right is not None:
+            right.mul_((labels != IGNORE).flatten())
         return (nats.view(labels.shape) * present).sum(1), total
 
 
@@ -104,8 +114,8 @@ def piece(
 
 
 class _Nats(torch.autograd.Function):
-    """(hidden (N, d), weight (V, d), target (N,), scale (N,), cap, piece) -> -log p of
-    each target (N,), and their sum weighted by `scale`, which alone has a gradient."""
+    """(hidden (N, d), weight (V, d), target (N,), scale (N,), cap, piece, right) -> -log p
+    of each target (N,), and their sum weighted by `scale`, which alone has a gradient."""
 
     @staticmethod
     def forward(
@@ -116,6 +126,7 @@ class _Nats(torch.autograd.Function):
         scale: Tensor,
         cap: float | None,
         piece: Any,
+        right: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         of_hidden, of_weight = ctx.needs_input_grad[:2]
         ctx.dtype = weight.dtype
@@ -135,6 +146,8 @@ class _Nats(torch.autograd.Function):
         for start in range(0, len(target), rows):
             part = slice(start, start + rows)
             logits = F.linear(hidden[part], weight)
+            if right is not None:
+                right[part] = logits.argmax(1) == target[part]
             nats[part], d_logits = piece(logits, target[part], scale[part], cap, dtype)
             if d_hidden is not None:
                 d_hidden[part] = d_logits @ weight
@@ -155,4 +168,4 @@ class _Nats(torch.autograd.Function):
         )
         del ctx.d_hidden, ctx.d_weight
         d_weight = None if d_weight is None else d_weight.to(ctx.dtype)
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, *[None] * 5

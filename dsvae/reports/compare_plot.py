@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.ticker import MaxNLocator
 
 from dsvae.reports.compare import Comparison, grouped
-from dsvae.reports.figures import COLOR, STYLE, new_figure, short, svg
+from dsvae.reports.figures import COLOR, STYLE, new_figure, noise_curves, short, svg
 from dsvae.reports.runs import RunSummary
 from dsvae.reports.table import number
 
@@ -88,6 +88,26 @@ def plot(comparison: Comparison) -> str | None:
         place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
         axes.legend(fontsize=7.5, frameon=False, handletextpad=0.2, **place)
         return svg(figure)
+
+
+def plot_noise(comparison: Comparison) -> str | None:
+    """Draws the BLEU of reconstructions against the noise on z as SVG, one line per run;
+    returns None if no run has it. Bars are standard errors over sentences, and standard
+    deviations for rows of several seeds."""
+    curves = {}
+    for run in comparison.runs:
+        values, se, sd = (
+            {
+                name.removeprefix(prefix): value
+                for name, value in run.metrics.items()
+                if name.startswith(prefix)
+            }
+            for prefix in ("noise.bleu.", "se.noise.bleu.", "sd.noise.bleu.")
+        )
+        if values:
+            curves[run.name] = values, sd or se
+    with matplotlib.rc_context(STYLE):
+        return noise_curves(curves) if curves else None
 
 
 def _injection(run: RunSummary) -> str:

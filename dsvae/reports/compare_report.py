@@ -28,16 +28,18 @@ def place(directories: Sequence[Path], output: str | None) -> Path:
 def write(directory: Path, comparison: Comparison) -> dict[str, Path]:
     """Writes the files, each whole or not at all; returns their paths by what they
     hold."""
-    from dsvae.reports.compare_plot import plot
+    from dsvae.reports.compare_plot import plot, plot_noise
 
     files = {"all metrics": directory / "comparison.csv"}
     write_text(files["all metrics"], _csv(comparison))
-    image, path = plot(comparison), directory / "comparison.svg"
-    if image is None:
-        path.unlink(missing_ok=True)  # an earlier comparison may have left one
-    else:
-        files["plot"] = path
-        write_text(path, image)
+    images = {"plot": ("comparison.svg", plot), "noise on z": ("noise.svg", plot_noise)}
+    for name, (file, draw) in images.items():
+        image, path = draw(comparison), directory / file
+        if image is None:
+            path.unlink(missing_ok=True)  # an earlier comparison may have left one
+        else:
+            files[name] = path
+            write_text(path, image)
     return files
 
 

@@ -32,10 +32,10 @@ from dsvae.metrics.evaluate import EVALUATION_SEED, Measured, evaluate
 from dsvae.metrics.information import active_unit_curve
 from dsvae.metrics.labelled import add
 from dsvae.metrics.probes import probe
-from dsvae.metrics.reconstruction import compare, generate
+from dsvae.metrics.reconstruction import fidelity
 from dsvae.metrics.reconstruction import samples as show_samples
 from dsvae.modeling.families import ACTIVE
-from dsvae.modeling.settings import Count, Seed, at_least
+from dsvae.modeling.settings import Amount, Count, Seed, at_least
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.world import World, joined
 from dsvae.reports.html import write_report
@@ -72,6 +72,7 @@ def evaluate_model(
     batch_tokens: int = 16384,
     max_tokens: int | None = None,
     seed: int = EVALUATION_SEED,
+    noise_sentences: int = 0,
 ) -> dict[str, Any]:
     """Measures a model on sentences; returns the metrics, with the names and units of
     metrics.json. `se` has the standard error over sentences of every mean.
@@ -95,11 +96,14 @@ def evaluate_model(
         max_tokens: longest sentence in tokens, EOS included. None: that of the model's
             training.
         seed: of the draws of z and of the folds of the probes.
+        noise_sentences: how many of the sentences are reconstructed from z with noise, of
+            seven lengths; 0: none.
 
     Raises:
         UserError: on every rank, if an argument does not fit.
     """
-    _check(locals())
+    _check({**locals(), "sentences": None})
+    _check_noise(model, noise_sentences)
     limit = _limit(model, max_tokens)
     records = [each if isinstance(each, Record) else Record(each) for each in sentences]
     if any(record.condition is None for record in records) and any(r.condition for r in records):
@@ -121,6 +125,7 @@ def evaluate_model(
             iw_samples=iw_samples,
             max_tokens=limit,
             seed=seed,
+            noise_sentences=noise_sentences,
         ).metrics
 
 
@@ -140,6 +145,7 @@ def evaluate_directory(
     tags_column: str | None = None,
     sentences: int | None = None,
     precision: pretrained.Precision = "fp32",
+    noise_sentences: int = 0,
 ) -> dict[str, Any]:
     """Runs `dsvae evaluate`: measures the model of a directory, prints a table, and
     writes metrics.json, report.html and the projector's files.
@@ -161,6 +167,7 @@ def evaluate_directory(
         model, tokenizer = _main_first(
             world, lambda: pretrained.load(model_dir, world.device, precision)
         )
+        _check_noise(model, noise_sentences)
         limit = _limit(model, max_tokens)
         columns = Columns(text_column, condition_column, label_column, tags_column)
         text = _main_first(
@@ -181,6 +188,7 @@ def evaluate_directory(
             iw_samples=iw_samples,
             max_tokens=limit,
             seed=seed,
+            noise_sentences=noise_sentences,
         )
         evaluation.metrics["model"] = str(model_dir)
         world.run_on_rank0(lambda: _write(directory, evaluation, text))
@@ -196,6 +204,7 @@ def evaluate_sentences(
     iw_samples: int | None,
     max_tokens: int,
     seed: int,
+    noise_sentences: int = 0,
 ) -> Evaluation:
     """Measures a model and writes nothing; arguments as in `evaluate_model`.
     Collective."""
@@ -213,8 +222,9 @@ def evaluate_sentences(
     prior: list[str] = []
     if config.has_latent:
         metrics["au_curve"] = active_unit_curve(measured.posterior)
-        decoded = generate(passes, measured.posterior.point, max_tokens, split)
-        add(metrics, world.run_on_rank0(lambda: compare(split, text.texts, decoded, tokenizer)))
+        every = np.arange(len(split))
+        options = (max_tokens, noise_sentences, seed)
+        add(metrics, fidelity(passes, split, measured, every, text.texts, tokenizer, *options))
         metrics |= world.run_on_rank0(lambda: _use_of_latents(passes.model, measured, text, seed))
     if config.has_latent or config.conditional:
         shown = np.argsort(split.content_keys)[:SHOWN]
@@ -358,6 +368,13 @@ def _default_output(model_dir: str) -> Path:
     return directory / "evaluation" if directory.is_dir() else Path("evaluation")
 
 
+def _check_noise(model: T5VAE, noise_sentences: int) -> None:
+    """Raises UserError if noise is asked for and z is not a point to add it to."""
+    if noise_sentences and not (model.config.has_latent and model.family.continuous):
+        what = "has no latent" if not model.config.has_latent else "has a latent of categories"
+        raise UserError(f"noise_sentences {noise_sentences}: this model {what}; leave it out")
+
+
 def _limit(model: T5VAE, max_tokens: int | None) -> int:
     """Returns the longest sentence in tokens: as given, or as in the model's
     training."""
@@ -382,6 +399,7 @@ _KINDS = {
     "batch_tokens": Count,
     "max_tokens": Annotated[int, at_least(2)] | None,
     "seed": Seed,
+    "noise_sentences": Amount,
 }
 
 

@@ -50,3 +50,24 @@ def short(label: str, most: int = 18) -> str:
     """Cuts a user's label to `most` characters, which matplotlib shows as it is."""
     label = label.replace("$", r"\$")  # two of them would enclose mathematics
     return label if len(label) <= most else f"{label[: most - 1]}…"
+
+
+def noise_curves(curves: dict[str, tuple[dict[str, float], dict[str, float]]]) -> str:
+    """Draws BLEU against the noise on z as SVG: name -> values and deviations by
+    noise."""
+    figure, axes = new_figure(width=5.6 if len(curves) == 1 else 8.0)
+    drawn = [
+        axes.errorbar(
+            list(map(float, values)),
+            list(values.values()),
+            yerr=[deviations.get(s, 0.0) for s in values],
+            color=COLOR if len(curves) == 1 else None,
+            marker="o",
+            markersize=3,
+        )
+        for values, deviations in curves.values()
+    ]
+    if len(curves) > 1:
+        legend(axes, drawn, list(curves), fontsize=8)
+    axes.set(xlabel="noise on z, in std(z)", ylabel="BLEU of the reconstruction", ylim=(0, 101))
+    return svg(figure)

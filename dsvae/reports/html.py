@@ -32,6 +32,14 @@ def write_report(
         "report.html.jinja",
         m={"disentanglement": None, "bleu_signature": None, **metrics},
         sections=list(sections(metrics)),
+        groups=[
+            (title, about, scores)
+            for title, about, scores in (
+                ("Reconstruction by length", "Tokens, EOS included.", metrics.get("by_length")),
+                ("Reconstruction by noise on z", "In std(z).", metrics.get("noise")),
+            )
+            if scores
+        ],
         plots=images,
         pairs=pairs,
         prior=prior,

@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 
 from dsvae.metrics.evaluate import Measured
 from dsvae.modeling.families import ACTIVE
-from dsvae.reports.figures import COLOR, STYLE, legend, new_figure, svg
+from dsvae.reports.figures import COLOR, STYLE, legend, new_figure, noise_curves, svg
 from dsvae.reports.sentences import Sentences
 
 POINTS = 5_000
@@ -35,6 +35,9 @@ def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[
             points = measured.posterior.point.numpy()[chosen]
             images["KL per dimension"] = _kl(metrics["kl_per_dim"])
             images["Active units over thresholds"] = _active_units(metrics["au_curve"], units)
+            if curves := metrics.get("noise"):
+                errors = metrics["se"]["noise"]["bleu"]
+                images["BLEU against noise on z"] = noise_curves({"": (curves["bleu"], errors)})
             images["Latents"] = _latents(points, *_colours(metrics, text, chosen))
         rec = measured.rec.numpy()[chosen]
         images["Length against rec"] = _lengths(text.split.lengths[chosen], rec)

@@ -181,7 +181,7 @@ def perplexity(model: T5VAE, tokenizer: Any, texts: list[str]) -> dict[str, floa
     except UserError:  # nothing but blank ones
         return {"ppl": math.nan, "ppl_se": math.nan, "blank": len(texts), "unk": 0}
     nothing = torch.zeros(len(split), 0)
-    log_p, _ = passes(model).decode(split, lambda rows: (nothing[rows], nothing[rows]), "")
+    log_p = passes(model).decode(split, lambda rows: (nothing[rows], nothing[rows]), "").log_px_z
     values, errors = likelihood.per_unit(-log_p, split)
     return {
         "ppl": values["ppl_token"],

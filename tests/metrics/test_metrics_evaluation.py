@@ -90,6 +90,7 @@ def run(directory, output, **options):
         "labels_file": str(directory / "test.labels"),
         "iw_samples": 3,
         "max_tokens": 24,
+        "noise_sentences": 20,
         **options,
     }
     return evaluate_directory(
@@ -143,6 +144,7 @@ def test_order_of_the_file_changes_nothing(directory, metrics, tmp_path):
         str(tmp_path / "out"),
         iw_samples=3,
         max_tokens=24,
+        noise_sentences=20,
     )
     assert_same(metrics, found)
 
@@ -164,6 +166,8 @@ def test_two_ranks_change_nothing(directory, metrics, tmp_path):
         "3",
         "--max_tokens",
         "24",
+        "--noise_sentences",
+        "20",
         ranks=2,
         script=tmp_path / "command.py",
     )
@@ -200,11 +204,22 @@ def test_what_is_in_the_metrics(metrics, split):
         "mi",
         "rec_shuffled",
         "rec_prior",
+        "token_accuracy_forced",
         "exact_match",
-        "token_accuracy",
+        "token_accuracy_free",
+        "bleu",
+        "bleu_area",
+        "tokens_per_vector",
+        "numbers_per_token",
+        "nats_per_token",
+        "participation_ratio",
     )
     assert all(metrics["se"][name] >= 0 for name in means)
     assert metrics["probes"]["label"]["classes"] == 3
+    assert metrics["tokens_per_vector"] == pytest.approx(metrics["tokens"] / 60)
+    assert metrics["numbers_per_token"] == pytest.approx(6 * 60 / metrics["tokens"])
+    assert metrics["nats_per_token"] == pytest.approx(metrics["kl"] * 60 / metrics["tokens"])
+    assert 1 <= metrics["participation_ratio"] <= 6
 
 
 def pairs_of(texts, order):
@@ -267,6 +282,19 @@ def noise_of(split, sample, model):
     """The noise of a sample of every sentence, (N, Z)."""
     keys = [(sample, key) for key in split.content_keys.tolist()]
     return torch.from_numpy(normal(0, LATENT, keys, model.config.latent_dim))
+
+
+@torch.no_grad()
+def test_the_likeliest_tokens_are_counted_as_a_plain_loop_counts_them(split):
+    model = make_vae()
+    found = evaluate(Passes(model, token_budget=512), split, samples=1)[0]
+    noise, right = noise_of(split, 0, model), 0
+    for i in range(60):
+        ids = torch.from_numpy(split.ids(i))[None]
+        logits = model(labels=ids, latent=model.encode(ids).sample(noise[i : i + 1])).logits
+        right += int((logits.argmax(-1) == ids).sum())
+    assert right > 0
+    assert found["token_accuracy_forced"] == pytest.approx(right / found["tokens"])
 
 
 @torch.no_grad()
@@ -348,6 +376,7 @@ def test_a_collapse_differs_from_too_few_sentences(gain, deviation, said):
         mi_rows=nothing,
         mi_terms=None,
         mi_posteriors=0,
+        right=nothing,
         rec_shuffled=rec + gain + deviation * unit,
         rec_prior=nothing,
         codes={},
@@ -421,7 +450,9 @@ def test_what_is_left_behind(directory, metrics):
     out = directory / "out"
     assert json.loads((out / "metrics.json").read_text())["test"]["nll_iw"] == metrics["nll_iw"]
     report = (out / "report.html").read_text()
-    assert report.count("data:image/svg+xml;base64,") == 4
+    assert report.count("data:image/svg+xml;base64,") == 5
+    for title in ("Reconstruction by length", "Reconstruction by noise on z"):
+        assert title in report
     assert not re.search(r'(src|href)="(?!data:)|https?://', report)  # nothing to fetch
     rows = (
         (out / "projector" / "00000" / "posterior_mean" / "metadata.tsv").read_text().splitlines()
@@ -463,16 +494,18 @@ def test_reconstruction_scores_by_hand(tokenizer):
     texts = ["the king sold the hat", "the lady"]
     split = tokenize(texts, tokenizer, 64, "test")[0]
     rows = split.rows([0, 1])
-    perfect = compare(split, ["the king  sold the\that", "the lady"], rows, tokenizer)
-    assert [perfect[name] for name in ("exact_match", "token_accuracy")] == [1, 1]
+    right = torch.zeros(2)
+    perfect = compare(split, ["the king  sold the\that", "the lady"], rows, tokenizer, right)
+    assert [perfect[name] for name in ("exact_match", "token_accuracy_free")] == [1, 1]
     assert [perfect["bleu"], perfect["chrf"]] == pytest.approx([100, 100])
     # One token inserted in front moves all others; a reconstruction that stops early
     # lacks the rest.
     shifted = np.concatenate([[5], rows[0]])
     same = int((shifted[: len(rows[0])] == rows[0]).sum())
-    found = compare(split, texts, [shifted, rows[1][:1]], tokenizer)
+    found = compare(split, texts, [shifted, rows[1][:1]], tokenizer, right)
     assert found["exact_match"] == 0
-    assert found["token_accuracy"] == pytest.approx((same + 1) / split.lengths.sum())
+    # The first pair has as many places as the longer, which is the reconstruction.
+    assert found["token_accuracy_free"] == pytest.approx((same + 1) / (split.lengths.sum() + 1))
 
 
 def word_tokenizer():
@@ -494,8 +527,8 @@ def test_reconstructions_are_compared_with_the_users_text():
     texts = ["the king did n't go home .", "the zebra did n't go home ."]
     tokenizer = word_tokenizer()
     split = tokenize(texts, tokenizer, 64, "test")[0]
-    found = compare(split, texts, split.rows([0, 1]), tokenizer)
-    assert (found["token_accuracy"], found["exact_match"]) == (1, 0.5)
+    found = compare(split, texts, split.rows([0, 1]), tokenizer, torch.zeros(2))
+    assert (found["token_accuracy_free"], found["exact_match"]) == (1, 0.5)
     back = [texts[0], "the <unk> did n't go home ."]
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(back, [texts]).score)
     assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(back, [texts]).score)
@@ -515,7 +548,7 @@ def test_a_truncated_sentence_is_what_its_tokens_cover(tmp_path):
 def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split):
     model = make_vae(injection="none")
     save(tmp_path, model, tokenizer)
-    found = run(tmp_path, tmp_path / "out")
+    found = run(tmp_path, tmp_path / "out", noise_sentences=0)
     assert (found["latent_dim"], found["kl"], found["mi"], found["au"]) == (0, 0, 0, 0)
     assert (
         found["rec"] == found["rec_shuffled"] == found["rec_prior"] == pytest.approx(-found["elbo"])
@@ -526,13 +559,13 @@ def test_a_language_model_without_latent_goes_through(tmp_path, tokenizer, split
         logits = model(labels=ids, latent=torch.zeros(1, 0)).logits
     alone = -torch.log_softmax(logits, -1)[0, torch.arange(ids.shape[1]), ids[0]].sum()
     passes = Passes(model, token_budget=512)
-    nats, _ = passes.decode(
+    scored = passes.decode(
         split, lambda rows: (torch.zeros(len(rows), 0), torch.zeros(len(rows), 0)), "nothing"
     )
-    one = -nats[0]
+    one = -scored.log_px_z[0]
     assert float(one) == pytest.approx(float(alone), abs=1e-3)
     assert "probes" not in found
-    assert "exact_match" not in found
+    assert not {"exact_match", "participation_ratio", "numbers_per_token"} & set(found)
     assert (tmp_path / "out" / "report.html").is_file()
     assert not (tmp_path / "out" / "projector").exists()
 
@@ -837,6 +870,7 @@ BAD = {
         "built-in corpus .* truncated to 2 tokens: .* a probe needs two such labels; give a larger "
         "--max_tokens",
     ),
+    "less than no noise": (lambda d, t: {"noise_sentences": -1}, "noise_sentences must be"),
     "one token": (lambda d, t: {"max_tokens": 1}, "max_tokens must be at least 2"),
     "no directory to write to": (
         lambda d, t: {"output": write(t / "file", "")},
@@ -858,6 +892,23 @@ def test_bad_input(name, directory, tmp_path):
         evaluate_directory(**arguments | change(directory, tmp_path))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("latent", "message"),
+    [
+        ({"injection": "none"}, "has no latent"),
+        ({"family": "categorical", "categories": 3}, "has a latent of categories"),
+    ],
+)
+def test_noise_needs_a_continuous_latent(latent, message, directory, tmp_path, tokenizer):
+    save(tmp_path, make_vae(**latent), tokenizer)
+    with pytest.raises(UserError, match=f"noise_sentences 5: this model {message}"):
+        run(tmp_path, tmp_path / "out", noise_sentences=5, labels_file=None)
+    assert not (tmp_path / "out").exists()
+    found = run(tmp_path, tmp_path / "out", noise_sentences=0, labels_file=None)
+    assert "participation_ratio" not in found
+    assert 0 < found["token_accuracy_forced"] < 1
 
 
 def test_damaged_models(directory, tmp_path, tokenizer):

@@ -53,6 +53,17 @@ def test_nats_are_the_sum_over_the_tokens_eos_included():
     torch.testing.assert_close(each[1], -torch.log_softmax(logits[1, 0], 0)[EOS])
 
 
+def test_the_likeliest_pieces_are_counted_where_there_are_tokens():
+    logits, labels = sentences()
+    head = head_of(torch.eye(logits.shape[-1]))
+    right = torch.full((labels.numel(),), 7)
+    with torch.no_grad():
+        each, _ = head(logits, labels, torch.ones(4), right)
+    assert torch.equal(right.view_as(labels), (logits.argmax(-1) == labels).long())
+    assert 0 < right.sum() < (labels != IGNORE).sum()
+    torch.testing.assert_close(each, nats(logits, labels)[0])
+
+
 def test_padding_changes_neither_the_nats_nor_their_gradient():
     """The paper's code averages over all positions, so there padding to twice the width
     doubles the effective beta."""

@@ -683,6 +683,33 @@ def test_without_values_there_is_no_plot(compare, tmp_path):
     assert not (tmp_path / "out" / "comparison.svg").exists()
 
 
+def test_runs_with_noise_on_z_have_a_plot_of_it(compare, tmp_path, monkeypatch):
+    """BLEU by noise with its standard errors, and with deviations over seeds."""
+    for name, seed, bleu in (("a", 0, 80.0), ("b0", 0, 60.0), ("b1", 1, 50.0), ("none", 0, None)):
+        config = {"seed": seed, "model": {"latent_dim": 8 * "abn".index(name[0]) + 8}}
+        more = {"se": {"rec": 0.25}}
+        if bleu is not None:
+            more |= {"noise": {"bleu": {"0": bleu, "0.3": bleu / 2}}, "bleu_area": bleu / 3}
+            more["se"]["noise"] = {"bleu": {"0": 1.0, "0.3": 2.0}}
+        make(tmp_path / "runs" / name, evaluation(**more), config=config)
+    drawn = {}
+    monkeypatch.setattr(plot_module, "noise_curves", lambda curves: drawn.update(curves) or "<?xml")
+    table, *_ = compare(tmp_path / "runs", "--group")
+    assert table["a"]["bleu_area"].startswith("26.6")
+    assert drawn == {
+        "a": ({"0": 80.0, "0.3": 40.0}, {"0": 1.0, "0.3": 2.0}),
+        "b": (
+            {"0": 55.0, "0.3": 27.5},
+            {"0": pytest.approx(50**0.5), "0.3": pytest.approx(12.5**0.5)},
+        ),
+    }
+    monkeypatch.undo()
+    compare(tmp_path / "runs")
+    assert (tmp_path / "out" / "noise.svg").read_text().startswith("<?xml")
+    compare(tmp_path / "runs" / "none")
+    assert not (tmp_path / "out" / "noise.svg").exists()
+
+
 # Real runs
 
 
@@ -690,7 +717,9 @@ def test_real_runs(compare, tmp_path, tiny):
     """A finished run and one killed in phase 2, compared with their files."""
     ds_config = CONFIGS / "zero0.json"
     words = ("--ds_config", ds_config, "--config", tiny, "--precision", "fp32")
-    train(*words, "--output_dir", tmp_path / "runs" / "done", "--phase2.free_bits", "0.5")
+    fidelity = ("--eval.reconstructions", "9", "--eval.noise_sentences", "4")
+    done = ("--output_dir", tmp_path / "runs" / "done", "--phase2.free_bits", "0.5")
+    train(*words, *done, *fidelity)
     cut = (
         "--phase1.steps",
         "2",
@@ -711,6 +740,11 @@ def test_real_runs(compare, tmp_path, tiny):
     final = json.loads((tmp_path / "runs" / "done" / "metrics.json").read_text())["test"]
     assert float(rows["done"]["elbo"]) == pytest.approx(-(final["rec"] + final["kl"]), rel=1e-9)
     assert float(rows["done"]["se.rec"]) == final["se"]["rec"]
+    assert (final["noise_sentences"], sum(final["by_length"]["sentences"].values())) == (4, 9)
+    assert float(rows["done"]["noise.bleu.0.5"]) == final["noise"]["bleu"]["0.5"]
+    card = (tmp_path / "runs" / "done" / "model" / "README.md").read_text()
+    for name in ("exact_match", "token_accuracy_free", "bleu_area", "participation_ratio"):
+        assert name in card
     assert table["done"]["state"] == "finished"
     state = re.fullmatch(r"phase 2 at step (\d+) of 5,000 \(killed\)", table["live"]["state"])
     assert int(state[1]) >= 3
