@@ -16,18 +16,42 @@ from dsvae.errors import UserError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[str]]:
-    """Opens a text file that takes the place of `path` if the block ends without an
+def whole_path(path: Path) -> Iterator[Path]:
+    """Yields the path of a file that takes the place of `path` if the block ends without an
     error."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """Opens a text file that takes the place of `path` if the block ends without an
+    error."""
+    with (
+        whole_path(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """Yields an empty directory that takes the place of `directory` if the block ends
+    without an error."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        replace_directory(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 from dsvae import modeling
 from dsvae.data.tokenization import load_tokenizer
 from dsvae.errors import UserError, first_line
-from dsvae.files import make_place, replace_directory
+from dsvae.files import make_place, whole_directory
 from dsvae.generation.fitted_prior import NAME as FITTED_PRIOR
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.pretrained import find_model
@@ -58,14 +58,8 @@ def package(model_dir: str, output: str | Path) -> Path:
     """
     source, directory = _checked(model_dir), Path(output).expanduser().absolute()
     make_place(directory)
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
+    with whole_directory(directory) as temporary:
         _write(source, temporary, directory.name, _link)
-        replace_directory(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return directory
 
 

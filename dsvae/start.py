@@ -18,7 +18,7 @@ from dsvae.data.sources import source_of
 from dsvae.engine import checkpoint, reshape_checkpoint
 from dsvae.engine.checkpoint import Checkpoint
 from dsvae.errors import UserError
-from dsvae.files import write_json, write_text
+from dsvae.files import whole_directory, write_json, write_text
 from dsvae.phases import Phase
 from dsvae.run_directory import RunDirectory
 
@@ -181,9 +181,8 @@ def write_down(
     write_json(run.ds_config, ds_config)
     write_json(run.data, sentences)
     if not run.tokenizer.is_dir():
-        temporary = run.tokenizer.with_name(".tokenizer.tmp")
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(run.tokenizer)
+        with whole_directory(run.tokenizer) as temporary:
+            tokenizer.save_pretrained(temporary)
     # a copy: the configuration stays the same on all ranks
     written = dataclasses.replace(config, ds_config=str(run.ds_config))
     write_text(run.config, configuration.to_yaml(written))

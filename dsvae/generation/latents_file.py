@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsvae.errors import UserError
+from dsvae.files import make_writable, whole_path
 from dsvae.generation.reading import Line
 from dsvae.modeling.families import Distribution
 
@@ -27,11 +26,7 @@ def check_place(path: str) -> None:
     place = Path(path).expanduser()
     if place.is_dir():
         raise UserError(f"cannot write {place}: it is a directory; name a file in it")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place.parent).close()
-    except OSError as error:
-        raise _failure(place, error.strerror) from error
+    make_writable(place.parent, "--output")
 
 
 def write_latents(
@@ -80,15 +75,11 @@ def write_tensors(
     it cannot."""
     rows = {name: tensor.contiguous() for name, tensor in tensors.items()}
     known = {"format": "pt", "dsvae": version("dsvae"), **(metadata or {})}
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        save_file(rows, temporary, metadata=known)
-        temporary.replace(place)
+        with whole_path(place) as temporary:
+            save_file(rows, temporary, metadata=known)
     except (OSError, SafetensorError) as error:
-        raise _failure(place, getattr(error, "strerror", None) or str(error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _failure(place: Path, reason: str | None) -> UserError:
-    return UserError(f"cannot write {place}: {reason}; choose a place that can be written")
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"cannot write {place}: {reason}; choose a place that can be written"
+        ) from error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dsvae.errors import RunStopped
+from dsvae.files import whole_path
 from dsvae.parallel.world import World
 
 
@@ -81,13 +82,11 @@ class Kept:
         def write() -> None:
             content = io.BytesIO()
             torch.save({"batches": batches, "result": result.cpu()}, content)
-            temporary = self._directory / f".{key}.tmp"
             try:
-                with temporary.open("wb") as file:
+                with whole_path(self._directory / key) as temporary, temporary.open("wb") as file:
                     file.write(content.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
-                temporary.replace(self._directory / key)
             except OSError:
                 self.remove()
 

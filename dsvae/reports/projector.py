@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from dsvae.files import replace_directory
+from dsvae.files import whole_directory
 from dsvae.modeling.families import Distribution
 from dsvae.reports.sentences import Sentences
 
@@ -20,17 +20,14 @@ POINTS = 10_000
 def write_projector(directory: Path, posterior: Distribution, text: Sentences) -> None:
     """Writes at most `POINTS` posterior means as a TensorBoard log directory, whole or
     not at all. Without a latent, an older directory is removed."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     if posterior.point.shape[1]:
         chosen = np.sort(np.argsort(text.split.content_keys)[:POINTS])
         names = ["sentence", "tokens", *text.labels]
         columns: list[Any] = [text.texts, text.split.lengths, *text.labels.values()]
         # a .tsv file, which has no escapes
         rows = [[" ".join(str(c[i]).split()) or " " for c in columns] for i in chosen]
-        with SummaryWriter(str(temporary)) as writer:
+        with whole_directory(directory) as temporary, SummaryWriter(str(temporary)) as writer:
             point = posterior.point[chosen]
             writer.add_embedding(point, rows, metadata_header=names, tag="posterior_mean")
-        replace_directory(temporary, directory)
     else:
         shutil.rmtree(directory, ignore_errors=True)
