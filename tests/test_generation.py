@@ -294,7 +294,7 @@ def test_an_attribute_vector_is_the_difference_of_two_means(vae):
     found = vae.attribute_vector(iter(texts), iter(labels), "good")
     torch.testing.assert_close(found.double(), good.mean(0) - rest.mean(0), rtol=1e-4, atol=1e-5)
     for bad in (labels[:-1], [*labels, "x"]):
-        with pytest.raises(UserError, match="one label per sentence"):
+        with pytest.raises(UserError, match="one label per line"):
             vae.attribute_vector(iter(texts), iter(bad), "good")
     with pytest.raises(UserError, match="0 sentences are labelled excellent"):
         vae.attribute_vector(iter(texts), iter(labels), "excellent")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,32 @@ def read_labels(file: Path, option: str) -> list[str]:
     `read_file` raises."""
     _check_readable(file, option)
     return [line.strip() for line in _lines(file)]
+
+
+def labelled(
+    records: Iterable[Record], labels: Iterable[str], source: str, labels_source: str
+) -> Iterator[Record]:
+    """Yields records with the labels beside them. Only a blank sentence may have a blank
+    label.
+
+    Args:
+        source, labels_source: what errors call the two.
+
+    Raises:
+        UserError: there are more of one than of the other, or a label is missing.
+    """
+    pairs = enumerate(zip_longest(records, labels))
+    for number, (record, label) in pairs:
+        if record is None or label is None:
+            counts = [number, number + 1 + sum(1 for _ in pairs)]
+            more, fewer = (labels_source, source) if record is None else (source, labels_source)
+            raise UserError(
+                f"{fewer} has {counts[0]:,} lines, but {more} has {counts[1]:,}: give one label "
+                f"per line, in the order of the sentences"
+            )
+        if not label and record.text.strip():
+            raise UserError(f"{labels_source}:{number + 1}: no label; give every sentence a label")
+        yield record._replace(label=label)
 
 
 def check_file(file: Path, option: str, columns: Columns | None = None) -> None:

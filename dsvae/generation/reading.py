@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -70,11 +70,6 @@ def read_records(
     return map(Record, _stdin_lines(sys.stdin.buffer))
 
 
-def read_sentences(file: str | None, text_column: str, option: str = "FILE") -> Iterator[str]:
-    """Reads the texts of `read_records`."""
-    return (record.text for record in read_records(file, text_column, None, option))
-
-
 def read_conditions(file: str, column: str | None) -> Iterator[str]:
     """Reads the conditions of a file as they stand there, blank ones included.
 
@@ -129,7 +124,7 @@ def draw_sentences(
 
 
 def read_labels(file: str) -> Iterable[str]:
-    """Reads one label per line, stripped. Raises UserError as `read_sentences`."""
+    """Reads one label per line, stripped. Raises UserError as `read_records`."""
     return readers.read_labels(Path(file).expanduser(), "--labels_file")
 
 
@@ -137,31 +132,11 @@ def check_labels(labels_file: str, text_file: str, text_column: str, toward: str
     """Raises UserError unless every sentence has a label, and both `toward` and another
     label occur.
 
-    It reads both files once, before any model runs. A blank sentence may have a blank
-    label.
+    It reads both files once, before any model runs.
     """
-    counts: Counter[str] = Counter()
-    labels = sentences = 0
-    missing = None
-    pairs = zip_longest(
-        read_labels(labels_file), read_sentences(text_file, text_column, "--text_file")
-    )
-    for number, (label, text) in enumerate(pairs, 1):
-        labels += label is not None
-        sentences += text is not None
-        if label and text and text.strip():
-            counts[label] += 1
-        elif label == "" and text and text.strip() and missing is None:
-            missing = number
-    if labels != sentences:
-        raise UserError(
-            f"{labels_file} has {labels:,} lines, but {text_file} has {sentences:,}: "
-            "give one label per line, in the order of the sentences"
-        )
-    if missing is not None:
-        raise UserError(
-            f"{labels_file}:{missing}: no label for a sentence; give every sentence one"
-        )
+    records = read_records(text_file, text_column, None, "--text_file")
+    every = readers.labelled(records, read_labels(labels_file), text_file, labels_file)
+    counts = Counter(str(record.label) for record in every if record.text.strip())
     if toward not in counts:
         shown = [label for label, _ in counts.most_common(8)] + ["..."] * (len(counts) > 8)
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice, zip_longest
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from dsvae import pretrained
 from dsvae.config import convert
 from dsvae.data.batches import row_lengths
 from dsvae.data.noise import LATENT, ORDER, PRIOR, generator
+from dsvae.data.readers import labelled
 from dsvae.data.records import Record
 from dsvae.errors import UserError, first_line
 from dsvae.generation import geometry
@@ -437,27 +438,16 @@ class SentenceVAE:
         skipped with it.
 
         Raises:
-            UserError: there are not as many labels as sentences, or one of the two sides
-                has none.
+            UserError: there are not as many labels as sentences, a sentence has none, or one
+                of the two sides is empty.
         """
         self._need_continuous("a direction")
         sums = torch.zeros(2, self.latent_dim, dtype=torch.float64)
         counts = [0, 0]
 
-        def labelled() -> Iterator[Record]:
-            for number, (text, label) in enumerate(zip_longest(texts, labels)):
-                if text is None or label is None:
-                    more, fewer = (
-                        ("labels", "sentences") if text is None else ("sentences", "labels")
-                    )
-                    raise UserError(
-                        f"{number} {fewer} and more {more}: give one label per sentence, in the "
-                        f"same order"
-                    )
-                record = text if isinstance(text, Record) else Record(text)
-                yield record._replace(label=label)
-
-        for lines, posterior in self.encode_stream(labelled()):
+        records = (each if isinstance(each, Record) else Record(each) for each in texts)
+        every = labelled(records, labels, "texts", "labels")
+        for lines, posterior in self.encode_stream(every):
             side = torch.tensor([line.label == toward for line in lines]).long()  # 1: toward
             sums.index_add_(0, side, posterior.point.double())
             for each in side.tolist():

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dsvae.data import grammar
-from dsvae.data.readers import read_labels, read_records
+from dsvae.data.readers import labelled, read_labels, read_records
 from dsvae.data.record_tokens import Names, tokenize
 from dsvae.data.records import Columns, Record
 from dsvae.data.tokenization import TokenizedSplit
@@ -83,7 +83,11 @@ def read(
     path = Path(test_file).expanduser()
     records = list(read_records(path, "--test_file", columns))
     texts = [record.text for record in records]
-    labels = None if labels_file is None else _labels(Path(labels_file).expanduser(), path, texts)
+    labels = None
+    if labels_file is not None:
+        given = read_labels(Path(labels_file).expanduser(), "--labels_file")
+        every = labelled(records, given, str(path), labels_file)
+        labels = np.array([record.label for record in every])
     source, rows = path.name, _chosen(records, most)
     if len(rows) < len(records):
         source = f"{most:,} sentences of {source}, chosen by hash"
@@ -213,20 +217,6 @@ def check_factors(text: Sentences) -> None:
             usable_labels(zip(labels.tolist(), text.split.hashes.tolist(), strict=True), where)
         except UserError as error:
             raise UserError(f"{error}; give a larger --max_tokens") from None
-
-
-def _labels(path: Path, sentences: Path, texts: list[str]) -> NDArray[np.str_]:
-    """Reads (N,), one label per text; blank only if the text is blank too."""
-    labels = read_labels(path, "--labels_file")
-    if len(labels) != len(texts):
-        raise UserError(
-            f"{path} has {len(labels):,} lines, but {sentences} has {len(texts):,}: "
-            "give one label per line, in the order of the sentences"
-        )
-    for number, (label, text) in enumerate(zip(labels, texts, strict=True), 1):
-        if not label and text.strip():
-            raise UserError(f"{path}:{number}: no label; give every sentence a label")
-    return np.array(labels)
 
 
 def _as_seen(

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dsvae.config import DataConfig
-from dsvae.data.readers import read_file, read_labels
+from dsvae.data.readers import labelled, read_labels, read_records
 from dsvae.data.record_tokens import tokenize
+from dsvae.data.records import Columns
 from dsvae.data.tokenization import TokenizedSplit
-from dsvae.errors import UserError
 from dsvae.modeling.t5_vae import T5VAE
 
 
@@ -41,15 +41,11 @@ class Labelled:
 def read(text_file: str, labels_file: str) -> Labelled:
     """The sentences of a file with their labels. Raises UserError as the library's
     readers, and where there are not as many labels as sentences."""
-    texts = list(read_file(Path(text_file), "FILE", "text"))
-    labels = np.array(list(read_labels(Path(labels_file), "LABELS")))
-    if len(texts) != len(labels):
-        raise UserError(
-            f"{labels_file} has {len(labels):,} lines, but {text_file} has {len(texts):,}: give "
-            f"one label per line, in the order of the sentences"
-        )
-    kept = np.array([i for i, text in enumerate(texts) if text.strip()], dtype=np.int64)
-    return Labelled([texts[i].strip() for i in kept], labels[kept])
+    records = read_records(Path(text_file), "FILE", Columns())
+    every = labelled(records, read_labels(Path(labels_file), "LABELS"), text_file, labels_file)
+    kept = [record for record in every if record.text.strip()]
+    labels = np.array([record.label for record in kept])
+    return Labelled([record.text.strip() for record in kept], labels)
 
 
 def longest(model: T5VAE) -> int:
