@@ -59,7 +59,7 @@ class MicroBatch:
 
     input_ids: Tensor
     """(B, S) int64, what the posterior's encoder reads: padded, after deletion noise. With
-    conditions, a row is `c EOS x EOS` or `c EOS` (see `collate`)."""
+    conditions, a row is `c EOS x EOS` or `c EOS` (see `collate_split`)."""
     attention_mask: Tensor
     """(B, S) int64, 1 = token."""
     labels: Tensor
@@ -166,49 +166,47 @@ def row_lengths(
     return np.maximum(conditions, texts)
 
 
-def collate(
-    rows: list[NDArray[np.int64]],
+def collate_split(
+    split: Texts,
+    indices: NDArray[np.int64],
     *,
     pad_id: int,
     noise: NDArray[np.float32],
     weight: NDArray[np.float32],
-    indices: NDArray[np.int64],
-    encoder_rows: list[NDArray[np.int64]] | None = None,
-    conditions: list[NDArray[np.int64]] | None = None,
-    class_labels: NDArray[np.int64] | None = None,
-    tags: list[NDArray[np.int64]] | None = None,
     posterior_reads: PosteriorReads = "both",
+    delete: Callable[[int, NDArray[np.int64]], NDArray[np.int64]] | None = None,
 ) -> MicroBatch:
-    """Pads sentences to a batch.
+    """Pads the sentences `indices` of a split to a batch, with all that belongs to them.
 
     Args:
-        rows: (T_i,) each, EOS last.
-        encoder_rows: (T'_i,) each, the sentences with noise; if the posterior reads the
-            condition alone, the conditions with noise. None: without noise.
-        conditions: (C_i,) each, EOS last.
-        class_labels: (B,), -100 if there is none.
-        tags: (T'_i,) each, of the tokens of `encoder_rows`.
         posterior_reads: with conditions, what `input_ids` are. both: the condition and
-            the sentence (encoder_rows) without padding between them; the decoder reads
-            `condition_ids`. condition: the condition alone; the decoder reads z alone.
+            the sentence without padding between them; the decoder reads `condition_ids`.
+            condition: the condition alone; the decoder reads z alone.
+        delete: maps a row of the batch and its tokens (..., T) to those that deletion
+            noise keeps, (..., T').
     """
+    rows, tags, conditions = split.rows(indices), split.tags(indices), split.conditions(indices)
     condition_ids = condition_mask = None
+    read = rows
     if conditions is not None and posterior_reads == "condition":
-        encoder_rows = conditions if encoder_rows is None else encoder_rows
-        tags = None  # the encoder has no token of the text
-    else:
-        encoder_rows = rows if encoder_rows is None else encoder_rows
-        if conditions is not None:
-            condition_ids, condition_mask = padded(conditions, pad_id)
-            encoder_rows = [
-                np.concatenate(pair) for pair in zip(conditions, encoder_rows, strict=True)
+        read, tags = conditions, None  # the encoder has no token of the text
+    if delete is not None and tags is not None:
+        both = [
+            delete(i, np.stack(pair)) for i, pair in enumerate(zip(read, tags, strict=True))
+        ]  # (2, T'_i) each
+        read, tags = [ids for ids, _ in both], [kept for _, kept in both]
+    elif delete is not None:
+        read = [delete(i, row) for i, row in enumerate(read)]
+    if conditions is not None and posterior_reads == "both":
+        condition_ids, condition_mask = padded(conditions, pad_id)
+        read = [np.concatenate(pair) for pair in zip(conditions, read, strict=True)]
+        if tags is not None:
+            tags = [
+                np.concatenate([np.full(len(condition), IGNORE), row])
+                for condition, row in zip(conditions, tags, strict=True)
             ]
-            if tags is not None:
-                tags = [
-                    np.concatenate([np.full(len(condition), IGNORE), row])
-                    for condition, row in zip(conditions, tags, strict=True)
-                ]
-    input_ids, attention_mask = padded(encoder_rows, pad_id)
+    input_ids, attention_mask = padded(read, pad_id)
+    class_labels = split.class_labels_of(indices)
     return MicroBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -220,48 +218,6 @@ def collate(
         condition_mask=condition_mask,
         class_labels=None if class_labels is None else torch.from_numpy(class_labels),
         tag_labels=None if tags is None else torch.from_numpy(_pad(tags, IGNORE)),
-    )
-
-
-def collate_split(
-    split: Texts,
-    indices: NDArray[np.int64],
-    *,
-    pad_id: int,
-    noise: NDArray[np.float32],
-    weight: NDArray[np.float32],
-    posterior_reads: PosteriorReads = "both",
-    delete: Callable[[int, NDArray[np.int64]], NDArray[np.int64]] | None = None,
-) -> MicroBatch:
-    """Collates the sentences `indices` of a split into a batch, with all that belongs
-    to them.
-
-    Args:
-        delete: maps a row of the batch and its tokens (..., T) to those that deletion
-            noise keeps, (..., T').
-    """
-    rows, tags, conditions = split.rows(indices), split.tags(indices), split.conditions(indices)
-    encoder_rows = None
-    if delete is not None and conditions is not None and posterior_reads == "condition":
-        encoder_rows = [delete(i, row) for i, row in enumerate(conditions)]
-    elif delete is not None and tags is None:
-        encoder_rows = [delete(i, row) for i, row in enumerate(rows)]
-    elif delete is not None and tags is not None:
-        both = [
-            delete(i, np.stack(pair)) for i, pair in enumerate(zip(rows, tags, strict=True))
-        ]  # (2, T'_i) each
-        encoder_rows, tags = [ids for ids, _ in both], [kept for _, kept in both]
-    return collate(
-        rows,
-        pad_id=pad_id,
-        noise=noise,
-        weight=weight,
-        indices=indices,
-        encoder_rows=encoder_rows,
-        conditions=conditions,
-        class_labels=split.class_labels_of(indices),
-        tags=tags,
-        posterior_reads=posterior_reads,
     )
 
 

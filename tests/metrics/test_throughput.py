@@ -10,8 +10,9 @@ from small_models import INJECTIONS, make_vae
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsvae.data.batches import Step, collate
+from dsvae.data.batches import Step, collate_split
 from dsvae.engine.weights import freeze_decoder, freeze_pretrained
+from dsvae.generation.inputs import Inputs
 from dsvae.metrics import throughput
 from dsvae.metrics.throughput import ModelFlops, Speed, peak_flops, peak_memory
 
@@ -22,13 +23,13 @@ SOURCE, TARGET = 7, 9
 def batch_of(source, target, latent_dim, weight=None):
     """Sentences with the given numbers of tokens."""
     count = len(target)
-    return collate(
-        [np.full(length, 5) for length in target],
+    return collate_split(
+        Inputs([[5] * length for length in target]),
+        np.arange(count),
         pad_id=0,
         noise=np.zeros((count, latent_dim), np.float32),
         weight=np.array([1] * count if weight is None else weight, np.float32),
-        indices=np.arange(count),
-        encoder_rows=[np.full(length, 5) for length in source],
+        delete=lambda i, _: np.full(source[i], 5),
     )
 
 
