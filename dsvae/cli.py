@@ -270,6 +270,7 @@ def traverse(
     a: str,
     *,
     dim: int,
+    vector: int = 0,
     steps: int | None = None,
     width: float | None = None,
     scale: Scale | None = None,
@@ -285,6 +286,7 @@ def traverse(
     Args:
         a: the sentence.
         dim: the dimension or variable to move, from 0; the others stay.
+        vector: the vector that has it, from 0, for a model with several per text.
         steps: number of sentences, at least 2; 7 by default. For dimensions only.
         width: the dimension goes from -width to width standard deviations; 3 by default.
             For dimensions only.
@@ -303,7 +305,7 @@ def traverse(
 
     with model.open(conditions=condition is not None) as (vae, _):
         places, latent = vae.traversal(
-            a, dim, steps=steps, width=width, scale=scale, condition=condition
+            a, dim, vector=vector, steps=steps, width=width, scale=scale, condition=condition
         )
         texts = vae.decode(latent, repeated(condition, len(latent)), **model.options)
         rows = zip(places, texts, strict=True)
@@ -361,7 +363,8 @@ def encode(model: Model, *, output: str) -> None:
     (natural logarithm of the variance); scale (N, Z), the standard deviations; and line
     (N,) int64, the number of the sentence in its source, from 1. A learned prior p(z|c) has
     the same with prior_ before the names. Over all sentences: normalizer_mean and
-    normalizer_std (Z,), mean and standard deviation of z ~ q(z|x). Blank sentences are
+    normalizer_std (Z,), mean and standard deviation of z ~ q(z|x). Of K vectors per text,
+    they are (N, K, d) and (K, d), with valid (N, K): which vectors there are. Blank sentences are
     counted and have no row. The posteriors are held in memory, about 300 bytes per sentence
     for 32 dimensions. The file appears whole or not at all.
 

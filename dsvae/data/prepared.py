@@ -70,6 +70,13 @@ class Prepared:
         lengths, counts = np.array(self.report["row_lengths"][reads], dtype=np.int32)
         return np.repeat(lengths[::-1], np.minimum(counts[::-1], most))[:most]
 
+    def vector_counts(self, reads: PosteriorReads, chunk: int, most: int) -> list[int]:
+        """Returns how many training sentences have 1, 2, .. `most` chunks of so many
+        tokens."""
+        lengths, counts = np.array(self.report["row_lengths"][reads], dtype=np.int64)
+        chunks = np.minimum(-(-lengths // chunk), most)
+        return np.bincount(chunks, counts, minlength=most + 1)[1:].astype(int).tolist()
+
     def mixture(self, weights: list[float]) -> Mixture | None:
         """Returns how the training files are mixed; None if there is only one."""
         files = self.report["splits"]["train"].get("files")

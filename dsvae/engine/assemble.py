@@ -19,6 +19,7 @@ from dsvae.engine.checkpoint import Checkpoint
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.errors import UserError
+from dsvae.modeling.families import make_family
 from dsvae.parallel.device import has_fast_bf16
 from dsvae.parallel.world import World
 from dsvae.phases import Phase
@@ -61,6 +62,12 @@ def phase_engine(
                 _columns(config, data),
             )
             model.config.max_tokens = config.data.max_tokens  # for the exported config.json
+            if model.config.pooling == "chunks":
+                reads = config.model.posterior_reads
+                model.config.vector_counts = data.vector_counts(
+                    reads, model.config.chunk, model.config.latent_vectors
+                )
+                model.family = make_family(model.config)
             batches = TrainingBatches(
                 data.splits["train"],
                 batch_size=config.data.batch_size,

@@ -70,7 +70,7 @@ def read_change(
         shown = progress(records, prints_rows=False)
         direction = vae.attribute_vector(shown, read_labels(labels_file), toward)
         length = 1.0 if strength is None else strength
-        return point + length * direction, {"strength": length}
+        return vae.move(point, length * direction), {"strength": length}
 
     return move
 

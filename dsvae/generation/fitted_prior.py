@@ -66,6 +66,11 @@ def check(vae: SentenceVAE) -> None:
             "the model's prior p(z|c) is learned, another one for each condition: one density of "
             "z would lose the condition; sample with --condition"
         )
+    if config.latent_vectors > 1 and config.pooling == "chunks":
+        raise UserError(
+            "the texts of this model have different numbers of vectors, and one density is of one "
+            "number: fit_prior needs one vector per text, or pooling queries"
+        )
     if not vae.model.family.continuous:
         raise UserError(
             f"the model's latent is {config.family}, and the densities are those of continuous z: "

@@ -39,6 +39,8 @@ def write_latents(
     `mean` and `logvar` (N, Z); `scale` (N, Z), the standard deviations of z. Those of a
     learned prior begin with `prior_`. `normalizer_mean` and `normalizer_std` (Z,) are those
     of z over all sentences: (z - normalizer_mean) / normalizer_std has mean 0 and variance 1.
+    Of K vectors per text, all of these are (N, K, d) and (K, d), and `valid` (N, K) says
+    which there are.
 
     Args:
         batches: at least one: sentences, their posteriors, and their priors if these
@@ -51,10 +53,18 @@ def write_latents(
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     tensors["line"] = torch.tensor([line.line for lines, _, _ in batches for line in lines])
     mean = torch.cat([posterior.moments()[0] for _, posterior, _ in batches]).double()
-    # Var[z] = E Var[z|x] + Var E[z|x]
-    variance = tensors["scale"].double().square().mean(0) + mean.var(0, correction=0)
-    tensors["normalizer_mean"] = mean.mean(0).float()
-    tensors["normalizer_std"] = variance.sqrt().float()
+    square = tensors["scale"].double().square()
+    mean = mean.view_as(square)
+    valid = tensors.get("valid")
+    if valid is None:
+        # Var[z] = E Var[z|x] + Var E[z|x]
+        middle, variance = mean.mean(0), square.mean(0) + mean.var(0, correction=0)
+    else:  # of each vector over the texts that have it
+        count = valid.double().sum(0).clamp(min=1)[:, None]
+        middle = mean.sum(0) / count
+        variance = (square + mean.square()).sum(0) / count - middle.square()
+    tensors["normalizer_mean"] = middle.float()
+    tensors["normalizer_std"] = variance.clamp(min=0).sqrt().float()
     write_tensors(Path(path).expanduser(), tensors)
 
 
@@ -63,7 +73,11 @@ def _rows(posterior: Distribution, prior: Distribution | None) -> dict[str, Tens
     found: dict[str, Tensor] = {}
     for prefix, each in (("", posterior), ("prior_", prior)):
         if each is not None:
-            named = {**each.tensors(), "scale": each.moments()[1].sqrt()}
+            named = each.tensors()
+            scale = each.moments()[1].sqrt()
+            if "valid" in named:
+                scale = scale.unflatten(1, (named["valid"].shape[1], -1))
+            named = {**named, "scale": scale}
             found |= {f"{prefix}{name}": tensor for name, tensor in named.items()}
     return found
 

@@ -26,7 +26,7 @@ from dsvae.generation.options import PathKind, Scale, refusal
 from dsvae.generation.reading import Line, windows
 from dsvae.inference.passes import Encoded, Passes
 from dsvae.modeling.densities import Density
-from dsvae.modeling.families import Distribution
+from dsvae.modeling.families import Distribution, masked, present
 from dsvae.modeling.settings import Seed
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.device import local_device, prepare
@@ -124,7 +124,9 @@ class SentenceVAE:
 
     def encode(self, texts: Sequence[str], conditions: Sequence[str] | None = None) -> Distribution:
         """Encodes N sentences: q(z|x), or q(z|x,c), on CPU, float32. The Gaussian has
-        mean and logvar, (N, Z) each."""
+        mean and logvar, (N, Z) each. Of K vectors per text, `vectors` is the point by
+        vectors, (N, K, d), `valid` says which there are, (N, K), and `tensors()` has the
+        parameters in these shapes."""
         return self.encode_inputs(self.inputs.sentences(texts, conditions)).posterior
 
     def encode_inputs(self, inputs: Inputs) -> Encoded:
@@ -133,9 +135,25 @@ class SentenceVAE:
         return self.passes.encode(inputs)
 
     def decode(
-        self, latent: Tensor, conditions: Sequence[str] | None = None, **options: Any
+        self,
+        latent: Tensor,
+        conditions: Sequence[str] | None = None,
+        *,
+        valid: Tensor | None = None,
+        **options: Any,
     ) -> list[str]:
-        """Decodes one sentence for each z of (N, Z)."""
+        """Decodes one sentence for each z of (N, Z), or of K vectors (N, K, d).
+
+        Args:
+            valid: (N, K), which vectors there are. None: those that are not 0.
+        """
+        vectors = self.model.config.latent_vectors
+        if latent.ndim == 3 and latent.shape[1] == vectors:
+            latent = latent.flatten(1)
+        if valid is not None:
+            if valid.shape != (len(latent), vectors):
+                raise ValueError(f"valid is {tuple(valid.shape)}, not (N, {vectors})")
+            latent = masked(latent, valid)
         if latent.ndim != 2 or latent.shape[1] != self.latent_dim:
             raise ValueError(f"the latent is {tuple(latent.shape)}, not (N, {self.latent_dim})")
         return self._decode(latent, self.inputs.conditions(conditions, len(latent)), options)
@@ -310,7 +328,8 @@ class SentenceVAE:
         **options: Any,
     ) -> list[str]:
         """Generates `steps` sentences from `a` to `b`. The first and the last are their
-        reconstructions.
+        reconstructions. A vector that only one of the two has moves from 0, or to it; all
+        sentences between them have it.
 
         Args:
             path: linear or slerp (see `dsvae.generation.geometry`).
@@ -337,6 +356,7 @@ class SentenceVAE:
         text: str,
         unit: int,
         *,
+        vector: int = 0,
         steps: int | None = None,
         width: float | None = None,
         scale: Scale | None = None,
@@ -346,6 +366,7 @@ class SentenceVAE:
 
         Args:
             unit: a dimension, or a categorical variable, which takes all its categories.
+            vector: the vector that has it, from 0.
             steps: of a dimension: how many values, at least 2, equally spaced over
                 -width .. width; 7 by default.
             width: of a dimension: in standard deviations of `scale`; 3 by default.
@@ -358,9 +379,14 @@ class SentenceVAE:
             `category`; and z (J, Z).
 
         Raises:
-            UserError: no such unit, or settings that the latent does not have.
+            UserError: no such unit, a vector that the text does not have, or settings that
+                the latent does not have.
         """
-        self._check_unit(unit)
+        vectors = self.model.config.latent_vectors
+        if not 0 <= vector < vectors:
+            raise UserError(f"vector {vector}: the model's latent has vectors 0 to {vectors - 1}")
+        self._check_unit(unit, vectors)
+        unit += vector * self.model.family.units // vectors
         if not self.model.family.continuous:
             for name, value in (("steps", steps), ("width", width), ("scale", scale)):
                 if value is not None:
@@ -369,6 +395,7 @@ class SentenceVAE:
                         f"variable, leave it out"
                     )
             point = self.encode([text], repeated(condition)).point
+            self._check_vector(point, vector)
             codes = self.model.family.codes(point[0], unit)
             return [{"category": i} for i in range(len(codes))], codes
         steps = 7 if steps is None else steps
@@ -381,6 +408,7 @@ class SentenceVAE:
         offsets = torch.linspace(-width, width, steps)
         posterior = self.encode([text] * steps, repeated(condition, steps))
         latent = posterior.point.clone()
+        self._check_vector(latent, vector)
         about = posterior if scale == "posterior" else self.prior(condition)
         latent[:, unit] = about.along(unit, offsets)[0]
         places = zip(offsets.tolist(), latent[:, unit].tolist(), strict=True)
@@ -391,6 +419,7 @@ class SentenceVAE:
         text: str,
         unit: int,
         *,
+        vector: int = 0,
         steps: int | None = None,
         width: float | None = None,
         scale: Scale | None = None,
@@ -399,7 +428,7 @@ class SentenceVAE:
     ) -> list[str]:
         """Decodes a `traversal`, whose settings it takes."""
         _, latent = self.traversal(
-            text, unit, steps=steps, width=width, scale=scale, condition=condition
+            text, unit, vector=vector, steps=steps, width=width, scale=scale, condition=condition
         )
         return self.decode(latent, repeated(condition, len(latent)), **options)
 
@@ -432,7 +461,8 @@ class SentenceVAE:
         self, texts: Iterable[str | Record], labels: Iterable[str], toward: str
     ) -> Tensor:
         """Computes the mean latent of the sentences labelled `toward` minus that of all
-        others, (Z,) float32 (Larsen et al. 2016).
+        others, (Z,) float32 (Larsen et al. 2016). The mean of a vector is that of the
+        sentences that have it; it is 0 if none of a side has.
 
         `texts` and `labels` are streams side by side. The label of a blank sentence is
         skipped with it.
@@ -442,7 +472,7 @@ class SentenceVAE:
                 of the two sides is empty.
         """
         self._need_continuous("a direction")
-        sums = torch.zeros(2, self.latent_dim, dtype=torch.float64)
+        sums, numbers = torch.zeros(2, 2, self.latent_dim, dtype=torch.float64)
         counts = [0, 0]
 
         records = (each if isinstance(each, Record) else Record(each) for each in texts)
@@ -450,6 +480,7 @@ class SentenceVAE:
         for lines, posterior in self.encode_stream(every):
             side = torch.tensor([line.label == toward for line in lines]).long()  # 1: toward
             sums.index_add_(0, side, posterior.point.double())
+            numbers.index_add_(0, side, self._has(posterior.point).double())
             for each in side.tolist():
                 counts[each] += 1
         if not all(counts):
@@ -457,7 +488,8 @@ class SentenceVAE:
                 f"{counts[1]} sentences are labelled {toward} and {counts[0]} are not: a "
                 f"direction needs some of both"
             )
-        return (sums[1] / counts[1] - sums[0] / counts[0]).float()
+        means = sums / numbers.clamp(min=1)
+        return (means[1] - means[0]).float()
 
     def edit(
         self,
@@ -470,7 +502,25 @@ class SentenceVAE:
     ) -> str:
         """Decodes z + strength * direction (Z,) of the posterior mean z of `text`."""
         point = self.encode([text], repeated(condition)).point
-        return self.decode(point + strength * direction, repeated(condition), **options)[0]
+        moved = self.move(point, strength * direction)
+        return self.decode(moved, repeated(condition), **options)[0]
+
+    def move(self, latent: Tensor, change: Tensor) -> Tensor:
+        """Returns z (N, Z) + change (Z,), in the vectors that each z has."""
+        return latent + change * self._has(latent)
+
+    def _has(self, latent: Tensor) -> Tensor:
+        """Returns which numbers of z (N, Z) belong to a vector that it has, boolean."""
+        vectors = self.model.config.latent_vectors
+        if vectors == 1:
+            return torch.ones_like(latent, dtype=torch.bool)
+        return present(latent, vectors).repeat_interleave(latent.shape[1] // vectors, 1)
+
+    def _check_vector(self, latent: Tensor, vector: int) -> None:
+        """Raises UserError unless z (N, Z) of one sentence has a vector."""
+        vectors = self.model.config.latent_vectors
+        if vectors > 1 and not present(latent, vectors)[0, vector]:
+            raise UserError(f"vector {vector}: the sentence is too short to have it")
 
     def _need_latent(self) -> None:
         if not self.model.config.has_latent:
@@ -494,14 +544,14 @@ class SentenceVAE:
                 f"has {self.latent_dim}: repeat dsvae fit_prior"
             )
 
-    def _check_unit(self, unit: int) -> None:
+    def _check_unit(self, unit: int, vectors: int = 1) -> None:
+        """Raises UserError unless the latent, or each of its vectors, has a unit."""
         self._need_latent()
         family = self.model.family
-        if not 0 <= unit < family.units:
+        units = family.units // vectors
+        if not 0 <= unit < units:
             kind = "dimension" if family.continuous else "variable"
-            raise UserError(
-                f"{kind} {unit}: the model's latent has {kind}s 0 to {family.units - 1}"
-            )
+            raise UserError(f"{kind} {unit}: the model's latent has {kind}s 0 to {units - 1}")
 
     # Passes
 
@@ -523,7 +573,8 @@ class SentenceVAE:
     ) -> list[str]:
         """Decodes z (N, Z) under the ids of their conditions; `lengths` as of
         `Passes.generate`."""
-        settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **options}
+        longest = max(MAX_NEW_TOKENS, self.model.config.room or 0)
+        settings = {"max_new_tokens": longest, "do_sample": False, **options}
         try:
             rows = self.passes.generate(latent, conditions, lengths, **settings)
         except (ValueError, TypeError) as error:

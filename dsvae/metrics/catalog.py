@@ -155,6 +155,7 @@ METRICS: tuple[Metric, ...] = (
         _z("marginal_kl", "nats", "KL(q(z) || p(z)) = kl - mi, an upper bound", None, SUMMARY),
         _z("au", "units", "active units: activity above 0.01", HIGHER, SHOWN | MAIN),
         Metric("latent_dim", "units", "dimensions or variables of z", None, NO_CHART),
+        Metric("latent_vectors", "vectors", "vectors of z, at most", None, NO_CHART),
         _z("tokens_per_vector", "tokens", "tokens per vector of z", None, NO_CHART),
         _z("numbers_per_token", "numbers", "numbers of z per token", None, SHOWN | NO_CHART),
         _z("nats_per_token", "nats/token", "kl per token", None, SHOWN),

@@ -208,11 +208,12 @@ def measure(
     other = another_sentence(split.text_keys, keys)
     # Content keys look random, so the sentences with the smallest keys are a random
     # subset, which is the same in every order of the file.
-    chosen = torch.from_numpy(np.argsort(keys)[: information.POSTERIORS])
+    most = information.most_posteriors(family.latent_width)
+    chosen = torch.from_numpy(np.argsort(keys)[:most])
     # Against priors that differ by sentence, I(x; z) and the marginal KL say nothing.
     one_prior = config.prior == "fixed"
     parameters = posterior.parameters[chosen]
-    room = information.POSTERIORS - len(chosen)
+    room = most - len(chosen)
     if more is not None and config.has_latent and room and one_prior:
         others = passes.encode(_sample(more, room)).posterior
         parameters = torch.cat([parameters, others.parameters])

@@ -26,6 +26,10 @@ SENTENCES = 2**11
 POSTERIORS = 2**16
 """The largest number of posteriors in the aggregate."""
 
+NUMBERS = 2**23
+"""The largest number of numbers of z in the aggregate. A larger z has fewer posteriors
+there: 2,048 of 4,096 numbers."""
+
 PAIRS = 2**22
 """Entries of the pairwise float64 matrix that are computed at a time."""
 
@@ -76,6 +80,12 @@ def mutual_information(aggregate: Distribution, latent: Tensor, world: World) ->
         terms[1, rows] = own - others + math.log(max(1, all_posteriors - 1))
         world.heartbeat("mutual information")
     return Terms(*world.sum(terms).cpu())
+
+
+def most_posteriors(numbers: int) -> int:
+    """Returns the largest number of posteriors in the aggregate, for z of so many
+    numbers."""
+    return min(POSTERIORS, NUMBERS // max(1, numbers))
 
 
 def near_cap(mi: float, cap: float) -> bool:

@@ -584,8 +584,13 @@ class Vectors(Distribution):
 
     each: Distribution
     """B * K rows: the vectors of the first text, then those of the next."""
-    valid: Tensor
-    """(B, K) boolean: the vectors that there are."""
+    chance: Tensor
+    """(B, K), the probability of at least k vectors. In a posterior it is 0 or 1."""
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, K) boolean: the vectors that there are, or may be in a prior."""
+        return self.chance > 0
 
     @property
     def kl_of_z(self) -> bool:  # type: ignore[override]
@@ -602,28 +607,34 @@ class Vectors(Distribution):
 
     @property
     def parameters(self) -> Tensor:
-        """(B, P): those of each vector, and which there are."""
-        found = self._per_text(self.each.parameters)
-        return torch.cat([found, self.valid.to(found)], dim=-1)
+        """(B, P): those of each vector, and `chance`."""
+        return torch.cat([self._per_text(self.each.parameters), self.chance], dim=-1)
 
     @property
     def point(self) -> Tensor:
         return self._masked(self.each.point)
 
+    @property
+    def vectors(self) -> Tensor:
+        """`point` by vectors, (B, K, Z / K)."""
+        return self.point.unflatten(1, (self.chance.shape[1], -1))
+
     def sample(self, noise: Tensor) -> Tensor:
-        return self._masked(self.each.sample(noise.reshape(self.valid.numel(), -1)))
+        """Returns z (B, Z). The last number of the noise decides how many vectors there
+        are, if that is not known."""
+        of_each, count = noise[:, :-1], noise[:, -1:]
+        own = self._rows_of(len(noise))
+        z = own._per_text(own.each.sample(of_each.reshape(own.chance.numel(), -1)))
+        return masked(z, own.chance > torch.special.ndtr(count.double()))
 
     def kl(self, prior: Vectors) -> Tensor:
-        other = prior.each
-        if len(prior.valid) < len(self.valid):  # one row for all texts
-            texts = torch.arange(len(self.valid) * self.valid.shape[1], device=self.valid.device)
-            other = other.each_tensor(lambda rows: rows[texts % self.valid.shape[1]])
-        return self._masked(self.each.kl(other))
+        return self._masked(self.each.kl(prior._rows_of(len(self.chance)).each))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Returns log q(z_i|x_i) in nats, (B,), of the vectors that z (B, Z) has."""
-        found = self.each.log_prob(z.reshape(self.valid.numel(), -1)).view_as(self.valid)
-        return torch.where(present(z, self.valid.shape[1]), found, 0.0).sum(-1)
+        own = self._rows_of(len(z))
+        found = own.each.log_prob(z.reshape(own.chance.numel(), -1)).view_as(own.chance)
+        return torch.where(present(z, own.chance.shape[1]), found, 0.0).sum(-1)
 
     def along(self, unit: int, offsets: Tensor) -> Tensor:
         vector, unit = divmod(unit, self.each.point.shape[1])
@@ -632,14 +643,14 @@ class Vectors(Distribution):
     def pairwise_log_prob(self, z: Tensor) -> Tensor:
         """Returns log q(z_j|x_i) in nats of each pair, (J, B) float64; minus infinity for
         another number of vectors."""
-        count = self.valid.shape[1]
-        has = present(z, count)
-        total = torch.zeros(len(z), len(self.valid), dtype=torch.float64, device=z.device)
-        for vector, own in enumerate(z.unflatten(-1, (count, -1)).unbind(1)):
+        count, valid = self.valid.shape[1], self.valid
+        total = torch.zeros(len(z), len(valid), dtype=torch.float64, device=z.device)
+        for vector, has in enumerate(present(z, count).unbind(1)):
+            own = z.unflatten(-1, (count, -1))[:, vector]
             found = self._vector(vector).pairwise_log_prob(own)
-            total += torch.where(has[:, vector, None], found, 0.0)
-        same = (has[:, None] == self.valid[None]).all(-1)
-        return total.masked_fill(~same, -math.inf)
+            total += torch.where(has[:, None], found, 0.0)
+            total.masked_fill_(has[:, None] != valid[None, :, vector], -math.inf)
+        return total
 
     def moments(self) -> tuple[Tensor, Tensor]:
         mean, variance = self.each.moments()
@@ -653,15 +664,18 @@ class Vectors(Distribution):
     def tensors(self) -> dict[str, Tensor]:
         """Returns the parameters by their names, (B, K, ...) each, and `valid`, (B, K)."""
         named = self.each.tensors()
-        return {n: t.unflatten(0, self.valid.shape) for n, t in named.items()} | {
-            "valid": self.valid
-        }
+        rows = {name: tensor.unflatten(0, self.valid.shape) for name, tensor in named.items()}
+        return {**rows, "valid": self.valid}
 
     def each_tensor(self, change: Callable[[Tensor], Tensor]) -> Vectors:
         def of_each(tensor: Tensor) -> Tensor:
-            return change(tensor.unflatten(0, self.valid.shape)).flatten(0, 1)
+            return change(tensor.unflatten(0, self.chance.shape)).flatten(0, 1)
 
-        return Vectors(self.each.each_tensor(of_each), change(self.valid))
+        return Vectors(self.each.each_tensor(of_each), change(self.chance))
+
+    def _rows_of(self, texts: int) -> Vectors:
+        """Returns the same for so many texts, if it is one row for all."""
+        return self if len(self.chance) == texts else self.repeat(texts)
 
     def _vector(self, number: int, texts: Tensor | slice = slice(None)) -> Distribution:
         """Returns one vector of all texts, or of some."""
@@ -682,6 +696,8 @@ class VectorFamily(Family):
 
     each: Family
     vectors: int
+    chance: tuple[float, ...]
+    """(K,), the probability of at least k vectors in the fixed prior."""
 
     @property
     def continuous(self) -> bool:  # type: ignore[override]
@@ -697,7 +713,7 @@ class VectorFamily(Family):
 
     @property
     def parameter_width(self) -> int:
-        """P: the head's output for each vector, and which there are."""
+        """P: the head's output for each vector, and `chance`."""
         return self.vectors * (self.each.parameter_width + 1)
 
     @property
@@ -706,7 +722,8 @@ class VectorFamily(Family):
 
     @property
     def noise_width(self) -> int:
-        return self.vectors * self.each.noise_width
+        """E: those of each vector, and one for the number of vectors."""
+        return self.vectors * self.each.noise_width + 1
 
     def codes(self, z: Tensor, unit: int) -> Tensor:
         vector, unit = divmod(unit, self.each.units)
@@ -717,27 +734,24 @@ class VectorFamily(Family):
         return codes.flatten(1)
 
     def of(self, parameters: Tensor) -> Vectors:
-        rows, valid = self._rows(parameters)
-        return Vectors(self.each.of(rows), valid > 0)
+        rows, chance = self._rows(parameters)
+        return Vectors(self.each.of(rows), chance)
 
     def bounded(self, parameters: Tensor) -> Tensor:
-        rows, valid = self._rows(parameters)
-        return torch.cat([self.each.bounded(rows).view(len(valid), -1), valid], -1)
+        rows, chance = self._rows(parameters)
+        return torch.cat([self.each.bounded(rows).view(len(chance), -1), chance], -1)
 
     def prior(self, device: torch.device | str = "cpu") -> Vectors:
-        """Returns the fixed prior of a text with all vectors."""
-        one = self.each.prior(device)
-        return Vectors(
-            one.repeat(self.vectors),
-            torch.ones(1, self.vectors, dtype=torch.bool, device=device),
-        )
+        """Returns the fixed prior, whose number of vectors is that of the training
+        texts."""
+        chance = torch.tensor([self.chance], device=device)
+        return Vectors(self.each.prior(device).repeat(self.vectors), chance)
 
     def _rows(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns what the head says of each vector, (B * K, P), and which vectors there
-        are, (B, K)."""
+        """Returns what the head says of each vector, (B * K, P), and `chance`, (B, K)."""
         width = self.parameter_width - self.vectors
-        of_each, valid = parameters.split([width, self.vectors], dim=-1)
-        return of_each.reshape(len(parameters) * self.vectors, -1), valid
+        of_each, chance = parameters.float().split([width, self.vectors], dim=-1)
+        return of_each.reshape(len(parameters) * self.vectors, -1), chance
 
 
 FAMILIES: dict[str, type[Family]] = {
@@ -751,5 +765,8 @@ FAMILIES: dict[str, type[Family]] = {
 def make_family(config: PreTrainedConfig) -> Family:
     """Returns the family that a model's configuration names."""
     each = FAMILIES[config.family](config.latent_dim, **read_by(config, "family"))
-    vectors = config.latent_vectors
-    return VectorFamily(vectors * each.units, each, vectors) if vectors > 1 else each
+    vectors, counts = config.latent_vectors, config.vector_counts
+    if vectors == 1:
+        return each
+    chance = [sum(counts[k:]) / sum(counts) if counts else 1.0 for k in range(vectors)]
+    return VectorFamily(vectors * each.units, each, vectors, tuple(chance))

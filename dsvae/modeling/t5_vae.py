@@ -98,6 +98,9 @@ class T5VAEFields(LatentConfig):
     to the decoder's cross-attention."""
     prior: Literal["learned", "fixed"] | None = "fixed"
     """As in `LatentConfig`. None becomes learned or fixed."""
+    vector_counts: list[int] = field(default_factory=list)
+    """How many training texts have 1, 2, .. `latent_vectors` vectors. The fixed prior
+    draws the number of vectors of a text from it. Empty: all texts have all."""
     classes: list[str] = field(default_factory=list)
     """The names of the classes of a class head; empty: no such head."""
     tags: list[str] = field(default_factory=list)

@@ -233,7 +233,8 @@ def evaluate_sentences(
         add(metrics, _generated(passes, tokenizer, measured, text, max_tokens, seed))
     metrics |= {name: count for name, count in text.counts.items() if name != "truncated"}
     metrics |= {
-        "latent_dim": config.latent_dim,
+        "latent_dim": passes.family.units,
+        "latent_vectors": config.latent_vectors if config.has_latent else 0,
         "source": text.source,
         "max_tokens": max_tokens,
         "precision": pretrained.precision_of(passes.model),

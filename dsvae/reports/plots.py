@@ -33,7 +33,7 @@ def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[
         images = {}
         if units := metrics["latent_dim"]:
             points = measured.posterior.point.numpy()[chosen]
-            images["KL per dimension"] = _kl(metrics["kl_per_dim"])
+            images["KL per dimension"] = _kl(metrics["kl_per_dim"], metrics["latent_vectors"])
             images["Active units over thresholds"] = _active_units(metrics["au_curve"], units)
             if curves := metrics.get("noise"):
                 errors = metrics["se"]["noise"]["bleu"]
@@ -49,8 +49,14 @@ def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[
         return images
 
 
-def _kl(kl: list[float]) -> str:
+def _kl(kl: list[float], vectors: int) -> str:
     figure, axes = new_figure()
+    if vectors > 1:
+        image = axes.imshow(np.reshape(kl, (vectors, -1)), aspect="auto", interpolation="nearest")
+        axes.set(xlabel="unit of a vector", ylabel="vector")
+        axes.grid(visible=False)
+        figure.colorbar(image, label="KL (nats)")
+        return svg(figure)
     ordered = sorted(range(len(kl)), key=lambda d: -kl[d])
     axes.bar(range(len(kl)), [kl[d] for d in ordered], color=COLOR)
     _label_units(axes, ordered)

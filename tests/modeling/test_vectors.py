@@ -14,6 +14,7 @@ from dsvae.modeling.families import (
     GaussianFamily,
     SpikeSlabFamily,
     VectorFamily,
+    make_family,
     masked,
     present,
 )
@@ -145,7 +146,7 @@ def test_cached_decoding_equals_uncached_with_other_numbers_of_vectors(model, ba
 @pytest.mark.parametrize("shape", ["chunks cross", "chunks memory", "queries cross"])
 def test_gradient_checkpointing_changes_nothing_and_everything_trains(shape, batch):
     ids, mask, labels = batch
-    noise, results = torch.randn(5, K * D), []
+    noise, results = torch.randn(5, K * D + 1), []
     for checkpointing in (False, True):
         model = make_vae(memory_slots=1, **SHAPES[shape]).train()
         if checkpointing:
@@ -215,14 +216,14 @@ FAMILIES = {
 @pytest.mark.parametrize("each", FAMILIES.values(), ids=FAMILIES)
 def test_a_distribution_of_vectors_is_that_of_each_vector(each):
     """With as many rows, and without the vectors that there are not."""
-    family = VectorFamily(4 * each.units, each, 4)
+    family = VectorFamily(4 * each.units, each, 4, (1.0, 1.0, 1.0, 1.0))
     numbers = [4, 1, 3, 4, 2]
     valid = torch.arange(4) < torch.tensor(numbers)[:, None]
     heads = torch.randn(5, 4, each.parameter_width)
     q = family.of(torch.cat([heads.flatten(1), valid.float()], 1))
     torch.testing.assert_close(family.of(q.parameters).parameters, q.parameters)
     noise = torch.randn(5, 4, each.noise_width)
-    z = q.sample(noise.flatten(1))
+    z = q.sample(torch.cat([noise.flatten(1), torch.randn(5, 1)], 1))
     kl, prior = q.kl(family.prior()), each.prior()
     pairs, (mean, variance) = q.pairwise_log_prob(z), q.moments()
     for row, count in enumerate(numbers):
@@ -253,7 +254,7 @@ def test_a_distribution_of_vectors_is_that_of_each_vector(each):
 
 
 def test_the_kl_of_vectors_is_that_of_torch():
-    family = VectorFamily(2 * 3, GaussianFamily(3), 2)
+    family = VectorFamily(2 * 3, GaussianFamily(3), 2, (1.0, 1.0))
     mean, logvar = torch.randn(4, 2, 3), torch.randn(4, 2, 3)
     valid = torch.tensor([[1.0, 1], [1, 0], [1, 1], [1, 0]])
     q = family.of(torch.cat([torch.cat([mean, logvar], -1).flatten(1), valid], 1))
@@ -262,9 +263,21 @@ def test_the_kl_of_vectors_is_that_of_torch():
     torch.testing.assert_close(q.kl(family.prior()), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_prior_draws_the_number_of_vectors_of_the_training_texts():
+    config = T5VAEConfig(**CHUNKS, injection="cross", vector_counts=[10, 0, 60, 20, 10])
+    family = make_family(config)
+    z = family.prior().sample(torch.randn(20_000, family.noise_width))
+    found = torch.bincount(present(z, K).sum(1), minlength=6) / len(z)
+    expected = torch.tensor([0, 0.1, 0, 0.6, 0.2, 0.1])
+    torch.testing.assert_close(found, expected, atol=0.015, rtol=0)
+    assert z[:, :6].std() == pytest.approx(1, abs=0.02)  # and z is not another one for that
+    count = present(z, K).sum(1).float()
+    assert abs(torch.corrcoef(torch.stack([z[:, 0], count]))[0, 1]) < 0.03
+
+
 def test_one_value_of_a_variable_changes_one_vector():
     each = CategoricalFamily(3, 4)
-    family = VectorFamily(6, each, 2)
+    family = VectorFamily(6, each, 2, (1.0, 1.0))
     z = each.of(torch.randn(2, 12)).point.flatten()
     codes = family.codes(z, unit=4)  # of the second vector
     assert codes.shape == (4, 24)
@@ -300,7 +313,7 @@ def test_a_learned_prior_has_its_own_vectors_for_queries(batch):
     ids, mask, labels = batch
     model = make_vae(conditional=True, prior="learned", **QUERIES, injection="memory")
     out = model(
-        ids, mask, labels=labels, condition_ids=ids, condition_mask=mask, noise=torch.randn(5, 30)
+        ids, mask, labels=labels, condition_ids=ids, condition_mask=mask, noise=torch.randn(5, 31)
     )
     states = model._encode(ids, mask).last_hidden_state
     heads = model.prior_head(model.posterior.pooling(states, mask))  # (B, K, 2d)
