@@ -50,6 +50,19 @@ INJECTIONS = ("memory", "embedding", "both", "cross")
 POOLINGS = ("mean", "max", "first", "attention")
 
 
+def all_pairs(first, second, third):
+    """Combinations of three lists in which any two values of different lists meet: a Latin
+    square, where a test of every combination would take several times as long."""
+    first, second, third = list(first), list(second), list(third)
+    size = max(len(first), len(second), len(third))
+    places = {
+        (a % len(first), b % len(second), (a + b) % len(third)): None
+        for a in range(size)
+        for b in range(size)
+    }
+    return [(first[a], second[b], third[c]) for a, b, c in places]
+
+
 def t5gemma_config(**side):
     """An encoder that is larger than the decoder, as in 9b-2b.
 

@@ -1,9 +1,6 @@
 """Generation under conditions: against the model and the tokenizer used directly."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -541,13 +538,3 @@ def test_a_model_without_a_latent_says_that_its_samples_repeat(tokenizer, tmp_pa
     assert "no latent: without --do_sample, a condition has one sentence" in err
     assert main([*words, "--do_sample"]) == 0
     assert "no latent" not in capsys.readouterr().err
-
-
-def test_the_command_samples_from_a_shell(vae, model_dir):
-    beside = Path(sys.executable).with_name("dsvae")
-    command = [str(beside)] if beside.exists() else [sys.executable, "-m", "dsvae.cli"]
-    words = ["sample", model_dir, "--condition", CONDITIONS[1], "-n", "2", "--seed", "4", *FLAGS]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    texts = vae.sample(2, condition=CONDITIONS[1], seed=4, **FEW)
-    assert done.stdout == "".join(f"{i}  {text}\n" for i, text in enumerate(texts, 1))

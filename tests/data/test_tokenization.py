@@ -3,6 +3,7 @@ comes from the network."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -318,9 +319,11 @@ def test_several_processes_tokenize_a_large_corpus(tmp_path, byt5, monkeypatch):
 
     monkeypatch.setattr(cache, "map_batches", watched)
     lines = [f"line {number}" for number in range(49)] + ["longer than the others"]
-    data = config(tmp_path, lines, max_tokens=10)
+    (tmp_path / "few.txt").write_text("a line\n")
+    few = {f"{split}_file": str(tmp_path / "few.txt") for split in ("valid", "test")}
+    data = dataclasses.replace(config(tmp_path, lines, max_tokens=10), **few)
     prepared = load_prepared(prepare(data, tokenizer=byt5, vocab_size=None, seed=0))
-    assert used == [2, 2, 2]
+    assert used == [2, 0, 0]
     split, figures = prepared.splits["train"], prepared.report["splits"]["train"]
     texts = [bytes((row[:-1] - 3).astype(np.uint8)).decode() for row in split.rows(range(50))]
     assert texts == [line[:9] for line in lines]

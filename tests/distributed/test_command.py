@@ -148,7 +148,6 @@ def test_the_written_config_repeats_the_run(finished, tmp_path):
         "--output_dir",
         tmp_path / "again",
         ranks=2,
-        launcher="ranks",
     )
     assert numbers(tmp_path / "again") == numbers(out)
 

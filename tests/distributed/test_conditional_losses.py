@@ -11,7 +11,7 @@ SYSTEMS = {
     "gaussian": {},
     "categorical": {"family": "categorical", "categories": 3},
 }
-SPLITS = [("zero0", 1, 10**6), ("zero0", 2, 150), ("zero3", 2, 150)]
+SPLITS = [("zero0", 1, 10**6), ("zero3", 2, 150)]
 PHASE = {"lr": 1e-3, "draws": 2, "adam_eps": 1e-4, "steps": 4, "deletion": 0.2}
 
 

@@ -1,5 +1,5 @@
-"""Every shipped ds_config trains as it is, on two ranks; where the machine cannot, it
-says so in one line."""
+"""Shipped ds_configs that no other test trains in bf16 with the real command: on two
+ranks; if the machine cannot, it says so in one line."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from launch import CONFIGS, rows, train
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
-def run(name, tiny, tmp_path, **options):
+def run(name, tiny, tmp_path, *more, **options):
     return train(
         "--config",
         tiny,
@@ -24,6 +24,7 @@ def run(name, tiny, tmp_path, **options):
         "--phase2.steps",
         "2",
         "--phase1.freeze_decoder",
+        *more,
         ranks=2,
         **options,
     )
@@ -42,9 +43,9 @@ def test_the_shipped_ones_are_those_of_the_design():
     }
 
 
-@pytest.mark.parametrize("name", [n for n in SHIPPED if n not in ("fp16", "zero3_nvme")])
+@pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
 def test_trains_as_shipped(name, tiny, tmp_path):
-    run(name, tiny, tmp_path)
+    run(name, tiny, tmp_path, "--precision", "bf16")
     losses = [row["loss"] for row in rows(tmp_path / "run")]
     assert len(losses) == 4
     assert all(0 < loss < 200 for loss in losses)

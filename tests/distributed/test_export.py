@@ -3,18 +3,17 @@ every ZeRO stage; and what goes wrong."""
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
-from launch import CONFIGS, TINY, environment, train
+from launch import CONFIGS, TINY, train
 from safetensors.torch import load_file
 from small_models import make_vae, small_tokenizer
 from transformers import AutoTokenizer
 
 from dsvae import T5VAE
+from dsvae.cli import main
 from dsvae.data.grammar import draw
 from dsvae.engine import checkpoint
 from dsvae.engine.checkpoint import COMPLETE, find
@@ -117,16 +116,10 @@ def test_the_same_model_as_the_run_exported(runs, stage, tmp_path):
     assert not torch.equal(second["shared.weight"], third["shared.weight"])
 
 
-def test_the_command(run):
-    done = subprocess.run(
-        [sys.executable, "-m", "dsvae.cli", "export", run, "--checkpoint", MIDDLE],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_the_command(run, capsys):
+    assert main(["export", str(run), "--checkpoint", MIDDLE]) == 0
     directory = run / "exports" / MIDDLE
-    assert (done.returncode, done.stdout) == (0, f"{directory}\n"), done.stderr
+    assert capsys.readouterr().out == f"{directory}\n"
     model, tokenizer = load(directory)
     batch = tokenizer(["the cats see a dog"], return_tensors="pt")
     assert torch.isfinite(model(**batch, labels=batch.input_ids).logits).all()

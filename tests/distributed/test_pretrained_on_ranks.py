@@ -14,7 +14,7 @@ from small_models import make_t5gemma
 from dsvae import T5VAE
 from dsvae.export import export_checkpoint
 
-SPLITS = [("zero0", 1, 10**6), ("zero2", 2, 60), ("zero3", 2, 60)]
+SPLITS = [("zero0", 1, 10**6), ("zero3", 2, 60)]
 PHASE = {"lr": 1e-3, "adam_eps": 1e-4, "steps": 4, "deletion": 0.2}
 LORA = {"rank": 3, "alpha": 6.0, "targets": ["k", "o", "wi"]}
 
@@ -51,8 +51,7 @@ def same(found, expected, rel):
 def test_adapters_with_a_decoder_that_is_frozen_in_phase_1(pretrained_t5, cache_dir, tmp_path):
     model = {"name": str(pretrained_t5), "injection": "both", "lora": LORA}
     found = [run(tmp_path, model, *split, cache_dir, freeze_decoder=True) for split in SPLITS]
-    for other in found[1:]:
-        same(other, found[0], 2e-5)
+    same(*found, 2e-5)
     before = dict(T5VAE.from_t5(str(pretrained_t5), injection="both").named_parameters())
     for out in found:
         after = load_file(out / "phase1" / "model" / "model.safetensors")
@@ -96,10 +95,7 @@ def test_a_t5gemma(pretrained_t5, cache_dir, tmp_path):
     for file in pretrained_t5.glob("tokenizer*"):
         shutil.copy(file, start)
     model = {"name": str(start), "injection": "cross"}
-    found = [run(tmp_path, model, *split, cache_dir) for split in SPLITS]
-    for other in found[1:]:
-        same(other, found[0], 2e-5)
-    rounded = [run(tmp_path, model, *split, cache_dir, precision="bf16") for split in SPLITS[1:]]
-    for out in rounded:
-        same(out, found[0], 0.05)
-    same(*rounded, 0.02)
+    whole, sharded = (run(tmp_path, model, *split, cache_dir) for split in SPLITS)
+    same(sharded, whole, 2e-5)
+    rounded = run(tmp_path, model, "zero2", 2, 60, cache_dir, precision="bf16")
+    same(rounded, whole, 0.05)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from small_models import INJECTIONS, T5_CONFIGS, make_vae
+from small_models import INJECTIONS, POOLINGS, T5_CONFIGS, all_pairs, make_vae
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM
 
@@ -164,7 +164,9 @@ def test_a_batch_equals_batches_of_one(kind, family, pairs):
         torch.testing.assert_close(prior.parameters, alone.prior.parameters)
 
 
-@pytest.mark.parametrize("injection_", [*INJECTIONS, "none"])
+@pytest.mark.parametrize(
+    ("kind", "injection_", "pooling"), all_pairs(T5_CONFIGS, [*INJECTIONS, "none"], POOLINGS)
+)
 def test_more_padding_of_text_and_condition_changes_nothing(kind, injection_, pooling, pairs):
     prior = "fixed" if injection_ == "none" else "learned"
     model = conditional(kind, injection=injection_, pooling=pooling, prior=prior)
@@ -235,8 +237,9 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize("search", list(SEARCHES))
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "search", "padded"), all_pairs(T5_CONFIGS, SEARCHES, [True, False])
+)
 def test_generate_with_the_cache_equals_generate_without(kind, search, padded):
     model = conditional(kind)
     passes, widths = [], []
@@ -270,7 +273,10 @@ def test_generate_with_the_cache_equals_generate_without(kind, search, padded):
     assert len({tuple(row) for row in texts[0].tolist()}) > 1
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    ("kind", "injection", "options"),
+    all_pairs(T5_CONFIGS, INJECTIONS, [{}, {"num_beams": 3, "num_return_sequences": 2}]),
+)
 def test_generation_of_a_batch_equals_generation_of_each(kind, injection, options, pairs):
     """Beams and returned sequences have the condition and the z of their own row."""
     model = conditional(kind, injection=injection)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import INJECTIONS, T5_CONFIGS, make_t5, make_vae
+from small_models import INJECTIONS, POOLINGS, T5_CONFIGS, all_pairs, make_t5, make_vae
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
@@ -15,6 +15,7 @@ from dsvae import T5VAE, T5VAEConfig
 from dsvae.modeling.t5_vae import CACHE
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
+GRID = all_pairs(T5_CONFIGS, INJECTIONS, POOLINGS)
 
 
 def lengths_of(mask):
@@ -28,6 +29,7 @@ def kl_of(model, out):
 # Invariant 1: a batch of B equals B batches of one
 
 
+@pytest.mark.parametrize(("kind", "injection", "pooling"), GRID)
 def test_a_batch_equals_batches_of_one(kind, injection, pooling, batch):
     model = make_vae(kind, injection=injection, pooling=pooling)
     ids, mask, labels = batch
@@ -40,7 +42,10 @@ def test_a_batch_equals_batches_of_one(kind, injection, pooling, batch):
         torch.testing.assert_close(together.logits[row, :length], alone.logits[0], **CLOSE)
 
 
-@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}])
+@pytest.mark.parametrize(
+    ("kind", "injection", "options"),
+    all_pairs(T5_CONFIGS, INJECTIONS, [{"do_sample": False}, {"num_beams": 3, "do_sample": False}]),
+)
 def test_generation_of_a_batch_equals_generation_of_each(kind, injection, batch, options):
     model = make_vae(kind, injection=injection)
     ids, mask, _ = batch
@@ -55,6 +60,7 @@ def test_generation_of_a_batch_equals_generation_of_each(kind, injection, batch,
 # Invariant 2: padding, causality, cache
 
 
+@pytest.mark.parametrize(("kind", "injection", "pooling"), GRID)
 def test_more_padding_changes_nothing(kind, injection, pooling, batch):
     model = make_vae(kind, injection=injection, pooling=pooling)
     ids, mask, labels = batch
@@ -107,8 +113,9 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize("search", list(SEARCHES))
-@pytest.mark.parametrize("injection_", [*INJECTIONS, "none"])
+@pytest.mark.parametrize(
+    ("kind", "injection_", "search"), all_pairs(T5_CONFIGS, [*INJECTIONS, "none"], SEARCHES)
+)
 def test_generate_with_the_cache_equals_generate_without(kind, injection_, search):
     """The cache passes through `generate`, which names it as the release does."""
     model = make_vae(kind, injection=injection_)
@@ -495,6 +502,7 @@ def test_nothing_is_kept_that_nothing_reads(kind, injection, batch):
     assert not any("embed_tokens" in name for name in names)
 
 
+@pytest.mark.parametrize(("kind", "injection", "pooling"), GRID)
 def test_save_and_load(kind, injection, pooling, batch, tmp_path):
     model = make_vae(kind, injection=injection, pooling=pooling, max_tokens=17)
     model.save_pretrained(tmp_path)

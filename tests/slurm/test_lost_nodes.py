@@ -1,5 +1,5 @@
-"""Two nodes, two ranks each: the losses of local ranks, and the same losses after a
-preemption and after the loss of a node."""
+"""Two nodes: the losses of local ranks, and the same losses after a preemption and after
+the loss of a node."""
 
 import sys
 
@@ -12,7 +12,7 @@ STEPS = (
     *("--phase1.steps", "20", "--phase2.steps", "20"),
     *("--checkpoint_every", "10", "--phase1.deletion", "0.2"),
 )
-NODES = ("--nodes=2", "--ntasks-per-node=2")
+NODES = ("--nodes=2", "--ntasks-per-node=1")
 WAITING = """#!/bin/bash
 # In python's place: the first start stands still behind the checkpoint WHEN until it gets a signal.
 export FAULT="pause 0"
@@ -26,25 +26,26 @@ CHECKPOINT = "run/checkpoints/phase1-step00000010/COMPLETE"
 def arguments(tmp_path_factory, cache_dir):
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "cache_dir": str(cache_dir)}}))
-    return ("--config", path, "--ds_config", CONFIGS / "zero2.json", *STEPS)
+    return ("--config", path, "--ds_config", CONFIGS / "zero2.json")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(arguments, cluster, checkout, tmp_path_factory):
-    """The directory of a run that nothing happened to."""
+def undisturbed(arguments, tmp_path_factory):
+    """The directory of a run of two local ranks that nothing happened to."""
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    job = cluster.sbatch(
-        *NODES, "slurm/train.sbatch", *arguments, "--output_dir", directory, cwd=checkout
-    )
-    ended = cluster.wait(job)
-    assert ended["ExitCode"] == "0:0", (checkout / f"dsvae-{job}.out").read_text()[-3000:]
+    train(*arguments, *STEPS, "--output_dir", directory, ranks=2)
+    assert len(numbers(directory)) == 40
     return directory
 
 
-def test_the_losses_of_local_ranks(arguments, undisturbed, tmp_path):
+def test_two_ranks_per_node_have_the_losses_of_local_ranks(arguments, cluster, checkout, tmp_path):
+    words = ("slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run")
+    job = cluster.sbatch("--nodes=2", "--ntasks-per-node=2", *words, cwd=checkout)
     train(*arguments, "--output_dir", tmp_path / "local", ranks=4)
-    assert len(numbers(undisturbed)) == 40
-    assert numbers(undisturbed) == numbers(tmp_path / "local")
+    ended = cluster.wait(job)
+    assert ended["ExitCode"] == "0:0", (checkout / f"dsvae-{job}.out").read_text()[-3000:]
+    assert len(numbers(tmp_path / "run")) == 8
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "local")
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_preempted(waiting, arguments, undisturbed, cluster, checkout, tmp_path)
     """A job of a higher partition takes both nodes: SIGTERM to the ranks, a save, back
     into the queue, and on from there."""
     job = cluster.sbatch(
-        *(*NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run"),
+        *(*NODES, "slurm/train.sbatch", *arguments, *STEPS, "--output_dir", tmp_path / "run"),
         cwd=checkout,
         **waiting,
     )
@@ -88,7 +89,7 @@ def test_a_node_dies(waiting, arguments, undisturbed, cluster, checkout, tmp_pat
     """SIGKILL of everything on the node that the batch script runs on; SLURM learns of
     it and requeues."""
     job = cluster.sbatch(
-        *(*NODES, "slurm/train.sbatch", *arguments, "--output_dir", tmp_path / "run"),
+        *(*NODES, "slurm/train.sbatch", *arguments, *STEPS, "--output_dir", tmp_path / "run"),
         cwd=checkout,
         **waiting,
     )
