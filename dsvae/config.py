@@ -253,6 +253,10 @@ class PhaseConfig:
     """Share of tokens that are deleted from the encoder's input during training: of the
     sentence, or of the condition if `model.posterior_reads` is condition. EOS is never
     deleted, and the decoder's side stays clean."""
+    token_mask: Share = 0.0
+    """Share of tokens of the same text that are replaced in training: by the tokenizer's
+    mask token, the first sentinel of a T5, or the unknown piece of a tokenizer without
+    them. EOS is never replaced."""
 
     def check(self, name: str) -> None:
         """Raises UserError if fields of the phase `name` do not go together."""

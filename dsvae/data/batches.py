@@ -22,7 +22,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsvae.data.noise import DELETION, LATENT, delete_tokens, generator, normal
+from dsvae.data.noise import (
+    DELETION,
+    LATENT,
+    MASKING,
+    delete_tokens,
+    generator,
+    mask_tokens,
+    normal,
+)
 from dsvae.data.order import Mixture, draw_step
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
@@ -174,7 +182,7 @@ def collate_split(
     noise: NDArray[np.float32],
     weight: NDArray[np.float32],
     posterior_reads: PosteriorReads = "both",
-    delete: Callable[[int, NDArray[np.int64]], NDArray[np.int64]] | None = None,
+    disturb: Callable[[int, NDArray[np.int64]], NDArray[np.int64]] | None = None,
 ) -> MicroBatch:
     """Pads the sentences `indices` of a split to a batch, with all that belongs to them.
 
@@ -182,21 +190,21 @@ def collate_split(
         posterior_reads: with conditions, what `input_ids` are. both: the condition and
             the sentence without padding between them; the decoder reads `condition_ids`.
             condition: the condition alone; the decoder reads z alone.
-        delete: maps a row of the batch and its tokens (..., T) to those that deletion
-            noise keeps, (..., T').
+        disturb: maps a row of the batch and its tokens (..., T) to those that the encoder
+            reads in training, (..., T').
     """
     rows, tags, conditions = split.rows(indices), split.tags(indices), split.conditions(indices)
     condition_ids = condition_mask = None
     read = rows
     if conditions is not None and posterior_reads == "condition":
         read, tags = conditions, None  # the encoder has no token of the text
-    if delete is not None and tags is not None:
+    if disturb is not None and tags is not None:
         both = [
-            delete(i, np.stack(pair)) for i, pair in enumerate(zip(read, tags, strict=True))
+            disturb(i, np.stack(pair)) for i, pair in enumerate(zip(read, tags, strict=True))
         ]  # (2, T'_i) each
         read, tags = [ids for ids, _ in both], [kept for _, kept in both]
-    elif delete is not None:
-        read = [delete(i, row) for i, row in enumerate(read)]
+    elif disturb is not None:
+        read = [disturb(i, row) for i, row in enumerate(read)]
     if conditions is not None and posterior_reads == "both":
         condition_ids, condition_mask = padded(conditions, pad_id)
         read = [np.concatenate(pair) for pair in zip(conditions, read, strict=True)]
@@ -251,6 +259,8 @@ class TrainingBatches:
     noise_width: int
     draws: int = 1
     deletion: float
+    token_mask: float = 0.0
+    mask_id: int = 0
     seed: int
     rank: int
     world_size: int
@@ -297,7 +307,10 @@ class TrainingBatches:
         # The first draw has the same numbers whatever the number of draws.
         noise = normal(self.seed, LATENT, keys, self.draws, self.noise_width)
 
-        def delete(row: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        def disturb(row: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+            if self.token_mask:
+                rng = generator(self.seed, MASKING, *keys[row])
+                ids = mask_tokens(ids, self.token_mask, self.mask_id, rng)
             return delete_tokens(ids, self.deletion, generator(self.seed, DELETION, *keys[row]))
 
         return collate_split(
@@ -307,7 +320,7 @@ class TrainingBatches:
             noise=noise,
             weight=weight,
             posterior_reads=self.posterior_reads,
-            delete=delete if self.deletion else None,
+            disturb=disturb if self.deletion or self.token_mask else None,
         )
 
 

@@ -1,4 +1,4 @@
-"""Random numbers per sentence, and the deletion noise that is made of them.
+"""Random numbers per sentence, and the noise on tokens that is made of them.
 
 Every sentence of every epoch has its own stream, keyed by (seed, purpose, epoch,
 sentence). Its draws depend neither on the rank nor on the micro-batch, and a resumed run
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-DELETION, LATENT, PRIOR, ORDER, MIXTURE, ROOM = 1, 2, 3, 4, 5, 16
+DELETION, LATENT, PRIOR, ORDER, MIXTURE, ROOM, MASKING = 1, 2, 3, 4, 5, 16, 17
 """Purposes: two streams of one sentence never share numbers."""
 
 
@@ -69,3 +69,22 @@ def delete_tokens(
     keep: NDArray[np.bool_] = rng.random((ids.shape[-1],)) >= rate
     keep[-1] = True
     return ids[..., keep]
+
+
+def mask_tokens(
+    ids: NDArray[np.int64], rate: float, mask_id: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Replaces each token by `mask_id` with probability `rate`, independently. The last
+    one, EOS, always stays.
+
+    Args:
+        ids: (T,) or (..., T), as of `delete_tokens`; of more numbers for each token, the
+            first are the tokens.
+
+    Returns: a copy, (T,) or (..., T).
+    """
+    masked: NDArray[np.bool_] = rng.random((ids.shape[-1],)) < rate
+    masked[-1] = False
+    found = ids.copy()
+    (found[0] if found.ndim > 1 else found)[masked] = mask_id
+    return found

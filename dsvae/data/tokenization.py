@@ -154,6 +154,14 @@ class TokenizedSplit:
         return mix(hashes + occurrence * np.uint64(0x9E3779B97F4A7C15))
 
 
+def mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the id that stands for a masked token: the mask token, the first sentinel,
+    or the unknown piece."""
+    vocabulary = tokenizer.get_vocab()
+    names = (tokenizer.mask_token, "<extra_id_0>", tokenizer.unk_token)
+    return next(vocabulary[name] for name in names if name in vocabulary)
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a T5, mT5, umT5 or ByT5.
 

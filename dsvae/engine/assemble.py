@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from dsvae.config import RunConfig
 from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.prepared import Prepared
+from dsvae.data.tokenization import mask_token
 from dsvae.engine import compilation, ds_config, nvme
 from dsvae.engine.build import Annotations, build_model
 from dsvae.engine.checkpoint import Checkpoint
@@ -76,6 +77,8 @@ def phase_engine(
                 noise_width=model.family.noise_width,
                 draws=phase.settings.draws,
                 deletion=phase.settings.deletion,
+                token_mask=phase.settings.token_mask,
+                mask_id=mask_token(data.tokenizer),
                 seed=phase.seed,
                 rank=world.rank,
                 world_size=world.size,

@@ -178,6 +178,11 @@ class Family(ABC):
         logvar = high - torch.nn.functional.softplus(high - logvar)
         return torch.cat([mean, logvar, rest], dim=-1)
 
+    def normalized(self, z: Tensor) -> Tensor:
+        """Returns z (B, Z) scaled to the length sqrt(Z), or each of its vectors. 0 stays
+        0."""
+        return torch.nn.functional.normalize(z, dim=-1) * math.sqrt(self.latent_width)
+
     @abstractmethod
     def prior(self, device: torch.device | str = "cpu") -> Distribution:
         """Returns the fixed prior, one row that broadcasts against any batch."""
@@ -724,6 +729,9 @@ class VectorFamily(Family):
     def noise_width(self) -> int:
         """E: those of each vector, and one for the number of vectors."""
         return self.vectors * self.each.noise_width + 1
+
+    def normalized(self, z: Tensor) -> Tensor:
+        return self.each.normalized(z.unflatten(-1, (self.vectors, -1))).flatten(-2)
 
     def codes(self, z: Tensor, unit: int) -> Tensor:
         vector, unit = divmod(unit, self.each.units)

@@ -100,6 +100,9 @@ class LatentConfig:
     """Tokens per vector, for pooling by chunks."""
     query_layers: Annotated[Count, ReadBy("pooling", ("queries",))] = 1
     """Layers of attention to the states, for pooling by queries."""
+    normalize: Literal["none", "l2"] = "none"
+    """What is done to z before it is decoded. none: nothing. l2: each vector is scaled to
+    the length sqrt(latent_dim), so that its length says nothing."""
     posterior_reads: PosteriorReads = "both"
     """What the encoder makes z of, if there are conditions. both: the condition and the
     sentence; the decoder reads the condition and z. condition: the condition alone; the
@@ -146,6 +149,8 @@ class LatentConfig:
                 "prior learned needs conditions that the decoder reads, and an injection other "
                 "than none: use prior fixed without them"
             )
+        if self.normalize == "l2" and self.discrete:
+            raise ValueError(f"normalize l2 is for numbers, and family {self.family} has values")
         several, count = self.latent_vectors > 1, f"latent_vectors is {self.latent_vectors}"
         if several and self.injection not in ("memory", "cross"):
             raise ValueError(

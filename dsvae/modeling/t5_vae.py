@@ -738,7 +738,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if condition_states is not None and len(condition_states) != len(latent):
             raise ValueError(f"{len(condition_states)} conditions for {len(latent)} latents")
 
-        embeddings, attention_kwargs = self.injection(latent, self.shared(decoder_input_ids))
+        read = self.family.normalized(latent) if self.config.normalize == "l2" else latent
+        embeddings, attention_kwargs = self.injection(read, self.shared(decoder_input_ids))
         cache = past_key_values if cache is None else cache
         if self.config.cross_attention:
             vectors = attention_kwargs.get("encoder_hidden_states")

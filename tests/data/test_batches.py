@@ -365,3 +365,16 @@ def test_the_first_of_several_draws_is_the_only_one_of_one():
     assert five.noise.shape == (len(one.noise), 5, 4)
     assert torch.equal(one.noise[:, 0], five.noise[:, 0])
     assert five.noise.unique().numel() == five.noise.numel()
+
+
+def test_masked_tokens_are_those_of_the_sentence_on_any_number_of_ranks():
+    split, options = sentences(40), {"deletion": 0.0, "token_mask": 0.5, "mask_id": 7}
+    alone = drawn(all_ranks(split, 2, 1, **options))
+    assert drawn(all_ranks(split, 2, 2, **options)) == alone
+    clean = drawn(all_ranks(split, 2, 1, deletion=0.0))
+    hidden = 0
+    for (*_, noisy), (*_, row) in zip(alone, clean, strict=True):
+        assert len(noisy) == len(row)
+        assert all(a in (b, 7) for a, b in zip(noisy, row, strict=True))
+        hidden += sum(a == 7 for a in noisy)
+    assert hidden

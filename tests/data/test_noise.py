@@ -5,7 +5,16 @@ import itertools
 import numpy as np
 import pytest
 
-from dsvae.data.noise import DELETION, LATENT, ORDER, PRIOR, delete_tokens, generator
+from dsvae.data.noise import (
+    DELETION,
+    LATENT,
+    MASKING,
+    ORDER,
+    PRIOR,
+    delete_tokens,
+    generator,
+    mask_tokens,
+)
 
 EOS = 1
 
@@ -39,6 +48,25 @@ def test_every_position_has_the_same_chance_but_eos_which_has_none():
     np.testing.assert_allclose(
         counts[:7], runs * (1 - rate), atol=5 * np.sqrt(runs * rate * (1 - rate))
     )
+
+
+def test_masks_the_stated_share_of_the_tokens_and_never_eos():
+    rate, runs = 0.3, 3000
+    rows = [mask_tokens(sentence(8), rate, 7, generator(0, MASKING, 0, i)) for i in range(runs)]
+    masked = np.array(rows) == 7
+    allowed = 5 * np.sqrt(runs * rate * (1 - rate))
+    np.testing.assert_allclose(masked.sum(0)[:7], runs * rate, atol=allowed)
+    for row, hidden in zip(rows, masked, strict=True):
+        np.testing.assert_array_equal(row[~hidden], sentence(8)[~hidden])
+        assert row[-1] == EOS
+
+
+def test_what_belongs_to_a_token_is_not_masked():
+    both = np.stack([sentence(50), np.arange(50)])
+    found = mask_tokens(both, 0.5, 7, generator(0, MASKING, 0, 0))
+    np.testing.assert_array_equal(found[1], np.arange(50))
+    assert 10 < (found[0] == 7).sum() < 40
+    assert (both[0] != 7).all()
 
 
 def test_what_is_kept_keeps_its_order():

@@ -29,7 +29,7 @@ def batch_of(source, target, latent_dim, weight=None):
         pad_id=0,
         noise=np.zeros((count, latent_dim), np.float32),
         weight=np.array([1] * count if weight is None else weight, np.float32),
-        delete=lambda i, _: np.full(source[i], 5),
+        disturb=lambda i, _: np.full(source[i], 5),
     )
 
 

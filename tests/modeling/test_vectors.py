@@ -322,6 +322,22 @@ def test_a_learned_prior_has_its_own_vectors_for_queries(batch):
     assert out.logits.isfinite().all()
 
 
+def test_a_normalized_latent_is_decoded_at_one_length(batch):
+    ids, mask, labels = batch
+    for fields in ({"injection": "both"}, SHAPES["chunks cross"], SHAPES["chunks memory"]):
+        model, plain = make_vae(normalize="l2", **fields), make_vae(**fields)
+        z = model.encode(ids, mask).point.detach()
+        vectors = z.view(5, -1, D)
+        lengths = vectors.norm(dim=-1, keepdim=True)
+        scaled = torch.where(lengths > 0, vectors / lengths * D**0.5, 0.0).flatten(1)
+        expected = plain(latent=scaled, labels=labels).logits
+        for factor in (1.0, 5.0):
+            found = model(latent=factor * z, labels=labels).logits
+            torch.testing.assert_close(found, expected, **CLOSE)
+    with pytest.raises(ValueError, match="normalize"):
+        T5VAEConfig(normalize="l2", family="categorical")
+
+
 def test_save_and_load(model, batch, tmp_path):
     ids, mask, labels = batch
     model.save_pretrained(tmp_path)
