@@ -623,6 +623,49 @@ def evaluate(
     evaluate_directory(**given)
 
 
+def evaluate_samples(
+    model_or_file: str,
+    *,
+    reference: str,
+    lm: str,
+    train_file: str | None = None,
+    samples: int = 2000,
+    source: Literal["prior", "aggregate", "fitted"] = "prior",
+    output: str | None = None,
+    text_column: str = "text",
+    seed: int = 0,
+    max_tokens: int = 512,
+    batch_size: int = 128,
+    device: str | None = None,
+    precision: Precision = "fp32",
+    **options: Any,
+) -> None:
+    """Measures generated texts: fluency, coverage, diversity, memory and likeness.
+
+    Beside them stand held-out texts, texts drawn from the language model and, unless they
+    are measured themselves, texts of z from the prior.
+
+    Args:
+        model_or_file: model directory or hub id that texts are drawn from, or a file of
+            texts (.txt, .jsonl, .csv, .tsv, .parquet).
+        reference: held-out texts. Half of them, or as many as --samples, are a row of
+            their own, and all are compared with the others.
+        lm: directory of a language model (--injection none) that reads the texts. It
+            should be trained on other text than the model.
+        train_file: what the model was trained on, for memorisation and copies.
+        samples: texts per row.
+        source: prior, fitted or aggregate, as of dsvae sample; aggregate takes the texts of
+            --train_file.
+        output: directory for samples.json and samples.html; by default
+            MODEL_DIR/evaluation, and ./evaluation for a file or a hub id.
+        seed: of everything that is drawn.
+    """
+    given = locals()
+    from dsvae.reports import sample_evaluation
+
+    sample_evaluation.evaluate_samples(**given)
+
+
 def export(
     run: str, *, checkpoint: str = "latest", output: str | None = None, adapters: bool = False
 ) -> None:
@@ -785,7 +828,18 @@ _LABELLING = (cluster, classify, tag)
 _OPTIONS = "\n".join(f"    --{name} {kind.__name__}" for name, kind in OPTIONS.items())
 _SHORT = "\n".join(f"    --{short}, --{field}" for short, field in ALIASES.items())
 COMMANDS = commands(
-    (evaluate, export, package, push, compare, *_GENERATION, *_LABELLING, corpus, cache),
+    (
+        evaluate,
+        evaluate_samples,
+        export,
+        package,
+        push,
+        compare,
+        *_GENERATION,
+        *_LABELLING,
+        corpus,
+        cache,
+    ),
     OPTIONS,
     f"OPTIONS OF GENERATE\n{_OPTIONS}",
     SHARED,

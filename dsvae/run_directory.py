@@ -68,6 +68,8 @@ class RunDirectory:
         """Results of a final evaluation that has not ended (`dsvae.inference.kept`)."""
         self.model = self.path / "model"
         """The exported model."""
+        self.samples = self.model / "evaluation" / "samples.json"
+        """What `dsvae evaluate_samples` found, if it was run on the model."""
         self.metrics = self.path / "metrics.json"
         """The final evaluation. It is written last."""
         self.status = self.path / "status.json"

@@ -5,7 +5,6 @@ import argparse
 import json
 import math
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +15,6 @@ from benchmarks import (
     conditional,
     levers,
     lstm_vae,
-    prior_samples,
     relations,
     sparse,
     style_transfer,
@@ -524,49 +522,6 @@ def test_levers_that_are_none(word, message):
     with pytest.raises(UserError, match=message):
         levers.pull([word, "--seed", "1"])
     assert all(name in levers.usage() for name in levers.LEVERS)
-
-
-def test_ngrams_are_interpolated_as_written():
-    model = prior_samples.NGrams(["a b", "a c", "a b b"], ["a", "b", "c", "d"])
-    words = sorted(model.vocabulary)
-    assert words == ["</s>", "<unk>", "a", "b", "c", "d"]
-    # By hand: 10 single words of 4 kinds, b 3 of them; after a: b, c, b; after </s> a the same.
-    one = (3 + 4 / 6) / (10 + 4)
-    two = (2 + 2 * one) / (3 + 2)
-    three = (2 + 2 * two) / (3 + 2)
-    assert model.probability(("</s>", "a"), "b") == pytest.approx(three)
-    assert model.probability(("d", "a"), "b") == pytest.approx(two)  # d was never seen
-    for history in product(words, repeat=2):
-        total = sum(model.probability(history, word) for word in words)
-        assert total == pytest.approx(1)
-    first = model.probability(("</s>", "</s>"), "<unk>")
-    last = model.probability(("</s>", "<unk>"), "</s>")
-    assert model.perplexity(["e"])[0] == pytest.approx((first * last) ** -0.5)
-
-
-def test_sources_of_samples_are_compared(save, language_model, files, tmp_path):
-    path = tmp_path / "out.json"
-    model = save("plain", latent_dim=2)
-    fitted_prior = prior_samples.fitted_prior
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitted_prior, "STEPS", 20)
-        patch.setattr(fitted_prior, "COMPONENTS", (1, 2))
-        words = ["--train_file", files[1], "--test_file", files[5], "--samples", "20"]
-        prior_samples.main([model, language_model, *words, "--output", str(path)])
-    found = json.loads(path.read_text())
-    rows = found["rows"]
-    sources = ("prior", "gaussian", "gmm", "flow", "aggregate")
-    names = [f"{source}, {how}" for how in ("greedy", "sampled") for source in sources]
-    assert list(rows) == ["real", *names]
-    assert (found["samples"], found["test_sentences"]) == (20, 40)
-    train, test = (Path(files[i]).read_text().splitlines() for i in (1, 5))
-    order = np.random.default_rng(0).permutation(60)
-    real = [test[i] for i in order[:20]]
-    assert rows["real"]["examples"] == real[:8]
-    assert rows["real"]["copies"] == np.mean([text in train for text in real])
-    assert rows["real"]["words"] == np.mean([len(text.split()) for text in real])
-    vae = SentenceVAE.from_pretrained(model, device="cpu", max_tokens=24)
-    assert rows["prior, greedy"]["examples"] == vae.sample(8, seed=0)
 
 
 def test_lines_of_logic_are_counted_without_what_is_not_logic():

@@ -188,6 +188,29 @@ class Passes:
         found = self._over(texts, f"decoding {name}", widths, nats, torch.float64)
         return Scored(-found["nats"][:, 0], found["more"], found["right"].flatten())
 
+    def read(self, texts: Texts) -> tuple[Tensor, Tensor]:
+        """Reads N texts with a model without a latent.
+
+        Returns: log p(x) in nats, (N,) float64; and the decoder's last state, after all
+            tokens but EOS, (N, d) float64.
+        """
+
+        def last(batch: MicroBatch, rows: Rows) -> dict[str, Tensor]:
+            out = self.model(
+                labels=batch.labels,
+                sentence_weights=batch.weight,
+                latent=torch.zeros(len(rows), 0, device=self.world.device),
+                output_hidden_states=True,
+            )
+            ends = (batch.labels != IGNORE).sum(1) - 1
+            states = out.hidden_states[-1]
+            each = torch.arange(len(rows), device=states.device)
+            return {"nats": out.nats[:, None], "state": states[each, ends]}
+
+        widths = {"nats": 1, "state": self.model.lm_head.weight.shape[1]}
+        found = self._over(texts, "reading", widths, last, torch.float64)
+        return -found["nats"][:, 0], found["state"]
+
     def generate(
         self,
         latent: Tensor,

@@ -227,6 +227,27 @@ METRICS: tuple[Metric, ...] = (
         _any("bleu_precision", BLEU, "output and its closest reference", HIGHER),
         _any("bleu_recall", BLEU, "reference and its closest output", HIGHER),
     ),
+    *(
+        replace(metric, name=f"samples.{metric.name}")
+        for metric in (
+            Metric("generative_ppl", "", "per token, by the language model", LOWER, COLUMN),
+            Metric("reverse_ppl", "", "per word, of the reference by trigrams", LOWER, COLUMN),
+            Metric("unigram_entropy", "nats", "of the words of all texts together", None, COLUMN),
+            Metric("distinct_1", "share", "different words of all words", HIGHER),
+            Metric("distinct_2", "share", "different word pairs of all pairs", HIGHER),
+            Metric("distinct_3", "share", "different 3-grams of all 3-grams", HIGHER),
+            Metric("distinct_4", "share", "different 4-grams of all 4-grams", HIGHER, COLUMN),
+            Metric("diversity", "share", "distinct_2 * distinct_3 * distinct_4", HIGHER, COLUMN),
+            Metric("self_bleu", BLEU, "BLEU of a text against 499 others", LOWER),
+            Metric("memorisation", "share", "4-grams that one training text has", LOWER, COLUMN),
+            Metric("copies", "share", "texts that are a training text", LOWER, COLUMN),
+            Metric("length_distance", "words", "1-Wasserstein, to the reference", LOWER, COLUMN),
+            Metric("words", "words", "per text, mean"),
+            Metric("mauve", SCORE, "MAUVE to the reference", HIGHER, COLUMN),
+            Metric("texts", "", "texts per row", None, COLUMN),
+            Metric("blank", "", "texts without a word, which have no perplexity"),
+        )
+    ),
     *_section(
         "Clusters against the labels",
         _any("b3_precision", SCORE, "share of its cluster with its label", HIGHER, SUMMARY),

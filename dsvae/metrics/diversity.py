@@ -124,12 +124,14 @@ def distinct(texts: Sequence[str], n: int) -> float:
 
     It is not a mean over texts, and falls with their number.
     """
-    grams = [
-        tuple(words[i : i + n])
-        for words in (text.split() for text in texts)
-        for i in range(len(words) - n + 1)
-    ]
+    grams = [gram for text in texts for gram in words_in_a_row(text, n)]
     return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def words_in_a_row(text: str, n: int) -> list[tuple[str, ...]]:
+    """Returns the n-grams of a text; none if it has fewer words."""
+    words = text.split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def self_bleu(texts: Sequence[str]) -> list[float]:

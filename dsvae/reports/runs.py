@@ -147,6 +147,8 @@ def _read(directory: Path, name: str) -> RunSummary:
     if final is not None:
         run.state, run.split, run.phase = "finished", "test", 2
         _take(run, final)
+        if (found := _read_json(run, run.paths.samples, _samples)) is not None:
+            run.metrics |= found
         return run
     if not run.paths.metrics.exists():  # else it cannot be read
         run.state = run.paths.state()
@@ -234,6 +236,16 @@ def _final(content: Any) -> dict[str, Any]:
     if not isinstance(final, dict) or "rec" not in final:
         raise ValueError("no final evaluation in it")
     return final
+
+
+def _samples(content: Any) -> dict[str, float]:
+    """Returns the numbers of a run's samples in a samples.json."""
+    rows = flatten(content["rows"]["samples"])
+    found = {
+        f"se.samples.{name.removeprefix('se.')}" if name.startswith("se.") else f"samples.{name}": x
+        for name, x in rows.items()
+    }
+    return {name: value for name, value in found.items() if _is_number(value)}
 
 
 def _take(run: RunSummary, evaluation: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The templates beside this file: card.md.jinja and report.html.jinja."""
+"""The templates beside this file, *.jinja."""
 
 from __future__ import annotations
 

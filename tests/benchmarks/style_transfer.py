@@ -55,20 +55,18 @@ from benchmarks.command import run
 from benchmarks.labelled import Labelled, longest, read, tokens
 
 from dsvae import pretrained
-from dsvae.data.record_tokens import tokenize
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE
 from dsvae.inference.passes import Passes
 from dsvae.metrics import likelihood
+from dsvae.metrics.samples import Reader
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.world import World
 from dsvae.reports.table import error, markdown, number
 
 LEAST = 0.01
 """Share of the training sentences that a value must have to be chosen."""
-LONGEST = 512
-"""Tokens of a sentence for the language model, EOS included."""
 BUDGET = 16_384
 SHOWN = 10
 WORLD = World(0, 0, 1, torch.device("cpu"))
@@ -176,19 +174,9 @@ def passes(model: T5VAE) -> Passes:
 def perplexity(model: T5VAE, tokenizer: Any, texts: list[str]) -> dict[str, float]:
     """`ppl`, per token, and its standard error, of the sentences that are not blank, by a
     language model; `blank` and `unk`, the blank ones and the unknown tokens."""
-    try:
-        split, _, counts = tokenize(texts, tokenizer, LONGEST, "the sentences")
-    except UserError:  # nothing but blank ones
-        return {"ppl": math.nan, "ppl_se": math.nan, "blank": len(texts), "unk": 0}
-    nothing = torch.zeros(len(split), 0)
-    log_p = passes(model).decode(split, lambda rows: (nothing[rows], nothing[rows]), "").log_px_z
-    values, errors = likelihood.per_unit(-log_p, split)
-    return {
-        "ppl": values["ppl_token"],
-        "ppl_se": errors["ppl_token"],
-        "blank": counts["skipped_blank"],
-        "unk": counts["unk"],
-    }
+    found = Reader(passes(model), tokenizer).read(texts)[0]
+    errors, ppl = found.pop("se"), found.pop("generative_ppl")
+    return {"ppl": ppl, "ppl_se": errors["generative_ppl"], **found}
 
 
 def score(

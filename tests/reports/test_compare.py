@@ -710,6 +710,22 @@ def test_runs_with_noise_on_z_have_a_plot_of_it(compare, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "noise.svg").exists()
 
 
+def test_the_samples_of_a_run_are_compared(compare, tmp_path):
+    for name, value in (("a", 40.5), ("b", None)):
+        make(tmp_path / name, evaluation())
+        if value is not None:
+            row = {"generative_ppl": value, "mauve": None, "se": {"generative_ppl": 0.5}}
+            path = tmp_path / name / "model" / "evaluation" / "samples.json"
+            path.parent.mkdir(parents=True)
+            others = {"held-out": {"generative_ppl": 30.0}}
+            path.write_text(json.dumps({"rows": {"samples": row, **others}}))
+    table, text, rows, _ = compare(tmp_path / "a", tmp_path / "b")
+    assert table["a"]["samples.generative_ppl"] == "40.500"
+    assert table["b"]["samples.generative_ppl"] == "-"
+    assert rows["a"]["se.samples.generative_ppl"] == "0.5"
+    assert "`samples.generative_ppl` (lower is better)" in text
+
+
 # Real runs
 
 
