@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers.utils import logging
 
 from dsvae import pretrained
 from dsvae.console import say
@@ -61,6 +62,7 @@ def evaluate_samples(
         UserError: before anything is written.
     """
     check(options)
+    logging.disable_progress_bar()
     is_file = Path(model_or_file).expanduser().is_file()
     if is_file and (source != "prior" or options):
         raise UserError(f"{model_or_file} is a file of texts: leave out --source and options")
