@@ -31,8 +31,8 @@ CONFIG = {
         **{"name": str(MINI), "dropout": 0.0, "latent_dim": 6},
         **{"pooling": "max", "injection": "both"},
     },
-    "phase1": {"steps": 1, "lr": 1e-3, "deletion": 0.2, "freeze_decoder": True},
-    "phase2": {"steps": 2, "lr": 1e-3, "beta": {"kind": "constant"}},
+    "phase": "2",
+    "phase2": {"steps": 2, "lr": 1e-3, "deletion": 0.2, "beta": {"kind": "constant"}},
     "eval": {"shown": 1, "iw_samples": 0, "sentences": 8},
     "precision": "fp32",
     "log_every": 1,
@@ -117,13 +117,10 @@ def sharded(command, tmp_path_factory):
 def test_two_ranks_at_zero_3_have_the_losses_of_one(sharded, command, tmp_path):
     train(*command, CONFIGS / "zero1.json", "--output_dir", tmp_path / "one", script=ALONE)
     found, expected = rows(sharded), rows(tmp_path / "one")
-    assert [row["step"] for row in found] == [1, 2, 3]
+    assert [row["step"] for row in found] == [1, 2]
     for name in ("loss", "rec", "kl"):
         values = [[row[name] for row in each] for each in (found, expected)]
         assert values[0] == pytest.approx(values[1], rel=1e-4), name
-    frozen = load_file(sharded / "phase1" / "model" / "model.safetensors")
-    original = load_file(MINI / "model.safetensors")
-    assert torch.equal(frozen["lm_head.weight"], original["lm_head.weight"].float())
 
 
 def test_a_resumed_run_has_the_losses_of_an_uncut_one(sharded, command, tmp_path):
