@@ -16,7 +16,7 @@ from dsvae import pretrained
 
 NOUNS = ("<unk>", "N shares", "the company", "mr. <unk>", "wall street", "an analyst")
 VERBS = ("said", "fell to", "bought", "did n't see")
-DRAWS, REPEATS = 20, 50
+DRAWS, REPEATS = 20, 25
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def results(directory, tmp_path_factory):
     phases = {"phase1": phase, "phase2": {**phase, "beta": beta}}
     evaluation = {"eval": {"shown": 1, "iw_samples": 0}}
     data = {"batch_size": 16, "max_tokens": 40, "cache_dir": str(out / "cache")}
-    tree = {**TINY, **phases, **evaluation, "data": data, "precision": "fp32"}
+    tree = {**TINY, **phases, **evaluation, "data": data, "precision": "fp32", "phase": "2"}
     config.write_text(yaml.safe_dump(tree))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ptb, "train", lambda words: train(*words))
