@@ -24,6 +24,9 @@ COLUMNS = {
     "tags": ("--data.tags_column", "tags"),
     "condition": ("--data.condition_column", "c"),
 }
+# Gradients of adapters are near zero at first, and AdamW divides them by their own size:
+# with an eps of 1e-8, rounding decides the direction.
+LARGE_EPS = ("--phase1.adam_eps", "1e-4", "--phase2.adam_eps", "1e-4")
 VARIANTS = {
     "gaussian memory": (),
     "embedding": ("--injection", "embedding"),
@@ -40,7 +43,7 @@ VARIANTS = {
     "checkpointing": ("--model.gradient_checkpointing", "true", "--model.dropout", "0.1"),
     "dropout": ("--model.dropout", "0.1"),
     "micro-batches": ("--data.micro_batch_tokens", "128"),
-    "lora": ("--model", "T5", "--model.lora.rank", "2"),
+    "lora": ("--model", "T5", "--model.lora.rank", "2", *LARGE_EPS),
     "t5gemma": ("--model", "T5GEMMA", "--injection", "cross"),
     "t5gemma lora": ("--model", "T5GEMMA", "--injection", "cross", "--model.lora.rank", "2"),
     "classes": ("--train_file", "RECORDS", *COLUMNS["label"]),
