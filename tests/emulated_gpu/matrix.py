@@ -72,11 +72,13 @@ def write_records(path: Path) -> None:
 
 
 def in_fp16(config: Path, directory: Path) -> Path:
-    """A copy of a ds_config for fp16, with the scaling of fp16.json."""
+    """A copy of a ds_config for fp16, with the scaling of fp16.json. It starts at 2^8: from
+    2^16 down, the few steps of a case would all be skipped."""
     found = json.loads(config.read_text())
     for section in ("bf16", "data_types"):
         found.pop(section, None)
     found["fp16"] = json.loads(config.with_name("fp16.json").read_text())["fp16"]
+    found["fp16"]["initial_scale_power"] = 8
     path = directory / "fp16.json"
     path.write_text(json.dumps(found))
     return path
