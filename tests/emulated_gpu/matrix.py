@@ -73,7 +73,7 @@ def write_records(path: Path) -> None:
 
 def in_fp16(config: Path, directory: Path) -> Path:
     """A copy of a ds_config for fp16, with the scaling of fp16.json. It starts at 2^8: from
-    2^16 down, the few steps of a case would all be skipped."""
+    2^16 the loss does not fall within the few steps of a case."""
     found = json.loads(config.read_text())
     for section in ("bf16", "data_types"):
         found.pop(section, None)
