@@ -37,7 +37,10 @@ VARIANTS = {
     "categorical": ("--model.family", "categorical", "--phase2.total_correlation", "0.1"),
     "attention pooling": ("--pooling", "attention"),
     "free bits per sentence": ("--phase2.free_bits_mode", "sentence"),
-    "kl target": ("--phase2.beta.kind", "target", "--phase2.beta.target", "2"),
+    "kl target": (
+        *("--phase2.beta.kind", "target", "--phase2.beta.target", "2"),
+        *("--phase2.free_bits", "0"),
+    ),
     "draws": ("--phase2.draws", "3"),
     "frozen decoder": ("--phase1.freeze_decoder", "true"),
     "checkpointing": ("--model.gradient_checkpointing", "true", "--model.dropout", "0.1"),
