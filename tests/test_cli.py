@@ -432,6 +432,7 @@ def test_evaluate_hands_everything_over(run, monkeypatch):
         "tags_column": None,
         "max_tokens": 32,
         "seed": 0,
+        "noise_sentences": 0,
     }
     main(["--local_rank=1", "evaluate", "OTHER"])  # as the deepspeed launcher starts it
     assert seen["model_dir"] == "OTHER"
