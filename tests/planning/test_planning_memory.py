@@ -221,14 +221,14 @@ def real_step(config, rows, tokens, *, checkpointing):
         ids[-1, tokens // 2 :] = 0
         mask, labels = (ids != 0).long(), ids.masked_fill(ids == 0, -100)
         given = {"labels": labels, "sentence_weights": torch.ones(rows)}
-        given |= {"noise": torch.randn(rows, config.latent_dim)}
+        given |= {"noise": torch.randn(rows, model.family.noise_width)}
         if config.conditional:
             given |= {"condition_ids": ids.clone(), "condition_mask": mask.clone()}
             ids, mask = torch.cat([ids, ids], 1), torch.cat([mask, mask], 1)
         live.restart()
         out = model(ids, mask, **given)
         kl = {"kl": out.posterior.kl(out.prior)}
-        slopes = {"kl": torch.ones(config.latent_dim)}
+        slopes = {"kl": torch.ones(model.family.units)}
         loss_share(out.weighted_nats, kl, torch.ones(rows), slopes, rows).backward()
         training = live.restart() - base
         del out, kl
@@ -248,6 +248,8 @@ def real_step(config, rows, tokens, *, checkpointing):
         {"injection": "memory", "conditional": True, "prior": "learned"},
         {"injection": "cross", "memory_slots": 4},
         {"injection": "cross", "t5": t5gemma_config(vocab_size=500)},
+        {"injection": "cross", "latent_vectors": 8, "pooling": "chunks"},
+        {"injection": "memory", "latent_vectors": 8, "pooling": "queries"},
     ],
 )
 def test_a_dry_run_counts_what_a_real_step_holds(checkpointing, path):
