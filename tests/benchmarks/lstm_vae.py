@@ -124,7 +124,8 @@ class LstmVae(nn.Module):
         encode_only: bool = False,
         **_: Any,
     ) -> Any:
-        """The `posterior` of sentences, or their `nats` (B,) under z."""
+        """The `posterior` of sentences, or their `nats` and the tokens that are the likeliest
+        ones, `right`, (B,) each, under z."""
         if encode_only:
             parameters = self.encode(input_ids, attention_mask.sum(1))
             return T5VAEOutput(posterior=self.family.of(parameters))
@@ -132,7 +133,8 @@ class LstmVae(nn.Module):
         previous[:, 0] = self.config.pad_token_id
         logits = self.logits(self.states(previous, latent))
         nats = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        return SimpleNamespace(nats=nats.sum(1))
+        right = ((logits.argmax(-1) == labels) & (labels >= 0)).sum(1)
+        return SimpleNamespace(nats=nats.sum(1), right=right)
 
     def encode(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Means and log-variances (B, 2Z) of sentences (B, T)."""
