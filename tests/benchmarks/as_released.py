@@ -84,7 +84,7 @@ class ReleasedMemory(MemoryInjection):
     def __init__(
         self, backbone: T5Backbone, latent_width: int, slots: int, *, group: int, tied: bool
     ) -> None:
-        super().__init__(backbone, latent_width, slots)
+        super().__init__(backbone, latent_width, vectors=1, memory_slots=slots)
         heads, width = backbone.key_value_heads, backbone.head_width
         self.shape = (backbone.decoder_layers, 1 if tied else 2, slots, heads, width)
         self.group = group

@@ -35,9 +35,9 @@ if os.environ["RANK"] == "1":
     if fault == "load":
         pretrained.load = no_weights
     elif fault == "error":
-        evaluation.generate = no_memory
+        evaluation.fidelity = no_memory
     elif fault == "killed":
-        evaluation.generate = killed
+        evaluation.fidelity = killed
     elif fault == "gpu":
         world.local_device = lambda local_rank: torch.device("cuda", local_rank)
         torch.accelerator.device_count = lambda: 1
