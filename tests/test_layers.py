@@ -56,6 +56,12 @@ def test_measuring_and_sampling_need_no_deepspeed():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=500, cwd=ROOT)
 
 
+def test_training_starts_without_scikit_learn():
+    """It is a fifth of the time to start, and only some evaluations need it."""
+    code = "import sys, dsvae.train; sys.exit('sklearn' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=500, cwd=ROOT)
+
+
 def test_the_scripts_of_a_cluster_get_their_answers_without_heavy_imports():
     """They ask on a login node, several times per job."""
     code = (

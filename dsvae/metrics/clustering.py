@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import adjusted_rand_score, homogeneity_completeness_v_measure
-from sklearn.metrics.cluster import contingency_matrix
 
 Names = Sequence[str] | NDArray[Any]
 """One label or cluster per sentence, (N,): strings or numbers."""
@@ -52,6 +50,9 @@ def agreement(labels: Names, clusters: Names) -> dict[str, Any]:
             for random clusters of the same sizes.
         se: standard errors over sentences of the first three.
     """
+    # It takes two of the nine seconds of CPU that a training needs to start.
+    from sklearn.metrics import adjusted_rand_score, homogeneity_completeness_v_measure
+
     scores = b_cubed(labels, clusters)
     homogeneity, completeness, v_measure = homogeneity_completeness_v_measure(labels, clusters)
     return {
@@ -77,6 +78,8 @@ def b_cubed(labels: Names, clusters: Names) -> dict[str, Any]:
     so nothing larger than the table of labels and clusters is ever in memory. The errors
     take the clusters as given; that of F1 is by linearization.
     """
+    from sklearn.metrics.cluster import contingency_matrix
+
     table = contingency_matrix(labels, clusters, sparse=True).tocoo()
     count = table.data.astype(np.float64)
     of_label = np.bincount(table.row, count)[table.row]
