@@ -821,6 +821,64 @@ def plan(
     print(line if json else text)
 
 
+def train(
+    *,
+    ds_config: str | None = None,
+    config: str | None = None,
+    num_gpus: Count | None = None,
+    num_nodes: Count | None = None,
+    hostfile: str | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    master_addr: str | None = None,
+    master_port: Count | None = None,
+    **fields: Any,
+) -> None:
+    """Trains a model, as deepspeed dsvae/train.py does in a checkout.
+
+    It starts DeepSpeed's launcher, which starts one process per GPU.
+
+    Args:
+        ds_config: a shipped DeepSpeed configuration by its name (zero2), or a file.
+        config: recipe by its name, or a YAML file; quickstart by default.
+        num_gpus: this and the flags below are those of DeepSpeed's launcher: GPUs of each
+            node; all by default.
+        num_nodes: number of nodes of the hostfile; all by default.
+        hostfile: one line per node, with its number of GPUs: worker-0 slots=4.
+        include: nodes and GPUs to take, as in worker-0:0,2@worker-1.
+        exclude: nodes and GPUs to leave out.
+        master_addr: address at which the processes meet.
+        master_port: its port.
+    """
+    given = locals()
+    from dsvae.shipped import launch
+
+    own = {"ds_config": ds_config, "config": config, **fields}
+    launcher = {name: given[name] for name in given if name not in (*own, "fields")}
+    launch(_words(launcher), _words(own))
+
+
+def _words(flags: dict[str, Any]) -> list[str]:
+    """Returns the flags that have a value as words of a command line."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def slurm(*, output: str) -> None:
+    """Writes the scripts for a cluster with SLURM, to edit, and prints their directory.
+
+    slurm/site.sh in it describes the cluster; docs/slurm.md explains the rest. The
+    DeepSpeed configurations are beside the scripts. The package itself is a link: run
+    the command again with another DIR after dsvae has moved.
+
+    Args:
+        output: the directory to write, which must not exist.
+    """
+    from dsvae.shipped import write_slurm
+
+    print(write_slurm(output))
+
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _GENERATION = (sample, reconstruct, interpolate, analogy, traverse, edit, encode, fit_prior)
@@ -839,12 +897,13 @@ COMMANDS = commands(
         *_LABELLING,
         corpus,
         cache,
+        slurm,
     ),
     OPTIONS,
     f"OPTIONS OF GENERATE\n{_OPTIONS}",
     SHARED,
 ) | commands(
-    (plan,),
+    (train, plan),
     run_flags(),
     "FIELDS OF THE RUN\n    every flag of python dsvae/train.py --help; the short ones are\n"
     + _SHORT,

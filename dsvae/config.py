@@ -371,8 +371,8 @@ class RunConfig:
     """A whole run."""
 
     ds_config: str | None = None
-    """DeepSpeed configuration file (JSON). Values that are `auto` are filled in from
-    this configuration."""
+    """DeepSpeed configuration file (JSON), or the name of a shipped one. Values that are
+    `auto` are filled in from this configuration."""
     output_dir: Annotated[str, Rule("the name of a directory", str.strip), MAY_CHANGE] = (
         "runs/dsvae"
     )
@@ -451,7 +451,7 @@ class RunConfig:
         data, model, latent = self.data, self.model, self.model.has_latent
         has_conditions = data.condition_column is not None
         if self.ds_config is None:
-            raise UserError("--ds_config is missing: for example --ds_config ds_configs/zero2.json")
+            raise UserError("--ds_config is missing: for example --ds_config zero2")
         for section in (data, model, self.phase1, self.phase2):
             section.check()
         if self.conditional and 0 < data.micro_batch_tokens < 2 * data.max_tokens:

@@ -13,12 +13,15 @@ from typing import Any
 
 from dsvae.config import ALIASES, RECIPES, RunConfig, field_types, flatten, to_tree
 from dsvae.modeling.settings import Rule, without_none
+from dsvae.shipped import ds_configs
 
 HEAD = """\
-usage: deepspeed [--num_gpus N] dsvae/train.py --ds_config FILE
+usage: deepspeed [--num_gpus N] dsvae/train.py --ds_config FILE_OR_NAME
        [--config RECIPE_OR_FILE] [--FIELD VALUE ...]
 
-It also runs as python dsvae/train.py (one process), under torchrun and under srun.
+dsvae train takes the same flags and the launcher's. It also runs as python dsvae/train.py
+(one process), under torchrun and under srun.
+The argument of --ds_config is a file or a shipped one: {ds_configs}.
 The argument of --config is a YAML file or a recipe: {recipes}.
 The default is quickstart. Every field below is a flag; recipes change its default.
 """
@@ -29,7 +32,8 @@ def help_text() -> str:
     short = {field: flag for flag, field in ALIASES.items() if flag != field}
     defaults = flatten(to_tree(RunConfig()))
     documents = _documents(RunConfig)
-    lines = [HEAD.format(recipes=", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml"))))]
+    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    lines = [HEAD.format(recipes=recipes, ds_configs=", ".join(ds_configs()))]
     for name, kind in field_types(plain=False).items():
         default = defaults.get(name)
         lines.append(

@@ -64,7 +64,8 @@ snapshot() { # DIR
     [ -e "$dir/code/SNAPSHOT" ] && return
     mkdir -p "$dir" || return
     temporary=$(mktemp -d "$dir/.code.XXXXXX") || return
-    tar -C "$code" --exclude=__pycache__ -cf - dsvae ds_configs slurm |
+    # `dsvae slurm` writes a link to the package.
+    tar -C "$code" --exclude=__pycache__ --dereference -cf - dsvae ds_configs slurm |
         tar -C "$temporary" -xf - || return
     {
         echo "of $code"

@@ -19,6 +19,7 @@ from small_models import make_t5, make_vae, small_tokenizer
 from transformers.utils import logging as transformers_logging
 
 from dsvae import cli, command_line
+from dsvae import config as configuration
 from dsvae.cli import COMMANDS, main
 from dsvae.config import field_types
 from dsvae.errors import UserError
@@ -730,3 +731,18 @@ def test_a_terminated_encode_leaves_nothing(model_dir, tmp_path):
         process.kill()
         process.communicate()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_train_becomes_the_launcher_of_deepspeed(monkeypatch, fail):
+    calls = []
+    monkeypatch.setattr(os, "execv", lambda program, words: calls.append((program, words)))
+    line = "train --ds_config zero2 --num_gpus 2 --hostfile=nodes --phase1.steps 5 --verbose"
+    assert main(line.split()) == 0
+    ((program, words),) = calls
+    assert program == words[0] == sys.executable
+    assert words[1:3] == ["-m", "deepspeed.launcher.runner"]
+    script = next(i for i, word in enumerate(words) if word.endswith("dsvae/train.py"))
+    assert sorted(words[3:script]) == ["--hostfile=nodes", "--num_gpus=2"]
+    config = configuration.read(words[script + 1 :])
+    assert (config.ds_config, config.phase1.steps, config.verbose) == ("zero2", 5, True)
+    assert "phase1.steps" in fail("train", "--phase1.step", "5")

@@ -11,6 +11,7 @@ LAYERS = (
     ("errors",),
     ("console",),
     ("files",),
+    ("shipped",),
     ("modeling",),
     ("config", "status"),
     ("run_directory",),

@@ -38,7 +38,7 @@ def check(zero_stage: int, device: torch.device) -> None:
         raise UserError(
             "--compile works at ZeRO 0, 1 and 2: at ZeRO 3, hooks fetch the weights of every "
             "layer, and torch.compile cannot see through them; leave --compile out, or use "
-            "ds_configs/zero2.json"
+            "--ds_config zero2"
         )
     if device.type == "cpu":
         _need("a C++ compiler", os.environ.get("CXX", "g++"))

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from dsvae.config import PhaseConfig
 from dsvae.errors import UserError, did_you_mean
+from dsvae.shipped import ds_configs
 
 ELSEWHERE = {
     "scheduler": "the learning-rate schedule is --phase1.lr_schedule and --phase2.lr_schedule",
@@ -69,18 +70,20 @@ OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay"}
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Reads a ds_config file as it is.
+    """Reads a ds_config file as it is; a shipped one also by its name (`zero2`).
 
     Raises:
         UserError: no such file, not JSON, an unknown key, or an optimizer other than
             AdamW.
     """
-    path = Path(path)
     where = f"--ds_config {path}"
+    path = ds_configs().get(str(path), Path(path))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{where}: {error.strerror}; the shipped ones are in ds_configs/") from None
+        raise UserError(
+            f"{where}: {error.strerror}; the shipped ones are {', '.join(ds_configs())}"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -293,14 +296,12 @@ def _resolve_precision(
         # The engine looks at the gradients before DeepSpeed's step. At stage 0 they are
         # still multiplied by the loss scale, which would never fall.
         raise UserError(
-            f"ds_config: {on[0]} in float16 needs stage 1, 2 or 3: use ds_configs/fp16.json"
+            f"ds_config: {on[0]} in float16 needs stage 1, 2 or 3: use --ds_config fp16"
         )
     if got == "fp16" and not fp16_supported:
-        raise UserError(
-            "fp16 needs a GPU: on CPU use bf16 (ds_configs/zero2.json) or --precision fp32"
-        )
+        raise UserError("fp16 needs a GPU: on CPU use bf16 (--ds_config zero2) or --precision fp32")
     if got == "bf16" and not bf16_supported:
-        raise UserError("this GPU has no bf16: use ds_configs/fp16.json or --precision fp32")
+        raise UserError("this GPU has no bf16: use --ds_config fp16 or --precision fp32")
     if got == "fp32":
         # Float32 gradients are what bf16 needs; beside float32 weights DeepSpeed refuses
         # the section.

@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ class ModelDirectory:
                 save_file(
                     self._pending,
                     self._temporary / f"{len(self._shards)}.safetensors",
-                    metadata={"format": "pt"},
+                    metadata={"format": "pt", "dsvae": version("dsvae")},
                 )
             except SafetensorError as error:
                 free = shutil.disk_usage(self._temporary).free

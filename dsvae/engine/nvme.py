@@ -65,7 +65,7 @@ def place(resolved: dict[str, Any], output_dir: str, world: World) -> Iterator[N
         where = f"ds_config: zero_optimization.{name}"
         if zero_stage(resolved) != 3:
             raise UserError(
-                f'{where}.device "nvme" needs stage 3: use ds_configs/zero3_nvme.json, or "cpu"'
+                f'{where}.device "nvme" needs stage 3: use --ds_config zero3_nvme, or "cpu"'
             )
         if not section.get("nvme_path"):
             raise UserError(f"{where}.nvme_path must name a directory on a local disk")
@@ -185,7 +185,7 @@ def _compile() -> None:
         raise UserError(
             "offload to a disk: DeepSpeed compiles its I/O against the CUDA toolkit, and there is "
             f"none on {socket.gethostname()}: install CUDA {torch.version.cuda} with nvcc and set "
-            "CUDA_HOME, or use ds_configs/zero3_offload.json"
+            "CUDA_HOME, or use --ds_config zero3_offload"
         )
     builder = AsyncIOBuilder()
     try:

@@ -136,7 +136,7 @@ def _refuse(
         if shape["zero_stage"] == 0 and optimizer != "AdamW":
             raise UserError(
                 f"{source}: {_way(meta, now)}: ZeRO 0 converts with float32 weights only "
-                f"(torch_autocast, as in ds_configs/zero0.json, or --precision fp32): {advice}"
+                f"(torch_autocast, as in --ds_config zero0, or --precision fp32): {advice}"
             )
     if now["zero_stage"] in (1, 2):
         # The loader fails on a rank that has no part of one of AdamW's groups: a small

@@ -10,7 +10,7 @@ from typing import Any
 
 from dsvae.config import ALIASES, RECIPES
 from dsvae.errors import UserError, nearest
-from dsvae.planning.plan import SHIPPED, Machine, Option, Plan, make_plan
+from dsvae.planning.plan import Machine, Option, Plan, make_plan
 from dsvae.planning.show import advise, as_json, as_text
 from dsvae.planning.sizes import KNOWN, known_name
 
@@ -54,8 +54,8 @@ def plan_command(
 
     def change(machine: Machine, other_flags: dict[str, Any], option: Option) -> Plan:
         arguments = _run_arguments(model, config, flags | other_flags)
-        file = ds_config or str(SHIPPED.parent / option.ds_config)
-        return make_plan(arguments, machine, file, option.gradient_checkpointing)
+        file, checkpointing = option.ds_config, option.gradient_checkpointing
+        return make_plan(arguments, machine, file, checkpointing)
 
     arguments = _run_arguments(model, config, flags)
     plan = make_plan(arguments, machine, ds_config, gradient_checkpointing)

@@ -24,7 +24,6 @@ from dsvae.planning import memory
 from dsvae.planning.dry_run import DryRun, build, dry_run, weights_of
 from dsvae.planning.sizes import configuration_of
 
-SHIPPED = Path(__file__).parents[2] / "ds_configs"
 RESIDENT = ("zero0", "zero1", "zero2", "zero3")
 OFFLOADED = ("zero2_offload", "zero3_offload", "zero3_nvme")
 GPU_BASE = 1_500_000_000
@@ -105,7 +104,7 @@ class Plan:
             start += [f"--gpus-per-node={each}", f"--cpus-per-task={CPUS_PER_GPU}"]
             start += ["slurm/train.sbatch"]
         else:
-            start = ["deepspeed", "--num_gpus", str(self.machine.gpus), "dsvae/train.py"]
+            start = ["dsvae", "train", "--num_gpus", str(self.machine.gpus)]
         return shlex.join([*start, *words])
 
 
@@ -118,8 +117,8 @@ def make_plan(
         ds_config_file: the only DeepSpeed configuration; None: all shipped ones.
         checkpointing: gradient checkpointing or not; None: both, without it first.
     """
-    files = [Path(ds_config_file)] if ds_config_file else _shipped()
-    config = configuration.read(["--ds_config", str(files[0]), *arguments])
+    files = [ds_config_file] if ds_config_file else [*RESIDENT, *OFFLOADED]
+    config = configuration.read(["--ds_config", files[0], *arguments])
     configuration.choose_micro_batches(config, "cuda")
     data = config.data
     if data.batch_size < machine.gpus:  # the run refuses it, too
@@ -138,8 +137,8 @@ def make_plan(
     rows = min(per_gpu, max(1, data.micro_batch_tokens // longest))
     micro_batches = math.ceil(per_gpu / rows)
     options = []
-    for path, checkpoint in _order(files, checkpointing, config.model.gradient_checkpointing):
-        engine = _engine(path, config, micro_batches, machine.gpus)
+    for file, checkpoint in _order(files, checkpointing, config.model.gradient_checkpointing):
+        engine = _engine(file, config, micro_batches, machine.gpus)
         run = _dry_run(
             vae.to_json_string(),
             rows=rows,
@@ -151,9 +150,8 @@ def make_plan(
             freeze_decoder=freeze,
         )
         needs = memory.estimate(engine, weights, run, machine.ranks, accumulates=micro_batches > 1)
-        shown = path.relative_to(SHIPPED.parent) if path.is_relative_to(SHIPPED) else path
         host = needs.host_peak + HOST_BASE * machine.ranks.per_node
-        options.append(Option(str(shown), checkpoint, needs, needs.gpu_peak + GPU_BASE, host))
+        options.append(Option(file, checkpoint, needs, needs.gpu_peak + GPU_BASE, host))
     return Plan(
         config,
         machine,
@@ -168,22 +166,22 @@ def make_plan(
     )
 
 
-def _order(files: list[Path], wanted: bool | None, configured: bool) -> Iterator[tuple[Path, bool]]:
+def _order(files: list[str], wanted: bool | None, configured: bool) -> Iterator[tuple[str, bool]]:
     """Yields the fastest first: states on the GPU before offloaded ones, which wait for
     the bus. There, recomputing costs a third of a step, so every stage comes without
     gradient checkpointing before any comes with it."""
     choices = [wanted] if wanted is not None else [True] if configured else [False, True]
-    offloaded = [path for path in files if path.stem in OFFLOADED]
-    resident = [path for path in files if path.stem not in OFFLOADED]
-    for some in (resident, *([path] for path in offloaded)):
+    offloaded = [file for file in files if Path(file).stem in OFFLOADED]
+    resident = [file for file in files if Path(file).stem not in OFFLOADED]
+    for some in (resident, *([file] for file in offloaded)):
         for checkpoint in choices:
-            yield from ((path, checkpoint) for path in some)
+            yield from ((file, checkpoint) for file in some)
 
 
-def _engine(path: Path, config: RunConfig, micro_batches: int, gpus: int) -> memory.Engine:
+def _engine(file: str, config: RunConfig, micro_batches: int, gpus: int) -> memory.Engine:
     """Returns the engine of a ds_config file, as the run itself would resolve it."""
     resolved = ds_config.resolve(
-        ds_config.load(path),
+        ds_config.load(file),
         phase=config.phase1 if config.phase == "1" else config.phase2,
         precision=config.precision,
         batch_size=config.data.batch_size,
@@ -222,13 +220,3 @@ def _model_of(config: RunConfig) -> T5VAEConfig:
     if settings.dropout is not None:
         vae.t5.dropout_rate = settings.dropout
     return vae
-
-
-def _shipped() -> list[Path]:
-    files = [SHIPPED / f"{name}.json" for name in (*RESIDENT, *OFFLOADED)]
-    if missing := [path for path in files if not path.is_file()]:
-        raise UserError(
-            f"{missing[0]} does not exist (an installation without the repository): give "
-            f"--ds_config FILE"
-        )
-    return files
