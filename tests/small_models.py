@@ -15,6 +15,8 @@ from transformers import (
 )
 
 from dsvae import T5VAE, T5VAEConfig
+from dsvae.modeling.families import CategoricalFamily, GaussianFamily, SpikeSlabFamily
+from dsvae.modeling.t5_vae import CACHE
 
 SMALL = {
     "vocab_size": 60,
@@ -47,6 +49,11 @@ GEMMA_SIDE = {
     "attn_logit_softcapping": 2.0,
 }
 INJECTIONS = ("memory", "embedding", "both", "cross")
+FAMILIES = {
+    "gaussian": GaussianFamily(3),
+    "spike_slab": SpikeSlabFamily(3, (4.0, 1.0)),
+    "categorical": CategoricalFamily(3, 4),
+}
 POOLINGS = ("mean", "max", "first", "attention")
 
 
@@ -83,6 +90,16 @@ def make_t5gemma(directory):
         weight.data.normal_(0, 0.1 if "norm" in name else 0.3)
     model.save_pretrained(directory)
     return directory
+
+
+def decoded_by_the_cache(model, tokens, **given):
+    """The logits of tokens (B, T) that are decoded one after the other."""
+    cache, steps = None, []
+    for token in tokens.split(1, dim=1):
+        out = model(decoder_input_ids=token, cache=cache, use_cache=True, **given)
+        cache = out[CACHE]
+        steps.append(out.logits)
+    return torch.cat(steps, dim=1)
 
 
 def plain_nats(logits, labels):

@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from small_models import INJECTIONS, POOLINGS, T5_CONFIGS, all_pairs, make_vae
+from small_models import INJECTIONS, POOLINGS, T5_CONFIGS, all_pairs, decoded_by_the_cache, make_vae
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM
 
 from dsvae import T5VAE, T5VAEConfig
 from dsvae.engine.weights import freeze_decoder
 from dsvae.modeling.families import LOGVAR_BOUNDS
-from dsvae.modeling.t5_vae import CACHE, LATENT_PATH
+from dsvae.modeling.t5_vae import LATENT_PATH
 from dsvae.modeling.weight_source import Origin
 from dsvae.objective.elbo import Penalty, loss_share
 
@@ -220,12 +220,7 @@ def test_cached_decoding_equals_uncached(kind, injection):
     tokens = torch.randint(3, 60, (3, 7))
     given = {"latent": torch.randn(3, 6), "condition_ids": ids, "condition_mask": mask}
     whole = model(decoder_input_ids=tokens, **given).logits
-    cache, steps = None, []
-    for i in range(tokens.shape[1]):
-        out = model(decoder_input_ids=tokens[:, i : i + 1], cache=cache, use_cache=True, **given)
-        cache = out[CACHE]
-        steps.append(out.logits)
-    torch.testing.assert_close(whole, torch.cat(steps, dim=1), **CLOSE)
+    torch.testing.assert_close(whole, decoded_by_the_cache(model, tokens, **given), **CLOSE)
 
 
 SEARCHES = {

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_models import FAMILIES
 from torch.distributions import Independent, Normal, kl_divergence
 
 from dsvae.modeling.families import (
@@ -191,12 +192,6 @@ def test_the_information_of_categories_by_enumeration():
 
 
 # What holds for every family
-
-FAMILIES = {
-    "gaussian": GaussianFamily(3),
-    "spike_slab": SpikeSlabFamily(3, (4.0, 1.0)),
-    "categorical": CategoricalFamily(3, 4),
-}
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
