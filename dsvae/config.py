@@ -257,6 +257,13 @@ class PhaseConfig:
     """Share of tokens of the same text that are replaced in training: by the tokenizer's
     mask token, the first sentinel of a T5, or the unknown piece of a tokenizer without
     them. EOS is never replaced."""
+    latent_noise: Weight = 0.0
+    """Standard deviation of normal noise that is added to z in training before it is
+    decoded, as a multiple of the standard deviation of each number of z in the last steps
+    (about 100). The first step of a phase has none."""
+    latent_dropout: Share = 0.0
+    """Share of the numbers of z that are 0 in training when z is decoded. The others are
+    divided by 1 - share."""
 
     def check(self, name: str) -> None:
         """Raises UserError if fields of the phase `name` do not go together."""
@@ -330,8 +337,8 @@ class Phase2Config(PhaseConfig):
 
 @dataclass
 class HeadsConfig:
-    """Weights of the heads that label sentences, in both phases. Their losses are in nats
-    per sentence, and sentences without labels count with 0."""
+    """Weights of the heads beside the decoder, in both phases. The losses of those that
+    label sentences are in nats per sentence, and sentences without labels count with 0."""
 
     class_weight: Weight = 1.0
     """Weight of -log p of the label of a sentence, if `data.label_column` is given. 0: no
@@ -339,6 +346,11 @@ class HeadsConfig:
     tag_weight: Weight = 1.0
     """Weight of -log p of the tags of a sentence, if `data.tags_column` is given. 0: no
     head."""
+    align_weight: Weight = 0.0
+    """Weight of 1 - cos(P z, h), which keeps z near the states h of the encoder as it was
+    at the start of the run, and needs `model.name`. With pooling chunks it is the mean over
+    the vectors of a text, and h the mean of the states of a chunk. Otherwise P reads all of
+    z, and h is the mean of all states. P is linear and trains. 0: no such head."""
 
 
 @dataclass
@@ -496,6 +508,17 @@ class RunConfig:
             )
         if self.eval.noise_sentences and model.discrete:
             raise UserError("eval.noise_sentences adds noise to z, and model.family has categories")
+        if self.heads.align_weight and (model.name is None or not latent):
+            raise UserError(
+                "heads.align_weight aligns a latent with a pretrained encoder: name a model with "
+                "--model, and choose an injection other than none"
+            )
+        for name, phase in (("phase1", self.phase1), ("phase2", self.phase2)):
+            if (phase.latent_noise or phase.latent_dropout) and (model.discrete or not latent):
+                raise UserError(
+                    f"{name}.latent_noise and {name}.latent_dropout change the numbers of z, and "
+                    f"this model has {'categories' if latent else 'no latent'}"
+                )
         if self.phase2.total_correlation and not model.discrete:
             raise UserError("phase2.total_correlation needs categories: set model.family")
         nothing_trains = not latent and not self.conditional and self.phase1.freeze_decoder

@@ -92,7 +92,8 @@ def export_checkpoint(
         saved = _saved(found, meta)  # open files stay readable, whatever the run removes
     between = run.phase1_model
     began = between if found.phase == 2 and between.is_dir() else None
-    columns = Annotations(config.conditional, meta.get("classes", ()), meta.get("tags", ()))
+    heads = meta.get("classes", ()), meta.get("tags", ()), config.heads.align_weight > 0
+    columns = Annotations(config.conditional, *heads)
     tokenizer = load_tokenizer(str(run.tokenizer))
     origin = find_origin(config.model, tokenizer, began, config.seed, columns)
     model = cast(T5VAE, origin.skeleton())

@@ -52,6 +52,11 @@ class Phase:
         return self.config.phase2.length_weighted if self.number == 2 else False
 
     @property
+    def align_weight(self) -> float:
+        """Weight of the distance between z and the encoder that it is aligned with."""
+        return self.config.heads.align_weight
+
+    @property
     def controlled(self) -> bool:
         """Whether beta follows the KL instead of the step."""
         return self.number == 2 and self.config.phase2.beta.kind == "target"

@@ -397,6 +397,7 @@ def _save(
         **reshape_checkpoint.shape_of(engine.deepspeed, run.world),
         "frozen": engine.frozen,
         "lr_scales": engine.lr_scales,
+        **({"spread": engine.spread.state()} if engine.spread else {}),
         "classes": engine.module.config.classes,
         "tags": engine.module.config.tags,
     }

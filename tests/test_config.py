@@ -506,6 +506,12 @@ def test_values_that_leave_nothing_to_run(flags, message):
         (("--injection", "none", "--model.family", "categorical"), "model.family"),
         (("--phase1.draws", "2", "--phase1.sample_latent", "false"), "phase1.draws"),
         (("--model.prior", "learned"), "model.prior learned needs conditions"),
+        (("--heads.align_weight", "1"), "heads.align_weight .* --model"),
+        (("--injection", "none", "--phase2.latent_noise", "0.1"), "phase2.latent_noise.*no latent"),
+        (
+            ("--model.family", "categorical", "--phase1.latent_dropout", "0.1"),
+            "phase1.latent_dropout.*categories",
+        ),
         (("--latent_vectors", "8", "--injection", "cross"), "pooling mean"),
         (("--latent_vectors", "16", "--pooling", "chunks"), "injection both"),
         (

@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsvae.data.noise import (
+    ADDED,
     DELETION,
+    DROPPED,
     LATENT,
     MASKING,
     delete_tokens,
@@ -88,6 +90,12 @@ class MicroBatch:
     tag_labels: Tensor | None = None
     """(B, S) int64, the tags of `input_ids`; -100 if a token has no tag: at padding, at
     EOS, at later pieces of a word, at conditions. None if no record has tags."""
+    added: Tensor | None = None
+    """(B, Z) float32, what is added to z before it is decoded, in standard deviations of
+    z. None: nothing."""
+    factor: Tensor | None = None
+    """(B, Z) float32, by what z is then multiplied: 0 for a number that is dropped, and
+    1 / (1 - rate) for the others. None: nothing is dropped."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """Returns the same on a device."""
@@ -258,6 +266,9 @@ class TrainingBatches:
     micro_batches: int | None = None
     noise_width: int
     draws: int = 1
+    latent_width: int = 0
+    latent_noise: float = 0.0
+    latent_dropout: float = 0.0
     deletion: float
     token_mask: float = 0.0
     mask_id: int = 0
@@ -313,7 +324,7 @@ class TrainingBatches:
                 ids = mask_tokens(ids, self.token_mask, self.mask_id, rng)
             return delete_tokens(ids, self.deletion, generator(self.seed, DELETION, *keys[row]))
 
-        return collate_split(
+        batch = collate_split(
             self.split,
             own,
             pad_id=self.pad_id,
@@ -322,6 +333,15 @@ class TrainingBatches:
             posterior_reads=self.posterior_reads,
             disturb=disturb if self.deletion or self.token_mask else None,
         )
+        if self.latent_noise:
+            added = self.latent_noise * normal(self.seed, ADDED, keys, self.latent_width)
+            batch = replace(batch, added=torch.from_numpy(added))
+        if rate := self.latent_dropout:
+            width = self.latent_width
+            drawn = np.stack([generator(self.seed, DROPPED, *key).random(width) for key in keys])
+            factor = (drawn >= rate).astype(np.float32) / np.float32(1 - rate)
+            batch = replace(batch, factor=torch.from_numpy(factor))
+        return batch
 
 
 def share(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DELETION, LATENT, PRIOR, ORDER, MIXTURE, ROOM, MASKING = 1, 2, 3, 4, 5, 16, 17
+ADDED, DROPPED = 20, 21
 """Purposes: two streams of one sentence never share numbers."""
 
 

@@ -15,12 +15,15 @@ from dsvae.data.batches import TrainingBatches, most_micro_batches
 from dsvae.data.prepared import Prepared
 from dsvae.data.tokenization import mask_token
 from dsvae.engine import compilation, ds_config, nvme
-from dsvae.engine.build import Annotations, build_model
+from dsvae.engine.build import Annotations, build_model, find_origin
 from dsvae.engine.checkpoint import Checkpoint
 from dsvae.engine.engine import PhaseEngine
+from dsvae.engine.latent_noise import FrozenEncoder
 from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.errors import UserError
 from dsvae.modeling.families import make_family
+from dsvae.modeling.t5_vae import T5VAE
+from dsvae.modeling.weight_source import Origin
 from dsvae.parallel.device import has_fast_bf16
 from dsvae.parallel.world import World
 from dsvae.phases import Phase
@@ -76,6 +79,9 @@ def phase_engine(
                 micro_batches=None if given == "auto" else given,
                 noise_width=model.family.noise_width,
                 draws=phase.settings.draws,
+                latent_width=model.family.latent_width,
+                latent_noise=phase.settings.latent_noise,
+                latent_dropout=phase.settings.latent_dropout,
                 deletion=phase.settings.deletion,
                 token_mask=phase.settings.token_mask,
                 mask_id=mask_token(data.tokenizer),
@@ -87,9 +93,32 @@ def phase_engine(
                 mixture=data.mixture(config.data.weights),
             )
             scales = world.run_on_rank0(lambda: resumed.meta.get("lr_scales")) if resumed else None
-            engine = PhaseEngine(model, world, phase, resolved, origin=origin, lr_scales=scales)
+            spread = world.run_on_rank0(lambda: resumed.meta.get("spread")) if resumed else None
+            engine = PhaseEngine(
+                model,
+                world,
+                phase,
+                resolved,
+                origin=origin,
+                lr_scales=scales,
+                spread=spread,
+                align_to=_first_encoder(config, data, model, world, resolved),
+            )
         yield engine, batches
         engine.close()
+
+
+def _first_encoder(
+    config: RunConfig, data: Prepared, model: T5VAE, world: World, resolved: dict[str, Any]
+) -> FrozenEncoder | None:
+    """Returns the encoder that z is aligned with: that of the model that the run is
+    named, whatever phase 1 has made of it. Collective."""
+    if not model.config.align:
+        return None
+    origins: list[Origin] = []  # of rank 0
+    given = (config.model, data.tokenizer, None, config.seed, _columns(config, data))
+    world.run_on_rank0(lambda: origins.append(find_origin(*given)))
+    return FrozenEncoder(model.config, origins[0] if origins else None, world, resolved)
 
 
 def _columns(config: RunConfig, data: Prepared) -> Annotations:
@@ -105,6 +134,7 @@ def _columns(config: RunConfig, data: Prepared) -> Annotations:
         config.conditional,
         data.labels if heads.class_weight else (),
         data.tags if heads.tag_weight else (),
+        heads.align_weight > 0,
     )
 
 

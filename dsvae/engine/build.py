@@ -29,13 +29,15 @@ from dsvae.parallel.world import World
 
 @dataclass(frozen=True)
 class Annotations:
-    """What the records of a run have besides their text."""
+    """What a model has heads for: what the records of a run have besides their text."""
 
     conditional: bool = False
     classes: Sequence[str] = ()
     """The labels of the training records."""
     tags: Sequence[str] = ()
     """The tags of their words."""
+    align: bool = False
+    """Whether z is aligned with the states of the first encoder."""
 
 
 def latent_fields(settings: ModelConfig, columns: Annotations) -> dict[str, Any]:
@@ -45,6 +47,7 @@ def latent_fields(settings: ModelConfig, columns: Annotations) -> dict[str, Any]
         "conditional": columns.conditional,
         "classes": list(columns.classes),
         "tags": list(columns.tags),
+        "align": columns.align,
         "lora": dataclasses.asdict(settings.lora) if settings.lora.rank else None,
     }
 
@@ -212,6 +215,7 @@ def _origin(
         )
     asked = T5VAEConfig(t5=config.t5, **latent)
     config.lora = config.lora or asked.lora  # adapters may be added, not lost
+    config.align = asked.align
     for name in latent:
         has, wanted = getattr(config, name), getattr(asked, name)
         if has == wanted:

@@ -19,6 +19,7 @@ from dsvae.data.batches import MicroBatch, Step
 from dsvae.engine import ds_config as ds_configs
 from dsvae.engine import nvme
 from dsvae.engine.compilation import compile_training
+from dsvae.engine.latent_noise import FrozenEncoder, Spread
 from dsvae.engine.weights import (
     freeze_decoder,
     freeze_pretrained,
@@ -48,9 +49,10 @@ class StepSums:
     rec: Tensor
     """Scalar, nats."""
     rec_term: Tensor
-    """Scalar, what the loss has of rec: rec itself, or with `reconstruction_weights`."""
+    """Scalar, what the loss has of rec: rec itself, or with `reconstruction_weights`; and
+    of the distance of z from what it is aligned with."""
     statistics: Statistics
-    """(n,) by name: what the penalty reads."""
+    """(n,) by name: what the penalty reads, and `distance`."""
     penalty: Penalty
     sentences: int
     """N of the global batch."""
@@ -84,8 +86,8 @@ class StepMeans:
     @property
     def head_losses(self) -> dict[str, float]:
         """`class_nats` and `tag_nats` if they are penalized: means over all sentences,
-        of which those without labels have 0."""
-        names = ("class_nats", "tag_nats")
+        of which those without labels have 0. `distance`, if z is aligned."""
+        names = ("class_nats", "tag_nats", "distance")
         return {name: float(self.statistics[name]) for name in names if name in self.statistics}
 
     @property
@@ -104,6 +106,8 @@ class PhaseEngine:
             ones; None on the other ranks.
         lr_scales: the factors of the learning rate from the checkpoint that the phase
             resumes from; None: they are measured here if the phase has `lr_scale` rms.
+        spread: the state of the `Spread` of that checkpoint.
+        align_to: the encoder that z is aligned with, if the model has a head for that.
 
     Dropout is seeded by step, micro-batch and rank, so that a resumed run repeats it.
     """
@@ -117,6 +121,8 @@ class PhaseEngine:
         *,
         origin: Origin | None,
         lr_scales: dict[str, float] | None = None,
+        spread: list[list[float]] | None = None,
+        align_to: FrozenEncoder | None = None,
     ) -> None:
         self.zero_stage, self.precision = (
             ds_configs.zero_stage(ds_config),
@@ -131,7 +137,11 @@ class PhaseEngine:
         self.frozen = frozen_digest(model, origin, world)
         if lr_scales is None and phase.settings.lr_scale == "rms":
             lr_scales = measure_lr_scales(model, origin, world)
-        self.lr_scales = lr_scales
+        self.lr_scales, self.align_to = lr_scales, align_to
+        self.spread: Spread | None = None
+        if phase.settings.latent_noise:
+            width, vectors = model.family.latent_width, model.config.latent_vectors
+            self.spread = Spread(width, vectors, world, spread)
         if phase.config.model.gradient_checkpointing:
             # Reentrant checkpointing passes no gradient through keyword arguments.
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -208,7 +218,7 @@ class PhaseEngine:
         if not penalty.linear and len(batches) > 1:
             slopes = penalty.slopes(self._means_ahead(index, batches, penalty, sentences))
         self.world.heartbeat(f"step {index + 1}")
-        rec = rec_term = sums = torch.zeros((), device=device)
+        rec = rec_term = sums = distance = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
             self.deepspeed.set_gradient_accumulation_boundary(i == len(batches) - 1)
             noise = self._choose_noise(batch)
@@ -224,14 +234,26 @@ class PhaseEngine:
                 # `own` is summed over the ranks again with the other sums of the step.
                 means = own if penalty.linear else self.world.sum(own.clone()) / sentences
                 slopes = penalty.slopes(unpack(means, statistics))
-            share = loss_share(out.weighted_nats, statistics, batch.weight, slopes, sentences)
+            rec_share, own_rec_term = out.weighted_nats, torch.dot(weights, out.nats)
+            if out.distance is not None:
+                own_distance = torch.dot(batch.weight, out.distance)
+                aligned = self.phase.align_weight * own_distance
+                rec_share, own_rec_term = rec_share + aligned, own_rec_term + aligned.detach()
+                distance = distance + own_distance.detach()
+            if self.spread is not None:
+                self.spread.count(out.latent, batch.weight)
+            share = loss_share(rec_share, statistics, batch.weight, slopes, sentences)
             self.deepspeed.backward(share * self.world.size, scale_wrt_gas=False)
             rec = rec + torch.dot(batch.weight, out.nats)
-            rec_term = rec_term + torch.dot(weights, out.nats)
+            rec_term = rec_term + own_rec_term
             sums = sums + own
             self.world.heartbeat(f"step {index + 1}, micro-batch {i + 1} of {len(batches)}")
         skipped = not self._update()
+        if self.spread is not None:
+            self.spread.end_step()
         named = unpack(sums, statistics)
+        if self.align_to is not None:
+            named["distance"] = distance[None]
         return StepSums(rec, rec_term, named, penalty, sentences, skipped)
 
     @torch.no_grad()
@@ -348,6 +370,11 @@ class PhaseEngine:
         detach_prior: bool = False,
     ) -> Any:
         """Runs one forward pass, through the engine or the bare model."""
+        more: dict[str, Tensor | None] = {"factor": batch.factor}
+        if batch.added is not None and self.spread is not None:
+            more["added"] = batch.added * self.spread.std()
+        if self.align_to is not None:
+            more["align_states"] = self.align_to(batch.input_ids, batch.attention_mask)
         return model(
             batch.input_ids,
             batch.attention_mask,
@@ -356,6 +383,7 @@ class PhaseEngine:
             noise=noise,
             sample_latent=self.phase.sample_latent,
             **_records(batch),
+            **more,
             detach_prior=detach_prior,
         )
 

@@ -145,6 +145,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("beta", "", "weight of the KL term", None, PROGRESS),
     Metric("class_nats", NATS, "-log p(label|x), 0 without a label", LOWER, PROGRESS),
     Metric("tag_nats", NATS, "-log p(tags|x), 0 without tags", LOWER, PROGRESS),
+    Metric("distance", "1 - cosine", "of z from the first encoder's states", LOWER, PROGRESS),
     *_section(
         "Information in z",
         _z("mi", "nats", "I(x; z), a lower bound: at most mi_cap", HIGHER, SHOWN | MAIN),

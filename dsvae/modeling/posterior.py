@@ -22,7 +22,19 @@ class Float32Linear(nn.Linear):
             return F.linear(input.float(), self.weight.float(), bias)
 
 
-class Pooling(nn.Module):
+class _WholeText(nn.Module):
+    """What the poolings have in common whose vectors have no states of their own."""
+
+    aligned = 1
+    """How many parts of the text have vectors of their own."""
+
+    def means(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Returns the means of the states (B, S, d) of each part, (B, 1, d) float32."""
+        mask = attention_mask.bool().unsqueeze(-1)
+        return (states.float().masked_fill(~mask, 0.0).sum(1) / mask.sum(1))[:, None]
+
+
+class Pooling(_WholeText):
     """Encoder states (B, S, d) to one vector per sentence (B, d), float32, without the
     padding.
 
@@ -44,7 +56,7 @@ class Pooling(nn.Module):
         states = states.float()
         mask = attention_mask.bool().unsqueeze(-1)  # (B, S, 1)
         if self.kind == "mean":
-            return states.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
+            return self.means(states, attention_mask)[:, 0]
         if self.kind == "max":
             return states.masked_fill(~mask, float("-inf")).amax(1)
         if self.kind == "first":
@@ -69,7 +81,8 @@ class ChunkPooling(nn.Module):
 
     def __init__(self, d_model: int, vectors: int, chunk: int) -> None:
         super().__init__()
-        self.vectors, self.chunk = vectors, chunk
+        self.vectors = self.aligned = vectors
+        self.chunk = chunk
         self.joined = Float32Linear(chunk * d_model, d_model)
         self.inner = Float32Linear(d_model, 2 * d_model)
         self.outer = Float32Linear(2 * d_model, d_model)
@@ -90,7 +103,24 @@ class ChunkPooling(nn.Module):
                 f"{room}"
             )
 
+    def means(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Returns the means of the states (B, S, d) of each chunk, (B, K, d) float32; 0
+        where there is none."""
+        tokens = self._chunks(attention_mask[..., None], attention_mask).sum(2)
+        found = self._chunks(states, attention_mask).sum(2) / tokens.clamp(min=1)
+        return F.pad(found, (0, 0, 0, self.vectors - found.shape[1]))
+
     def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        joined = self._chunks(states, attention_mask).flatten(2)
+        found = self.joined(joined)
+        found = found + self.outer(F.gelu(self.inner(found)))
+        count = found.shape[1]
+        valid = self.valid(attention_mask)[:, :count, None]
+        return F.pad(found.masked_fill(~valid, 0.0), (0, 0, 0, self.vectors - count))
+
+    def _chunks(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Returns the states (B, S, d) by chunks, (B, K', chunk, d) float32 with K' <= K,
+        and 0 where there are none."""
         self.check_length(attention_mask)
         length = states.shape[1]
         mask = attention_mask.bool()
@@ -101,11 +131,7 @@ class ChunkPooling(nn.Module):
         # What is cut past the last chunk is padding.
         count = min(-(-length // self.chunk), self.vectors)
         states = F.pad(states, (0, 0, 0, max(0, count * self.chunk - length)))
-        joined = states[:, : count * self.chunk].unflatten(1, (count, self.chunk)).flatten(2)
-        found = self.joined(joined)
-        found = found + self.outer(F.gelu(self.inner(found)))
-        valid = self.valid(attention_mask)[:, :count, None]
-        return F.pad(found.masked_fill(~valid, 0.0), (0, 0, 0, self.vectors - count))
+        return states[:, : count * self.chunk].unflatten(1, (count, self.chunk))
 
 
 HEAD_WIDTH = 64
@@ -138,7 +164,7 @@ class QueryLayer(nn.Module):
         return vectors + self.outer(F.gelu(self.inner(_normalized(vectors))))
 
 
-class QueryPooling(nn.Module):
+class QueryPooling(_WholeText):
     """Encoder states (B, S, d) to K vectors (B, K, d), float32: K learned queries attend
     to all states in `query_layers` layers (a resampler, Jaegle et al. 2021).
 

@@ -28,7 +28,7 @@ from transformers.utils import can_return_tuple
 
 from dsvae.modeling.backbone import BACKBONES, T5Backbone, backbone
 from dsvae.modeling.crf import CRF, IGNORE, TagHead
-from dsvae.modeling.families import Distribution, Family, make_family, masked
+from dsvae.modeling.families import Distribution, Family, make_family, masked, present
 from dsvae.modeling.injection import INJECTIONS, make_injection
 from dsvae.modeling.lora import add_adapters, checked, is_adapter
 from dsvae.modeling.posterior import Float32Linear, PosteriorHead, make_pooling
@@ -44,7 +44,9 @@ CACHE = (
 """The name of the decoder's cache in the installed transformers: `cache` since 5.24,
 `past_key_values` before. `generate` passes and reads it under this name."""
 
-LATENT_PATH = ("posterior.", "prior_head.", "class_head.", "tag_head.", "injection.")
+LATENT_PATH = (
+    *("posterior.", "prior_head.", "class_head.", "tag_head.", "align_head.", "injection."),
+)
 """How the names of the parameters begin that no T5 has."""
 
 
@@ -105,6 +107,9 @@ class T5VAEFields(LatentConfig):
     """The names of the classes of a class head; empty: no such head."""
     tags: list[str] = field(default_factory=list)
     """The names of the tags of a tag head, in IOB2; empty: no such head."""
+    align: bool = False
+    """Whether there is a linear map from z to the states of another encoder, which only
+    training reads (`heads.align_weight`)."""
     lora: dict[str, Any] | None = None
     """The fields of `LoraConfig`; None: no adapters. The final model of a run has none:
     they are added to their matrices."""
@@ -136,7 +141,7 @@ class T5VAEConfig(T5VAEFields, PreTrainedConfig):
     # The Trainer's predictions are the logits alone.
     keys_to_ignore_at_inference = [
         *("nats", "latent", "posterior", "prior", "clusters", "class_logits", "class_nats"),
-        *("tag_nats", "tags", "cache", "past_key_values"),
+        *("tag_nats", "tags", "distance", "cache", "past_key_values"),
     ]
 
     # For `generate`, this is a decoder conditioned on z, and on encoder states that are
@@ -242,6 +247,7 @@ class T5VAEOutput(CausalLMOutputWithPast):
         where there are none. They are not in the loss.
     tags: (B, S), the most probable tags where `tag_labels` has some, -100 elsewhere;
         only in evaluation.
+    distance: (B,), 1 - cos(P z, h), only with `align_states`; not in the loss.
 
     The decoder's cache has the name `CACHE`, and is there if `use_cache` was set.
     """
@@ -261,6 +267,7 @@ class T5VAEOutput(CausalLMOutputWithPast):
     class_nats: Tensor | None = None
     tag_nats: Tensor | None = None
     tags: Tensor | None = None
+    distance: Tensor | None = None
 
 
 class T5VAE(PreTrainedModel, GenerationMixin):
@@ -282,7 +289,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = False  # the Trainer need not pass `num_items_in_batch`
     _supports_sdpa = True
     _no_split_modules = [name for each in BACKBONES.values() for name in each.blocks]
-    _keep_in_fp32_modules_strict = ["posterior", "prior_head", "class_head", "tag_head"]
+    _keep_in_fp32_modules_strict = [
+        *("posterior", "prior_head", "class_head", "tag_head", "align_head"),
+    ]
     # In float16. And no quantizer of transformers touches these: integers for weights would
     # round z to integers.
     _keep_in_fp32_modules = ["wo", "injection", *_keep_in_fp32_modules_strict]
@@ -307,6 +316,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             self.class_head = Float32Linear(base.encoder_width, len(config.classes))
         if config.tags:
             self.tag_head = TagHead(base.encoder_width, config.tags)
+        if config.align:
+            read = self.family.latent_width // self.posterior.pooling.aligned
+            self.align_head = Float32Linear(read, base.encoder_width)
         if config.prior == "learned":
             self.prior_head = Float32Linear(base.encoder_width, self.family.head_width)
         self.injection = make_injection(config, self.family.latent_width)
@@ -439,7 +451,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
         Args:
             config: replaces that of the directory.
-            seed: of adapters that `config` has and the directory lacks.
+            seed: of adapters and of the `align` head that `config` has and the directory
+                lacks.
 
         Raises:
             OSError: no such model, or no weights in it.
@@ -458,7 +471,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         files = SafetensorsFiles(name_or_path)
 
         def key_of(name: str) -> str | None:
-            return None if is_adapter(name) and name not in files else name
+            added = is_adapter(name) or name.startswith("align_head.")
+            return None if added and name not in files else name
 
         return Origin(make, seed, files, key_of)
 
@@ -636,6 +650,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         class_labels: Tensor | None = None,
         tag_labels: Tensor | None = None,
+        added: Tensor | None = None,
+        factor: Tensor | None = None,
+        align_states: Tensor | None = None,
         **others: Any,
     ) -> T5VAEOutput:
         """Encodes, draws z, and decodes with teacher forcing.
@@ -675,6 +692,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 as the configuration says.
             class_labels: (B,), the class of each sentence; -100: none is known.
             tag_labels: (B, S), the tag of each word at its first piece, -100 elsewhere.
+            added, factor: (B, Z), what is added to z when it is decoded, and by what the sum
+                is multiplied. Vectors that a text lacks stay 0. `latent` of the output is
+                z itself.
+            align_states: (B, S, d), states of `input_ids` of another encoder, to give
+                `distance`.
             others: must be None. To ignore an argument could change the text without an
                 error.
 
@@ -738,7 +760,18 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if condition_states is not None and len(condition_states) != len(latent):
             raise ValueError(f"{len(condition_states)} conditions for {len(latent)} latents")
 
-        read = self.family.normalized(latent) if self.config.normalize == "l2" else latent
+        if align_states is not None:
+            out["distance"] = self._distance(
+                latent, align_states, _mask_of(align_states[..., 0], attention_mask)
+            )
+        read = latent
+        if added is not None:
+            read = read + added
+            if self.config.latent_vectors > 1:
+                read = masked(read, present(latent, self.config.latent_vectors))
+        if factor is not None:
+            read = read * factor
+        read = self.family.normalized(read) if self.config.normalize == "l2" else read
         embeddings, attention_kwargs = self.injection(read, self.shared(decoder_input_ids))
         cache = past_key_values if cache is None else cache
         if self.config.cross_attention:
@@ -775,6 +808,15 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             if right is not None:
                 out["right"] = right.view(labels.shape).sum(1)
         return T5VAEOutput(latent=latent, **out)
+
+    def _distance(self, latent: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        """Returns 1 - cos(P z, h), (B,), for z (B, Z) and the states (B, S, d) of which h
+        are the means; a mean over the vectors, if each has its own states."""
+        pooling = self.posterior.pooling
+        targets, valid = pooling.means(states, mask), pooling.valid(mask)[:, : pooling.aligned]
+        mapped = self.align_head(latent.unflatten(1, (pooling.aligned, -1)))
+        distances = 1 - F.cosine_similarity(mapped, targets, dim=-1)
+        return torch.where(valid, distances, 0.0).sum(1) / valid.sum(1)
 
     def _loss(self, nats: Tensor, kl: Tensor) -> Tensor:
         """Returns the sum over sentences of nats (B,) + beta * the KL of their units

@@ -139,19 +139,28 @@ class _Counts:
 
 
 def estimate(
-    engine: Engine, weights: list[Weight], run: DryRun, ranks: Ranks, *, accumulates: bool
+    engine: Engine,
+    weights: list[Weight],
+    run: DryRun,
+    ranks: Ranks,
+    *,
+    accumulates: bool,
+    frozen_encoder: int = 0,
 ) -> Estimate:
     """Returns the peaks of a phase.
 
     Args:
         accumulates: whether a step has several micro-batches: then gradients lie beside
             the activations of the next one.
+        frozen_encoder: elements of the encoder that z is aligned with; 0: it is not.
     """
     n = _Counts.of(weights, engine, ranks.world)
     # A single rank's part is the whole weight, and lies in the memory that computes.
     alone = ranks.world == 1 and engine.parameters_on == "gpu"
     gathered = 0 if engine.kind != "zero3" or alone else _gathered(engine, n)
     gpu = _on_gpu(engine, n, alone)
+    if frozen_encoder:
+        gpu["frozen encoder"] = engine.compute * frozen_encoder
     always = sum(gpu.values())
     peak, gradients = _training(engine, n, run, ranks.world, gathered, accumulates)
     moments = {

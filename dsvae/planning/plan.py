@@ -21,7 +21,7 @@ from dsvae.engine.build import Annotations, latent_fields, new_vae
 from dsvae.errors import UserError, first_line
 from dsvae.modeling.t5_vae import T5VAEConfig, read_config
 from dsvae.planning import memory
-from dsvae.planning.dry_run import DryRun, build, dry_run, weights_of
+from dsvae.planning.dry_run import DryRun, Weight, build, dry_run, weights_of
 from dsvae.planning.sizes import configuration_of
 
 RESIDENT = ("zero0", "zero1", "zero2", "zero3")
@@ -149,7 +149,14 @@ def make_plan(
             gradient_checkpointing=checkpoint,
             freeze_decoder=freeze,
         )
-        needs = memory.estimate(engine, weights, run, machine.ranks, accumulates=micro_batches > 1)
+        needs = memory.estimate(
+            engine,
+            weights,
+            run,
+            machine.ranks,
+            accumulates=micro_batches > 1,
+            frozen_encoder=frozen_encoder_of(vae, weights),
+        )
         host = needs.host_peak + HOST_BASE * machine.ranks.per_node
         options.append(Option(file, checkpoint, needs, needs.gpu_peak + GPU_BASE, host))
     return Plan(
@@ -208,7 +215,7 @@ def _dry_run(vae: str, *, precision: str, autocast: bool, **settings: Any) -> Dr
 def _model_of(config: RunConfig) -> T5VAEConfig:
     """Returns the T5VAE of a run."""
     settings = config.model
-    columns = Annotations(config.conditional)
+    columns = Annotations(config.conditional, align=config.heads.align_weight > 0)
     try:
         if settings.name is None:
             return new_vae(settings, columns, settings.vocab_size)
@@ -220,3 +227,10 @@ def _model_of(config: RunConfig) -> T5VAEConfig:
     if settings.dropout is not None:
         vae.t5.dropout_rate = settings.dropout
     return vae
+
+
+def frozen_encoder_of(vae: T5VAEConfig, weights: list[Weight]) -> int:
+    """Returns the elements of the encoder that z is aligned with; 0: it is not."""
+    embedding = "encoder_embedding." if vae.backbone.own_embeddings else "shared."
+    own = (w for w in weights if w.name.startswith(("encoder.", embedding)))
+    return sum(w.numel for w in own) if vae.align else 0

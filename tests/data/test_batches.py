@@ -378,3 +378,33 @@ def test_masked_tokens_are_those_of_the_sentence_on_any_number_of_ranks():
         assert all(a in (b, 7) for a, b in zip(noisy, row, strict=True))
         hidden += sum(a == 7 for a in noisy)
     assert hidden
+
+
+def test_what_disturbs_z_is_that_of_the_sentence_on_any_number_of_ranks():
+    split, width = sentences(40), 5000
+    options = {"latent_noise": 0.5, "latent_dropout": 0.2, "latent_width": width}
+
+    def found(ranks):
+        micros = [
+            micro for step in all_ranks(split, 1, ranks, **options) for micro in step.micro_batches
+        ]
+        return {
+            int(index): (micro.noise[row], micro.added[row], micro.factor[row])
+            for micro in micros
+            for row, index in enumerate(micro.indices)
+            if micro.weight[row]
+        }
+
+    alone, shared = found(1), found(2)
+    assert alone.keys() == shared.keys()
+    assert len(alone) == 16
+    for index, own in alone.items():
+        assert all(torch.equal(*pair) for pair in zip(own, shared[index], strict=True))
+        _, added, factor = own
+        assert factor.unique().tolist() == pytest.approx([0.0, 1.25])
+        # Six deviations of 5,000 numbers each.
+        assert float(factor.mean()) == pytest.approx(1.0, abs=6 * 0.5 / width**0.5)
+        assert float(added.std()) == pytest.approx(0.5, rel=6 / (2 * width) ** 0.5)
+    assert len({float(added[0]) for _, added, _ in alone.values()}) == 16
+    plain = batches(split).step(2).micro_batches[0]
+    assert plain.added is plain.factor is None

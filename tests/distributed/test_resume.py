@@ -16,8 +16,11 @@ PATCHED = Path(__file__).with_name("patched_train.py")
 ARGUMENTS = (
     *("--phase1.steps", "24", "--phase2.steps", "24", "--checkpoint_every", "5"),
     *("--phase1.deletion", "0.2", "--eval.batch_tokens", "64", "--phase2.lr_scale", "rms"),
+    *("--phase2.latent_noise", "0.5", "--phase2.latent_dropout", "0.1"),
 )
-ADAPTERS = (*("--model.lora.rank", "2"), *("--phase1.freeze_decoder", "true"))
+ADAPTERS = (
+    *("--model.lora.rank", "2", "--phase1.freeze_decoder", "true", "--heads.align_weight", "0.5"),
+)
 
 # How a run is cut: (the checkpoint to wait for, the signal, the ranks that get it, the
 # exit code that the others must have).

@@ -42,6 +42,13 @@ SYSTEMS = {
     "scaled": {},
     "chunks": {"injection": "cross", "latent_vectors": 12, "pooling": "chunks", "chunk": 2},
     "queries": {"latent_vectors": 3, "pooling": "queries", "query_layers": 2},
+    "disturbed": {"normalize": "l2"},
+    "disturbed chunks": {
+        "injection": "cross",
+        "latent_vectors": 12,
+        "pooling": "chunks",
+        "chunk": 2,
+    },
 }
 """The latent path of each system."""
 DRAWS = {"spike_slab": 3}
@@ -50,6 +57,10 @@ FREE_BITS = {"categorical": 0.065, "spike_slab": 1.7}
 LENGTH_WEIGHTED = ("embedding",)
 SCALED = ("scaled",)
 """The systems whose learning rate is scaled by the RMS of each tensor."""
+DISTURBED = ("disturbed", "disturbed chunks")
+"""The systems with noise on z, dropout of z and a z that is aligned with the first
+encoder."""
+LATENT_NOISE, LATENT_DROPOUT, ALIGN = 0.7, 0.2, 3.0
 RELEASED = {"spike_slab": 2}
 """The last steps, whose free bits are off."""
 
@@ -66,6 +77,7 @@ def start_model(system, prepared, directory):
             t5={**t5, "decoder_start_token_id": 0},
             latent_dim=6,
             memory_slots=2,
+            align=system in DISTURBED,
             **SYSTEMS[system],
         )
     )
@@ -133,6 +145,43 @@ def best_noise(model, batch, draws):
     return torch.stack([batch.noise[row, draw] for row, draw in enumerate(best)])
 
 
+def deviation_by_hand(seen):
+    """The standard deviation of each number of z, (Z,): a text of s steps ago weighs
+    0.99^s, and a text without a vector nothing; 0 if none has it."""
+    z, valid = torch.cat(list(seen)), torch.cat([each != 0 for each in seen])
+    age = torch.cat(
+        [torch.full((len(each), 1), float(len(seen) - i)) for i, each in enumerate(seen)]
+    )
+    weight = valid * 0.99**age
+    weight = weight / weight.sum(0).clamp(min=1e-30)
+    mean = (weight * z).sum(0)
+    return (weight * (z - mean) ** 2).sum(0).sqrt()
+
+
+def disturbed_by_hand(z, batch, seen):
+    """What is decoded in place of z (B, Z)."""
+    if seen:
+        z = torch.where(z != 0, z + batch.added * deviation_by_hand(seen), 0.0)
+    return z * batch.factor
+
+
+def distance_by_hand(model, first, batch, z):
+    """1 - cos(P z, h) of each text, (B,); h by a loop over its tokens."""
+    states = first._encode(batch.input_ids, batch.attention_mask).last_hidden_state.detach()
+    head, found = model.align_head, []
+    size = 2 if model.config.latent_vectors > 1 else 10**6
+    for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
+        parts = states[row, :length].split(size)
+        cosines = [
+            torch.dot(
+                F.normalize(head.weight @ own + head.bias, dim=0), F.normalize(part.mean(0), dim=0)
+            )
+            for own, part in zip(z[row].split(6), parts, strict=False)
+        ]
+        found.append(1 - torch.stack(cosines).mean())
+    return torch.stack(found)
+
+
 def reference(system, directory, prepared):
     """The losses and the final weights of plain torch on one process: each global batch
     at once, the contract's formula."""
@@ -144,6 +193,9 @@ def reference(system, directory, prepared):
         noise_width=model.family.noise_width,
         draws=DRAWS.get(system, 1),
         deletion=0.3,
+        latent_width=model.family.latent_width,
+        latent_noise=LATENT_NOISE,
+        latent_dropout=LATENT_DROPOUT,
         seed=1,
         rank=0,
         world_size=1,
@@ -177,18 +229,26 @@ def reference(system, directory, prepared):
             for n, p in named.items()
         ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    losses, below, free_bits = [], [], FREE_BITS.get(system, 0.2)
+    losses, below, free_bits, seen = [], [], FREE_BITS.get(system, 0.2), []
+    first = T5VAE.from_pretrained(directory, dtype=torch.float32).eval()
     for index in range(STEPS):
         (batch,) = batches.step(index).micro_batches
         beta = min(1.0, index / STEPS / 0.5)
         noise = best_noise(model, batch, DRAWS.get(system, 1))
         out = model(batch.input_ids, batch.attention_mask, labels=batch.labels, noise=noise)
-        nats = F.cross_entropy(out.logits.transpose(1, 2), batch.labels, reduction="none").sum(1)
+        logits = out.logits
+        if system in DISTURBED:
+            decoded = disturbed_by_hand(out.latent, batch, seen)
+            logits = model(latent=decoded, labels=batch.labels).logits
+            seen.append(out.latent.detach())
+        nats = F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none").sum(1)
         rec = (nats / (batch.labels >= 0).sum(1) if system in LENGTH_WEIGHTED else nats).mean()
         tokens = batch.attention_mask.sum(1)
         kl = kl_by_hand(model, out.posterior.parameters, tokens).mean(0)
         off = index >= STEPS - RELEASED.get(system, 0)
         loss = rec + beta * torch.maximum(kl, torch.tensor(0.0 if off else free_bits)).sum()
+        if system in DISTURBED:
+            loss = loss + ALIGN * distance_by_hand(model, first, batch, out.latent).mean()
         if weight := TOTAL_CORRELATION.get(system):
             loss = loss + weight * information_by_hand(out.posterior.parameters)
         optimizer.zero_grad()
@@ -301,6 +361,10 @@ SPLITS = [
     ("queries", "zero0", 1, 10**6),
     ("queries", "zero1", 2, 150),
     ("queries", "zero3", 2, 150),
+    ("disturbed", "zero0", 1, 10**6),
+    ("disturbed", "zero2", 2, 150),
+    ("disturbed chunks", "zero1", 2, 150),
+    ("disturbed chunks", "zero3", 2, 150),
 ]
 
 
@@ -333,7 +397,13 @@ def test_losses_and_weights_are_those_of_plain_torch(
             "total_correlation": TOTAL_CORRELATION.get(system, 0.0),
             "length_weighted": system in LENGTH_WEIGHTED,
             **({"lr": 2e-2, "lr_scale": "rms"} if system in SCALED else {}),
+            **(
+                {"latent_noise": LATENT_NOISE, "latent_dropout": LATENT_DROPOUT}
+                if system in DISTURBED
+                else {}
+            ),
         },
+        "heads": {"align_weight": ALIGN if system in DISTURBED else 0.0},
         "phase": "2",
         "precision": "fp32",
         "output_dir": str(tmp_path / "run"),

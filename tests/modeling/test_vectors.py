@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_models import make_vae
+from small_models import FAMILIES, decoded_by_the_cache, make_vae
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
@@ -12,14 +12,12 @@ from dsvae import T5VAE, T5VAEConfig
 from dsvae.modeling.families import (
     CategoricalFamily,
     GaussianFamily,
-    SpikeSlabFamily,
     VectorFamily,
     make_family,
     masked,
     present,
 )
 from dsvae.modeling.posterior import ChunkPooling, QueryPooling
-from dsvae.modeling.t5_vae import CACHE
 
 CLOSE = {"atol": 3e-4, "rtol": 1e-3}
 K, D = 5, 6
@@ -127,12 +125,7 @@ def test_cached_decoding_equals_uncached_with_other_numbers_of_vectors(model, ba
     ids, mask, _ = batch
     z, tokens = model.encode(ids, mask).point, torch.randint(3, 60, (5, 7))
     whole = model(latent=z, decoder_input_ids=tokens).logits
-    cache, steps = None, []
-    for i in range(tokens.shape[1]):
-        out = model(latent=z, decoder_input_ids=tokens[:, i : i + 1], cache=cache, use_cache=True)
-        cache = out[CACHE]
-        steps.append(out.logits)
-    torch.testing.assert_close(whole, torch.cat(steps, dim=1), **CLOSE)
+    torch.testing.assert_close(whole, decoded_by_the_cache(model, tokens, latent=z), **CLOSE)
     texts = [
         model.generate(latent=z, max_new_tokens=6, use_cache=use, **options)
         for use in (True, False)
@@ -204,13 +197,6 @@ def test_queries_are_the_attention_of_torch():
     inner = F.gelu(norm(x) @ layer.inner.weight.T + layer.inner.bias)
     x = norm(x + inner @ layer.outer.weight.T + layer.outer.bias)
     torch.testing.assert_close(pooling(states, mask), x)
-
-
-FAMILIES = {
-    "gaussian": GaussianFamily(3),
-    "spike_slab": SpikeSlabFamily(3, (4.0, 1.0)),
-    "categorical": CategoricalFamily(3, 4),
-}
 
 
 @pytest.mark.parametrize("each", FAMILIES.values(), ids=FAMILIES)
@@ -336,6 +322,43 @@ def test_a_normalized_latent_is_decoded_at_one_length(batch):
             torch.testing.assert_close(found, expected, **CLOSE)
     with pytest.raises(ValueError, match="normalize"):
         T5VAEConfig(normalize="l2", family="categorical")
+
+
+@pytest.mark.parametrize("fields", [{}, SHAPES["chunks cross"], SHAPES["queries memory"]])
+def test_a_disturbed_latent_is_decoded_in_place_of_z(fields, batch):
+    ids, mask, labels = batch
+    model = make_vae(**fields)
+    z = model.encode(ids, mask).point.detach()
+    added, factor = torch.randn_like(z), torch.rand_like(z)
+    found = model(ids, mask, labels=labels, added=added, factor=factor)
+    by_hand = torch.where(z != 0, (z + added) * factor, 0.0)
+    expected = model(latent=by_hand, labels=labels).logits
+    torch.testing.assert_close(found.logits, expected, **CLOSE)
+    assert torch.equal(found.latent, z)
+
+
+@pytest.mark.parametrize("fields", [{"pooling": "max"}, SHAPES["chunks cross"], QUERIES])
+def test_the_distance_is_that_of_each_chunk_or_of_the_whole_text(fields, batch):
+    ids, mask, labels = batch
+    model = make_vae(align=True, **fields)
+    states = torch.randn(5, ids.shape[1], 32)
+    out = model(ids, mask, labels=labels, align_states=states)
+    padded = model(
+        *(F.pad(each, (2, 0)) for each in (ids, mask)),
+        labels=labels,
+        latent=out.latent,
+        align_states=F.pad(states, (0, 0, 2, 0), value=9.0),
+    )
+    chunks = fields.get("pooling") == "chunks"
+    for row, length in enumerate(lengths_of(mask)):
+        parts = states[row, :length].split(2 if chunks else length)
+        own = out.latent[row].view(K, D)[: len(parts)] if chunks else out.latent[row][None]
+        mapped = own @ model.align_head.weight.T + model.align_head.bias
+        means = torch.stack([part.mean(0) for part in parts])
+        expected = (1 - F.cosine_similarity(mapped, means)).mean()
+        torch.testing.assert_close(out.distance[row], expected)
+        torch.testing.assert_close(padded.distance[row], expected)
+    assert model(ids, mask, labels=labels).distance is None
 
 
 def test_save_and_load(model, batch, tmp_path):

@@ -7,14 +7,16 @@ import pytest
 import torch
 from launch import CONFIGS
 from small_models import t5gemma_config
+from transformers import T5Config, T5EncoderModel
 
 from dsvae.config import PhaseConfig
 from dsvae.engine import ds_config
 from dsvae.errors import UserError
 from dsvae.modeling.t5_vae import T5VAE, T5VAEConfig
 from dsvae.objective.elbo import loss_share
-from dsvae.planning.dry_run import DryRun, LiveBytes, Weight, dry_run
+from dsvae.planning.dry_run import DryRun, LiveBytes, Weight, build, dry_run, weights_of
 from dsvae.planning.memory import Engine, Ranks, estimate
+from dsvae.planning.plan import frozen_encoder_of
 
 T5 = {
     "model_type": "t5",
@@ -87,6 +89,19 @@ def test_what_is_always_on_a_node_is_that_of_its_ranks():
     # the gradient buffer: two ranks of four.
     host = find("zero2_offload", per_node=2).host
     assert sum(host.values()) == 2 * (250 * (4 + 4 + 8) + 2 * 250 + 2 * 600)
+
+
+def test_the_encoder_that_z_is_aligned_with_is_whole_on_every_rank():
+    config = T5VAEConfig(t5=T5, align=True)
+    weights = weights_of(build(config, False))
+    count = frozen_encoder_of(config, weights)
+    assert count == sum(p.numel() for p in T5EncoderModel(T5Config(**T5)).parameters())
+    assert frozen_encoder_of(T5VAEConfig(t5=T5), weights) == 0
+    for name, width in (("zero0", 4), ("zero3", 2)):
+        made, options = engine(name), {"accumulates": False}
+        given = (made, weights, NOTHING, Ranks(4, 4))
+        more = estimate(*given, **options, frozen_encoder=count).gpu_peak
+        assert more - estimate(*given, **options).gpu_peak == width * count
 
 
 def test_a_node_builds_whole_models_below_zero3_and_one_tensor_at_a_time_there():
