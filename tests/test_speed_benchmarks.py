@@ -9,8 +9,9 @@ from traceback import walk_stack
 
 import pytest
 import torch
-from benchmarks import gpu, sides
+from benchmarks import gpu, long_texts, sides
 from launch import CONFIGS
+from small_models import make_t5, small_tokenizer
 
 from dsvae import T5VAE
 from dsvae.parallel.world import World
@@ -86,3 +87,19 @@ def test_every_case_has_a_size_and_a_configuration():
         assert job.side in ("dsvae", "bare", "trainer", "trainer_grouped")
         assert job.t5["d_model"] >= 32
         assert (CONFIGS / f"{job.ds_config}.json").is_file()
+
+
+def test_long_texts_are_the_joined_lines_and_each_case_is_measured(tmp_path):
+    ids = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
+    found = long_texts.joined(iter(ids), 5, 2, 1)
+    assert found.tolist() == [[5, 6, 7, 8, 1], [10, 11, 12, 13, 1]]
+    with pytest.raises(SystemExit, match="only 0 texts of 99 tokens: 1 are needed"):
+        long_texts.joined(iter(ids), 99, 1, 1)
+    lines = ["the cat sees a dog", "a dog", "the dogs see the cats and a dog", "cats"] * 9
+    small_tokenizer(lines).save_pretrained(make_t5("t5 v1.1", tmp_path))
+    (tmp_path / "texts.txt").write_text("\n".join(lines))
+    given = (str(tmp_path), str(tmp_path / "texts.txt"), 10, 20, 1)
+    cases = [long_texts.worker(*given, saving) for saving in long_texts.CASES]
+    assert all(case["seconds"] > 0 and case["peak"] > case["activations"] for case in cases)
+    table = long_texts.report({"cases": cases}).splitlines()
+    assert [row.split(" | ")[:2] for row in table[2:]] == [["| 10", "no"], ["| 10", "yes"]]
