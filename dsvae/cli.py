@@ -19,7 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from dsvae import private_names
 from dsvae.command_line import commands, dispatch
@@ -36,7 +36,14 @@ from dsvae.console import (
 )
 from dsvae.data.grammar_variants import CorpusKind
 from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
-from dsvae.generation.options import OPTIONS, PathKind, PriorKind, Scale
+from dsvae.generation.options import (
+    OPTIONS,
+    PathKind,
+    PriorKind,
+    Scale,
+    SolverKind,
+    SourceKind,
+)
 from dsvae.modeling.settings import Count, Precision, Rule, at_least
 
 SHARED = {
@@ -46,6 +53,12 @@ SHARED = {
     "text_column": "column of the sentence, if the file has columns.",
     "condition": "the condition, for a conditional model.",
     "condition_column": "column of the condition of each sentence, for a conditional model.",
+    "steps": "steps from noise to z, for --source flow; 50 by default.",
+    "solver": "for --source flow: euler (the default), or heun, which takes twice as long and has "
+    "a smaller error.",
+    "guidance": "for --source flow: how far --label and the condition are followed; 1, the "
+    "default: as in the data.",
+    "label": "for --source flow: the class of all sentences; by default any.",
     "json": "prints JSON, one object per line.",
     "seed": "repeats the output of --do_sample exactly.",
     "batch_size": "sentences that the model takes at a time.",
@@ -150,7 +163,11 @@ def sample(
     n: Count = 20,
     condition: str | None = None,
     conditions_file: str | None = None,
-    source: Literal["prior", "aggregate", "fitted"] = "prior",
+    source: SourceKind = "prior",
+    steps: Count | None = None,
+    solver: SolverKind | None = None,
+    guidance: float | None = None,
+    label: str | None = None,
     file: str | None = None,
     text_column: str = "text",
     condition_column: str | None = None,
@@ -170,7 +187,8 @@ def sample(
             .parquet).
         source: prior draws z from p(z), or p(z|c) of a condition; aggregate draws it from
             q(z|x) of sentences of --file, which the decoder was trained on;
-            fitted draws it from what dsvae fit_prior has fitted to such draws.
+            fitted draws it from what dsvae fit_prior has fitted to such draws; flow draws
+            it from the prior that train.py --phase prior has trained.
         file: sentences for --source aggregate (.txt, .jsonl, .csv, .tsv, .parquet).
         condition_column: column of the condition in --file, or in --conditions_file, where
             it is "condition" by default.
@@ -179,13 +197,15 @@ def sample(
     """
     from dsvae.generation import sampling
     from dsvae.generation.fitted_prior import load_prior
+    from dsvae.generation.flow_prior import FlowPrior
     from dsvae.generation.session import check_not_empty
 
     given = (condition, conditions_file, file, text_column, condition_column)
     sampling.check(*given, source)
+    flow = FlowPrior.of(source, steps, solver, guidance, label)
     conditional = any(each is not None for each in (condition, conditions_file, condition_column))
     with model.open(draws=True, conditions=conditional) as (vae, seed):
-        prior = load_prior(model.model_dir) if source == "fitted" else None
+        prior = load_prior(model.model_dir) if source == "fitted" else flow
         rows = sampling.rows(vae, n, *given, seed=seed, prior=prior, **model.options)
         width = len(str(n))
 
@@ -393,6 +413,9 @@ def fit_prior(
     seed: int = 0,
 ) -> None:
     """Fits a density to the latents of sentences, for dsvae sample --source fitted.
+
+    It is for models of one vector per text. For several, train.py --phase prior trains the
+    better prior, which dsvae sample --source flow draws from.
 
     It is fitted to one draw of q(z|x) per sentence, and written into MODEL_DIR, where it
     replaces an earlier one. Printed: the mean of log p(z) in nats over draws of held-out
@@ -630,7 +653,11 @@ def evaluate_samples(
     lm: str,
     train_file: str | None = None,
     samples: int = 2000,
-    source: Literal["prior", "aggregate", "fitted"] = "prior",
+    source: SourceKind = "prior",
+    steps: Count | None = None,
+    solver: SolverKind | None = None,
+    guidance: float | None = None,
+    label: str | None = None,
     output: str | None = None,
     text_column: str = "text",
     seed: int = 0,
@@ -654,8 +681,8 @@ def evaluate_samples(
             should be trained on other text than the model.
         train_file: what the model was trained on, for memorisation and copies.
         samples: texts per row.
-        source: prior, fitted or aggregate, as of dsvae sample; aggregate takes the texts of
-            --train_file.
+        source: prior, fitted, flow or aggregate, as of dsvae sample; aggregate takes the
+            texts of --train_file.
         output: directory for samples.json and samples.html; by default
             MODEL_DIR/evaluation, and ./evaluation for a file or a hub id.
         seed: of everything that is drawn.

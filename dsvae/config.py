@@ -13,6 +13,7 @@ known one.
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from dsvae.modeling.settings import (
     SHORT,
     Amount,
     Count,
+    DenoiserConfig,
     LatentConfig,
     LoraConfig,
     Positive,
@@ -48,6 +50,21 @@ Every = Annotated[
     int, Rule("at least 0 (0: only at the end of each phase)", lambda n: n >= 0), MAY_CHANGE
 ]
 FreeBitsMode = Literal["dimension", "total", "sentence"]
+
+PHASES: dict[str, list[int]] = {
+    "all": [1, 2],
+    "1": [1],
+    "2": [2],
+    "prior": [3],
+    "2+prior": [2, 3],
+    "all+prior": [1, 2, 3],
+}
+"""The phases that each value of `phase` runs."""
+
+
+def phase_name(number: int) -> str:
+    """Returns `phase 1`, `phase 2` or `phase prior`."""
+    return f"phase {'prior' if number == 3 else number}"
 
 
 @dataclass
@@ -205,9 +222,9 @@ class BetaConfig:
 
 
 @dataclass
-class PhaseConfig:
-    """Optimization of one phase: AdamW, gradient clipping, a learning-rate schedule, and
-    the encoder's input noise."""
+class OptimizerConfig:
+    """Optimization of one phase: AdamW, gradient clipping, and a learning-rate
+    schedule."""
 
     steps: Annotated[
         int, Rule("at least 1 (to leave a phase out: --phase 1 or 2)", lambda n: n >= 1)
@@ -239,6 +256,22 @@ class PhaseConfig:
     """AdamW's epsilon."""
     max_grad_norm: Weight = 1.0
     """Clip gradients to this global norm. 0: do not clip."""
+
+    def check(self, name: str) -> None:
+        """Raises UserError if fields of the phase `name` do not go together."""
+        if self.warmup_steps > self.steps:
+            raise UserError(
+                f"{name}.warmup_steps ({self.warmup_steps}) must lie between 0 and {name}.steps "
+                f"({self.steps})"
+            )
+        if self.lr_decay < 1 and self.lr_schedule == "constant":
+            raise UserError(f"{name}.lr_decay needs {name}.lr_schedule linear or cosine")
+
+
+@dataclass
+class PhaseConfig(OptimizerConfig):
+    """Phase 1 or 2: the optimization, and the encoder's input noise."""
+
     draws: Count = 1
     """Draw z this many times per sentence and train on the draw with the best
     reconstruction (speculative sampling, Sato et al. 2021). The logged training rec is
@@ -264,16 +297,6 @@ class PhaseConfig:
     latent_dropout: Share = 0.0
     """Share of the numbers of z that are 0 in training when z is decoded. The others are
     divided by 1 - share."""
-
-    def check(self, name: str) -> None:
-        """Raises UserError if fields of the phase `name` do not go together."""
-        if self.warmup_steps > self.steps:
-            raise UserError(
-                f"{name}.warmup_steps ({self.warmup_steps}) must lie between 0 and {name}.steps "
-                f"({self.steps})"
-            )
-        if self.lr_decay < 1 and self.lr_schedule == "constant":
-            raise UserError(f"{name}.lr_decay needs {name}.lr_schedule linear or cosine")
 
 
 @dataclass
@@ -336,6 +359,31 @@ class Phase2Config(PhaseConfig):
 
 
 @dataclass
+class PriorConfig(OptimizerConfig, DenoiserConfig):
+    """Phase `prior`: a denoiser learns the distribution of z by flow matching, and nothing
+    else trains. With `data.label_column` it can be asked for a class, and if the decoder
+    reads a condition, for texts of a condition."""
+
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    weight_decay: Weight = 0.0
+    """Decoupled weight decay of matrices."""
+    times: Literal["uniform", "logit_normal"] = "uniform"
+    """How the times of training are drawn. logit_normal: the logistic function of a
+    standard normal number, which leaves out the ends."""
+    condition_drop: Share = 0.1
+    """Share of the texts whose class or condition is hidden in training, so that samples
+    can be guided."""
+    average: Share = 0.999
+    """Share of the averaged weights that stays at each step. The samples, and the exported
+    model, come from the averaged weights. In the first steps it is smaller."""
+
+    def check(self, name: str = "prior") -> None:
+        """Raises UserError if fields do not go together."""
+        super().check(name)
+
+
+@dataclass
 class HeadsConfig:
     """Weights of the heads beside the decoder, in both phases. The losses of those that
     label sentences are in nats per sentence, and sentences without labels count with 0."""
@@ -394,9 +442,10 @@ class RunConfig:
     one. never: start afresh, and refuse an output_dir with a checkpoint. DIR: start
     from the newest complete checkpoint of that run; once output_dir contains
     checkpoints of its own run, behave like auto."""
-    phase: Annotated[Literal["all", "1", "2"], MAY_CHANGE] = "all"
-    """Which phases to run. 2 alone starts from output_dir/phase1/model if it exists,
-    otherwise from the model itself."""
+    phase: Annotated[Literal["all", "1", "2", "prior", "2+prior", "all+prior"], MAY_CHANGE] = "all"
+    """Which phases to run. all: 1 and 2. 2 alone starts from output_dir/phase1/model if it
+    exists, otherwise from the model itself. prior alone starts from a finished model
+    (--model), whose latent path it takes."""
     seed: Seed = 0
     """Seed of everything random: initialization, order of the sentences,
     deletion noise, z, dropout."""
@@ -443,6 +492,8 @@ class RunConfig:
     """The autoencoder phase."""
     phase2: Phase2Config = field(default_factory=Phase2Config)
     """The VAE phase."""
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    """The prior by flow matching."""
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     """The heads that label sentences and words."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -452,6 +503,11 @@ class RunConfig:
     def conditional(self) -> bool:
         """Whether the decoder reads a condition."""
         return self.data.condition_column is not None and self.model.posterior_reads == "both"
+
+    @property
+    def phases(self) -> list[int]:
+        """The phases to run; 3 is `prior`."""
+        return PHASES[self.phase]
 
     @property
     def learned_prior(self) -> bool:
@@ -464,8 +520,11 @@ class RunConfig:
         has_conditions = data.condition_column is not None
         if self.ds_config is None:
             raise UserError("--ds_config is missing: for example --ds_config zero2")
-        for section in (data, model, self.phase1, self.phase2):
+        for section in (data, model, self.phase1, self.phase2, self.prior):
             section.check()
+        if 3 in self.phases and (not latent or model.discrete):
+            what = f"model.family is {model.family}" if latent else "model.injection is none"
+            raise UserError(f"phase {self.phase} needs a continuous latent, and {what}")
         if self.conditional and 0 < data.micro_batch_tokens < 2 * data.max_tokens:
             raise UserError(
                 f"data.micro_batch_tokens ({data.micro_batch_tokens}) is less than one condition "
@@ -522,7 +581,7 @@ class RunConfig:
         if self.phase2.total_correlation and not model.discrete:
             raise UserError("phase2.total_correlation needs categories: set model.family")
         nothing_trains = not latent and not self.conditional and self.phase1.freeze_decoder
-        if nothing_trains and self.phase != "2":
+        if nothing_trains and 1 in self.phases:
             raise UserError(
                 "phase1.freeze_decoder leaves nothing to train if model.injection is none: set it "
                 "to false, or take --phase 2"
@@ -579,9 +638,31 @@ def read(argv: Sequence[str]) -> RunConfig:
         UserError: unknown name, wrong type, unreadable file, or values that make no
             sense together.
     """
-    config = merge(parse_flags(argv))
+    given = parse_flags(argv)
+    config = merge(given)
+    if config.phase == "prior":
+        _take_latent_path(config, given)
     config.check()
     return config
+
+
+def _take_latent_path(config: RunConfig, given: Iterable[str]) -> None:
+    """Replaces the latent path, and the longest text, by those of the T5VAE that a prior
+    is trained for, if it is in a directory. What is in the flags `given` stays."""
+    path = Path(config.model.name or "", "config.json")
+    if not config.model.name or not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if found.get("model_type") != "t5_vae":
+        return
+    for name, kind in declared(LatentConfig).items():
+        if name in found and f"model.{name}" not in given:
+            setattr(config.model, name, convert(found[name], kind, f"{path}: {name}"))
+    if found.get("max_tokens") and "data.max_tokens" not in given:
+        config.data.max_tokens = found["max_tokens"]
 
 
 def merge(given: Mapping[str, str]) -> RunConfig:

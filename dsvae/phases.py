@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsvae.config import PhaseConfig, RunConfig
+from dsvae.config import OptimizerConfig, PhaseConfig, RunConfig
 from dsvae.objective.elbo import Penalty
 from dsvae.objective.schedules import beta_at, free_bits_at
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Phase 1, a plain autoencoder, or phase 2, with the KL term (Park & Lee 2021)."""
+    """Phase 1, a plain autoencoder; phase 2, with the KL term (Park & Lee 2021); or phase
+    3, `prior`, which trains a denoiser alone."""
 
     number: int
     config: RunConfig
@@ -21,9 +22,19 @@ class Phase:
     """Optimizer steps of the phases before, on the axis of what is reported."""
 
     @property
-    def settings(self) -> PhaseConfig:
-        """Steps, optimizer, learning rate and input noise."""
-        return self.config.phase1 if self.number == 1 else self.config.phase2
+    def settings(self) -> OptimizerConfig:
+        """Steps, optimizer and learning rate."""
+        return (self.config.phase1, self.config.phase2, self.config.prior)[self.number - 1]
+
+    @property
+    def inputs(self) -> PhaseConfig:
+        """Input noise, and how z is drawn; that of the prior is none."""
+        return self.settings if isinstance(self.settings, PhaseConfig) else PhaseConfig()
+
+    @property
+    def trains_prior(self) -> bool:
+        """Whether it is the phase `prior`."""
+        return self.number == 3
 
     @property
     def steps(self) -> int:
@@ -73,7 +84,7 @@ class Phase:
         Args:
             controlled_beta: beta if it is `controlled`.
         """
-        config, settings = self.config, self.settings
+        config, settings = self.config, self.inputs
         heads: dict[str, Any] = {}
         if config.model.clusters:
             heads["skewness"], heads["dispersion"] = settings.skewness, settings.dispersion
@@ -81,6 +92,8 @@ class Phase:
             heads["class_weight"] = config.heads.class_weight
         if config.data.tags_column is not None:
             heads["tag_weight"] = config.heads.tag_weight
+        if self.trains_prior:
+            return Penalty()
         if self.number == 1:
             return Penalty(prior_alone=config.learned_prior, **heads)
         vae = config.phase2
@@ -98,5 +111,7 @@ class Phase:
 
     def validation_loss(self, metrics: Mapping[str, float]) -> float:
         """Returns the value on validation text by which the best checkpoint of the
-        phase is known: rec in phase 1, rec + kl in phase 2."""
+        phase is known: rec in phase 1, rec + kl in phase 2, flow_loss in phase 3."""
+        if self.trains_prior:
+            return metrics["flow_loss"]
         return metrics["rec"] + (metrics["kl"] if self.number == 2 else 0.0)

@@ -26,6 +26,7 @@ Answers end in NUL, one each. This module imports nothing heavy: an answer takes
 from __future__ import annotations
 
 import fcntl
+import json
 import re
 import shlex
 import shutil
@@ -63,7 +64,9 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         """The checkpoints of the running phase (`dsvae.engine.checkpoint`)."""
         self.phase1_model = self.path / "phase1" / "model"
-        """The weights between the phases."""
+        """The weights between phase 1 and 2."""
+        self.phase2_model = self.path / "phase2" / "model"
+        """The weights between phase 2 and `prior`, if one run has both."""
         self.evaluation = self.path / ".evaluation"
         """Results of a final evaluation that has not ended (`dsvae.inference.kept`)."""
         self.model = self.path / "model"
@@ -125,7 +128,7 @@ class RunDirectory:
             unfinished = "unfinished" if begun else "not started"
             return "finished" if self.metrics.is_file() else unfinished
         if said.state == "finished":
-            return "finished" if said.phase == 2 else "finished (phase 1 only)"
+            return "finished" if said.phase != 1 else "finished (phase 1 only)"
         live = said.state != "running" or said.is_recent or self._is_locked()
         return f"{said.progress} ({said.state if live else 'killed'})"
 
@@ -142,11 +145,18 @@ class RunDirectory:
         return any(file.is_file() for file in (self.config, self.metrics_jsonl, self.lock))
 
     def is_finished(self, phase: str) -> bool:
-        """Tells whether all is there that a run of `phase` (1, 2 or all) leaves at its
-        end."""
+        """Tells whether all is there that a run of `phase` leaves at its end."""
         if phase == "1":
             return self.phase1_model.is_dir()
-        return self.metrics.is_file() and self.model.is_dir()
+        if not (self.metrics.is_file() and self.model.is_dir()):
+            return False
+        return 3 not in configuration.PHASES[phase] or self.has_prior
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether the exported model has a prior by flow matching."""
+        path = self.model / "config.json"
+        return path.is_file() and bool(json.loads(path.read_bytes()).get("denoiser"))
 
 
 def _lock(file: IO[Any], kind: int) -> bool:

@@ -36,12 +36,13 @@ class Start:
     configuration."""
     tokenizer: Path | None = None
     """The tokenizer of the run that continues; None: that of the configuration."""
-    steps_before_phase2: int = 0
-    """Optimizer steps of a phase 1 that comes or came before phase 2."""
+    steps_before: int = 0
+    """Optimizer steps of the phases that come or came before the first of them."""
 
     def phase(self, number: int, config: RunConfig) -> Phase:
         """Returns phase `number` of the run, with its place on the axis of steps."""
-        return Phase(number, config, self.steps_before_phase2 if number == 2 else 0)
+        earlier = (Phase(each, config, 0).steps for each in self.phases if each < number)
+        return Phase(number, config, self.steps_before + sum(earlier))
 
     def resumed(self, phase: Phase) -> Checkpoint | None:
         """Returns the checkpoint from which a phase continues."""
@@ -70,8 +71,7 @@ def find_start(
     reshape_checkpoint.clean(own.checkpoints)
     # A requeued job repeats its whole command: `--resume DIR` counts until this
     # directory has something to continue from.
-    begun = checkpoint.find(own.checkpoints) or own.phase1_model.is_dir()
-    begun = begun or own.is_finished(config.phase)
+    begun = checkpoint.find(own.checkpoints) or _between(own) or own.is_finished(config.phase)
     named = config.resume not in ("auto", "never") and Path(config.resume) != own.path
     elsewhere = named and not begun
     source = RunDirectory(config.resume) if elsewhere else own
@@ -97,16 +97,15 @@ def _continue(
     config: RunConfig, source: RunDirectory, elsewhere: bool, report: Callable[[str], Any]
 ) -> Start:
     """Returns the start of a run that continues what lies in `source`."""
-    wanted = _wanted(config)
-    between = source.phase1_model if source.phase1_model.is_dir() else None
+    between = _between(source)
     tokenizer = source.tokenizer if source.tokenizer.is_dir() else None
     newest = checkpoint.newest_sound(source.checkpoints, report)
-    if newest is not None and newest.phase in wanted and not (newest.phase == 1 and between):
-        phases = [phase for phase in wanted if phase >= newest.phase]
-        weights = between if newest.phase == 2 else None
-        return _start(config, phases, newest, weights, tokenizer)
-    if between and 2 in wanted:
-        return _start(config, [2], weights=between, tokenizer=tokenizer)
+    continued = newest if newest is not None and newest.phase not in between else None
+    first = continued.phase if continued else max(between, default=0) + 1
+    if first in config.phases and (continued or between):
+        phases = [phase for phase in config.phases if phase >= first]
+        before = sum(Phase(each, config, 0).steps for each in between if each < first)
+        return _start(config, phases, continued, between.get(first - 1), tokenizer, before)
     if elsewhere:
         raise UserError(f"--resume {source.path}: no complete checkpoint in it")
     if newest is not None:
@@ -118,8 +117,11 @@ def _continue(
     return _start(config, tokenizer=tokenizer)
 
 
-def _wanted(config: RunConfig) -> list[int]:
-    return [1, 2] if config.phase == "all" else [int(config.phase)]
+def _between(run: RunDirectory) -> dict[int, Path]:
+    """Returns the weights that the phases of a run have left for the next one, by the
+    number of the phase."""
+    models = {1: run.phase1_model, 2: run.phase2_model}
+    return {phase: model for phase, model in models.items() if model.is_dir()}
 
 
 def _start(
@@ -128,12 +130,15 @@ def _start(
     newest: Checkpoint | None = None,
     weights: Path | None = None,
     tokenizer: Path | None = None,
+    before: int = 0,
 ) -> Start:
-    """Returns a start with the steps that phase 2 counts on, wherever phase 1 ran."""
-    phases = phases or _wanted(config)
-    before = config.phase1.steps if 1 in phases or weights else 0
-    if newest is not None and newest.phase == 2:
-        before = newest.meta.get("steps_before", before)  # phase 1 ran in another directory
+    """Returns a start. `before` are the steps of the phases before it, if they ran in its
+    directory."""
+    phases = phases or config.phases
+    if phases[0] == 3 and weights is None and config.model.name is None:
+        raise UserError("phase prior is for a finished model: name it with --model RUN/model")
+    if newest is not None:
+        before = newest.meta.get("steps_before", before)
     return Start(phases, newest, weights, tokenizer, before)
 
 

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+from dsvae.config import phase_name
 from dsvae.files import write_json
 
 SILENT = 300.0
@@ -66,7 +67,7 @@ class Status:
         """`phase 2 at step 1,000 of 4,000`, or `preparing`."""
         if self.phase is None:
             return "preparing"
-        return f"phase {self.phase} at step {self.step:,} of {self.steps:,}"
+        return f"{phase_name(self.phase)} at step {self.step:,} of {self.steps:,}"
 
     @property
     def is_recent(self) -> bool:

@@ -1,4 +1,4 @@
-"""A training run, top to bottom: configure, data, phase 1, phase 2, evaluate, export.
+"""A training run, top to bottom: configure, data, the phases, evaluate, export.
 
     deepspeed dsvae/train.py --ds_config ds_configs/zero2.json
 
@@ -16,7 +16,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,12 @@ from dsvae.engine.assemble import phase_engine
 from dsvae.engine.checkpoint import Checkpoint
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.non_finite import SkippedSteps
+from dsvae.engine.prior import PriorEngine
 from dsvae.failures import end_process, explain
 from dsvae.files import write_json
 from dsvae.inference.kept import Kept
 from dsvae.inference.passes import Passes, texts_of
+from dsvae.metrics import flow
 from dsvae.metrics.evaluate import evaluate
 from dsvae.metrics.labelled import add
 from dsvae.metrics.reconstruction import fidelity, samples
@@ -220,15 +222,16 @@ def run(
                 _load(this, engine, resumed)
             with stopping.defer_signals():
                 train_phase(this, phase, engine, batches, resumed)
-            if number == 1:
-                weights_from = directory.phase1_model
+            if number == 1 or number < start.phases[-1]:
+                # Adapters go on training in phase 2, and not after it.
+                weights_from = directory.phase1_model if number == 1 else directory.phase2_model
                 weights.export(
                     engine.module,
                     engine.origin,
                     world,
                     weights_from,
                     _save_tokenizer(data),
-                    merge=False,
+                    merge=number != 1,
                 )
             else:
                 metrics = finish(this, phase, engine)
@@ -295,13 +298,8 @@ def train_phase(
             beta = next_beta(beta, float(means.kl.sum()), config.phase2.beta)
         if logged:
             values = {
-                "loss": means.loss,
-                "rec": means.rec,
-                # does not depend on the length of this step's sentences
-                "rec_per_token": means.rec * step.sentences / step.tokens,
-                "kl": float(means.kl.sum()),
-                **means.head_losses,
-                "beta": penalty.beta,
+                **means.values(step),
+                **({} if phase.trains_prior else {"beta": penalty.beta}),
                 **({"free_bits": penalty.free_bits} if phase.released else {}),
                 "lr": lr,
                 "grad_norm": engine.grad_norm,
@@ -328,17 +326,34 @@ def _validate(
 ) -> float:
     """Measures and shows validation sentences after global step `step`; returns the
     value by which the best checkpoint is known."""
-    metrics, pairs, prior = _evaluate(run, engine, watched, iw_samples=0)
+    pairs: list[tuple[str, str]] = []
+    if isinstance(engine, PriorEngine):
+        metrics, prior = _evaluate_prior(run, engine, watched)
+    else:
+        metrics, pairs, prior = _evaluate(run, engine, watched, iw_samples=0)
     run.reporter.evaluation(step, phase.number, "valid", metrics)
-    shown = ("rec", "kl", "mi", "au", "rec_shuffled", "class_accuracy", "entity_f1", "b3_f1")
+    shown = ("flow_loss", "rec", "kl", "mi", "au", "rec_shuffled", "class_accuracy", "entity_f1")
     values = (
         f"{name} {metrics[name]:.4g}"
-        for name in shown
+        for name in (*shown, "b3_f1")
         if name in metrics and not math.isnan(metrics[name])
     )
     run.reporter.say(f"step {step}: valid {' '.join(values)}")
     run.reporter.text(step, pairs, prior)
     return phase.validation_loss(metrics)
+
+
+def _evaluate_prior(
+    run: Run, engine: PriorEngine, split: TokenizedSplit
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the losses of the averaged denoiser on sentences, and sentences that it
+    generates."""
+    settings, limit = run.config.eval, run.config.data.max_tokens
+    passes = Passes(engine.module, run.world, token_budget=settings.batch_tokens)
+    denoiser = engine.averaged()
+    losses = flow.measure(passes, split, denoiser)
+    given = (split, denoiser, run.data.tokenizer, settings.shown, limit)
+    return losses, flow.flow_samples(passes, *given)
 
 
 def _evaluate(
@@ -378,6 +393,8 @@ def _load(run: Run, engine: PhaseEngine, resumed: Checkpoint) -> None:
             [group.names for group in engine.groups],
             engine.frozen,
         )
+    if isinstance(engine, PriorEngine):
+        engine.load_averages(resumed.directory / checkpoint.AVERAGES)
     if converted:
         run.reporter.say(converted)
     run.reporter.say(f"resuming from {resumed.directory}")
@@ -398,6 +415,7 @@ def _save(
         "frozen": engine.frozen,
         "lr_scales": engine.lr_scales,
         **({"spread": engine.spread.state()} if engine.spread else {}),
+        **({"normalizer": engine.normalizer} if isinstance(engine, PriorEngine) else {}),
         "classes": engine.module.config.classes,
         "tags": engine.module.config.tags,
     }
@@ -412,6 +430,7 @@ def _save(
             keep=config.keep_checkpoints,
             keep_best=config.keep_best,
             report=reporter.say,
+            averages=engine.averages() if isinstance(engine, PriorEngine) else None,
         )
         reporter.saved(step)
     except checkpoint.SaveFailed as failure:
@@ -449,6 +468,9 @@ def finish(run: Run, phase: Phase, engine: PhaseEngine) -> dict[str, Any]:
             entropy=source_of(config.data).entropy,
             unk=data.report["splits"]["test"]["unk"],
         )
+        if isinstance(engine, PriorEngine):
+            losses, prior = _evaluate_prior(run, engine, test)
+            metrics |= losses
     metrics["precision"] = precision
     run.reporter.evaluation(phase.offset + phase.steps, phase.number, "test", metrics)
 
@@ -456,7 +478,9 @@ def finish(run: Run, phase: Phase, engine: PhaseEngine) -> dict[str, Any]:
         data.tokenizer.save_pretrained(target)
         write_card(target / "README.md", config, engine.module.config, metrics, pairs, prior)
 
-    weights.export(engine.module, engine.origin, world, directory.model, extras)
+    averaged = engine.averaged_weights() if isinstance(engine, PriorEngine) else nullcontext()
+    with averaged:
+        weights.export(engine.module, engine.origin, world, directory.model, extras)
     world.run_on_rank0(lambda: write_json(directory.metrics, {"test": metrics}))
     world.run_on_rank0(kept.remove)
     return metrics

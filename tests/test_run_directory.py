@@ -82,8 +82,9 @@ def test_a_killed_run_no_longer_holds_its_directory(tmp_path):
 @pytest.mark.parametrize(("phase", "phases"), [("all", [1, 2]), ("1", [1]), ("2", [2])])
 def test_afresh(tmp_path, resume, phase, phases):
     config = config_of(tmp_path, resume=resume, phase=phase, phase1={"steps": 70})
-    before = 70 if phase != "2" else 0
-    assert find_start(config, pytest.fail) == Start(phases, steps_before_phase2=before)
+    start = find_start(config, pytest.fail)
+    assert start == Start(phases)
+    assert start.phase(phases[-1], config).offset == (70 if phase == "all" else 0)
 
 
 def test_never_where_a_run_lies(tmp_path):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 DELETION, LATENT, PRIOR, ORDER, MIXTURE, ROOM, MASKING = 1, 2, 3, 4, 5, 16, 17
 ADDED, DROPPED = 20, 21
+FLOW = 32
 """Purposes: two streams of one sentence never share numbers."""
 
 

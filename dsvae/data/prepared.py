@@ -77,6 +77,20 @@ class Prepared:
         chunks = np.minimum(-(-lengths // chunk), most)
         return np.bincount(chunks, counts, minlength=most + 1)[1:].astype(int).tolist()
 
+    def class_vector_counts(self, reads: PosteriorReads, chunk: int, most: int) -> list[list[int]]:
+        """Returns the same for the training sentences of each label. They are read in
+        parts: there may be more than fit in memory."""
+        train, counts = self.splits["train"], np.zeros((len(self.labels), most), dtype=np.int64)
+        for start in range(0, len(train), 1 << 20):
+            rows = np.arange(start, min(start + (1 << 20), len(train)))
+            lengths, labels = row_lengths(train, reads, rows), train.class_labels_of(rows)
+            if labels is None:
+                break
+            known = labels >= 0
+            chunks = np.minimum(-(-lengths.astype(np.int64) // chunk), most) - 1
+            np.add.at(counts, (labels[known], chunks[known]), 1)
+        return counts.tolist()
+
     def mixture(self, weights: list[float]) -> Mixture | None:
         """Returns how the training files are mixed; None if there is only one."""
         files = self.report["splits"]["train"].get("files")

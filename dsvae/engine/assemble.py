@@ -19,9 +19,12 @@ from dsvae.engine.build import Annotations, build_model, find_origin
 from dsvae.engine.checkpoint import Checkpoint
 from dsvae.engine.engine import PhaseEngine
 from dsvae.engine.latent_noise import FrozenEncoder
+from dsvae.engine.prior import PriorEngine
 from dsvae.engine.process_group import lend_to_deepspeed
 from dsvae.errors import UserError
+from dsvae.modeling.denoiser import CHOICES
 from dsvae.modeling.families import make_family
+from dsvae.modeling.settings import DenoiserConfig, declared
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.modeling.weight_source import Origin
 from dsvae.parallel.device import has_fast_bf16
@@ -55,6 +58,8 @@ def phase_engine(
     with ExitStack() as cleanup:
         with world.suspend_hang_detection():
             resolved = _resolve(phase, raw, data, world)
+            if phase.trains_prior and nvme.sections(resolved):
+                raise UserError("phase prior does not work with states on a disk (nvme)")
             cleanup.enter_context(nvme.place(resolved, config.output_dir, world))
             model, origin = build_model(
                 config.model,
@@ -64,6 +69,7 @@ def phase_engine(
                 world,
                 resolved,
                 _columns(config, data),
+                _denoiser(config, data) if phase.trains_prior else None,
             )
             model.config.max_tokens = config.data.max_tokens  # for the exported config.json
             if model.config.pooling == "chunks":
@@ -77,13 +83,14 @@ def phase_engine(
                 batch_size=config.data.batch_size,
                 token_budget=config.data.micro_batch_tokens,
                 micro_batches=None if given == "auto" else given,
-                noise_width=model.family.noise_width,
-                draws=phase.settings.draws,
+                noise_width=model.family.noise_width
+                + (model.family.latent_width + CHOICES if phase.trains_prior else 0),
+                draws=phase.inputs.draws,
                 latent_width=model.family.latent_width,
-                latent_noise=phase.settings.latent_noise,
-                latent_dropout=phase.settings.latent_dropout,
-                deletion=phase.settings.deletion,
-                token_mask=phase.settings.token_mask,
+                latent_noise=phase.inputs.latent_noise,
+                latent_dropout=phase.inputs.latent_dropout,
+                deletion=phase.inputs.deletion,
+                token_mask=phase.inputs.token_mask,
                 mask_id=mask_token(data.tokenizer),
                 seed=phase.seed,
                 rank=world.rank,
@@ -94,7 +101,8 @@ def phase_engine(
             )
             scales = world.run_on_rank0(lambda: resumed.meta.get("lr_scales")) if resumed else None
             spread = world.run_on_rank0(lambda: resumed.meta.get("spread")) if resumed else None
-            engine = PhaseEngine(
+            kind = PriorEngine if phase.trains_prior else PhaseEngine
+            engine = kind(
                 model,
                 world,
                 phase,
@@ -102,10 +110,30 @@ def phase_engine(
                 origin=origin,
                 lr_scales=scales,
                 spread=spread,
-                align_to=_first_encoder(config, data, model, world, resolved),
+                align_to=None
+                if phase.trains_prior
+                else _first_encoder(config, data, model, world, resolved),
             )
+            if isinstance(engine, PriorEngine):
+                known = world.run_on_rank0(lambda: resumed and resumed.meta["normalizer"])
+                engine.set_normalizer(known or engine.measure_normalizer(batches))
         yield engine, batches
         engine.close()
+
+
+def _denoiser(config: RunConfig, data: Prepared) -> dict[str, Any]:
+    """Returns the `DenoiserFields` of a run."""
+    model, classes = config.model, list(data.labels) if config.data.label_column else []
+    counts: list[list[int]] = []
+    if classes and model.pooling == "chunks":
+        given = (model.posterior_reads, model.chunk, model.latent_vectors)
+        counts = data.class_vector_counts(*given)
+    return {
+        **{name: getattr(config.prior, name) for name in declared(DenoiserConfig)},
+        "classes": classes,
+        "class_vector_counts": counts,
+        "conditional": config.conditional,
+    }
 
 
 def _first_encoder(

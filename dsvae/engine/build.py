@@ -60,6 +60,7 @@ def build_model(
     world: World,
     ds_config: dict[str, Any],
     columns: Annotations = Annotations(),
+    denoiser: dict[str, Any] | None = None,
 ) -> tuple[T5VAE, Origin | None]:
     """Builds a T5VAE; returns it and, on rank 0, the source of its weights. Collective.
 
@@ -74,6 +75,7 @@ def build_model(
             whatever was drawn before.
         ds_config: resolved; the size of buffers that depend on the model is added.
         columns: of the records.
+        denoiser: a new one, for the phase `prior`: its `DenoiserFields`.
 
     Raises:
         UserError: on every rank: no such model, no safetensors in it, not a T5, weights
@@ -81,7 +83,7 @@ def build_model(
         RunStopped: on every rank: no room on the disk that the weights go to.
     """
     origins: list[Origin] = []
-    arguments = (settings, tokenizer, weights, seed, columns)
+    arguments = (settings, tokenizer, weights, seed, columns, denoiser)
 
     def find_first() -> tuple[Any, Any]:
         origins.append(find_origin(*arguments))
@@ -110,11 +112,15 @@ def find_origin(
     weights: Path | None,
     seed: int,
     columns: Annotations = Annotations(),
+    denoiser: dict[str, Any] | None = None,
 ) -> Origin:
     """Returns the source of the weights of `build_model`, with the same arguments and
     errors. Runs on this process alone."""
     try:
-        origin = _origin(settings, tokenizer, weights, seed, columns)
+        if denoiser is None:
+            origin = _origin(settings, tokenizer, weights, seed, columns)
+        else:
+            origin = _with_denoiser(str(weights or settings.name), seed, columns, denoiser)
     # Its first line is a field's name alone; the next says what is wrong with the value.
     except StrictDataclassError as error:
         raise UserError(
@@ -207,12 +213,8 @@ def _origin(
         return T5VAE.origin_in_t5(settings.name, seed=seed, dropout_rate=settings.dropout, **latent)
     if settings.dropout is not None:
         config.t5.dropout_rate = settings.dropout
-    if config.conditional != columns.conditional:
-        raise ValueError(
-            "it reads conditions: set --data.condition_column"
-            if config.conditional
-            else "it reads no conditions, and --data.condition_column is set"
-        )
+    _check_conditions(config, columns)
+    config.denoiser = None  # a prior does not fit another posterior
     asked = T5VAEConfig(t5=config.t5, **latent)
     config.lora = config.lora or asked.lora  # adapters may be added, not lost
     config.align = asked.align
@@ -232,3 +234,24 @@ def _origin(
             )
         raise ValueError(f"its {name} is {has}, not {wanted}: set --model.{name}")
     return T5VAE.origin_in(settings.name, config, seed=seed)
+
+
+def _with_denoiser(name: str, seed: int, columns: Annotations, denoiser: dict[str, Any]) -> Origin:
+    """Returns the weights of a finished T5VAE, with a new denoiser."""
+    config = read_config(name)
+    if not isinstance(config, T5VAEConfig):
+        raise ValueError(f"it is a {config.model_type} model: phase prior is for a finished T5VAE")
+    _check_conditions(config, columns)
+    if not config.has_latent or config.discrete:
+        raise ValueError("it has no continuous latent, and phase prior needs one")
+    config.denoiser = denoiser
+    return T5VAE.origin_in(name, config, seed=seed)
+
+
+def _check_conditions(config: T5VAEConfig, columns: Annotations) -> None:
+    if config.conditional != columns.conditional:
+        raise ValueError(
+            "it reads conditions: set --data.condition_column"
+            if config.conditional
+            else "it reads no conditions, and --data.condition_column is set"
+        )

@@ -22,13 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
 from dsvae.errors import UserError, first_line
 from dsvae.files import write_text
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dsvae.parallel.world import World
 
 COMPLETE = "COMPLETE"
+AVERAGES = "averages.safetensors"
+"""The averaged weights, in a checkpoint of the phase `prior`."""
 _TAG = re.compile(r"phase(\d)-step(\d{8})")
 
 
@@ -78,6 +85,7 @@ def save(
     keep: int,
     keep_best: bool,
     report: Callable[[str], Any],
+    averages: dict[str, Tensor] | None = None,
 ) -> Checkpoint:
     """Saves the state of a DeepSpeed engine after optimizer step `step`. Collective.
 
@@ -87,6 +95,7 @@ def save(
         keep: how many of the newest stay.
         keep_best: whether the best of this phase stays too.
         report: gets a warning if older checkpoints could not be removed.
+        averages: weights by name that go into a file of their own.
 
     Raises:
         SaveFailed: on every rank: the disk is full, or cannot be written to for another
@@ -125,6 +134,8 @@ def save(
         engine.save_checkpoint(
             str(root), tag=name, client_state={"phase": phase, "step": step}, save_latest=False
         )
+        if averages is not None and world.is_main:
+            writer.save_tensors(averages, directory / AVERAGES)
     world.heartbeat(f"checkpoint {name}")
     with world.suspend_hang_detection():  # a disk may be slow
         own = writer.checksums(directory)
@@ -202,6 +213,12 @@ class _Writer:
             self._writer.save(state_dict, path)
         self._paths.append(Path(path))
 
+    def save_tensors(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """Writes tensors by name."""
+        with self.attempt(path):
+            save_file(tensors, path)
+        self._paths.append(path)
+
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         with self.attempt(path):
             self._writer.makedirs(path, exist_ok=exist_ok)
@@ -211,7 +228,8 @@ class _Writer:
         """Notes an error of the block, which writes `path`."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+        # torch raises RuntimeError on a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:
             room = ""
             with suppress(OSError):
                 room = f", {shutil.disk_usage(Path(path).parent).free / 2**20:.0f} MiB free"

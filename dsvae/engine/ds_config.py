@@ -19,7 +19,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from dsvae.config import PhaseConfig
+from dsvae.config import OptimizerConfig
 from dsvae.errors import UserError, did_you_mean
 from dsvae.shipped import ds_configs
 
@@ -149,7 +149,7 @@ def check_with_deepspeed(resolved: dict[str, Any]) -> None:
 def resolve(
     raw: dict[str, Any],
     *,
-    phase: PhaseConfig,
+    phase: OptimizerConfig,
     precision: str,
     batch_size: int,
     micro_batches: int,

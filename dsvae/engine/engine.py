@@ -21,6 +21,7 @@ from dsvae.engine import nvme
 from dsvae.engine.compilation import compile_training
 from dsvae.engine.latent_noise import FrozenEncoder, Spread
 from dsvae.engine.weights import (
+    freeze_autoencoder,
     freeze_decoder,
     freeze_pretrained,
     frozen_digest,
@@ -78,6 +79,22 @@ class StepMeans:
     statistics: Statistics
     """(n,) by name, float64 on CPU: `kl` of each unit, and what else the penalty reads."""
 
+    def values(self, step: Step) -> dict[str, float]:
+        """Returns what is logged, by name."""
+        return {
+            "loss": self.loss,
+            "rec": self.rec,
+            # does not depend on the length of this step's sentences
+            "rec_per_token": self.rec * step.sentences / step.tokens,
+            "kl": float(self.kl.sum()),
+            **self.head_losses,
+        }
+
+    @property
+    def main(self) -> str:
+        """The loss in words."""
+        return f"rec {self.rec:.4g}"
+
     @property
     def kl(self) -> Tensor:
         """The KL of each unit, (U,)."""
@@ -134,12 +151,14 @@ class PhaseEngine:
         freeze_pretrained(model)
         if phase.freeze_decoder:
             freeze_decoder(model)
+        if phase.trains_prior:
+            freeze_autoencoder(model)
         self.frozen = frozen_digest(model, origin, world)
         if lr_scales is None and phase.settings.lr_scale == "rms":
             lr_scales = measure_lr_scales(model, origin, world)
         self.lr_scales, self.align_to = lr_scales, align_to
         self.spread: Spread | None = None
-        if phase.settings.latent_noise:
+        if phase.inputs.latent_noise:
             width, vectors = model.family.latent_width, model.config.latent_vectors
             self.spread = Spread(width, vectors, world, spread)
         if phase.config.model.gradient_checkpointing:

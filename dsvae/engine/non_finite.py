@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dsvae.config import phase_name
 from dsvae.data.batches import Step
 from dsvae.engine.engine import PhaseEngine, StepSums
 from dsvae.errors import EXIT_NON_FINITE, RunStopped
@@ -45,10 +46,10 @@ class SkippedSteps:
         if engine.precision == "fp16" and means.finite:
             return  # the loss scale is still too high, and gradients overflowed
         self.in_a_row += 1
-        where = f"phase {self.phase}, step {index + 1}"
+        where = f"{phase_name(self.phase)}, step {index + 1}"
         self.say(
             f"warning: {where} is skipped on all ranks: its loss or gradients are not finite "
-            f"(rec {means.rec:.4g})"
+            f"({means.main})"
         )
         if self.in_a_row < self.limit:
             return

@@ -25,7 +25,10 @@ from dsvae.modeling.weight_source import Origin
 if TYPE_CHECKING:
     from dsvae.parallel.world import World
 
-EMBEDDINGS = ("shared", "encoder_embedding", "relative_attention_bias", ".positions", ".queries")
+EMBEDDINGS = (
+    *("shared", "encoder_embedding", "relative_attention_bias", ".positions", ".queries"),
+    *("denoiser.counts", "denoiser.labels", "denoiser.nothing"),
+)
 """Words in the names of embeddings and position biases, which do not decay."""
 
 PUT_BACK = "put it back, and repeat the command, which continues from the last checkpoint"
@@ -51,6 +54,12 @@ def freeze_decoder(model: T5VAE) -> None:
     """
     for part in (model.shared, model.decoder, model.lm_head):
         part.requires_grad_(False)
+
+
+def freeze_autoencoder(model: T5VAE) -> None:
+    """Freezes everything but the denoiser."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("denoiser."))
 
 
 SCALE_FLOOR = 1e-3
@@ -273,6 +282,9 @@ def export(
             if tensor is not None:
                 with world.suspend_hang_detection():  # a whole shard may go to a slow disk
                     writer.add(name, tensor)
+        if world.is_main and model.config.denoiser:
+            for name, buffer in model.denoiser.named_buffers(prefix="denoiser"):
+                writer.add(name, buffer.to("cpu", copy=True))
     except UserError:
         world.run_on_rank0(writer.abandon)
         raise

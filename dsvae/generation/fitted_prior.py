@@ -69,7 +69,8 @@ def check(vae: SentenceVAE) -> None:
     if config.latent_vectors > 1 and config.pooling == "chunks":
         raise UserError(
             "the texts of this model have different numbers of vectors, and one density is of one "
-            "number: fit_prior needs one vector per text, or pooling queries"
+            "number: train a prior by flow matching instead (dsvae/train.py --phase prior --model "
+            "DIR); fit_prior needs one vector per text, or pooling queries"
         )
     if not vae.model.family.continuous:
         raise UserError(

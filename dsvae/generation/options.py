@@ -13,6 +13,10 @@ PathKind = Literal["linear", "slerp"]
 """The ways from one z to another: `dsvae.generation.geometry`."""
 PriorKind = Literal["gaussian", "gmm", "flow"]
 """The densities that are fitted: `dsvae.generation.fitted_prior`."""
+SolverKind = Literal["euler", "heun"]
+"""How the field of a prior by flow matching is followed: `dsvae.generation.flow_prior`."""
+SourceKind = Literal["prior", "aggregate", "fitted", "flow"]
+"""Where z comes from."""
 Scale = Literal["prior", "posterior"]
 """What a traversal counts standard deviations of."""
 

@@ -9,8 +9,7 @@ from typing import Any
 from dsvae.console import say
 from dsvae.errors import UserError
 from dsvae.generation.reading import draw_sentences, read_conditions, read_records
-from dsvae.generation.sentence_vae import SentenceVAE
-from dsvae.modeling.densities import Density
+from dsvae.generation.sentence_vae import Prior, SentenceVAE
 
 
 def check(
@@ -56,7 +55,7 @@ def rows(
     condition_column: str | None,
     *,
     seed: int,
-    prior: Density | None,
+    prior: Prior | None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Yields the samples as `dsvae sample --json` prints them.

@@ -16,20 +16,25 @@ from transformers import PreTrainedTokenizerBase
 from dsvae import pretrained
 from dsvae.config import convert
 from dsvae.data.batches import row_lengths
-from dsvae.data.noise import LATENT, ORDER, PRIOR, generator
+from dsvae.data.noise import FLOW, LATENT, ORDER, PRIOR, generator
 from dsvae.data.readers import labelled
 from dsvae.data.records import Record
 from dsvae.errors import UserError, first_line
 from dsvae.generation import geometry
+from dsvae.generation.flow_prior import FlowPrior
 from dsvae.generation.inputs import Counts, InputReader, Inputs, repeated
-from dsvae.generation.options import PathKind, Scale, refusal
+from dsvae.generation.options import PathKind, Scale, SolverKind, SourceKind, refusal
 from dsvae.generation.reading import Line, windows
 from dsvae.inference.passes import Encoded, Passes
+from dsvae.modeling.denoiser import flow_noise_width
 from dsvae.modeling.densities import Density
 from dsvae.modeling.families import Distribution, masked, present
 from dsvae.modeling.settings import Seed
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.device import local_device, prepare
+
+Prior = Density | FlowPrior
+"""What z is drawn from in place of the model's own p(z)."""
 
 MAX_NEW_TOKENS = 128
 """Longest generated sentence in tokens, EOS included, unless the option
@@ -201,7 +206,12 @@ class SentenceVAE:
         condition: str | None = None,
         texts: Sequence[str] | None = None,
         conditions: Sequence[str] | None = None,
-        prior: Density | None = None,
+        prior: Prior | None = None,
+        source: SourceKind | None = None,
+        steps: int | None = None,
+        solver: SolverKind | None = None,
+        guidance: float | None = None,
+        label: str | None = None,
         seed: int | None = None,
         **options: Any,
     ) -> list[str]:
@@ -211,6 +221,9 @@ class SentenceVAE:
         Args:
             condition: of all sentences from the prior.
             prior: in place of the model's own, such as `fitted_prior.load_prior` gives.
+            source: flow draws z from the prior that the phase `prior` has trained. None:
+                as the other arguments say.
+            steps, solver, guidance, label: for source flow, as of `FlowPrior`.
             texts: z comes from q(z|x) of one of these, drawn uniformly with replacement.
                 This is the aggregate posterior (1/N) sum_i q(z|x_i) (Makhzani et al.
                 2016): where the decoder was trained, which may differ from the prior.
@@ -221,6 +234,13 @@ class SentenceVAE:
         if count < 1:
             raise UserError(f"the number of samples is {count}: give at least 1")
         seed = int(torch.randint(2**53, ())) if seed is None else convert(seed, Seed, "seed")
+        for name, given in (("aggregate", texts), ("fitted", prior)):
+            if source == name and given is None:
+                raise UserError(f"source {name} needs {'prior' if name == 'fitted' else 'texts'}")
+        flow = FlowPrior.of(source or "", steps, solver, guidance, label)
+        if flow is not None and (texts is not None or prior is not None):
+            raise UserError("source flow draws z from the model's own flow: leave texts and prior")
+        prior = flow or prior
         if texts is None:
             if conditions is not None:
                 raise UserError("conditions are those of texts: give condition, or texts, too")
@@ -245,7 +265,7 @@ class SentenceVAE:
         *,
         seed: int,
         condition: str | None = None,
-        prior: Density | None = None,
+        prior: Prior | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Yields sentences of `count` z from the prior, the model's own or another
@@ -260,7 +280,7 @@ class SentenceVAE:
         count: int,
         *,
         seed: int,
-        prior: Density | None = None,
+        prior: Prior | None = None,
         **options: Any,
     ) -> Iterator[tuple[Line, str]]:
         """Yields (condition, sentence of one z from its prior): `count` for each
@@ -293,7 +313,7 @@ class SentenceVAE:
         self,
         pairs: Iterable[tuple[int, list[int] | None]],
         seed: int,
-        prior: Density | None,
+        prior: Prior | None,
         options: dict[str, Any],
     ) -> Iterator[str]:
         """Generates sentences of z from the prior, one for each pair of the number of
@@ -303,16 +323,24 @@ class SentenceVAE:
             UserError: another prior than the model's that has another number of
                 dimensions, or that takes the place of a learned one.
         """
-        if prior is not None:
+        how: dict[str, Any] = {}
+        if isinstance(prior, FlowPrior):
+            label = prior.label_of(self.model.config)
+            how = {**vars(prior), "label": label}
+        elif prior is not None:
             self._check_prior(prior)
         pairs = iter(pairs)
         while part := list(islice(pairs, self.batch_size)):
             numbers, conditions = zip(*part, strict=True)
             read = None if conditions[0] is None else list(conditions)
-            own = self.passes.prior(read) if prior is None else prior
-            width = None if prior is None else prior.noise_width
             keys = ((0, number) for number in numbers)
-            latent = own.sample(self.passes.noise(seed, PRIOR, keys, width))
+            if isinstance(prior, FlowPrior):
+                noise = self.passes.noise(seed, FLOW, keys, flow_noise_width(self.model.config))
+                latent = self.passes.draw_latents(self.model.denoiser, noise, read, **how)
+            else:
+                own = self.passes.prior(read) if prior is None else prior
+                width = None if prior is None else prior.noise_width
+                latent = own.sample(self.passes.noise(seed, PRIOR, keys, width))
             yield from self._decode(latent, read, options)
 
     # Paths and directions

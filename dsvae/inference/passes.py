@@ -31,6 +31,7 @@ from dsvae.data.batches import (
 from dsvae.data.noise import normal
 from dsvae.inference.kept import Kept
 from dsvae.modeling.crf import IGNORE
+from dsvae.modeling.denoiser import Denoiser, FlowDraws, draw_latents
 from dsvae.modeling.families import Distribution, Family
 from dsvae.modeling.t5_vae import T5VAE
 from dsvae.parallel.world import World
@@ -187,6 +188,63 @@ class Passes:
         widths = {"nats": 1, "more": columns, "right": int(count_right)}
         found = self._over(texts, f"decoding {name}", widths, nats, torch.float64)
         return Scored(-found["nats"][:, 0], found["more"], found["right"].flatten())
+
+    def flow_errors(
+        self, texts: Texts, denoiser: Denoiser, noise: Callable[[Rows], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Measures a denoiser on one draw of z of each of N texts.
+
+        Args:
+            noise: makes of the places of a batch the noise of z and of `FlowDraws`, (B, E
+                + Z + 3), on CPU.
+
+        Returns: (N,) each, float64: the sum of the squared errors, how many numbers these
+            are, and the time.
+        """
+        width = self.family.noise_width
+
+        def errors(batch: MicroBatch, rows: Rows) -> dict[str, Tensor]:
+            drawn = noise(rows).to(self.world.device)
+            draws = FlowDraws.of(drawn[:, width:])
+            out = self.model(
+                batch.input_ids,
+                batch.attention_mask,
+                condition_ids=batch.condition_ids,
+                condition_mask=batch.condition_mask,
+                class_labels=batch.class_labels,
+                noise=drawn[:, :width],
+                flow=draws,
+                denoiser=denoiser,
+            )
+            found = {"errors": out.flow_errors, "numbers": out.flow_numbers, "times": draws.times}
+            return {name: values[:, None] for name, values in found.items()}
+
+        widths = {"errors": 1, "numbers": 1, "times": 1}
+        found = self._over(texts, "measuring the prior", widths, errors, torch.float64)
+        errors_, numbers, times = (each[:, 0] for each in found.values())
+        return errors_, numbers, times
+
+    def draw_latents(
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        conditions: Sequence[Sequence[int] | Rows] | None = None,
+        **how: Any,
+    ) -> Tensor:
+        """Draws z (N, Z), on CPU, from a prior by flow matching.
+
+        Args:
+            noise: (N, Z + 1).
+            conditions: (C_i,) each, for a conditional model.
+            how: steps, solver, guidance and label, as of `modeling.denoiser.draw_latents`.
+        """
+        with self._evaluating():
+            given = self._conditions(conditions)
+            if given:
+                out = self.model(**given, encode_only=True)
+                how |= {"states": out.condition_states, "states_mask": given["condition_mask"]}
+            found = draw_latents(denoiser, self.model.config, noise.to(self.world.device), **how)
+            return found.cpu()
 
     def read(self, texts: Texts) -> tuple[Tensor, Tensor]:
         """Reads N texts with a model without a latent.

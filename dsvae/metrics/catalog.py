@@ -106,6 +106,8 @@ def _factor(name: str, meaning: str) -> Metric:
     return _z(f"disentanglement.{name}", SCORE, meaning, HIGHER)
 
 
+_QUARTERS = ((1, "below 1/4"), (2, "from 1/4 to 1/2"), (3, "from 1/2 to 3/4"), (4, "above 3/4"))
+
 METRICS: tuple[Metric, ...] = (
     Metric("loss", NATS, "training loss: rec + beta * penalty", None, PROGRESS),
     *_section(
@@ -141,6 +143,11 @@ METRICS: tuple[Metric, ...] = (
         Metric("ppl_token_iw", "", "perplexity per token from nll_iw (an upper bound)", LOWER),
         Metric("ppl_word_iw", "", "perplexity per word from nll_iw (an upper bound)", LOWER),
         Metric("bits_per_byte_iw", "bits", "bits per byte from nll_iw (an upper bound)", LOWER),
+    ),
+    *_section(
+        "Prior by flow matching",
+        _z("flow_loss", "", "squared error of the velocity, per number", LOWER, SHOWN | PROGRESS),
+        *(_z(f"flow_loss_t{i}", "", f"the same for times {t}", LOWER) for i, t in _QUARTERS),
     ),
     Metric("beta", "", "weight of the KL term", None, PROGRESS),
     Metric("class_nats", NATS, "-log p(label|x), 0 without a label", LOWER, PROGRESS),
@@ -320,6 +327,10 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "rec_shuffled - rec: what z saves": ("main/rec_shuffled_minus_rec",),
         "kl and mi": ("valid/kl", "main/mi"),
         "active units": ("main/au",),
+    },
+    "prior": {
+        "flow_loss, training and validation (averaged)": ("main/flow_loss", "valid/flow_loss"),
+        "flow_loss by time, validation": tuple(f"valid/flow_loss_t{i}" for i, _ in _QUARTERS),
     },
     "labels": {
         "-log p of labels and tags, training": ("main/class_nats", "main/tag_nats"),

@@ -70,6 +70,10 @@ class ModelFlops:
     slots: int
     """Keys per decoder layer that are made of z."""
     sentence: float
+    vector: float = 0.0
+    """Per vector of z, of a denoiser that trains."""
+    chunk: int = 0
+    """Tokens per vector; 0: all texts have all."""
 
     @classmethod
     def of(cls, model: T5VAE) -> ModelFlops:
@@ -81,6 +85,8 @@ class ModelFlops:
                 for weight in (module.weight, *adapter):
                     size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 leaves an empty one
                     per[_grows_with(name)] += size * (6 if weight.requires_grad else 4)
+        if model.config.denoiser:
+            return cls._of_prior(model)
         backbone, injection = model.config.backbone, model.injection
         # queries times keys, and the weights times values; each also twice backward
         pair = 12 * backbone.query_heads * backbone.head_width
@@ -96,6 +102,35 @@ class ModelFlops:
             sentence=per["sentence"] + of_slots * per["cross key"],
         )
 
+    @classmethod
+    def _of_prior(cls, model: T5VAE) -> ModelFlops:
+        """Counts the phase `prior`: the frozen encoder goes forward once. The denoiser goes
+        forward twice, once for its own estimate, and backward once."""
+        found: Counter[str] = Counter()
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            size = getattr(module.weight, "ds_numel", module.weight.numel())
+            if not name.startswith("denoiser."):
+                found[_grows_with(name)] += 2 * size
+            elif name.endswith("modulation") or ".clock." in name:
+                found["sentence"] += 8 * size
+            else:
+                found["vector"] += 8 * size
+        backbone, chunked = model.config.backbone, model.config.pooling == "chunks"
+        pair = 4 * backbone.encoder_heads * backbone.head_width * backbone.encoder_layers
+        every = found["vector"] * model.config.latent_vectors
+        return cls(
+            encoder_token=found["encoder token"],
+            encoder_pair=pair,
+            decoder_token=0.0,
+            decoder_pair=0.0,
+            slots=0,
+            sentence=found["sentence"] + (0.0 if chunked else every),
+            vector=found["vector"] if chunked else 0.0,
+            chunk=model.config.chunk if chunked else 0,
+        )
+
     def count(self, batch: MicroBatch) -> float:
         """Counts the operations for the tokens of one rank's micro-batch, without
         padding and fillers."""
@@ -109,6 +144,8 @@ class ModelFlops:
             + self.decoder_pair * decoder * (decoder + self.slots)
             + self.sentence
         )
+        if self.chunk:
+            operations += self.vector * (encoder / self.chunk).ceil()
         return float(weight @ operations)
 
 

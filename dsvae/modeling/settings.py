@@ -198,6 +198,16 @@ class LoraConfig:
     every feed-forward."""
 
 
+@dataclass
+class DenoiserConfig:
+    """The size of the transformer that is trained as a prior over z."""
+
+    width: Count = 256
+    """Numbers that it has for each vector of z."""
+    layers: Count = 6
+    """Its layers."""
+
+
 def declared(cls: type, plain: bool = False) -> dict[str, Any]:
     """Returns the types of the fields of a section by their names, with rules and marks
     unless `plain`."""

@@ -28,6 +28,7 @@ from transformers.utils import can_return_tuple
 
 from dsvae.modeling.backbone import BACKBONES, T5Backbone, backbone
 from dsvae.modeling.crf import CRF, IGNORE, TagHead
+from dsvae.modeling.denoiser import Denoiser, DenoiserFields, FlowDraws, flow_errors, initialize
 from dsvae.modeling.families import Distribution, Family, make_family, masked, present
 from dsvae.modeling.injection import INJECTIONS, make_injection
 from dsvae.modeling.lora import add_adapters, checked, is_adapter
@@ -113,6 +114,8 @@ class T5VAEFields(LatentConfig):
     lora: dict[str, Any] | None = None
     """The fields of `LoraConfig`; None: no adapters. The final model of a run has none:
     they are added to their matrices."""
+    denoiser: dict[str, Any] | None = None
+    """The fields of `DenoiserFields`; None: no prior by flow matching."""
     tie_word_embeddings: bool | None = None
     """Whether the output projection is the input embedding (T5 v1.0) or another matrix
     (v1.1, flan, mT5, umT5). None: what the T5's configuration implies. `T5VAE.from_t5`
@@ -171,6 +174,8 @@ class T5VAEConfig(T5VAEFields, PreTrainedConfig):
                 f"decoder has no memory slots and always reads encoder states: use injection cross"
             )
         self.lora = checked(self.lora) if self.lora else None
+        if self.denoiser is not None:
+            self.denoiser = vars(DenoiserFields.of(self.denoiser))
         kwargs.setdefault("pad_token_id", self.t5.pad_token_id)
         end = self.t5.eos_token_id
         kwargs.setdefault("eos_token_id", end[0] if isinstance(end, list) else end)
@@ -245,6 +250,9 @@ class T5VAEOutput(CausalLMOutputWithPast):
     clusters: (B, R) probabilities, and class_logits: (B, K), if there are such heads.
     class_nats, tag_nats: (B,), -log p of the class and of the tags that were given, 0
         where there are none. They are not in the loss.
+    flow_errors, flow_numbers: (B,), the squared error of the denoiser, summed over the
+        numbers of the vectors that the sentence has, and how many numbers these are; only
+        for `flow`.
     tags: (B, S), the most probable tags where `tag_labels` has some, -100 elsewhere;
         only in evaluation.
     distance: (B,), 1 - cos(P z, h), only with `align_states`; not in the loss.
@@ -268,6 +276,8 @@ class T5VAEOutput(CausalLMOutputWithPast):
     tag_nats: Tensor | None = None
     tags: Tensor | None = None
     distance: Tensor | None = None
+    flow_errors: Tensor | None = None
+    flow_numbers: Tensor | None = None
 
 
 class T5VAE(PreTrainedModel, GenerationMixin):
@@ -290,7 +300,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _no_split_modules = [name for each in BACKBONES.values() for name in each.blocks]
     _keep_in_fp32_modules_strict = [
-        *("posterior", "prior_head", "class_head", "tag_head", "align_head"),
+        *("posterior", "prior_head", "class_head", "tag_head", "align_head", "denoiser"),
     ]
     # In float16. And no quantizer of transformers touches these: integers for weights would
     # round z to integers.
@@ -322,6 +332,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if config.prior == "learned":
             self.prior_head = Float32Linear(base.encoder_width, self.family.head_width)
         self.injection = make_injection(config, self.family.latent_width)
+        if config.denoiser:
+            self.denoiser = Denoiser(config)
         self.decoder = base.decoder(cross_attention=config.cross_attention)
         self.lm_head = VocabularyHead(base.decoder_width, base.vocabulary, base.logit_cap)
         self.output_scale = base.output_scale(bool(config.tie_word_embeddings))
@@ -451,8 +463,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
         Args:
             config: replaces that of the directory.
-            seed: of adapters and of the `align` head that `config` has and the directory
-                lacks.
+            seed: of what `config` has and the directory lacks: adapters, the `align` head,
+                and a denoiser, which is always a new one.
 
         Raises:
             OSError: no such model, or no weights in it.
@@ -472,7 +484,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
         def key_of(name: str) -> str | None:
             added = is_adapter(name) or name.startswith("align_head.")
-            return None if added and name not in files else name
+            drawn = config is not None and name.startswith("denoiser.")
+            return None if drawn or added and name not in files else name
 
         return Origin(make, seed, files, key_of)
 
@@ -503,7 +516,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         """Draws the weights of one module. transformers calls it for what a checkpoint
         does not contain; the stacks have their own."""
         factor = self.config.backbone.initializer_factor
-        if isinstance(module, nn.Embedding):
+        if self.config.denoiser and any(module is each for each in self.denoiser.modules()):
+            initialize(module)
+        elif isinstance(module, nn.Embedding):
             module.weight.normal_(0.0, self.config.backbone.embedding_deviation)
         elif module is self.lm_head:
             # Logits of unit scale. (transformers draws every untied head with deviation
@@ -639,6 +654,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         encode_only: bool = False,
+        flow: FlowDraws | None = None,
+        denoiser: Denoiser | None = None,
         condition_ids: Tensor | None = None,
         condition_mask: Tensor | None = None,
         condition_states: Tensor | None = None,
@@ -677,6 +694,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             use_cache: return a cache that includes these tokens.
             encode_only: stop before z. `logits` and `latent` stay None. Without
                 input_ids, only the condition is encoded.
+            flow: what is random in a step of flow matching. z is then not decoded, and
+                only `flow_errors` and `flow_numbers` are returned.
+            denoiser: in place of the model's own, for `flow`.
             condition_ids, condition_mask: (B, C), `c EOS`, for a conditional model.
             condition_states: (B, C, d), the encoder's states of the condition from an
                 earlier call, instead of condition_ids.
@@ -725,7 +745,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         }
         out: dict[str, Any] = {}
         if latent is None and input_ids is not None:
-            out = self._read(input_ids, attention_mask, class_labels, tag_labels, **capture)
+            out = self._read(
+                input_ids, attention_mask, None if flow else class_labels, tag_labels, **capture
+            )
         if condition_ids is not None:
             condition_mask = _mask_of(condition_ids, condition_mask)
             condition_states = self._encode(condition_ids, condition_mask).last_hidden_state
@@ -736,6 +758,19 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if encode_only and (out or condition_states is not None):
             return T5VAEOutput(condition_states=condition_states, **out)
         posterior, prior = out.get("posterior"), out.get("prior")
+        if flow is not None:
+            if posterior is None or input_ids is None or noise is None:
+                raise ValueError("flow is for input_ids, with the noise of z")
+            valid = self.posterior.pooling.valid(_mask_of(input_ids, attention_mask))
+            if self.config.pooling == "chunks":  # no text of the batch has more
+                valid = valid[:, : -(-input_ids.shape[1] // self.config.chunk)]
+            denoiser = self.denoiser if denoiser is None else denoiser
+            data = denoiser.normalized(posterior.sample(noise))[:, : valid.shape[1]]
+            condition = {"states": condition_states, "states_mask": condition_mask}
+            condition["labels"] = class_labels
+            errors = flow_errors(denoiser, data, valid, flow, **condition)
+            numbers = valid.sum(1) * self.config.latent_dim
+            return T5VAEOutput(flow_errors=errors, flow_numbers=numbers)
         if latent is None:
             if input_ids is None or posterior is None:
                 raise ValueError("T5VAE needs input_ids to encode, or the latent to decode")

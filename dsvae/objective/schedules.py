@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from dsvae.config import BetaConfig, Phase2Config, PhaseConfig
+from dsvae.config import BetaConfig, OptimizerConfig, Phase2Config
 
 _MOST_ERROR = 8.0
 """Nats by which the KL can exceed its target and still count in full."""
@@ -55,7 +55,7 @@ def free_bits_at(step: int, phase: Phase2Config) -> float:
     return phase.free_bits if step < phase.steps - round(phase.release * phase.steps) else 0.0
 
 
-def lr_factor(step: int, phase: PhaseConfig) -> float:
+def lr_factor(step: int, phase: OptimizerConfig) -> float:
     """Returns the learning rate at optimizer step `step` as a share of `phase.lr`.
 
     First comes a linear warm-up, whose first step is not zero. Then the rate is

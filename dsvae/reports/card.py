@@ -9,10 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from dsvae.config import RunConfig
+from dsvae.config import RunConfig, phase_name
 from dsvae.data.sources import source_of
 from dsvae.files import write_text
 from dsvae.modeling.families import make_family
+from dsvae.phases import Phase
 from dsvae.reports.table import result_table
 from dsvae.reports.templates import render
 
@@ -31,7 +32,7 @@ def write_card(
         model: the configuration of its model.
         pairs, prior: text samples from `dsvae.metrics.reconstruction.samples`.
     """
-    trained = {"all": "phase 1 and phase 2", "1": "phase 1", "2": "phase 2"}[config.phase]
+    trained = " and ".join(phase_name(phase) for phase in config.phases)
     table = result_table("test", metrics)
     _write(path, config, model, trained, metrics=metrics, table=table, pairs=pairs, prior=prior)
 
@@ -52,11 +53,12 @@ def write_checkpoint_card(
         valid: rec (phase 1) or rec + kl (phase 2) on validation text in nats per
             sentence; None if it was not measured at this step.
     """
-    steps = (config.phase1 if phase == 1 else config.phase2).steps
-    trained = f"step {step} of {steps} of phase {phase}, a checkpoint"
+    steps = Phase(phase, config, 0).steps
+    trained = f"step {step} of {steps} of {phase_name(phase)}, a checkpoint"
     measured = "not measured at this step"
     if valid is not None:
-        measured = f"{'rec' if phase == 1 else 'rec + kl'} {valid:.2f} nats per sentence"
+        names = {1: "rec {:.2f} nats per sentence", 2: "rec + kl {:.2f} nats per sentence"}
+        measured = names.get(phase, "flow_loss {:.4f}").format(valid)
     _write(path, config, model, trained, metrics=None, measured=measured)
 
 

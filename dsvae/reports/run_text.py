@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dsvae.config import RunConfig
+from dsvae.config import RunConfig, phase_name
 from dsvae.data.order import Mixture
 from dsvae.engine.engine import PhaseEngine
 from dsvae.phases import Phase
@@ -58,13 +58,13 @@ def mixture_text(files: list[dict[str, Any]], mixture: Mixture, config: RunConfi
     Args:
         files: their names and numbers of sentences, from the report on the data.
     """
-    steps = {1: config.phase1.steps, 2: config.phase2.steps}
+    steps = {1: config.phase1.steps, 2: config.phase2.steps, 3: config.prior.steps}
     lines = []
     for file, share in zip(files, mixture.shares, strict=True):
         epochs = " and ".join(
-            f"{n * config.data.batch_size * share / file['sentences']:.3g} in phase {phase}"
+            f"{n * config.data.batch_size * share / file['sentences']:.3g} in {phase_name(phase)}"
             for phase, n in steps.items()
-            if config.phase in ("all", str(phase))
+            if phase in config.phases
         )
         lines.append(
             f"      {file['name']}: {file['sentences']:,} sentences, {share:.4g} of every step, "
@@ -100,8 +100,8 @@ def _columns_lines(report: dict[str, Any]) -> list[str]:
 def phase_text(phase: Phase, engine: PhaseEngine, ds_config: Path) -> str:
     """Says what a phase trains with; `ds_config` is its resolved configuration."""
     line = (
-        f"phase {phase.number}: {phase.steps:,} steps of {phase.config.data.batch_size} sentences, "
-        f"ZeRO {engine.zero_stage}, {engine.precision}; its ds_config is {ds_config}"
+        f"{phase_name(phase.number)}: {phase.steps:,} steps of {phase.config.data.batch_size} "
+        f"sentences, ZeRO {engine.zero_stage}, {engine.precision}; its ds_config is {ds_config}"
     )
     if engine.precision != "fp16":
         return line

@@ -183,7 +183,8 @@ def _read_settings(run: RunSummary) -> None:
 
 def _unused(config: RunConfig) -> tuple[str, ...]:
     """Returns prefixes of the names of the fields that a run does not use."""
-    names = {"1": ["phase2."], "2": ["phase1."], "all": []}[config.phase]
+    sections = {1: "phase1.", 2: "phase2.", 3: "prior."}
+    names = [name for phase, name in sections.items() if phase not in config.phases]
     names += source_of(config.data).unused
     if not config.model.has_latent:
         names += ["model.latent_dim", "model.pooling"]

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -18,8 +18,10 @@ from dsvae.data.readers import read_file
 from dsvae.errors import UserError
 from dsvae.files import make_writable, write_json, write_text
 from dsvae.generation.fitted_prior import load_prior
-from dsvae.generation.options import check
-from dsvae.generation.sentence_vae import SentenceVAE, find_device
+from dsvae.generation.flow_prior import FlowPrior
+from dsvae.generation.options import SolverKind, SourceKind, check
+from dsvae.generation.sentence_vae import find_device
+from dsvae.generation.session import session
 from dsvae.inference.passes import Passes, texts_of
 from dsvae.metrics import catalog
 from dsvae.metrics.samples import LONGEST, Reader, by_hash, has_mauve, of_samples
@@ -42,7 +44,11 @@ def evaluate_samples(
     reference: str,
     lm: str,
     train_file: str | None,
-    source: Literal["prior", "aggregate", "fitted"],
+    source: SourceKind,
+    steps: int | None,
+    solver: SolverKind | None,
+    guidance: float | None,
+    label: str | None,
     samples: int,
     output: str | None,
     text_column: str,
@@ -66,6 +72,7 @@ def evaluate_samples(
     is_file = Path(model_or_file).expanduser().is_file()
     if is_file and (source != "prior" or options):
         raise UserError(f"{model_or_file} is a file of texts: leave out --source and options")
+    flow = FlowPrior.of(source, steps, solver, guidance, label)
     if source == "aggregate" and train_file is None:
         raise UserError("--source aggregate draws from q(z|x) of texts: give --train_file")
     train = None
@@ -91,21 +98,22 @@ def evaluate_samples(
     passes = Passes(model, World(0, 0, 1, where), token_budget=BUDGET)
     rows: dict[str, Sequence[str]] = {OWN: own[:count]}
     if not is_file:
-        vae = SentenceVAE.from_pretrained(
+        texts = list(_texts(train())) if source == "aggregate" and train else None
+        prior = load_prior(model_or_file) if source == "fitted" else flow
+        opened = session(
             model_or_file,
             device=device,
             precision=precision,
-            batch_size=batch_size,
             max_tokens=max_tokens,
+            batch_size=batch_size,
+            options=options,
+            seed=seed,
         )
-        vae.inputs.check(False)
-        texts = list(_texts(train())) if source == "aggregate" and train else None
-        prior = load_prior(model_or_file) if source == "fitted" else None
-        torch.manual_seed(seed)
-        rows[OWN] = vae.sample(count, texts=texts, prior=prior, seed=seed, **options)
-        if source != "prior":
-            torch.manual_seed(seed)
-            rows[NORMAL] = vae.sample(count, seed=seed, **options)
+        with opened as (vae, seed):
+            rows[OWN] = vae.sample(count, texts=texts, prior=prior, seed=seed, **options)
+            if source != "prior":
+                torch.manual_seed(seed)
+                rows[NORMAL] = vae.sample(count, seed=seed, **options)
     rows[HELD_OUT] = held_out[:count]
     rows[LANGUAGE_MODEL] = _of_language_model(passes, tokenizer, count, seed)
     reader, rest = Reader(passes, tokenizer), held_out[count:]
@@ -115,6 +123,7 @@ def evaluate_samples(
     results = {
         "model": model_or_file,
         "source": "file" if is_file else source,
+        "flow": None if flow is None else vars(flow),
         "options": options,
         "reference": str(reference),
         "train_file": train_file,

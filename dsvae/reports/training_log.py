@@ -18,7 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from dsvae import status
-from dsvae.config import RunConfig, flatten, to_tree
+from dsvae.config import RunConfig, flatten, phase_name, to_tree
 from dsvae.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE
 from dsvae.files import finite, write_text
 from dsvae.metrics import catalog
@@ -86,7 +86,7 @@ class Reporter:
         self._kl_per_dim = [
             (row["step"], row["kl_per_dim"])
             for row in _truncate_jsonl(path, first_step)
-            if row["split"] == "valid"
+            if row["split"] == "valid" and "kl_per_dim" in row
         ]
         self._jsonl = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(self.directory.tensorboard), purge_step=first_step)
@@ -116,7 +116,7 @@ class Reporter:
             self._bar = tqdm(
                 total=steps,
                 initial=done,
-                desc=f"phase {phase}",
+                desc=phase_name(phase),
                 unit="step",
                 mininterval=interval,
                 maxinterval=interval,
@@ -164,7 +164,7 @@ class Reporter:
         if self._writer is None:
             return
         self._record({"step": step, "phase": phase, "split": split, **metrics})
-        of_latent = split == "valid" and bool(metrics["kl_per_dim"])
+        of_latent = split == "valid" and bool(metrics.get("kl_per_dim"))
         more = catalog.differences(metrics) if of_latent else {}
         for name, value in _charted({**metrics, **more}).items():
             main = split == "valid" and catalog.MAIN in catalog.entry(name).places
@@ -247,6 +247,8 @@ def _layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
         left_out.add("does z matter")
     if data.label_column is None and data.tags_column is None:
         left_out.add("labels")
+    if 3 not in config.phases:
+        left_out.add("prior")
     return {
         # TensorBoard draws every tag that starts with a match of this regular expression.
         category: {
@@ -288,7 +290,8 @@ def _hyperparameters(config: RunConfig) -> dict[str, int | float | str | bool]:
     parameters = {}
     for name, value in flatten(to_tree(config)).items():
         tuned = name in ("data.batch_size", "data.max_tokens", "seed")
-        if value is not None and (tuned or name.startswith(("model.", "phase1.", "phase2."))):
+        sections = ("model.", "phase1.", "phase2.", *(["prior."] if 3 in config.phases else []))
+        if value is not None and (tuned or name.startswith(sections)):
             parameters[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
     return parameters
 
