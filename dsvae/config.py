@@ -49,6 +49,14 @@ learned."""
 Every = Annotated[
     int, Rule("at least 0 (0: only at the end of each phase)", lambda n: n >= 0), MAY_CHANGE
 ]
+
+
+def names_reports(text: str) -> bool:
+    """Returns whether a text is a valid `report_to`."""
+    known = {"tensorboard", "wandb", "trackio", "mlflow"}
+    return text == "none" or set(text.split(",")) <= known
+
+
 FreeBitsMode = Literal["dimension", "total", "sentence"]
 
 PHASES: dict[str, list[int]] = {
@@ -458,6 +466,16 @@ class RunConfig:
     at the start of each phase, and makes steps faster. Not at ZeRO 3."""
     log_every: Annotated[Count, MAY_CHANGE] = 10
     """Log every N optimizer steps."""
+    report_to: Annotated[
+        str,
+        Rule(
+            "none, or some of tensorboard, wandb, trackio and mlflow with commas between them",
+            names_reports,
+        ),
+        MAY_CHANGE,
+    ] = "tensorboard"
+    """Where the run reports to besides metrics.jsonl: tensorboard, wandb, trackio, mlflow,
+    with commas between them, or none. A resumed run continues its records."""
     verbose: Annotated[bool, MAY_CHANGE] = False
     """Print the resolved DeepSpeed configuration of each phase. Either way it is
     written to output_dir/ds_config.phase1.json and ds_config.phase2.json."""

@@ -82,6 +82,7 @@ from dsvae.parallel.stopping import Stopping
 from dsvae.parallel.world import World, join, leave
 from dsvae.phases import Phase
 from dsvae.pretrained import precision_of
+from dsvae.reports import trackers
 from dsvae.reports.card import write_card
 from dsvae.reports.run_text import data_text, finished_text, mixture_text, phase_text
 from dsvae.reports.training_log import Reporter
@@ -106,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         stopping.install()
         config = configuration.read(words)
         raw = ds_config.load(str(config.ds_config))
+        trackers.check(config.report_to)
         private_names.check()
         local_device()
         reading = False

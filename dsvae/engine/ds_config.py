@@ -28,7 +28,7 @@ ELSEWHERE = {
     "activation_checkpointing": "use --model.gradient_checkpointing",
     "tensorboard": "dsvae writes TensorBoard itself, under output_dir",
     "csv_monitor": "dsvae writes metrics.jsonl, under output_dir",
-    "wandb": "dsvae writes TensorBoard, under output_dir",
+    "wandb": "use --report_to wandb",
     "amp": "use bf16 or fp16",
     "bfloat16": "its name is bf16",
     "checkpoint": "checkpoints are dsvae's: --checkpoint_every, --keep_checkpoints",

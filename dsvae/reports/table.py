@@ -57,17 +57,23 @@ def table(metrics: dict[str, Any]) -> str:
 def result_table(title: str, metrics: dict[str, Any]) -> str:
     """Writes the final metrics of a run (of metrics.json) as lines, then the
     warnings."""
-    latent = metrics["kl_per_dim"] != []
     lines = [f"{title} ({metrics['sentences']:,} sentences)"]
+    rows = result_rows(metrics)
+    width = max(13, *(len(row.name) for row in rows))
+    lines += [f"  {r.name:<{width}}{r.value:>10} {r.unit:<14} {r.meaning}" for r in rows]
+    lines += [f"warning: {warning}" for warning in metrics.get("warnings", [])]
+    return "\n".join(lines)
+
+
+def result_rows(metrics: dict[str, Any]) -> list[Row]:
+    """Returns the final metrics of a run that its table shows."""
+    latent = metrics["kl_per_dim"] != []
     rows = []
     for metric in catalog.METRICS:
         meaning = metric.meaning if latent else metric.meaning_without_latent
         if catalog.SUMMARY in metric.places and meaning is not None:
             rows += _rows(metric, meaning, metrics)
-    width = max(13, *(len(row.name) for row in rows))
-    lines += [f"  {r.name:<{width}}{r.value:>10} {r.unit:<14} {r.meaning}" for r in rows]
-    lines += [f"warning: {warning}" for warning in metrics.get("warnings", [])]
-    return "\n".join(lines)
+    return rows
 
 
 def markdown(columns: dict[str, list[str]], right: set[str]) -> str:

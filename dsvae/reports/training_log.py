@@ -1,10 +1,12 @@
-"""What a run reports while it trains: console, metrics.jsonl and TensorBoard.
+"""What a run reports while it trains: console, metrics.jsonl, TensorBoard and the
+trackers that `report_to` names.
 
 Both phases share one axis of optimizer steps: phase 2 continues the count of phase 1.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -23,6 +25,9 @@ from dsvae.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE
 from dsvae.files import finite, write_text
 from dsvae.metrics import catalog
 from dsvae.metrics.throughput import peak_flops
+from dsvae.reports import trackers
+from dsvae.reports.table import result_rows
+from dsvae.reports.trackers import Entry, Tracker
 from dsvae.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -40,6 +45,9 @@ class Reporter:
         self.directory = RunDirectory(config.output_dir)
         self._bar: tqdm | None = None
         self._writer: SummaryWriter | None = None
+        self._trackers: list[Tracker] = []
+        self._sent = 0
+        """The last step that an interrupted start has sent to the trackers."""
         self._jsonl: TextIO | None = None
         self._status: status.Status | None = None
         self._last_beat = 0.0
@@ -65,6 +73,7 @@ class Reporter:
             self._status.state = "stopped" if stopped else "failed"
             self._status.exit_code, self._status.reason = code, reason
             self._write_status()
+        self._end_trackers(code)
 
     def saved(self, step: int) -> None:
         """Writes to status.json that the phase has a checkpoint of `step`."""
@@ -83,14 +92,17 @@ class Reporter:
         if not self.enabled:
             return
         path = self.directory.metrics_jsonl
+        rows, self._sent = _truncate_jsonl(path, first_step)
         self._kl_per_dim = [
             (row["step"], row["kl_per_dim"])
-            for row in _truncate_jsonl(path, first_step)
+            for row in rows
             if row["split"] == "valid" and "kl_per_dim" in row
         ]
         self._jsonl = path.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(str(self.directory.tensorboard), purge_step=first_step)
-        self._writer.add_custom_scalars(_layout(self.config))
+        if "tensorboard" in trackers.names_of(self.config.report_to):
+            self._writer = SummaryWriter(str(self.directory.tensorboard), purge_step=first_step)
+            self._writer.add_custom_scalars(_layout(self.config))
+        self._trackers = list(trackers.start(self.config, self.directory.trackers, self.say))
 
     def say(self, text: str) -> None:
         """Prints a line on the console, above the progress bar."""
@@ -149,47 +161,54 @@ class Reporter:
             values: name -> value; losses in nats per sentence, and those of `Speed.read`.
             kl_per_dim: in nats.
         """
-        if self._writer is None:
+        if self._jsonl is None:
             return
         self._record(
             {"step": step, "phase": phase, "split": "train", **values, "kl_per_dim": kl_per_dim}
         )
-        for name, value in values.items():
-            self._writer.add_scalar(f"{catalog.entry(name).training_group}/{name}", value, step)
+        tags = {f"{catalog.entry(name).training_group}/{name}": values[name] for name in values}
+        self._publish(step, tags)
         if self._bar is not None:
             self._bar.set_postfix_str(_postfix(values), refresh=False)
 
     def evaluation(self, step: int, phase: int, split: str, metrics: dict[str, Any]) -> None:
         """Writes an evaluation on `split` at global `step`."""
-        if self._writer is None:
+        if self._jsonl is None:
             return
         self._record({"step": step, "phase": phase, "split": split, **metrics})
         of_latent = split == "valid" and bool(metrics.get("kl_per_dim"))
         more = catalog.differences(metrics) if of_latent else {}
+        tags = {}
         for name, value in _charted({**metrics, **more}).items():
             main = split == "valid" and catalog.MAIN in catalog.entry(name).places
             tag = name.replace("-", "_minus_")
-            self._writer.add_scalar(f"{'main' if main else split}/{tag}", value, step)
+            tags[f"{'main' if main else split}/{tag}"] = value
+        tables, figures = {}, {}
         if of_latent:
             self._kl_per_dim.append((step, metrics["kl_per_dim"]))
-            self._writer.add_figure("valid/kl_per_dim", _kl_figure(self._kl_per_dim), step)
+            figures["valid/kl_per_dim"] = _kl_figure(self._kl_per_dim)
+        if split == "test" and "kl_per_dim" in metrics:
+            cells = [[row.name, row.value, row.unit, row.meaning] for row in result_rows(metrics)]
+            tables["evaluation"] = (["metric", "value", "unit", "meaning"], cells)
+        self._publish(step, tags, tables, figures)
 
     def text(self, step: int, pairs: list[tuple[str, str]], prior: list[str]) -> None:
         """Writes (sentence, reconstruction) pairs, and sentences from the prior."""
-        if self._writer is None or not (pairs or prior):
+        if self._jsonl is None or not (pairs or prior):
             return
+        tables = {"prior": (["sentence"], [[text] for text in prior])}
         if pairs:
-            heading = "| sentence | reconstruction of its mean |\n|---|---|\n"
-            rows = "\n".join(f"| {_cell(a)} | {_cell(b)} |" for a, b in pairs)
-            self._writer.add_text("reconstruction", heading + rows, step)
-        self._writer.add_text("prior", "\n".join(f"- {_cell(text)}" for text in prior), step)
+            columns = ["sentence", "reconstruction of its mean"]
+            tables["reconstruction"] = (columns, [list(pair) for pair in pairs])
+        self._publish(step, tables=tables)
         self._record({"step": step, "split": "text", "reconstruction": pairs, "prior": prior})
 
     def flush(self) -> None:
         """Puts on disk what was reported so far. Called before a checkpoint, since a
         run that resumes from it does not report those steps again."""
-        if self._jsonl is not None and self._writer is not None:
+        if self._jsonl is not None:
             os.fsync(self._jsonl.fileno())
+        if self._writer is not None:
             self._writer.flush()
 
     def close(self, final: dict[str, Any] | None) -> None:
@@ -208,9 +227,41 @@ class Reporter:
                 for summary in hparams(_hyperparameters(self.config), numbers):
                     self._writer._get_file_writer().add_summary(summary)
             self._writer.close()
+        self._end_trackers(0)
         if self._jsonl is not None:
             self._jsonl.close()
         self._writer = self._jsonl = None
+
+    def _publish(
+        self,
+        step: int,
+        scalars: dict[str, float] | None = None,
+        tables: dict[str, tuple[list[str], list[list[str]]]] | None = None,
+        figures: dict[str, Figure] | None = None,
+    ) -> None:
+        """Sends what belongs to a step to TensorBoard and the trackers; a table is its
+        headings and its rows."""
+        scalars, tables, figures = scalars or {}, tables or {}, figures or {}
+        if self._trackers and step > self._sent:
+            images = {name: _image(figure) for name, figure in figures.items()}
+            for tracker in self._trackers:
+                tracker.put(Entry(step, scalars, tables, images))
+        if self._writer is None:
+            return
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        for name, (columns, rows) in tables.items():
+            self._writer.add_text(name, _markdown(columns, rows), step)
+        for name, figure in figures.items():
+            self._writer.add_figure(name, figure, step)
+
+    def _end_trackers(self, code: int) -> None:
+        ending, self._trackers = self._trackers, []
+        for tracker in ending:
+            tracker.put(code)
+        until = time.monotonic() + trackers.PATIENCE
+        for tracker in ending:
+            tracker.wait(until)
 
     def _record(self, row: dict[str, Any]) -> None:
         assert self._jsonl is not None
@@ -284,6 +335,15 @@ def _kl_figure(history: list[tuple[int, list[float]]]) -> Figure:
     return figure
 
 
+def _image(figure: Figure) -> Any:
+    """Returns a figure as a PIL image."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return Image.open(file)
+
+
 def _hyperparameters(config: RunConfig) -> dict[str, int | float | str | bool]:
     """Returns the tuned settings, for TensorBoard's HPARAMS; config.yaml has all of
     them."""
@@ -296,12 +356,12 @@ def _hyperparameters(config: RunConfig) -> dict[str, int | float | str | bool]:
     return parameters
 
 
-def _truncate_jsonl(path: Path, first_step: int) -> list[dict[str, Any]]:
-    """Keeps and returns the rows before `first_step`, without an incomplete last
-    one."""
+def _truncate_jsonl(path: Path, first_step: int) -> tuple[list[dict[str, Any]], int]:
+    """Keeps and returns the rows before `first_step`, without an incomplete last one, and
+    the last step of those that are dropped, or 0."""
     if not path.exists():
-        return []
-    kept, lines = [], []
+        return [], 0
+    kept, lines, dropped = [], [], 0
     # splitlines() would also split at U+2028 and others, which JSON does not escape. The
     # last character may be incomplete.
     for line in filter(None, path.read_bytes().decode(errors="replace").split("\n")):
@@ -313,8 +373,19 @@ def _truncate_jsonl(path: Path, first_step: int) -> list[dict[str, Any]]:
         if row["step"] < first_step and row["split"] != "test":
             kept.append(row)
             lines.append(line + "\n")
+        else:
+            dropped = row["step"]
     write_text(path, "".join(lines))
-    return kept
+    return kept, dropped
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """Returns a table in Markdown; one with a single column as a list."""
+    if len(columns) == 1:
+        return "\n".join(f"- {_cell(row[0])}" for row in rows)
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    return "\n".join(lines)
 
 
 def _cell(text: str) -> str:
