@@ -336,12 +336,12 @@ def _kl_figure(history: list[tuple[int, list[float]]]) -> Figure:
 
 
 def _image(figure: Figure) -> Any:
-    """Returns a figure as a PIL image."""
+    """Returns a figure as a PIL image, which several threads may read."""
     from PIL import Image
 
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
-    return Image.open(file)
+    return Image.open(file).convert("RGB")  # which is read; `open` alone waits
 
 
 def _hyperparameters(config: RunConfig) -> dict[str, int | float | str | bool]:

@@ -129,7 +129,7 @@ def test_mlflow(tmp_path, monkeypatch, capsys):
 
 
 def test_one_that_fails_and_one_that_hangs_do_not_hold_the_run_up(tmp_path, monkeypatch, capsys):
-    released = threading.Event()
+    released, seen = threading.Event(), []
 
     def fails(record):
         def write(entry):
@@ -137,21 +137,34 @@ def test_one_that_fails_and_one_that_hangs_do_not_hold_the_run_up(tmp_path, monk
 
         return "1", write, lambda code: None
 
+    def pictures(record):
+        def write(entry):
+            seen.extend(entry.images.values())
+
+        return "3", write, lambda code: None
+
     def hangs(record):
         return "2", lambda entry: released.wait(60), lambda code: None
 
-    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": fails, "mlflow": hangs})
-    monkeypatch.setattr(trackers, "PATIENCE", 0.1)
-    start(tmp_path / "run", "tensorboard,wandb,mlflow", 1, list(range(1, 20)))
-    released.set()
+    each = {"wandb": fails, "mlflow": hangs, "trackio": pictures}
+    monkeypatch.setattr(trackers, "TRACKERS", each)
+    start(tmp_path / "run", "tensorboard,wandb,trackio", 1, list(range(1, 20)))
     out = capsys.readouterr().out
     assert out.count("warning: wandb") == 1
     assert "no route to host" in out
     assert "more" not in out.replace("no more", "")
-    assert out.count("warning: mlflow") == 1
+    assert "warning: trackio" not in out
+    # They are read already: PIL reads late, and two threads would read one file at once.
+    assert len(seen) == 1
+    assert getattr(seen[0], "fp", None) is None
+    assert seen[0].size > (300, 200)
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert sum('"train"' in row for row in rows) == 19
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    monkeypatch.setattr(trackers, "PATIENCE", 0.1)
+    start(tmp_path / "other", "mlflow", 1, [1, 2])
+    released.set()
+    assert capsys.readouterr().out.count("warning: mlflow") == 1
 
 
 def test_none_leaves_metrics_jsonl_alone(tmp_path):
