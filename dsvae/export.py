@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, get_optim_files
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dsvae import config as configuration
@@ -22,9 +23,9 @@ from dsvae.config import RunConfig
 from dsvae.data.tokenization import load_tokenizer
 from dsvae.engine import checkpoint
 from dsvae.engine.build import Annotations, find_origin
-from dsvae.engine.checkpoint import COMPLETE, Checkpoint
+from dsvae.engine.checkpoint import AVERAGES, COMPLETE, Checkpoint
 from dsvae.engine.model_directory import MAX_SHARD_BYTES, ModelDirectory
-from dsvae.engine.weights import freeze_decoder, freeze_pretrained
+from dsvae.engine.weights import freeze_autoencoder, freeze_decoder, freeze_pretrained
 from dsvae.errors import UserError
 from dsvae.files import make_place, no_output, write_json
 from dsvae.modeling.lora import in_peft, is_adapter, merged, peft_config
@@ -67,7 +68,7 @@ def export_checkpoint(
     config = _read_config(run)
     found = _find(run, which, report)
     directory = run.exports / found.directory.name if output is None else Path(output).expanduser()
-    if adapters and not config.model.lora.rank:
+    if adapters and (not config.model.lora.rank or found.phase == 3):
         raise UserError(f"{run.path} has no adapters (model.lora.rank): leave out --adapters")
     make_place(directory)
     names: list[str] = []
@@ -90,15 +91,22 @@ def export_checkpoint(
     with _still_there(found):
         meta = found.meta
         saved = _saved(found, meta)  # open files stay readable, whatever the run removes
-    between = run.phase1_model
-    began = between if found.phase == 2 and between.is_dir() else None
+    if found.phase == 3:
+        saved |= {f"denoiser.{name}": value for name, value in _averages(found).items()}
+    between = {2: run.phase1_model, 3: run.phase2_model}.get(found.phase)
+    began = between if between is not None and between.is_dir() else None
     heads = meta.get("classes", ()), meta.get("tags", ()), config.heads.align_weight > 0
     columns = Annotations(config.conditional, *heads)
     tokenizer = load_tokenizer(str(run.tokenizer))
-    origin = find_origin(config.model, tokenizer, began, config.seed, columns)
+    denoiser = meta.get("denoiser")
+    origin = find_origin(config.model, tokenizer, began, config.seed, columns, denoiser)
     model = cast(T5VAE, origin.skeleton())
     model.config.max_tokens = config.data.max_tokens  # as the run itself exports it
+    model.config.vector_counts = meta.get("vector_counts", [])
     freeze_pretrained(model)
+    if denoiser is not None:
+        freeze_autoencoder(model)
+        model.denoiser.set_normalizer(meta["normalizer"])
     if found.phase == 1 and config.phase1.freeze_decoder:
         freeze_decoder(model)
     # peft reads one file
@@ -190,6 +198,12 @@ def _still_there(*read: Checkpoint) -> Iterator[None]:
             f"{gone[0]} was removed meanwhile, because its run keeps newer checkpoints "
             f"(--keep_checkpoints): try again"
         ) from error
+
+
+def _averages(found: Checkpoint) -> dict[str, Tensor]:
+    """Returns the averaged weights of the denoiser."""
+    with _still_there(found):
+        return load_file(found.directory / AVERAGES)
 
 
 def _saved(found: Checkpoint, meta: dict[str, Any]) -> dict[str, Any]:

@@ -418,6 +418,8 @@ def _save(
         "lr_scales": engine.lr_scales,
         **({"spread": engine.spread.state()} if engine.spread else {}),
         **({"normalizer": engine.normalizer} if isinstance(engine, PriorEngine) else {}),
+        "denoiser": engine.module.config.denoiser,
+        "vector_counts": engine.module.config.vector_counts,
         "classes": engine.module.config.classes,
         "tags": engine.module.config.tags,
     }

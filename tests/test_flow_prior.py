@@ -11,6 +11,7 @@ from dsvae import cli
 from dsvae.data.noise import FLOW, normal
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE, fitted_prior
+from dsvae.hub import package
 
 TEXTS = ["a bad bee", "abe", "he had the beach ball cab bad bed", "each ace bathed", "a tea"]
 K, D = 4, 6
@@ -109,6 +110,16 @@ def test_a_condition_is_followed():
     given = {"source": "flow", "seed": 1, "condition": TEXTS[0]}
     assert vae.sample(4, guidance=1.0, **given, **FEW) == texts[TEXTS[0]]
     assert vae.sample(4, guidance=4.0, **given, **FEW) != texts[TEXTS[0]]
+
+
+def test_a_package_has_the_prior(vae, tmp_path):
+    for part in (vae.model, vae.tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    packed = package(str(tmp_path / "model"), tmp_path / "packed")
+    assert (packed / "denoiser.py").is_file()
+    loaded = SentenceVAE.from_pretrained(str(packed), device="cpu", batch_size=3)
+    given = {"source": "flow", "seed": 1, "steps": 3, **FEW}
+    assert loaded.sample(3, **given) == vae.sample(3, **given)
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,8 @@ class ModelDirectory:
         self._pending.clear()
 
     def finish(self, model: T5VAE, extras: Callable[[Path], None], *, merge: bool = True) -> None:
-        """Adds the configurations of `model`, calls `extras` with the directory, and
-        moves it to its place.
+        """Adds the normalizer and the configurations of `model`, calls `extras` with the
+        directory, and moves it to its place.
 
         Args:
             merge: the weights are without adapters, which were added to their matrices.
@@ -83,6 +83,9 @@ class ModelDirectory:
         Raises:
             OSError: the disk is full; nothing is left.
         """
+        if model.config.denoiser:
+            for name, buffer in model.denoiser.named_buffers(prefix="denoiser"):
+                self.add(name, buffer.to("cpu", copy=True))
         self._flush()
         if self._failure is not None:
             self.abandon()

@@ -123,8 +123,7 @@ class PriorEngine(PhaseEngine):
 
     def set_normalizer(self, values: dict[str, list[float]]) -> None:
         """Puts a normalizer into the model."""
-        for name, numbers in values.items():
-            getattr(self.module.denoiser, name).copy_(torch.tensor(numbers))
+        self.module.denoiser.set_normalizer(values)
         self.normalizer = values
 
     def train_step(self, index: int, step: Step, penalty: Penalty) -> FlowSums:  # type: ignore[override]

@@ -282,9 +282,6 @@ def export(
             if tensor is not None:
                 with world.suspend_hang_detection():  # a whole shard may go to a slow disk
                     writer.add(name, tensor)
-        if world.is_main and model.config.denoiser:
-            for name, buffer in model.denoiser.named_buffers(prefix="denoiser"):
-                writer.add(name, buffer.to("cpu", copy=True))
     except UserError:
         world.run_on_rank0(writer.abandon)
         raise

@@ -252,6 +252,9 @@ METRICS: tuple[Metric, ...] = (
             Metric("length_distance", "words", "1-Wasserstein, to the reference", LOWER, COLUMN),
             Metric("words", "words", "per text, mean"),
             Metric("mauve", SCORE, "MAUVE to the reference", HIGHER, COLUMN),
+            Metric("valid", "share", "sentences of the built-in corpus", HIGHER, COLUMN),
+            Metric("factor_kl", "nats", "of a factor to the truth, the largest", LOWER, COLUMN),
+            Metric("pair_kl", "nats", "of two factors to the truth, the largest", LOWER),
             Metric("texts", "", "texts per row", None, COLUMN),
             Metric("blank", "", "texts without a word, which have no perplexity"),
         )

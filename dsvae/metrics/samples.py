@@ -8,6 +8,7 @@ and, if a model reads them, without that model.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dsvae.data import grammar
 from dsvae.data.record_tokens import tokenize
 from dsvae.errors import UserError
 from dsvae.inference.passes import Passes
@@ -149,6 +151,8 @@ def of_samples(
         memorisation, copies: as of `memory_of`.
         length_distance: the 1-Wasserstein distance of the histograms of lengths, in words.
         words: their mean.
+        valid, factor_kl, pair_kl: as of `of_grammar`, if all of the reference are sentences
+            of the built-in corpus.
         mauve: as of `mauve`, with the reader's states as features.
         texts, blank, unk, se.
     """
@@ -158,6 +162,7 @@ def of_samples(
         memory = memory_of(rows, training)
     most = max(map(len, rows.values()))
     states = reader.read(reference[:most])[1]
+    known = all(map(grammar.parse, reference))
     found = {}
     for name, texts in rows.items():
         metrics, own = reader.read(texts)
@@ -172,12 +177,40 @@ def of_samples(
         }
         values = {key: value for key, (value, _) in pairs.items()}
         add(metrics, {**values, "se": {key: error for key, (_, error) in pairs.items()}})
+        if known:
+            add(metrics, of_grammar(texts))
         outputs = of_outputs(texts, seed)
         add(metrics, {"self_bleu": outputs["self_bleu"], "se": outputs["se"]})
         nothing = {"memorisation": math.nan, "copies": math.nan, "se": {}}
         add(metrics, memory.get(name, nothing))
         found[name] = {"texts": len(texts), **metrics}
     return found
+
+
+def of_grammar(texts: Sequence[str]) -> dict[str, Any]:
+    """Measures texts against the built-in corpus, whose distribution is known.
+
+    Returns: `valid`, the share of the texts that are sentences of it, with `se`. Of the
+        valid ones, `factor_kl` and `pair_kl`, the largest KL in nats from the empirical
+        distribution of a factor, or of two factors, to the true one, which is uniform. A
+        sample of the corpus itself has about (values - 1) / (2 N).
+    """
+    parsed = [grammar.parse(text) for text in texts]
+    value, error = likelihood.mean(torch.tensor([float(each is not None) for each in parsed]))
+    rows = [each for each in parsed if each is not None]
+
+    def kl(*names: str) -> float:
+        counts = Counter(tuple(row[name] for name in names) for row in rows)
+        total = math.prod(len(grammar.FACTORS[name]) for name in names)
+        shares = (count / len(rows) for count in counts.values())
+        return sum(share * math.log(share * total) for share in shares) if rows else math.nan
+
+    return {
+        "valid": value,
+        "factor_kl": max(map(kl, grammar.FACTORS)),
+        "pair_kl": max(kl(*pair) for pair in itertools.combinations(grammar.FACTORS, 2)),
+        "se": {"valid": error},
+    }
 
 
 def unigram_entropy(texts: Sequence[str]) -> tuple[float, float]:

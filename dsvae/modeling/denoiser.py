@@ -214,6 +214,11 @@ class Denoiser(nn.Module):
             setattr(self, name, buffer.to(getattr(self, name).device))
         return self
 
+    def set_normalizer(self, values: dict[str, list[float]]) -> None:
+        """Takes `mean` and `std`, Z numbers each."""
+        for name in ("mean", "std"):
+            getattr(self, name).copy_(torch.tensor(values[name]))
+
     def normalized(self, z: Tensor) -> Tensor:
         """Returns u (B, K, d) of z (B, Z)."""
         return ((z - self.mean) / self.std).unflatten(-1, (self.vectors, self.numbers))

@@ -119,6 +119,11 @@ def make_plan(
     """
     files = [ds_config_file] if ds_config_file else [*RESIDENT, *OFFLOADED]
     config = configuration.read(["--ds_config", files[0], *arguments])
+    if config.phase == "prior":
+        raise UserError(
+            "phase prior is not counted: it takes less than phase 2 of the same model; plan for "
+            "--phase 2"
+        )
     configuration.choose_micro_batches(config, "cuda")
     data = config.data
     if data.batch_size < machine.gpus:  # the run refuses it, too

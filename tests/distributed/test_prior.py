@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from dsvae import T5VAE
 from dsvae.data.grammar import generate
+from dsvae.export import export_checkpoint
 from dsvae.generation import SentenceVAE
 
 STEPS, TEXTS = 8, 192
@@ -128,6 +129,23 @@ def test_the_exported_weights_are_the_averages(uncut):
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("step", [5, STEPS])
+def test_a_checkpoint_is_exported_with_both_parts(uncut, tmp_path, step):
+    name = f"phase3-step{step:08d}"
+    export_checkpoint(uncut, name, tmp_path / "model", print)
+    found, expected = load_file(tmp_path / "model" / "model.safetensors"), weights_of(uncut)
+    averages = load_file(uncut / "checkpoints" / name / "averages.safetensors")
+    assert found.keys() == expected.keys()
+    for weight, value in found.items():
+        own = averages.get(weight.removeprefix("denoiser."), expected[weight])
+        assert torch.equal(value, own)
+    config, whole = (
+        json.loads((directory / "config.json").read_text())
+        for directory in (tmp_path / "model", uncut / "model")
+    )
+    assert config == whole
+
+
 def test_the_model_generates(uncut):
     vae = SentenceVAE.from_pretrained(str(uncut / "model"), device="cpu")
     assert len(vae.sample(3, source="flow", steps=3, seed=0, max_new_tokens=5)) == 3
@@ -165,6 +183,36 @@ def test_a_cut_run_goes_on_in_another_shape(config, uncut, tmp_path, stage, rank
     assert f"phase prior: {STEPS} steps" in run.stdout
     assert ("resuming from" in run.stdout) == (at > 0)
     same_as(uncut, directory)
+
+
+def test_labels_and_conditions_on_two_ranks_in_bf16(cache_dir, tmp_path):
+    """At ZeRO 3, with queries and a learned prior, which the flow takes the place of."""
+    file = tmp_path / "train.jsonl"
+    rows_ = [
+        {"text": drawn.text, "condition": drawn.text.split()[1], "label": ("no", "yes")[i % 2]}
+        for i, drawn in enumerate(generate(120, seed=0))
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    model = {**SETTINGS["model"], "pooling": "queries", "latent_vectors": 3}
+    config = tmp_path / "config.yaml"
+    data = {"train_file": str(file), "condition_column": "condition", "label_column": "label"}
+    data |= {"batch_size": 32, "max_tokens": 24, "cache_dir": str(cache_dir)}
+    prior = {**SETTINGS["prior"], "steps": 3}
+    config.write_text(yaml.safe_dump({**SETTINGS, "data": data, "model": model, "prior": prior}))
+    directory = tmp_path / "run"
+    train(*arguments(config, "zero3", directory, precision="bf16"), ranks=2)
+    assert len(of_prior(directory)) == 3
+    assert all(row["flow_loss"] == pytest.approx(2, abs=0.3) for row in of_prior(directory))
+    (text,) = rows(directory, "text")[-1:]
+    assert all(" -> " in each for each in text["prior"])
+    vae = SentenceVAE.from_pretrained(str(directory / "model"), device="cpu")
+    assert vae.model.config.denoiser["classes"] == ["no", "yes"]
+    # Each vector has a normalizer of its own, and the noise of q(z|x) is part of it.
+    std = vae.model.denoiser.std.view(3, -1)
+    assert not torch.allclose(std[0], std[1], rtol=1e-3)
+    given = {"source": "flow", "condition": "king", "label": "yes", "guidance": 2.0}
+    assert len(vae.sample(2, **given, steps=2, seed=0, max_new_tokens=5)) == 2
+    assert "--label" in (directory / "model" / "README.md").read_text()
 
 
 def test_killed_and_alone_on_a_finished_model(config, uncut, tmp_path):

@@ -14,7 +14,7 @@ from scipy.stats import entropy, wasserstein_distance
 from small_models import make_vae, small_tokenizer
 
 from dsvae.cli import main
-from dsvae.data.grammar import generate
+from dsvae.data.grammar import FACTORS, generate
 from dsvae.data.record_tokens import tokenize
 from dsvae.generation import SentenceVAE
 from dsvae.inference.passes import Passes
@@ -41,6 +41,28 @@ def test_ngrams_are_interpolated_as_written():
     first = model.probability(("</s>", "</s>"), "<unk>")
     last = model.probability(("</s>", "<unk>"), "</s>")
     assert model.perplexity(["e"])[0] == pytest.approx((first * last) ** -0.5)
+
+
+def test_texts_against_the_known_distribution():
+    """KLs by scipy, from the factors that the sentences were drawn with."""
+    drawn = generate(200, seed=8)
+    sizes = [len(values) for values in FACTORS.values()]
+
+    def kl(*columns):
+        counts = np.zeros([sizes[i] for i in columns])
+        for each in drawn:
+            counts[tuple(each.factors[i] for i in columns)] += 1
+        return entropy(counts.ravel(), np.ones(counts.size))
+
+    found = samples.of_grammar([*(each.text for each in drawn), "Kings admired.", ""])
+    assert found["valid"] == pytest.approx(200 / 202)
+    assert found["se"]["valid"] == pytest.approx(math.sqrt(200 * 2 / 202**2 / 201))
+    assert found["factor_kl"] == pytest.approx(max(map(kl, range(9))))
+    pairs = [kl(a, b) for a, b in product(range(9), repeat=2) if a < b]
+    assert found["pair_kl"] == pytest.approx(max(pairs))
+    found = samples.of_grammar(["Nothing."] * 3)
+    assert found["valid"] == 0
+    assert math.isnan(found["factor_kl"])
 
 
 def jackknife(value, texts):
@@ -177,7 +199,9 @@ def test_a_language_model_reads_texts_as_a_plain_loop_does(tokenizer):
 def files(tmp_path_factory, tokenizer):
     """Directories of a model and of a language model, and files of texts."""
     path = tmp_path_factory.mktemp("samples")
-    for name, latent in (("model", {"latent_dim": 3}), ("lm", {"injection": "none"})):
+    denoiser = {"width": 16, "layers": 1}
+    latents = {"model": {"latent_dim": 3, "denoiser": denoiser}, "lm": {"injection": "none"}}
+    for name, latent in latents.items():
         make_vae(max_tokens=24, **latent).save_pretrained(path / name)
         tokenizer.save_pretrained(path / name)
     (path / "train.txt").write_text("".join(f"{text}\n" for text in TEXTS[:100]))
@@ -218,6 +242,14 @@ def test_samples_of_a_model_beside_their_baselines(files, tmp_path, capsys):
     for word in ("generative_ppl", "held-out", "the last decoder state of", "warning"):
         assert word in said
         assert word in report
+    assert {"valid", "factor_kl", "pair_kl"} <= real.keys()
+    flow = ("--source", "flow", "--steps", 2, "--samples", 20, "--max_new_tokens", 5)
+    run(files, files / "model", *flow, "--output", tmp_path / "flow")
+    found = json.loads((tmp_path / "flow" / "samples.json").read_text())
+    assert list(found["rows"]) == ["samples", "N(0, I)", "held-out", "language model"]
+    assert found["flow"] == {"steps": 2, "solver": "euler", "guidance": 1.0, "label": None}
+    expected = vae.sample(20, source="flow", steps=2, seed=0, max_new_tokens=5)
+    assert found["rows"]["samples"]["examples"] == expected[:8]
     # The samples of the prior have no second row of the prior.
     prior = ("--samples", 20, "--max_new_tokens", 5, "--output", tmp_path / "prior")
     run(files, files / "model", *prior)
