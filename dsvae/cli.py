@@ -38,6 +38,8 @@ from dsvae.data.grammar_variants import CorpusKind
 from dsvae.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunStopped, UserError
 from dsvae.generation.options import (
     OPTIONS,
+    LatentFormat,
+    LatentType,
     PathKind,
     PriorKind,
     Scale,
@@ -94,10 +96,13 @@ class Model:
         **options: Any,
     ) -> None:
         self.model_dir, self.json, self.options = model_dir, json, options
-        self._source = (file, text_column, condition_column)
+        self.source = (file, text_column, condition_column)
         self._settings: dict[str, Any] = {"batch_size": batch_size, "options": options}
         self._settings |= {"seed": seed, "max_tokens": max_tokens, "device": device}
         self._settings["precision"] = precision
+        self.loading: dict[str, Any] = {
+            name: each for name, each in self._settings.items() if name in LOADING
+        }
 
     def open(self, **settings: Any) -> contextlib.AbstractContextManager[tuple[Any, int]]:
         """Returns the loaded model and its seed; `settings` as of `session`."""
@@ -112,10 +117,10 @@ class Model:
         from dsvae.generation.reading import read_records
         from dsvae.generation.session import check_not_empty
 
-        records = read_records(*self._source)
-        with self.open(conditions=self._source[2] is not None) as (vae, _):
+        records = read_records(*self.source)
+        with self.open(conditions=self.source[2] is not None) as (vae, _):
             yield vae, records
-            check_not_empty(vae, self._source[0])
+            check_not_empty(vae, self.source[0])
 
     def show(self, rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> None:
         """Prints rows as `console.show` does."""
@@ -123,6 +128,7 @@ class Model:
 
 
 LOADS = "max_tokens device precision"
+LOADING = ("batch_size", *LOADS.split())
 READS = "file text_column condition_column batch_size"
 GENERATES = f"json seed {LOADS} options"
 
@@ -376,29 +382,76 @@ def edit(
 
 
 @with_model(f"{READS} {LOADS}")
-def encode(model: Model, *, output: str) -> None:
-    """Writes the posteriors of the sentences of a file or of stdin to a safetensors file.
+def encode(
+    model: Model,
+    *,
+    output: str,
+    dtype: LatentType = "float32",
+    kind: LatentFormat = "safetensors",
+    shard_rows: Count | None = None,
+) -> None:
+    """Writes the posteriors of the sentences of a file or of stdin to a directory.
 
-    Tensors, with a row per sentence: for the Gaussian mean and logvar (N, Z) float32
-    (natural logarithm of the variance); scale (N, Z), the standard deviations; and line
-    (N,) int64, the number of the sentence in its source, from 1. A learned prior p(z|c) has
-    the same with prior_ before the names. Over all sentences: normalizer_mean and
-    normalizer_std (Z,), mean and standard deviation of z ~ q(z|x). Of K vectors per text,
-    they are (N, K, d) and (K, d), with valid (N, K): which vectors there are. Blank sentences are
-    counted and have no row. The posteriors are held in memory, about 300 bytes per sentence
-    for 32 dimensions. The file appears whole or not at all.
+    It has shards (00000.safetensors, or .parquet) and manifest.json: the SHA-256 of the
+    model's weights and of each shard, what is in a row, counts, and the normalizer, mean
+    and standard deviation of z ~ q(z|x) over all rows. A row per sentence has line, the
+    number in the source from 1; text; for the Gaussian mean and logvar (Z), natural
+    logarithm of the variance; scale (Z), the standard deviations. A learned prior p(z|c) has
+    the same with prior_ before the names. Of K vectors per text, they are (K, d), with
+    valid (K): which vectors there are. The rows are raw, not normalized. Blank sentences
+    are counted and have no row.
+
+    Memory does not grow with the file. An interrupted command continues when it is
+    repeated. It also runs on several ranks: deepspeed --module dsvae.cli encode ...
 
     Args:
-        output: the file to write.
+        output: the directory.
+        dtype: of the numbers. bf16 needs safetensors.
+        kind: parquet has a column per name. In safetensors, text is the bytes of all
+            texts, and text_end where each ends.
+        shard_rows: lines per shard; by default about 128 MiB of numbers, and at most 65536.
     """
-    from dsvae.generation.latents_file import check_place, write_latents
+    # DeepSpeed logs to the stdout that is there when it is imported.
+    with contextlib.redirect_stdout(sys.stderr):
+        from dsvae.generation.latents import write_latents
 
-    check_place(output)
-    with model.read() as (vae, records):
-        batches = list(vae.latents_stream(progress(records, prints_rows=False)))
-        if batches:
-            write_latents(output, batches)
-    say(f"{vae.counts.sentences} sentences in {output}")
+    given: dict[str, Any] = {
+        "output": output,
+        "dtype": dtype,
+        "kind": kind,
+        "shard_rows": shard_rows,
+    }
+    file, text_column, condition_column = model.source
+    given |= model.loading
+    found = write_latents(model.model_dir, file, text_column, condition_column, **given)
+    if int(os.environ.get("RANK", "0")) == 0:
+        shown = {"blank": "blank sentences skipped", "truncated": "sentences truncated"}
+        for name, what in shown.items():
+            if number := found["counts"][name]:
+                say(f"{number} {what}")
+        say(f"{found['rows']} sentences in {output}, {len(found['shards'])} shards")
+
+
+@with_model(f"batch_size {GENERATES}")
+def decode(model: Model, latents: str, *, normalized: bool = False) -> None:
+    """Generates the sentences of latents: the way back from dsvae encode.
+
+    Memory does not grow with the number of latents. With --json one object per line:
+    "line", "text" and "condition" if they are known, "decoded". Otherwise one sentence per
+    line.
+
+    Args:
+        latents: a directory of dsvae encode, whose means are decoded; or a safetensors file
+            with a tensor z, (N, Z) or (N, K, d). Of K vectors, those that are 0 are not
+            there, or the file has valid (N, K).
+        normalized: z of the file is (raw z - normalizer_mean) / normalizer_std, which are
+            two more of its tensors.
+    """
+    from dsvae.generation.latents import check_latents, decode_latents
+
+    with model.open(conditions=check_latents(latents, normalized)) as (vae, _):
+        rows = decode_latents(vae, model.model_dir, latents, normalized, **model.options)
+        model.show(progress(rows), lambda row: one_line(row["decoded"]))
 
 
 @with_model(f"batch_size json {LOADS}")
@@ -908,7 +961,7 @@ def slurm(*, output: str) -> None:
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-_GENERATION = (sample, reconstruct, interpolate, analogy, traverse, edit, encode, fit_prior)
+_GENERATION = (sample, reconstruct, interpolate, analogy, traverse, edit, encode, decode, fit_prior)
 _LABELLING = (cluster, classify, tag)
 _OPTIONS = "\n".join(f"    --{name} {kind.__name__}" for name, kind in OPTIONS.items())
 _SHORT = "\n".join(f"    --{short}, --{field}" for short, field in ALIASES.items())

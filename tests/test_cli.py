@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from small_models import make_t5, make_vae, small_tokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -24,6 +23,7 @@ from dsvae.cli import COMMANDS, main
 from dsvae.config import field_types
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE
+from dsvae.generation.latents import Latents
 
 TEXTS = [
     "a bad bee",
@@ -135,7 +135,7 @@ def stdin(monkeypatch, data):
         ("sample", "-n", "1", "--seed", "0", *FEW),
         ("reconstruct", "text.txt", *FEW),
         ("interpolate", "a tea", "abe", "--steps", "2", *FEW),
-        ("encode", "text.txt", "--output", "latents.safetensors", "--device", "cpu"),
+        ("encode", "text.txt", "--output", "latents", "--device", "cpu"),
         ("evaluate", "--test_file", "text.txt", "--output", "evaluation"),
     ],
     ids=lambda words: words[0],
@@ -363,7 +363,7 @@ def test_what_a_latent_does_not_have_is_refused(fail, coded_dir, model_dir, corp
 def test_encode_writes_the_posteriors_in_the_order_of_the_file(
     run, vae, model_dir, corpus, tmp_path, monkeypatch
 ):
-    path = tmp_path / "latents.safetensors"
+    path = tmp_path / "latents"
     posterior = vae.encode(TEXTS)
     stdin(monkeypatch, (corpus / "text.txt").read_bytes())
     for source in ([corpus / "text.txt"], []):
@@ -371,11 +371,12 @@ def test_encode_writes_the_posteriors_in_the_order_of_the_file(
             run("encode", model_dir, *source, "-o", path, "--batch_size", 2, "--device", "cpu")
             == ""
         )
-        found = load_file(path)
+        ((found, strings),) = Latents(path).shards()
+        assert len(strings["text"]) == 6
         torch.testing.assert_close(found["mean"], posterior.mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found["logvar"], posterior.logvar, rtol=1e-4, atol=1e-5)
         assert found["line"].tolist() == [1, 3, 4, 5, 6, 7]
-        path.unlink()
+        shutil.rmtree(path)
 
 
 def test_corpus_writes_sentences_and_factors(run, tmp_path):
@@ -621,7 +622,7 @@ def test_bad_input_is_told_in_one_line(fail, model_dir, corpus, tokenizer, tmp_p
 
 
 def test_a_failed_encode_leaves_nothing(fail, model_dir, corpus, tmp_path):
-    output = tmp_path / "out" / "latents.safetensors"
+    output = tmp_path / "out" / "latents"
     assert "latin.txt:2: not UTF-8" in fail("encode", model_dir, corpus / "latin.txt", "-o", output)
     assert "no sentences" in fail("encode", model_dir, corpus / "blank.txt", "-o", output)
     assert list(output.parent.iterdir()) == []
@@ -709,7 +710,7 @@ def test_closed_streams_are_told(model_dir):
 
 
 def test_a_terminated_encode_leaves_nothing(model_dir, tmp_path):
-    output = tmp_path / "latents.safetensors"
+    output = tmp_path / "latents"
     words = [
         *command(),
         "encode",

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from launch import CONFIGS, numbers, train
-from safetensors.torch import load_file
 
 from dsvae import T5VAE
 from dsvae.errors import UserError
@@ -105,19 +104,6 @@ def test_every_use_of_the_latent_works_or_is_refused(run):
             use()
     places = 4 if family == "categorical" else 7
     assert len(vae.traverse(text, 1, **few)) == places
-
-
-def test_latents_are_written_by_their_names(run, tmp_path):
-    from dsvae.generation.latents_file import write_latents
-
-    family, out, _ = run
-    vae = SentenceVAE.from_pretrained(str(out / "model"))
-    lines = list(vae.latents_stream(["the artist admires the knife"]))
-    write_latents(str(tmp_path / "z.safetensors"), lines)
-    names = set(load_file(tmp_path / "z.safetensors"))
-    expected = {"spike_slab": {"mean", "logvar", "spike"}, "categorical": {"probabilities"}}
-    common = {"line", "scale", "normalizer_mean", "normalizer_std"}
-    assert names == expected[family] | common
 
 
 def test_units_are_scored_against_the_factors(run, monkeypatch):

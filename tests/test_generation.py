@@ -1,27 +1,20 @@
 """Sentences to latents and back: against the model and the tokenizer used directly, and
 against arithmetic by hand."""
 
-import errno
 import itertools
 import math
-import os
-from importlib.metadata import version
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from small_models import make_vae, small_tokenizer
 from transformers import GenerationConfig
 
 from dsvae.data.noise import LATENT, PRIOR, generator
 from dsvae.data.record_tokens import tokenize
 from dsvae.errors import UserError
-from dsvae.generation import SentenceVAE, geometry, latents_file, options
-from dsvae.generation.latents_file import check_place, write_latents
+from dsvae.generation import SentenceVAE, geometry, options
 from dsvae.generation.options import PathKind
 from dsvae.generation.reading import WINDOW, Line, draw_sentences, windows
 
@@ -441,53 +434,3 @@ def test_options_are_those_of_transformers():
 def test_options_without_effect_are_told(given, message):
     with pytest.raises(UserError, match=message):
         options.check(given)
-
-
-# The file of latents
-
-
-def test_a_latents_file_holds_the_posteriors(vae, tmp_path):
-    path = tmp_path / "new" / "latents.safetensors"
-    check_place(str(path))
-    assert not path.exists()
-    write_latents(str(path), list(vae.latents_stream([TEXTS[0], "", *TEXTS[1:]])))
-    found = load_file(path)
-    whole = vae.encode(TEXTS)
-    normalizer = {"normalizer_mean", "normalizer_std"}
-    assert set(found) == {"line", "mean", "logvar", "scale", *normalizer}
-    assert found["line"].tolist() == [1, 3, 4, 5, 6, 7, 8]
-    assert found["mean"].dtype == torch.float32
-    torch.testing.assert_close(found["mean"], whole.mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found["logvar"], whole.logvar, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found["scale"], whole.logvar.exp().sqrt(), rtol=1e-4, atol=1e-5)
-    # Against many draws of every posterior.
-    noise = torch.randn(100_000, 6, generator=torch.Generator().manual_seed(0))
-    z = torch.cat([m + s * noise for m, s in zip(found["mean"], found["scale"], strict=True)])
-    close = {"rtol": 0.01, "atol": 0.01}
-    torch.testing.assert_close(found["normalizer_mean"], z.mean(0), **close)
-    torch.testing.assert_close(found["normalizer_std"], z.std(0), **close)
-    with safe_open(path, "np") as file:
-        assert file.metadata() == {"format": "pt", "dsvae": version("dsvae")}
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_a_latents_file_that_cannot_be_written_leaves_what_was_there(vae, tmp_path, monkeypatch):
-    path = tmp_path / "latents.safetensors"
-    path.write_bytes(b"older")
-
-    def full(tensors, file, metadata):
-        Path(file).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(latents_file, "save_file", full)
-    with pytest.raises(UserError, match="cannot write .*: No space left on device"):
-        write_latents(str(path), list(vae.latents_stream(TEXTS)))
-    assert path.read_bytes() == b"older"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path, tmp_path / "file" / "latents.safetensors"):
-        with pytest.raises(UserError, match="cannot write"):
-            check_place(str(path))

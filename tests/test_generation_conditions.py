@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from small_models import make_vae, small_tokenizer
 
 from dsvae.cli import main
@@ -12,6 +11,7 @@ from dsvae.data.noise import LATENT, PRIOR, generator
 from dsvae.data.records import Record
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE
+from dsvae.generation.latents import Latents
 from dsvae.generation.reading import Line, draw_sentences
 
 TEXTS = [
@@ -421,8 +421,13 @@ def test_commands_that_read_a_file_take_the_column_of_the_condition(
         {"line": n, "condition": c, "sentence": x, "reconstruction": text}
         for n, c, x, text in zip(numbers, CONDITIONS, TEXTS, made, strict=True)
     ]
-    run("encode", model_dir, *source, "-o", tmp_path / "z.safetensors", "--device", "cpu")
-    found = load_file(tmp_path / "z.safetensors")
+    run("encode", model_dir, *source, "-o", tmp_path / "z", "--device", "cpu")
+    ((found, strings),) = Latents(tmp_path / "z").shards()
+    assert strings == {"text": TEXTS, "condition": CONDITIONS}
+    rows = objects(run("decode", model_dir, tmp_path / "z", "--json", *FLAGS))
+    assert [(row["condition"], row["decoded"]) for row in rows] == [
+        (c, text) for c, text in zip(CONDITIONS, made, strict=True)
+    ]
     assert found["line"].tolist() == numbers
     torch.testing.assert_close(found["mean"], vae.encode(TEXTS, CONDITIONS).mean, **CLOSE)
     priors = [prior_of(vae, condition) for condition in CONDITIONS]
@@ -483,7 +488,7 @@ def test_mistakes_of_the_command_are_one_line(fail, tokenizer, model_dir, corpus
     ):
         make_vae(**latent).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    pairs, output = corpus / "pairs.jsonl", ("-o", tmp_path / "z.safetensors")
+    pairs, output = corpus / "pairs.jsonl", ("-o", tmp_path / "z")
     column = ("--condition_column", "condition")
     for words in (
         ("sample", model_dir),

@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from small_models import make_vae, small_tokenizer
 
 from dsvae.errors import UserError
 from dsvae.generation import SentenceVAE, fitted_prior
-from dsvae.generation.latents_file import write_latents
-from dsvae.generation.reading import Line
 
 TEXTS = ["a bad bee", "abe", "he had the beach ball cab bad bed", "each ace bathed", "a tea"]
 K, D, CHUNK = 7, 6, 3
@@ -92,29 +89,6 @@ def test_a_traversal_moves_a_number_of_a_vector(vae):
     for unit, vector, told in ((0, number, "too short"), (D, 0, "0 to 5"), (0, K, "0 to 6")):
         with pytest.raises(UserError, match=told):
             vae.traversal(TEXTS[0], unit, vector=vector)
-
-
-def test_latents_in_a_file_are_by_vectors_and_normalized_over_what_there_is(vae, tmp_path):
-    batches = [(lines, q, None) for lines, q in vae.encode_stream(TEXTS)]
-    assert len(batches) > 1
-    write_latents(str(tmp_path / "z"), batches)
-    found, q = load_file(tmp_path / "z"), vae.encode(TEXTS)
-    assert isinstance(batches[0][0][0], Line)
-    torch.testing.assert_close(found["mean"], q.tensors()["mean"], atol=1e-5, rtol=1e-4)
-    assert torch.equal(found["valid"], q.valid)
-    mean, scale = found["mean"].double(), (0.5 * found["logvar"].double()).exp()
-    torch.testing.assert_close(
-        found["scale"].double() * q.valid[..., None], found["scale"].double()
-    )
-    for vector in range(int(q.valid.sum(1).max())):
-        rows = q.valid[:, vector]
-        m, s = mean[rows, vector], scale[rows, vector]
-        middle = m.mean(0)
-        deviation = (s.square() + (m - middle).square()).mean(0).sqrt()
-        torch.testing.assert_close(found["normalizer_mean"][vector].double(), middle)
-        torch.testing.assert_close(
-            found["normalizer_std"][vector].double(), deviation, atol=1e-4, rtol=1e-4
-        )
 
 
 def test_samples_come_with_several_numbers_of_vectors(vae):

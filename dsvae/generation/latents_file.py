@@ -1,85 +1,27 @@
-"""Latents in one safetensors file: the posteriors of sentences, or a fitted prior."""
+"""Files of latents: tensors with a row per text, and the texts beside them."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsvae.errors import UserError
-from dsvae.files import make_writable, whole_path
-from dsvae.generation.reading import Line
-from dsvae.modeling.families import Distribution
+from dsvae.errors import UserError, first_line
+from dsvae.files import whole_path
+from dsvae.generation.options import LatentFormat
 
-
-def check_place(path: str) -> None:
-    """Makes sure, before hours of work, that a file can be written.
-
-    Raises:
-        UserError: it cannot.
-    """
-    place = Path(path).expanduser()
-    if place.is_dir():
-        raise UserError(f"cannot write {place}: it is a directory; name a file in it")
-    make_writable(place.parent, "--output")
-
-
-def write_latents(
-    path: str, batches: Sequence[tuple[Sequence[Line], Distribution, Distribution | None]]
-) -> None:
-    """Writes posteriors to a file, which appears whole or not at all.
-
-    Its tensors have a row per sentence: `line` (N,) int64, the number of the sentence in
-    its source; the parameters of the posterior by their names, float32, for the Gaussian
-    `mean` and `logvar` (N, Z); `scale` (N, Z), the standard deviations of z. Those of a
-    learned prior begin with `prior_`. `normalizer_mean` and `normalizer_std` (Z,) are those
-    of z over all sentences: (z - normalizer_mean) / normalizer_std has mean 0 and variance 1.
-    Of K vectors per text, all of these are (N, K, d) and (K, d), and `valid` (N, K) says
-    which there are.
-
-    Args:
-        batches: at least one: sentences, their posteriors, and their priors if these
-            are learned.
-
-    Raises:
-        UserError: the place cannot be written, or is full.
-    """
-    parts = [_rows(posterior, prior) for _, posterior, prior in batches]
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    tensors["line"] = torch.tensor([line.line for lines, _, _ in batches for line in lines])
-    mean = torch.cat([posterior.moments()[0] for _, posterior, _ in batches]).double()
-    square = tensors["scale"].double().square()
-    mean = mean.view_as(square)
-    valid = tensors.get("valid")
-    if valid is None:
-        # Var[z] = E Var[z|x] + Var E[z|x]
-        middle, variance = mean.mean(0), square.mean(0) + mean.var(0, correction=0)
-    else:  # of each vector over the texts that have it
-        count = valid.double().sum(0).clamp(min=1)[:, None]
-        middle = mean.sum(0) / count
-        variance = (square + mean.square()).sum(0) / count - middle.square()
-    tensors["normalizer_mean"] = middle.float()
-    tensors["normalizer_std"] = variance.clamp(min=0).sqrt().float()
-    write_tensors(Path(path).expanduser(), tensors)
-
-
-def _rows(posterior: Distribution, prior: Distribution | None) -> dict[str, Tensor]:
-    """Returns what a batch has in the file."""
-    found: dict[str, Tensor] = {}
-    for prefix, each in (("", posterior), ("prior_", prior)):
-        if each is not None:
-            named = each.tensors()
-            scale = each.moments()[1].sqrt()
-            if "valid" in named:
-                scale = scale.unflatten(1, (named["valid"].shape[1], -1))
-            named = {**named, "scale": scale}
-            found |= {f"{prefix}{name}": tensor for name, tensor in named.items()}
-    return found
+Strings = dict[str, list[str]]
+Tensors = dict[str, Tensor]
 
 
 def write_tensors(
@@ -91,9 +33,98 @@ def write_tensors(
     known = {"format": "pt", "dsvae": version("dsvae"), **(metadata or {})}
     try:
         with whole_path(place) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # safetensors leaves the umask aside
             save_file(rows, temporary, metadata=known)
+            temporary.chmod(mode)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        raise _cannot_write(place, error) from error
+
+
+def write_shard(place: Path, tensors: Tensors, strings: Strings, kind: LatentFormat) -> None:
+    """Writes a shard, which appears whole or not at all.
+
+    A safetensors file has no strings: a list of them is two tensors, the UTF-8 bytes of
+    all, `NAME` uint8, and where each ends, `NAME_end` (N,) int64. In a parquet file a
+    tensor (N, ...) is a column of lists of fixed size, a row's numbers one after the
+    other.
+
+    Raises:
+        UserError: the place cannot be written, or is full.
+    """
+    if kind == "safetensors":
+        packed = dict(part for name, each in strings.items() for part in _packed(name, each))
+        return write_tensors(place, tensors | packed)
+    columns: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        flat = pa.array(tensor.flatten().numpy())
+        size = tensor[0].numel()
+        columns[name] = flat if tensor.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, size)
+    columns |= {name: pa.array(each, pa.string()) for name, each in strings.items()}
+    try:
+        with whole_path(place) as temporary:
+            pq.write_table(pa.table(columns), temporary)
+    except OSError as error:
+        raise _cannot_write(place, error) from error
+
+
+def read_shard(
+    place: Path, shapes: Mapping[str, Sequence[int]], strings: Sequence[str]
+) -> tuple[Tensors, Strings]:
+    """Reads a shard.
+
+    Args:
+        shapes: those of a row of each tensor. strings: the names of the lists.
+
+    Raises:
+        UserError: it is not one, or lacks a tensor.
+    """
+    try:
+        if place.suffix == ".parquet":
+            table = pq.read_table(place)
+            texts = {name: table[name].to_pylist() for name in strings}
+            return {
+                name: torch.from_numpy(_flat(table[name])).view(len(table), *shape)
+                for name, shape in shapes.items()
+            }, texts
+        found = load_file(place)
+        return {name: found[name] for name in shapes}, {
+            name: _unpacked(found[name], found[f"{name}_end"]) for name in strings
+        }
+    except (OSError, SafetensorError, KeyError, ValueError, pa.ArrowException) as error:
         raise UserError(
-            f"cannot write {place}: {reason}; choose a place that can be written"
+            f"{place} is damaged or not a file of latents ({first_line(error)}); write it again"
         ) from error
+
+
+def sha256_of(place: Path) -> str:
+    """Returns the SHA-256 of a file's content."""
+    total = hashlib.sha256()
+    with place.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    values = column.combine_chunks()
+    if isinstance(values, pa.FixedSizeListArray):
+        values = values.flatten()
+    return values.to_numpy(zero_copy_only=False).copy()
+
+
+def _packed(name: str, strings: list[str]) -> list[tuple[str, Tensor]]:
+    encoded = [each.encode() for each in strings]
+    ends = torch.tensor([len(each) for each in encoded]).cumsum(0)
+    content = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
+    return [(name, content[: int(ends[-1])]), (f"{name}_end", ends)]
+
+
+def _unpacked(content: Tensor, ends: Tensor) -> list[str]:
+    whole, places = content.numpy().tobytes(), [0, *ends.tolist()]
+    return [whole[a:b].decode() for a, b in zip(places[:-1], places[1:], strict=True)]
+
+
+def _cannot_write(place: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(f"cannot write {place}: {reason}; choose a place that can be written")

@@ -17,6 +17,9 @@ SolverKind = Literal["euler", "heun"]
 """How the field of a prior by flow matching is followed: `dsvae.generation.flow_prior`."""
 SourceKind = Literal["prior", "aggregate", "fitted", "flow"]
 """Where z comes from."""
+LatentFormat = Literal["safetensors", "parquet"]
+LatentType = Literal["float32", "bf16", "fp16"]
+"""The files of `dsvae encode`, and the numbers in them."""
 Scale = Literal["prior", "posterior"]
 """What a traversal counts standard deviations of."""
 

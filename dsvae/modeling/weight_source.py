@@ -57,6 +57,18 @@ class SafetensorsFiles:
     def __contains__(self, key: object) -> bool:
         return key in self._files
 
+    def digest(self, without: tuple[str, ...]) -> str:
+        """Returns the SHA-256 of all tensors and their names, but for those whose names
+        begin with one of `without`."""
+        total = hashlib.sha256()
+        for key in sorted(self._files):
+            if not key.startswith(without):
+                with safe_open(self._files[key], framework="pt") as reader:
+                    value = reader.get_tensor(key).contiguous()
+                total.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                total.update(value.flatten().view(torch.uint8).numpy())
+        return total.hexdigest()
+
     def shape(self, key: str) -> tuple[int, ...]:
         with safe_open(self._files[key], framework="pt") as reader:
             return tuple(reader.get_slice(key).get_shape())
