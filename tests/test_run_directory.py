@@ -285,3 +285,24 @@ def test_resume_from_the_output_directory_itself(tmp_path):
     assert find(config_of(tmp_path, resume=str(tmp_path))) == ([1, 2], None, None)
     leave_checkpoint(leave_run(tmp_path), 1, 20)
     assert find(config_of(tmp_path, resume=str(tmp_path))) == ([1, 2], (1, 20), None)
+
+
+def test_the_prior_begins_where_phase_2_ended(tmp_path):
+    """Or at a checkpoint of its own; alone, it needs a model."""
+    settings = {"phase": "2+prior", "phase2": {"steps": 30}, "prior": {"steps": 5}}
+    leave_checkpoint(leave_run(tmp_path, **settings), 2, 30)
+    config = config_of(tmp_path, **settings)
+    assert find(config) == ([2, 3], (2, 30), None)
+    between = tmp_path / "phase2" / "model"
+    between.mkdir(parents=True)
+    assert find(config) == ([3], None, between)
+    start = find_start(config, pytest.fail)
+    assert start.phase(3, config).offset == 30
+    leave_checkpoint(tmp_path, 3, 2)
+    assert find(config) == ([3], (3, 2), between)
+    leave_results(tmp_path)  # of an autoencoder alone
+    assert find(config) == ([3], (3, 2), between)
+    (tmp_path / "model" / "config.json").write_text('{"denoiser": {"width": 8}}')
+    assert find(config) == ([], None, None)
+    with pytest.raises(UserError, match="--model"):
+        find(config_of(tmp_path / "other", phase="prior"))
