@@ -61,6 +61,8 @@ class RunDirectory:
         self.tokenizer = self.path / "tokenizer"
         self.metrics_jsonl = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.plot = self.path / "run.png"
+        """A picture of the whole run."""
         self.trackers = self.path / "trackers.json"
         """The names of the run's records at the trackers of `report_to`."""
         self.checkpoints = self.path / "checkpoints"

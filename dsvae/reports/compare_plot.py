@@ -107,7 +107,7 @@ def plot_noise(comparison: Comparison) -> str | None:
         if values:
             curves[run.name] = values, sd or se
     with matplotlib.rc_context(STYLE):
-        return noise_curves(curves) if curves else None
+        return svg(noise_curves(curves)) if curves else None
 
 
 def _injection(run: RunSummary) -> str:

@@ -1,13 +1,17 @@
-"""The look of all figures, and figures as SVG."""
+"""The look of all figures, and figures as SVG and PNG."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from dsvae.files import whole_path
 
 STYLE: Any = {
     "axes.grid": True,
@@ -33,8 +37,17 @@ def new_figure(width: float = 5.6, height: float = 3.6) -> tuple[Figure, Axes]:
 def svg(figure: Figure) -> str:
     """Returns the figure as SVG text, the same for the same figure."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
     return buffer.getvalue().decode()
+
+
+def write_png(figures: Mapping[str, Figure], directory: Path) -> None:
+    """Writes figures as NAME.png into a directory, which is made."""
+    directory.mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        with whole_path(directory / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
 
 
 def legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str], **style: Any) -> None:
@@ -52,8 +65,8 @@ def short(label: str, most: int = 18) -> str:
     return label if len(label) <= most else f"{label[: most - 1]}…"
 
 
-def noise_curves(curves: dict[str, tuple[dict[str, float], dict[str, float]]]) -> str:
-    """Draws BLEU against the noise on z as SVG: name -> values and deviations by
+def noise_curves(curves: dict[str, tuple[dict[str, float], dict[str, float]]]) -> Figure:
+    """Draws BLEU against the noise on z: name -> values and deviations by
     noise."""
     figure, axes = new_figure(width=5.6 if len(curves) == 1 else 8.0)
     drawn = [
@@ -70,4 +83,4 @@ def noise_curves(curves: dict[str, tuple[dict[str, float], dict[str, float]]]) -
     if len(curves) > 1:
         legend(axes, drawn, list(curves), fontsize=8)
     axes.set(xlabel="noise on z, in std(z)", ylabel="BLEU of the reconstruction", ylim=(0, 101))
-    return svg(figure)
+    return figure

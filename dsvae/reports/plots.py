@@ -1,4 +1,4 @@
-"""The plots of report.html, as SVG."""
+"""The plots of report.html."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
 from dsvae.metrics.evaluate import Measured
 from dsvae.modeling.families import ACTIVE
-from dsvae.reports.figures import COLOR, STYLE, legend, new_figure, noise_curves, svg
+from dsvae.reports.figures import COLOR, STYLE, legend, new_figure, noise_curves
 from dsvae.reports.sentences import Sentences
 
 POINTS = 5_000
@@ -25,8 +26,8 @@ CLASSES = 10
 """The largest number of labels that colours can tell apart."""
 
 
-def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[str, str]:
-    """Draws the plots; returns title -> SVG. A model without a latent has only the plot
+def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[str, Figure]:
+    """Draws the plots; returns title -> figure. A model without a latent has only the plot
     of the lengths."""
     chosen = np.argsort(text.split.content_keys)[:POINTS]
     with matplotlib.rc_context(STYLE):
@@ -49,23 +50,23 @@ def plots(metrics: dict[str, Any], measured: Measured, text: Sentences) -> dict[
         return images
 
 
-def _kl(kl: list[float], vectors: int) -> str:
+def _kl(kl: list[float], vectors: int) -> Figure:
     figure, axes = new_figure()
     if vectors > 1:
         image = axes.imshow(np.reshape(kl, (vectors, -1)), aspect="auto", interpolation="nearest")
         axes.set(xlabel="unit of a vector", ylabel="vector")
         axes.grid(visible=False)
         figure.colorbar(image, label="KL (nats)")
-        return svg(figure)
+        return figure
     ordered = sorted(range(len(kl)), key=lambda d: -kl[d])
     axes.bar(range(len(kl)), [kl[d] for d in ordered], color=COLOR)
     _label_units(axes, ordered)
     axes.set(xlabel="unit of z, by its KL", ylabel="KL (nats)")
     axes.grid(axis="x", visible=False)
-    return svg(figure)
+    return figure
 
 
-def _active_units(curve: dict[str, list], dims: int) -> str:
+def _active_units(curve: dict[str, list], dims: int) -> Figure:
     figure, axes = new_figure()
     axes.step(curve["threshold"], curve["units"], where="post", color=COLOR)
     axes.axvline(ACTIVE, color="black", linestyle=":", linewidth=1)
@@ -73,10 +74,10 @@ def _active_units(curve: dict[str, list], dims: int) -> str:
     axes.annotate(label, (ACTIVE, 0), xytext=(4, 6), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", ylim=(0, dims * 1.05))
     axes.set(xlabel="threshold on the activity", ylabel=f"active units, of {dims}")
-    return svg(figure)
+    return figure
 
 
-def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> str:
+def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> Figure:
     figure, axes = new_figure()
     axes.scatter(lengths, rec, s=5, alpha=0.25, linewidths=0, color=COLOR, rasterized=True)
     values, counts = np.unique(lengths, return_counts=True)
@@ -89,10 +90,10 @@ def _lengths(lengths: NDArray[np.int32], rec: NDArray[np.float64]) -> str:
     axes.set(xlabel="tokens, EOS included", ylabel="rec (nats)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return svg(figure)
+    return figure
 
 
-def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
+def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> Figure:
     """Draws the first two principal components, coloured by labels or by numbers."""
     figure, axes = new_figure()
     components = min(2, *means.shape)
@@ -113,7 +114,7 @@ def _latents(means: NDArray[np.float32], name: str, values: NDArray) -> str:
     shares = pca.explained_variance_ratio_
     axes.set_xlabel(f"PC 1 ({shares[0]:.1%} of the variance)")
     axes.set_ylabel(f"PC 2 ({shares[1]:.1%})" if components == 2 else "")
-    return svg(figure)
+    return figure
 
 
 def _colours(
@@ -133,7 +134,7 @@ def _colours(
     return best, np.where(values == "", "no label", values)
 
 
-def _matrix(information: NDArray[np.float64], names: list[str], dimensions: list[int]) -> str:
+def _matrix(information: NDArray[np.float64], names: list[str], dimensions: list[int]) -> Figure:
     """Draws I(z_i; v_k): one row per factor, one column per active unit."""
     figure, axes = new_figure()
     image = axes.imshow(information.T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
@@ -142,7 +143,7 @@ def _matrix(information: NDArray[np.float64], names: list[str], dimensions: list
     axes.set_xlabel("unit of z, active ones alone")
     axes.grid(visible=False)
     figure.colorbar(image, label="I(z_i; factor) (nats)")
-    return svg(figure)
+    return figure
 
 
 def _label_units(axes: Axes, units: list[int]) -> None:

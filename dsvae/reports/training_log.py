@@ -22,10 +22,11 @@ from tqdm import tqdm
 from dsvae import status
 from dsvae.config import RunConfig, flatten, phase_name, to_tree
 from dsvae.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE
-from dsvae.files import finite, write_text
+from dsvae.files import finite, whole_path, write_text
 from dsvae.metrics import catalog
 from dsvae.metrics.throughput import peak_flops
 from dsvae.reports import trackers
+from dsvae.reports.run_plot import run_plot
 from dsvae.reports.table import result_rows
 from dsvae.reports.trackers import Entry, Tracker
 from dsvae.run_directory import RunDirectory
@@ -46,6 +47,8 @@ class Reporter:
         self._bar: tqdm | None = None
         self._writer: SummaryWriter | None = None
         self._trackers: list[Tracker] = []
+        self._step = 0
+        """The last step that was reported."""
         self._sent = 0
         """The last step that an interrupted start has sent to the trackers."""
         self._jsonl: TextIO | None = None
@@ -183,14 +186,14 @@ class Reporter:
             main = split == "valid" and catalog.MAIN in catalog.entry(name).places
             tag = name.replace("-", "_minus_")
             tags[f"{'main' if main else split}/{tag}"] = value
-        tables, figures = {}, {}
+        tables, images = {}, {}
         if of_latent:
             self._kl_per_dim.append((step, metrics["kl_per_dim"]))
-            figures["valid/kl_per_dim"] = _kl_figure(self._kl_per_dim)
+            images["valid/kl_per_dim"] = _image(_kl_figure(self._kl_per_dim))
         if split == "test" and "kl_per_dim" in metrics:
             cells = [[row.name, row.value, row.unit, row.meaning] for row in result_rows(metrics)]
             tables["evaluation"] = (["metric", "value", "unit", "meaning"], cells)
-        self._publish(step, tags, tables, figures)
+        self._publish(step, tags, tables, images)
 
     def text(self, step: int, pairs: list[tuple[str, str]], prior: list[str]) -> None:
         """Writes (sentence, reconstruction) pairs, and sentences from the prior."""
@@ -218,6 +221,7 @@ class Reporter:
         if self._status is not None:
             self._status.state, self._status.exit_code = "finished", 0
             self._write_status()
+        self._plot()
         if self._writer is not None:
             if final is not None:
                 # These scalars are already there, from the final evaluation.
@@ -232,18 +236,29 @@ class Reporter:
             self._jsonl.close()
         self._writer = self._jsonl = None
 
+    def _plot(self) -> None:
+        """Draws the whole run."""
+        if self._jsonl is None or (figure := run_plot(self.directory.metrics_jsonl)) is None:
+            return
+        image = _image(figure)
+        try:
+            with whole_path(self.directory.plot) as temporary:
+                image.save(temporary, format="png")
+        except OSError as error:
+            self.say(f"warning: {self.directory.plot} was not written: {error.strerror}")
+        self._publish(self._step, images={"run": image})
+
     def _publish(
         self,
         step: int,
         scalars: dict[str, float] | None = None,
         tables: dict[str, tuple[list[str], list[list[str]]]] | None = None,
-        figures: dict[str, Figure] | None = None,
+        images: dict[str, Any] | None = None,
     ) -> None:
         """Sends what belongs to a step to TensorBoard and the trackers; a table is its
         headings and its rows."""
-        scalars, tables, figures = scalars or {}, tables or {}, figures or {}
+        scalars, tables, images = scalars or {}, tables or {}, images or {}
         if self._trackers and step > self._sent:
-            images = {name: _image(figure) for name, figure in figures.items()}
             for tracker in self._trackers:
                 tracker.put(Entry(step, scalars, tables, images))
         if self._writer is None:
@@ -252,8 +267,8 @@ class Reporter:
             self._writer.add_scalar(name, value, step)
         for name, (columns, rows) in tables.items():
             self._writer.add_text(name, _markdown(columns, rows), step)
-        for name, figure in figures.items():
-            self._writer.add_figure(name, figure, step)
+        for name, image in images.items():
+            self._writer.add_image(name, np.array(image), step, dataformats="HWC")
 
     def _end_trackers(self, code: int) -> None:
         ending, self._trackers = self._trackers, []
@@ -265,6 +280,7 @@ class Reporter:
 
     def _record(self, row: dict[str, Any]) -> None:
         assert self._jsonl is not None
+        self._step = row["step"]
         self._jsonl.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
         self._jsonl.flush()
 
@@ -340,7 +356,7 @@ def _image(figure: Figure) -> Any:
     from PIL import Image
 
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
+    figure.savefig(file, format="png")
     return Image.open(file).convert("RGB")  # which is read; `open` alone waits
 
 

@@ -42,6 +42,7 @@ from dsvae.modeling.families import GaussianFamily
 from dsvae.parallel.world import World
 from dsvae.reports import html
 from dsvae.reports.evaluation import evaluate_directory, evaluate_model, evaluate_sentences
+from dsvae.reports.figures import svg
 from dsvae.reports.plots import plots
 from dsvae.reports.sentences import read
 
@@ -458,6 +459,15 @@ def test_what_is_left_behind(directory, metrics):
     out = directory / "out"
     assert json.loads((out / "metrics.json").read_text())["test"]["nll_iw"] == metrics["nll_iw"]
     report = (out / "report.html").read_text()
+    first, rest = report.split("<h2>Measured</h2>")
+    assert re.findall("<figcaption>(.*?)</figcaption>", first) == list(html.FIRST)
+    assert all(about in first for about in html.FIRST.values())
+    titles = re.findall("<figcaption>(.*?)</figcaption>", rest)
+    assert titles
+    assert not set(titles) & set(html.FIRST)
+    files = {f"{title.lower().replace(' ', '_')}.png" for title in (*html.FIRST, *titles)}
+    assert {path.name for path in (out / "plots").iterdir()} == files
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (out / "plots").iterdir())
     assert report.count("data:image/svg+xml;base64,") == 5
     for title in ("Reconstruction by length", "Reconstruction by noise on z"):
         assert title in report
@@ -749,7 +759,7 @@ def test_every_label_stands_in_the_legend(directory, tmp_path, monkeypatch):
     run(directory, tmp_path / "out", labels_file=str(tmp_path / "test.labels"), iw_samples=None)
     texts = [
         element.text.strip()
-        for element in ElementTree.fromstring(seen["plots"]["Latents"]).iter()
+        for element in ElementTree.fromstring(svg(seen["plots"]["Latents"])).iter()
         if element.text
     ]
     assert [text for text in texts if text in labels] == sorted(labels)

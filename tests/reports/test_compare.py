@@ -13,6 +13,7 @@ from matplotlib.text import Annotation
 import dsvae.reports.compare_plot as plot_module
 from dsvae.cli import main
 from dsvae.reports.compare import compare_runs
+from dsvae.reports.figures import new_figure
 from dsvae.run_directory import RunDirectory
 from dsvae.status import Status
 
@@ -693,7 +694,9 @@ def test_runs_with_noise_on_z_have_a_plot_of_it(compare, tmp_path, monkeypatch):
             more["se"]["noise"] = {"bleu": {"0": 1.0, "0.3": 2.0}}
         make(tmp_path / "runs" / name, evaluation(**more), config=config)
     drawn = {}
-    monkeypatch.setattr(plot_module, "noise_curves", lambda curves: drawn.update(curves) or "<?xml")
+    monkeypatch.setattr(
+        plot_module, "noise_curves", lambda curves: drawn.update(curves) or new_figure()[0]
+    )
     table, *_ = compare(tmp_path / "runs", "--group")
     assert table["a"]["bleu_area"].startswith("26.6")
     assert drawn == {
