@@ -28,8 +28,8 @@ from dsvae.data.noise import (
     DROPPED,
     LATENT,
     MASKING,
+    Streams,
     delete_tokens,
-    generator,
     mask_tokens,
     normal,
 )
@@ -318,11 +318,12 @@ class TrainingBatches:
         # The first draw has the same numbers whatever the number of draws.
         noise = normal(self.seed, LATENT, keys, self.draws, self.noise_width)
 
+        masking, deletion = Streams(self.seed, MASKING), Streams(self.seed, DELETION)
+
         def disturb(row: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
             if self.token_mask:
-                rng = generator(self.seed, MASKING, *keys[row])
-                ids = mask_tokens(ids, self.token_mask, self.mask_id, rng)
-            return delete_tokens(ids, self.deletion, generator(self.seed, DELETION, *keys[row]))
+                ids = mask_tokens(ids, self.token_mask, self.mask_id, masking(*keys[row]))
+            return delete_tokens(ids, self.deletion, deletion(*keys[row]))
 
         batch = collate_split(
             self.split,

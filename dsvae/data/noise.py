@@ -18,17 +18,37 @@ FLOW = 32
 """Purposes: two streams of one sentence never share numbers."""
 
 
-def generator(seed: int, purpose: int, repetition: int, sentence: int) -> np.random.Generator:
-    """Returns the stream of one sentence.
+class Streams:
+    """The streams of many sentences, one after the other.
 
     Args:
         purpose: one of the above.
-        repetition: the epoch in training, the number of the sample in evaluation.
     """
-    # Philox is counter-based: a new key costs no warm-up.
-    key = np.array([(seed << 8) + purpose, repetition], dtype=np.uint64)
-    counter = np.array([0, 0, sentence, 0], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+    def __init__(self, seed: int, purpose: int) -> None:
+        # Philox is counter-based: a new key costs no warm-up. To move one object costs a
+        # sixth of making another.
+        self._bits = np.random.Philox(key=0)
+        self._generator = np.random.Generator(self._bits)
+        self._key, self._counter = [(seed << 8) + purpose, 0], [0, 0, 0, 0]
+        inner = {"key": self._key, "counter": self._counter}
+        self._state = {**self._bits.state, "state": inner, "buffer": [0] * 4}
+
+    def __call__(self, repetition: int, sentence: int) -> np.random.Generator:
+        """Returns the stream of one sentence, at its beginning. The next call moves the
+        same object to another stream.
+
+        Args:
+            repetition: the epoch in training, the number of the sample in evaluation.
+        """
+        self._key[1], self._counter[2] = repetition, sentence
+        self._bits.state = self._state
+        return self._generator
+
+
+def generator(seed: int, purpose: int, repetition: int, sentence: int) -> np.random.Generator:
+    """Returns the stream of one sentence, as of `Streams`."""
+    return Streams(seed, purpose)(repetition, sentence)
 
 
 def normal(
@@ -37,12 +57,12 @@ def normal(
     """Draws standard normal numbers (N, *shape) from the streams of N sentences.
 
     Args:
-        keys: (repetition, sentence) of each, as in `generator`.
+        keys: (repetition, sentence) of each, as in `Streams`.
     """
-    keys = list(keys)
+    keys, stream = list(keys), Streams(seed, purpose)
     numbers = np.empty((len(keys), *shape), dtype=np.float32)
     for row, key in zip(numbers, keys if numbers.size else (), strict=False):
-        generator(seed, purpose, *key).standard_normal(dtype=np.float32, out=row)
+        stream(*key).standard_normal(dtype=np.float32, out=row)
     return numbers
 
 

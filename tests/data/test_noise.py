@@ -11,9 +11,11 @@ from dsvae.data.noise import (
     MASKING,
     ORDER,
     PRIOR,
+    Streams,
     delete_tokens,
     generator,
     mask_tokens,
+    normal,
 )
 
 EOS = 1
@@ -139,3 +141,21 @@ def test_seeds_large_as_a_command_line_gives_them():
         generator(2**31, LATENT, 0, 0).standard_normal()
         != generator(0, LATENT, 0, 0).standard_normal()
     )
+
+
+def test_a_stream_is_numpys_philox_whatever_was_drawn_before():
+    """Also after draws that leave half of a 64-bit word, or a part of a block, over."""
+    keys = [(0, 5), (2**60, 2**61), (3, 0), (3, 5), (0, 5)]
+
+    def fresh(purpose, repetition, sentence):
+        key = np.array([(9 << 8) + purpose, repetition], dtype=np.uint64)
+        counter = np.array([0, 0, sentence, 0], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+    stream = Streams(9, DELETION)
+    for key in keys:
+        rng = stream(*key)
+        np.testing.assert_array_equal(rng.random(3), fresh(DELETION, *key).random(3))
+        rng.integers(10, size=3, dtype=np.int32)
+    drawn = [fresh(LATENT, *key).standard_normal((2, 33), np.float32) for key in keys]
+    np.testing.assert_array_equal(normal(9, LATENT, keys, 2, 33), drawn)
