@@ -132,7 +132,12 @@ class DataConfig:
     """Limit of padded tokens per forward pass on one rank. A step is cut into as many
     micro-batches as that takes. A smaller limit means less padding, because sentences of
     similar length share a micro-batch, and more passes. 0: 1024 on a CPU, which gains more
-    from less padding, and 8192 on a GPU, which gains more from fewer passes."""
+    from less padding, and 8192 on a GPU, which gains more from fewer passes. With
+    `packing`, it is a limit of real tokens, and 0 is 8192 everywhere."""
+    packing: bool = False
+    """Compute nothing for padding: the sentences of a micro-batch lie one behind the other,
+    and only attention pads groups of similar length. Losses are the same but for rounding
+    and dropout. Not for T5Gemma, nor for umT5 with cross-attention."""
     cache_dir: Annotated[str | None, MAY_CHANGE] = None
     """Directory where tokenized corpora are cached by content. Without it, `dsvae`
     inside the cache directory of `datasets`."""
@@ -739,7 +744,8 @@ def choose_micro_batches(config: RunConfig, device: str) -> None:
     data = config.data
     if data.micro_batch_tokens == 0:
         longest = data.max_tokens * (2 if config.conditional else 1)
-        data.micro_batch_tokens = max(1024 if device == "cpu" else 8192, longest)
+        tokens = 1024 if device == "cpu" and not data.packing else 8192
+        data.micro_batch_tokens = max(tokens, longest)
 
 
 def load_tree(source: str) -> dict[str, Any]:

@@ -534,6 +534,7 @@ def test_what_the_latent_does_not_have_is_refused(words, told):
     [
         ((), "cpu", 1024),
         ((), "cuda", 8192),
+        (("--data.packing", "true"), "cpu", 8192),
         (("--data.micro_batch_tokens", "99"), "cuda", 99),
         (("--data.max_tokens", "2000"), "cpu", 2000),
         (("--data.max_tokens", "2000", "--condition_column", "c"), "cpu", 4000),

@@ -6,8 +6,8 @@ sequence, so every step has exactly B sentences and every sentence has the same 
 step may begin in one epoch and end in the next.
 
 Inside a step, sentences are sorted by length, cut into micro-batches by a budget of
-padded tokens, and divided among the ranks. Each rank gets the same number of
-micro-batches. The number of ranks does not change which sentences a step has.
+tokens, and divided among the ranks. Each rank gets the same number of micro-batches.
+The number of ranks does not change which sentences a step has.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from dsvae.data.order import Mixture, draw_step
 from dsvae.data.tokenization import TokenizedSplit
 from dsvae.errors import UserError
 from dsvae.modeling.crf import IGNORE
+from dsvae.modeling.packing import Packed, Packing
 from dsvae.modeling.settings import PosteriorReads
 
 Ids = NDArray[np.int64]
@@ -96,12 +97,19 @@ class MicroBatch:
     factor: Tensor | None = None
     """(B, Z) float32, by what z is then multiplied: 0 for a number that is dropped, and
     1 / (1 - rate) for the others. None: nothing is dropped."""
+    packed: Packed | None = None
+    """Where the tokens lie, for a pass without padding. None: padding is computed, too."""
+    packed_draws: Packed | None = None
+    """The same for a pass that decodes all K draws of z; None if K is 1."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """Returns the same on a device."""
-        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in tensors.items()
+            name: value.to(device, non_blocking=True)
+            if torch.is_tensor(value)
+            else value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor | Packed)
         }
         return replace(self, **moved)
 
@@ -118,7 +126,11 @@ class Step:
 
 
 def cut_step(
-    lengths: NDArray[np.int32], world_size: int, token_budget: int, micro_batches: int | None = None
+    lengths: NDArray[np.int32],
+    world_size: int,
+    token_budget: int,
+    micro_batches: int | None = None,
+    packing: bool = False,
 ) -> list[slice]:
     """Cuts the sentences of a step, longest first, into micro-batches of all ranks
     together.
@@ -132,10 +144,13 @@ def cut_step(
             a slice.
         micro_batches: cut into exactly this many slices with equal numbers of sentences
             instead.
+        packing: the limit is of real tokens, and slices have about as many each.
     """
     if micro_batches is not None:
         bounds = np.linspace(0, len(lengths), min(micro_batches, len(lengths)) + 1).astype(int)
         return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    if packing:
+        return _cut_packed(lengths, world_size, token_budget)
     slices = []
     start = 0
     while start < len(lengths):
@@ -145,12 +160,34 @@ def cut_step(
     return slices
 
 
+def _cut_packed(lengths: NDArray[np.int32], world_size: int, token_budget: int) -> list[slice]:
+    """Cuts a step for `cut_step` by real tokens: as few slices as a budget allows."""
+
+    def cut(budget: float) -> list[slice]:
+        slices: list[slice] = []
+        start = 0
+        while start < len(lengths):
+            # The first rank has the most tokens, those of every W-th sentence.
+            fits = np.cumsum(lengths[start::world_size], dtype=np.int64) <= budget
+            stop = start + max(1, int(fits.sum())) * world_size
+            slices.append(slice(start, min(stop, len(lengths))))
+            start = slices[-1].stop
+        return slices
+
+    slices = cut(token_budget)
+    # By a smaller budget, the last slice is not what the others left over.
+    share = int(lengths.sum(dtype=np.int64)) / (world_size * len(slices)) + int(lengths[0])
+    equal = cut(min(share, token_budget))
+    return equal if len(equal) == len(slices) else slices
+
+
 def most_micro_batches(
     lengths: NDArray[np.int32],
     batch_size: int,
     world_size: int,
     token_budget: int,
     mixed: bool = False,
+    packing: bool = False,
 ) -> int:
     """Returns the largest number of micro-batches that a step can have: that of a step of
     the longest sentences, each as often as it can occur in one step.
@@ -159,10 +196,11 @@ def most_micro_batches(
         lengths: `row_lengths` of all sentences, or of the `batch_size` longest.
         mixed: the sentences are a mixture's, whose smallest file can fill a step with any
             of its sentences.
+        packing: as of `cut_step`.
     """
     copies = batch_size if mixed else 1 + math.ceil(batch_size / len(lengths))
     longest = np.repeat(np.sort(lengths)[::-1][:batch_size], copies)[:batch_size]
-    return len(cut_step(longest, world_size, token_budget))
+    return len(cut_step(longest, world_size, token_budget, packing=packing))
 
 
 def row_lengths(
@@ -191,6 +229,7 @@ def collate_split(
     weight: NDArray[np.float32],
     posterior_reads: PosteriorReads = "both",
     disturb: Callable[[int, NDArray[np.int64]], NDArray[np.int64]] | None = None,
+    packing: bool = False,
 ) -> MicroBatch:
     """Pads the sentences `indices` of a split to a batch, with all that belongs to them.
 
@@ -200,6 +239,8 @@ def collate_split(
             condition: the condition alone; the decoder reads z alone.
         disturb: maps a row of the batch and its tokens (..., T) to those that the encoder
             reads in training, (..., T').
+        packing: also say where the tokens lie. Then sentences that follow each other
+            should be about as long.
     """
     rows, tags, conditions = split.rows(indices), split.tags(indices), split.conditions(indices)
     condition_ids = condition_mask = None
@@ -223,6 +264,12 @@ def collate_split(
             ]
     input_ids, attention_mask = padded(read, pad_id)
     class_labels = split.class_labels_of(indices)
+    packed = packed_draws = None
+    if packing:
+        other = None if condition_ids is None or conditions is None else _packing(conditions)
+        packed = Packed(_packing(read), _packing(rows), other)
+        if (draws := noise.shape[1]) > 1:
+            packed_draws = packed._replace(labels=_packing(rows, draws))
     return MicroBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -234,7 +281,13 @@ def collate_split(
         condition_mask=condition_mask,
         class_labels=None if class_labels is None else torch.from_numpy(class_labels),
         tag_labels=None if tags is None else torch.from_numpy(_pad(tags, IGNORE)),
+        packed=packed,
+        packed_draws=packed_draws,
     )
+
+
+def _packing(rows: Sequence[Ids], copies: int = 1) -> Packing:
+    return Packing.of(np.repeat([len(row) for row in rows], copies))
 
 
 def padded(rows: Sequence[Sequence[int] | Ids], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -277,6 +330,7 @@ class TrainingBatches:
     world_size: int
     pad_id: int
     posterior_reads: PosteriorReads = "both"
+    packing: bool = False
     mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
@@ -305,7 +359,8 @@ class TrainingBatches:
         lengths = row_lengths(self.split, self.posterior_reads, sentences)
         by_length = np.argsort(-lengths, kind="stable")
         sentences, epochs, lengths = sentences[by_length], epochs[by_length], lengths[by_length]
-        slices = cut_step(lengths, self.world_size, self.token_budget, self.micro_batches)
+        shares = (self.world_size, self.token_budget, self.micro_batches)
+        slices = cut_step(lengths, *shares, packing=self.packing)
         return Step(
             [self._micro_batch(sentences[part], epochs[part]) for part in slices],
             len(sentences),
@@ -333,13 +388,15 @@ class TrainingBatches:
             weight=weight,
             posterior_reads=self.posterior_reads,
             disturb=disturb if self.deletion or self.token_mask else None,
+            packing=self.packing,
         )
         if self.latent_noise:
             added = self.latent_noise * normal(self.seed, ADDED, keys, self.latent_width)
             batch = replace(batch, added=torch.from_numpy(added))
         if rate := self.latent_dropout:
             width = self.latent_width
-            drawn = np.stack([generator(self.seed, DROPPED, *key).random(width) for key in keys])
+            stream = Streams(self.seed, DROPPED)
+            drawn = np.stack([stream(*key).random(width) for key in keys])
             factor = (drawn >= rate).astype(np.float32) / np.float32(1 - rate)
             batch = replace(batch, factor=torch.from_numpy(factor))
         return batch

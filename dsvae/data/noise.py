@@ -8,6 +8,7 @@ draws what the uninterrupted run would have drawn.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ class Streams:
         self._generator = np.random.Generator(self._bits)
         self._key, self._counter = [(seed << 8) + purpose, 0], [0, 0, 0, 0]
         inner = {"key": self._key, "counter": self._counter}
-        self._state = {**self._bits.state, "state": inner, "buffer": [0] * 4}
+        self._state: Any = {**self._bits.state, "state": inner, "buffer": [0] * 4}
 
     def __call__(self, repetition: int, sentence: int) -> np.random.Generator:
         """Returns the stream of one sentence, at its beginning. The next call moves the

@@ -71,6 +71,11 @@ def phase_engine(
                 _columns(config, data),
                 _denoiser(config, data) if phase.trains_prior else None,
             )
+            if config.data.packing:
+                try:
+                    model.config.check_packing()
+                except ValueError as error:
+                    raise UserError(f"data.packing: {error}; set it to false") from None
             model.config.max_tokens = config.data.max_tokens  # for the exported config.json
             if model.config.pooling == "chunks":
                 reads = config.model.posterior_reads
@@ -97,6 +102,7 @@ def phase_engine(
                 world_size=world.size,
                 pad_id=model.config.pad_token_id,
                 posterior_reads=config.model.posterior_reads,
+                packing=config.data.packing,
                 mixture=data.mixture(config.data.weights),
             )
             scales = world.run_on_rank0(lambda: resumed.meta.get("lr_scales")) if resumed else None
@@ -181,6 +187,7 @@ def _resolve(phase: Phase, raw: dict[str, Any], data: Prepared, world: World) ->
             world.size,
             settings.micro_batch_tokens,
             mixed=len(settings.weights) > 1,
+            packing=settings.packing,
         ),
         world_size=world.size,
         bf16_supported=accelerator.is_bf16_supported(),

@@ -372,6 +372,7 @@ class PhaseEngine:
                 noise=batch.noise,
                 condition_ids=batch.condition_ids,
                 condition_mask=batch.condition_mask,
+                packed=batch.packed_draws,
             )
         self.module.train()
         if unknown:  # the trace of this pass lacks the backward pass, and would never fit a step
@@ -403,6 +404,7 @@ class PhaseEngine:
             sample_latent=self.phase.sample_latent,
             **_records(batch),
             **more,
+            packed=batch.packed,
             detach_prior=detach_prior,
         )
 
@@ -412,6 +414,7 @@ class PhaseEngine:
             batch.input_ids,
             batch.attention_mask,
             **_records(batch),
+            packed=batch.packed,
             encode_only=True,
         )
 

@@ -168,6 +168,7 @@ class PriorEngine(PhaseEngine):
             class_labels=batch.class_labels if self.module.denoiser.classes else None,
             noise=noise[:, :width],
             flow=draws,
+            packed=batch.packed,
         )
         return out, draws
 

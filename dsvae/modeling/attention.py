@@ -15,7 +15,8 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from dsvae.modeling.packing import Packing
 
 LATENT_ATTENTION = "dsvae_latent_sdpa"
 """Name under which transformers finds `latent_attention_forward`: the decoder's
@@ -46,6 +49,8 @@ def latent_attention_forward(
     position_bias: Tensor,
     latent_memory: Tensor | None = None,
     latent_mask: Tensor | None = None,
+    packing: Packing | None = None,
+    bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes scaled dot-product attention over `[memory slots of this layer, tokens]`.
@@ -61,10 +66,16 @@ def latent_attention_forward(
         latent_memory: (B, L, 2, M, H, D), for each decoder layer the keys and values of
             M slots; or (B, 1, 2, M, H, D), of this layer alone. None: plain attention.
         latent_mask: (B, M) boolean, the slots that count. None: all.
+        packing: the queries are packed, (N, H, 1, D); so are the keys of self-attention,
+            whose position bias is then `bias`, as of `_within`.
 
     Every query sees every slot that counts. Slots have no position, so their bias is
     zero.
     """
+    if packing is not None:
+        bias = bias if module.is_causal else position_bias
+        given = (query, key, value, attention_mask, bias, latent_memory, latent_mask)
+        return _packed_decoder(module, packing, *given, kwargs)
     key, value, attention_mask, position_bias = _with_slots(
         module, key, value, attention_mask, position_bias, latent_memory, latent_mask
     )
@@ -88,18 +99,115 @@ def encoder_attention_forward(
     attention_mask: Tensor | None,
     *,
     position_bias: Tensor | None = None,
-    masked_bias: Tensor | None = None,
+    masked_bias: Tensor | Sequence[Tensor | None] | None = None,
+    packing: Packing | None = None,
+    bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Calls the stock SDPA. With `masked_bias` of `mask_bias`, all layers use the same
     memory. Otherwise each layer makes (B, H, S, S) numbers, and keeps them for its
-    backward pass."""
+    backward pass. With `packing` and `bias`, as of the decoder, `masked_bias` has that of
+    each group."""
+    if packing is not None:
+        given = (query, key, value, attention_mask, bias, masked_bias)
+        return _packed_encoder(module, packing, *given, kwargs)
+    assert masked_bias is None or isinstance(masked_bias, Tensor)
     if masked_bias is not None:
         attention_mask = _MaskedBias.apply(position_bias, attention_mask, masked_bias)
         position_bias = None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, position_bias=position_bias, **kwargs
     )
+
+
+# What packed attention does depends on the lengths of the sentences: torch.compile would
+# compile it for every step again.
+@torch.compiler.disable
+def _packed_decoder(
+    module: nn.Module,
+    packing: Packing,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    bias: Tensor | None,
+    latent_memory: Tensor | None,
+    latent_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Computes `latent_attention_forward` for packed queries."""
+    attend = partial(latent_attention_forward, module, **kwargs)
+    if not module.is_causal:
+        keys, values = packing.split(key), packing.split(value)
+        masks = packing.split(attention_mask)
+        return _packed(attend, packing, query, keys, values, masks, [bias] * len(masks))
+    keys, values, biases = _within(module, packing, key, value, bias)
+    assert attention_mask is not None  # (1, 1, T, T)
+    masks = [attention_mask[:, :, : each.width, : each.width] for each in packing.groups]
+    more = {"latent_memory": latent_memory, "latent_mask": latent_mask}
+    of_groups = {name: packing.split(each) for name, each in more.items()}
+    return _packed(attend, packing, query, keys, values, masks, biases, **of_groups)
+
+
+@torch.compiler.disable
+def _packed_encoder(
+    module: nn.Module,
+    packing: Packing,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    bias: Tensor | None,
+    masked_bias: Sequence[Tensor | None] | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Computes `encoder_attention_forward` for packed sentences."""
+    keys, values, biases = _within(module, packing, key, value, bias)
+    masks = [
+        None if mask is None or group.full else mask[..., : group.width]
+        for group, mask in zip(packing.groups, packing.split(attention_mask), strict=True)
+    ]
+    attend = partial(encoder_attention_forward, module, **kwargs)
+    shared = masked_bias or [None] * len(keys)
+    return _packed(attend, packing, query, keys, values, masks, biases, masked_bias=shared)
+
+
+def _within(
+    module: Any, packing: Packing, key: Tensor, value: Tensor, bias: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Returns the keys, the values and the position bias of each group, for the
+    self-attention of packed tokens.
+
+    Args:
+        key, value: (N, H, 1, D).
+        bias: (1, H, T, T) of all layers; None: each layer has its own.
+    """
+    if bias is None:
+        bias = cast(Tensor, module.compute_bias(packing.longest, packing.longest, key.device))
+    keys, values = (packing.spread(each[:, :, 0]) for each in (key, value))
+    return keys, values, [bias[:, :, : each.width, : each.width] for each in packing.groups]
+
+
+def _packed(
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    packing: Packing,
+    query: Tensor,
+    *of_groups: Sequence[Tensor | None],
+    **more: Sequence[Tensor | None],
+) -> tuple[Tensor, None]:
+    """Computes the attention of packed tokens (N, H, 1, D), group by group; returns
+    (N, 1, H, D).
+
+    Args:
+        of_groups: keys, values, masks and position biases of each group.
+        more: other arguments of `attend`, of each group.
+    """
+    found = []
+    for number, queries in enumerate(packing.spread(query[:, :, 0])):
+        key, value, mask, bias = (each[number] for each in of_groups)
+        named = {name: each[number] for name, each in more.items()}
+        found.append(attend(queries, key, value, mask, position_bias=bias, **named)[0])
+    return packing.gather(found)[:, None], None
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from dsvae.modeling.attention import (
     LATENT_ATTENTION,
     mask_bias,
 )
+from dsvae.modeling.packing import Packing
 
 
 class T5Backbone:
@@ -170,9 +171,35 @@ class T5Backbone:
         `inputs_embeds`."""
         return self._stack(is_decoder=False)
 
-    def shared_by_layers(self, encoder: Any, attention_mask: Tensor) -> dict[str, Tensor]:
+    def packs(self, *, cross_attention: bool) -> bool:
+        """Returns whether the stacks take packed sentences (`dsvae.modeling.packing`), if
+        the decoder has cross-attention or not."""
+        return True
+
+    def packed(self, stack: Any, packing: Packing) -> dict[str, Any]:
+        """Returns what the layers of a stack take for packed sentences, as keywords of its
+        call: the packing, and the position bias, (1, H, T, T)."""
+        length, device = packing.longest, packing.rows.device
+        bias = stack.block[0].layer[0].SelfAttention.compute_bias(length, length, device)
+        return {"packing": packing, "bias": bias}
+
+    def shared_by_layers(
+        self, encoder: Any, attention_mask: Tensor, packing: Packing | None = None
+    ) -> dict[str, Any]:
         """Returns what all layers of an encoder from `encoder` share, as keywords of
-        its call: the sum of the position bias and a mask (B, S)."""
+        its call: the sum of the position bias and a mask (B, S); with `packing`, that of
+        each group, and what `packed` returns."""
+        if packing is not None:
+            shared = self.packed(encoder, packing)
+            shared["masked_bias"] = [
+                None
+                if group.full or mask is None
+                else mask_bias(
+                    shared["bias"][:, :, : group.width, : group.width], mask[:, : group.width]
+                )
+                for group, mask in zip(packing.groups, packing.split(attention_mask), strict=True)
+            ]
+            return shared
         first, length = encoder.block[0].layer[0].SelfAttention, attention_mask.shape[1]
         with torch.no_grad():
             bias = first.compute_bias(length, length, device=attention_mask.device)
@@ -261,8 +288,17 @@ class UMT5Backbone(T5Backbone):
     def tied_by_default(self) -> bool:
         return False
 
-    def shared_by_layers(self, encoder: Any, attention_mask: Tensor) -> dict[str, Tensor]:
-        return {}  # each layer has a position bias of its own
+    def packs(self, *, cross_attention: bool) -> bool:
+        return not cross_attention  # which would read as many states as there are tokens
+
+    def packed(self, stack: Any, packing: Packing) -> dict[str, Any]:
+        return {"packing": packing}
+
+    def shared_by_layers(
+        self, encoder: Any, attention_mask: Tensor, packing: Packing | None = None
+    ) -> dict[str, Any]:
+        # each layer has a position bias of its own
+        return {} if packing is None else self.packed(encoder, packing)
 
     def output_scale(self, tied: bool) -> float:
         # As it was trained: with the scale if the projection is the embedding. Its
@@ -345,7 +381,12 @@ class T5GemmaBackbone(T5Backbone):
     def output_scale(self, tied: bool) -> float:
         return 1.0
 
-    def shared_by_layers(self, encoder: Any, attention_mask: Tensor) -> dict[str, Tensor]:
+    def packs(self, *, cross_attention: bool) -> bool:
+        return False
+
+    def shared_by_layers(
+        self, encoder: Any, attention_mask: Tensor, packing: Packing | None = None
+    ) -> dict[str, Any]:
         return {}  # rotary positions, no bias
 
     def norm(self) -> nn.Module:

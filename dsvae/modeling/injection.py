@@ -43,13 +43,16 @@ class Injection(nn.Module):
     ) -> None:
         super().__init__()
 
-    def forward(self, latent: Tensor, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, latent: Tensor, embeddings: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the decoder's input embeddings, and keyword arguments for its
         attention.
 
         Args:
             latent: z, (B, Z): K vectors side by side, 0 where a text has none.
-            embeddings: (B, T, d), of the decoder's input.
+            embeddings: (B, T, d), of the decoder's input; or (N, 1, d), packed.
+            rows: (N,), the sentence of each token if they are packed.
         """
         return embeddings, {}
 
@@ -122,7 +125,9 @@ class MemoryInjection(SlotInjection):
         numbers = math.prod(self.shape) // memory_slots
         super().__init__(backbone, latent_width, vectors, memory_slots, numbers)
 
-    def forward(self, latent: Tensor, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, latent: Tensor, embeddings: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         memory = self.projected(latent).view(len(latent), self.vectors, *self.shape)
         # The batch stays the outermost axis. A reshape that moves it would mix the
         # sentences of a batch.
@@ -144,8 +149,11 @@ class EmbeddingInjection(Injection):
         super().__init__(backbone, latent_width)
         self.projection = nn.Linear(latent_width, backbone.decoder_width)
 
-    def forward(self, latent: Tensor, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, latent: Tensor, embeddings: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         added = self.projection(latent.to(self.projection.weight.dtype))
+        added = added if rows is None else added.index_select(0, rows)
         return embeddings + added.unsqueeze(1).to(embeddings.dtype), {}
 
 
@@ -164,7 +172,9 @@ class CrossInjection(SlotInjection):
         super().__init__(backbone, latent_width, vectors, memory_slots, width)
         self.layer_norm = backbone.norm()
 
-    def forward(self, latent: Tensor, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, latent: Tensor, embeddings: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         vectors = self.projected(latent).view(len(latent), self.slots, -1)  # (B, K * M, d)
         states = self.layer_norm(vectors).to(embeddings.dtype)
         mask = self.masked(latent, "encoder_attention_mask")
@@ -182,11 +192,13 @@ class MemoryAndEmbedding(Injection):
         memory = MemoryInjection(backbone, latent_width, vectors, memory_slots)
         self.injections = nn.ModuleList([memory, EmbeddingInjection(backbone, latent_width)])
 
-    def forward(self, latent: Tensor, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, latent: Tensor, embeddings: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         memory, embedding = self.injections
-        return embedding(latent, embeddings)[0], memory(latent, embeddings)[1]
+        return embedding(latent, embeddings, rows)[0], memory(latent, embeddings)[1]
 
-    of_layer = MemoryInjection.of_layer
+    of_layer = staticmethod(MemoryInjection.of_layer)
 
 
 INJECTIONS: dict[str, type[Injection]] = {

@@ -32,6 +32,7 @@ from dsvae.modeling.denoiser import Denoiser, DenoiserFields, FlowDraws, flow_er
 from dsvae.modeling.families import Distribution, Family, make_family, masked, present
 from dsvae.modeling.injection import INJECTIONS, make_injection
 from dsvae.modeling.lora import add_adapters, checked, is_adapter
+from dsvae.modeling.packing import Packed, Packing
 from dsvae.modeling.posterior import Float32Linear, PosteriorHead, make_pooling
 from dsvae.modeling.settings import LatentConfig, convert, declared
 from dsvae.modeling.vocabulary import VocabularyHead
@@ -203,6 +204,12 @@ class T5VAEConfig(T5VAEFields, PreTrainedConfig):
     def cross_attention(self) -> bool:
         """Whether the decoder keeps its cross-attention, for a condition or for z."""
         return self.conditional or INJECTIONS[self.injection].in_cross_attention
+
+    def check_packing(self) -> None:
+        """Raises ValueError if the stacks do not take packed texts."""
+        if not self.backbone.packs(cross_attention=self.cross_attention):
+            across = " with cross-attention" if self.backbone.packs(cross_attention=False) else ""
+            raise ValueError(f"a {self.t5.model_type}{across} cannot do without padding")
 
     # `generate` reads these to set the size of its cache.
     @property
@@ -570,16 +577,25 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         states = self._encode(condition_ids, mask).last_hidden_state
         return self._learned_prior(states, mask)
 
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor, **capture: Any) -> Any:
+    def _encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        packing: Packing | None = None,
+        **capture: Any,
+    ) -> Any:
         """Returns the encoder's output; its `last_hidden_state` is (B, S, d)."""
         base = self.config.backbone
+        shared = base.shared_by_layers(self.encoder, attention_mask, packing)
+        if packing is not None:
+            input_ids, attention_mask = packing.pack(input_ids), _of_keys(attention_mask)
         embeddings = (self.encoder_embedding if base.own_embeddings else self.shared)(input_ids)
-        return self.encoder(
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask,
-            **base.shared_by_layers(self.encoder, attention_mask),
-            **capture,
+        encoded = self.encoder(
+            inputs_embeds=embeddings, attention_mask=attention_mask, **shared, **capture
         )
+        if packing is not None:
+            encoded.last_hidden_state = packing.pad(encoded.last_hidden_state[:, 0])
+        return encoded
 
     def _read(
         self,
@@ -587,6 +603,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None,
         class_labels: Tensor | None = None,
         tag_labels: Tensor | None = None,
+        packing: Packing | None = None,
         **capture: Any,
     ) -> dict[str, Any]:
         """Returns what the encoder and its heads make of sentences, by the names of
@@ -599,7 +616,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             nothing = torch.zeros(len(input_ids), 0, device=input_ids.device)
             return {**out, "posterior": self.family.of(nothing)}
         mask = _mask_of(input_ids, attention_mask)
-        encoded = self._encode(input_ids, mask, **capture)
+        encoded = self._encode(input_ids, mask, packing, **capture)
         out["encoder_hidden_states"] = encoded.get("hidden_states")
         out["encoder_attentions"] = encoded.get("attentions")
         states = encoded.last_hidden_state
@@ -670,6 +687,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         added: Tensor | None = None,
         factor: Tensor | None = None,
         align_states: Tensor | None = None,
+        packed: Packed | None = None,
         **others: Any,
     ) -> T5VAEOutput:
         """Encodes, draws z, and decodes with teacher forcing.
@@ -717,6 +735,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 z itself.
             align_states: (B, S, d), states of `input_ids` of another encoder, to give
                 `distance`.
+            packed: where the tokens of texts and conditions lie. The layers then compute
+                nothing for padding. It needs `sentence_weights`, unless `encode_only` or
+                `flow` is set. The result is the same, but for rounding and dropout.
             others: must be None. To ignore an argument could change the text without an
                 error.
 
@@ -734,6 +755,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if cache is not None and past_key_values is not None:
             raise TypeError("T5VAE.forward was given both cache and past_key_values")
         self._check_condition(condition_ids, condition_mask, condition_states)
+        if packed is not None:
+            self.config.check_packing()
+            if sentence_weights is None and not encode_only and flow is None:
+                raise ValueError(
+                    "packed texts need sentence_weights: there are no logits (B, T, V)"
+                )
         asked = {
             "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,
@@ -745,12 +772,13 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         }
         out: dict[str, Any] = {}
         if latent is None and input_ids is not None:
-            out = self._read(
-                input_ids, attention_mask, None if flow else class_labels, tag_labels, **capture
-            )
+            packing = None if packed is None else packed.input
+            labels_read = None if flow else class_labels
+            out = self._read(input_ids, attention_mask, labels_read, tag_labels, packing, **capture)
         if condition_ids is not None:
             condition_mask = _mask_of(condition_ids, condition_mask)
-            condition_states = self._encode(condition_ids, condition_mask).last_hidden_state
+            encoded = self._encode(condition_ids, condition_mask, packed and packed.condition)
+            condition_states = encoded.last_hidden_state
             if latent is None and self.config.prior == "learned":
                 out["prior"] = self._learned_prior(
                     condition_states, condition_mask, alone=detach_prior
@@ -807,7 +835,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if factor is not None:
             read = read * factor
         read = self.family.normalized(read) if self.config.normalize == "l2" else read
-        embeddings, attention_kwargs = self.injection(read, self.shared(decoder_input_ids))
+        packing = packed and packed.labels
+        if packing is not None:
+            decoder_input_ids = packing.pack(decoder_input_ids)
+        embeddings, attention_kwargs = self.injection(
+            read, self.shared(decoder_input_ids), packing and packing.rows
+        )
         cache = past_key_values if cache is None else cache
         if self.config.cross_attention:
             vectors = attention_kwargs.get("encoder_hidden_states")
@@ -816,6 +849,13 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 (condition_states, condition_mask),
             )
             cache = _with_cross_attention(cache, use_cache)
+        if packing is not None:
+            attention_kwargs |= self.config.backbone.packed(self.decoder, packing)
+            size = (1, 1, packing.longest, packing.longest)
+            causal = torch.ones(size, dtype=torch.bool, device=latent.device).tril()
+            attention_kwargs["attention_mask"] = causal
+            if (mask := attention_kwargs.get("encoder_attention_mask")) is not None:
+                attention_kwargs["encoder_attention_mask"] = _of_keys(mask)
         decoded = self.decoder(
             inputs_embeds=embeddings,
             use_cache=use_cache,
@@ -836,12 +876,14 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         elif labels is None:
             raise ValueError("sentence_weights weigh the nats of labels, and there are none")
         else:
+            if packing is not None:  # each token is a row of its own
+                labels, sentence_weights = packing.pack(labels), sentence_weights[packing.rows]
             right = torch.empty_like(labels).flatten() if count_right else None
-            out["nats"], out["weighted_nats"] = self.lm_head(
-                hidden, labels, sentence_weights, right
-            )
+            nats, out["weighted_nats"] = self.lm_head(hidden, labels, sentence_weights, right)
+            out["nats"] = nats if packing is None else packing.pad(nats).sum(1)
             if right is not None:
-                out["right"] = right.view(labels.shape).sum(1)
+                right = right.view(labels.shape) if packing is None else packing.pad(right)
+                out["right"] = right.sum(1)
         return T5VAEOutput(latent=latent, **out)
 
     def _distance(self, latent: Tensor, states: Tensor, mask: Tensor) -> Tensor:
@@ -943,6 +985,12 @@ def _mask_of(ids: Tensor, mask: Tensor | None) -> Tensor:
     """Returns the mask of a batch of texts, (B, S); None means that there is no
     padding."""
     return torch.ones_like(ids, dtype=torch.long) if mask is None else mask
+
+
+def _of_keys(mask: Tensor) -> Tensor:
+    """Returns the mask of texts (B, S) as that of the keys of attention, which
+    transformers leaves as it is."""
+    return mask.bool()[:, None, None]
 
 
 def _nats(logits: Tensor, labels: Tensor) -> Tensor:

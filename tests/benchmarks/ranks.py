@@ -1,7 +1,7 @@
 """Where the time of a training step goes on one rank and on two, on CPU.
 
     python tests/benchmarks/ranks.py [--train_file FILE] [--ds_config zero1] [--precision bf16]
-        [--steps 40] [--rounds 3] [--output FILE]
+        [--packing] [--steps 40] [--rounds 3] [--output FILE]
 
 The model, loss and batches are those of trainer.py: 128 sentences per step, which two ranks
 divide. Each measurement is a process of its own per rank, on one thread. `alone` is one rank,
@@ -105,6 +105,7 @@ def worker(job: Job, cache: str, steps: int, output: str) -> None:
         rank=world.rank,
         world_size=world.size,
         pad_id=0,
+        packing=job.packing,
     )
     clock = Clock()
     for name in COLLECTIVES:
@@ -137,6 +138,7 @@ def _run(kind: str, args: argparse.Namespace, cache: str) -> dict[str, float]:
             words += [f"--nproc_per_node={ranks}", __file__, "--worker", cache]
             words += ["--worker_output", f"{directory}/{run}", "--steps", str(args.steps)]
             words += ["--ds_config", args.ds_config, "--precision", args.precision]
+            words += ["--packing"] * args.packing
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             started.append(subprocess.Popen(words, env=environment))
         codes = [process.wait(600) for process in started]
@@ -174,6 +176,7 @@ def main() -> None:
     parser.add_argument("--train_file")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--ds_config", default="zero1")
+    parser.add_argument("--packing", action="store_true", help="steps without padding")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", help="JSON file for the figures")
@@ -187,7 +190,8 @@ def main() -> None:
             precision=args.precision,
             ds_config=args.ds_config,
             batch_size=128,
-            micro_batch_tokens=1024,
+            micro_batch_tokens=8192 if args.packing else 1024,
+            packing=args.packing,
             max_tokens=32,
         )
         worker(job, args.worker, args.steps, args.worker_output)

@@ -51,6 +51,7 @@ class Job:
     ds_config: str = "zero1"
     """Of dsvae's side, by the name of its file."""
     compile: bool = False
+    packing: bool = False
     gradient_checkpointing: bool = False
     lora: int = 0
     batch_size: int = 512
@@ -105,6 +106,7 @@ def training_batches(job: Job, split: TokenizedSplit) -> TrainingBatches:
         rank=0,
         world_size=1,
         pad_id=0,
+        packing=job.packing,
     )
 
 

@@ -2,8 +2,8 @@
 number of sentences per step.
 
     python tests/benchmarks/trainer.py [--train_file FILE] [--precision bf16]
-        [--sides dsvae,dsvae_compiled,trainer,trainer_grouped,bare] [--blocks 5] [--steps 10]
-        [--profile]
+        [--sides dsvae,dsvae_packed,dsvae_compiled,trainer,trainer_grouped,bare]
+        [--blocks 5] [--steps 10] [--profile]
 
 The Trainer needs `pip install accelerate`. One rank, one thread. The sides take turns, a
 block of steps each, and seconds are those of CPU time. A ratio is the median over the
@@ -50,17 +50,19 @@ def measure(args: argparse.Namespace) -> command.Results:
         t5 = {**T5, "vocab_size": len(prepared.tokenizer)}
         sides = {}
         for name in args.sides.split(","):
-            side = name.removesuffix("_compiled")
-            of_dsvae = side == "dsvae"
+            side = name.removesuffix("_compiled").removesuffix("_packed")
+            packing = "_packed" in name
+            cut = side == "dsvae" and not packing
             job = Job(
                 t5,
                 side=side,
                 precision=args.precision,
                 ds_config=args.ds_config,
                 compile=name.endswith("_compiled"),
+                packing=packing,
                 batch_size=128,
-                # The Trainer's batch goes through at once, as a user would have it.
-                micro_batch_tokens=args.micro_batch_tokens if of_dsvae else 128 * 32,
+                # The others' batch goes through at once, as a user would have it.
+                micro_batch_tokens=args.micro_batch_tokens if cut else 128 * 32,
                 max_tokens=32,
             )
             torch.manual_seed(0)

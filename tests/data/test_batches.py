@@ -209,6 +209,52 @@ def test_the_budget_is_used():
     assert [(s.start, s.stop) for s in cut_step(lengths, 2, 30)] == [(0, 6), (6, 12)]
 
 
+@pytest.mark.parametrize(("world_size", "budget"), [(1, 33), (2, 40), (3, 10_000), (5, 20)])
+def test_packed_ranks_keep_step_within_a_budget_of_real_tokens(world_size, budget):
+    split = sentences(97)
+    most = most_micro_batches(split.lengths, 16, world_size, budget, packing=True)
+    for index in range(7):
+        options = {"token_budget": budget, "packing": True}
+        steps = all_ranks(split, index, world_size, **options)
+        one = drawn(all_ranks(split, index, 1, token_budget=10_000))
+        assert drawn(steps) == one
+        counts = {len(step.micro_batches) for step in steps}
+        assert len(counts) == 1
+        assert counts.pop() <= most
+        for step in steps:
+            for micro in step.micro_batches:
+                assert len(micro.packed.labels.rows) == (micro.labels >= 0).sum() <= budget
+                assert len(micro.packed.input.rows) == micro.attention_mask.sum()
+                tokens = micro.packed.input.pack(micro.input_ids)[:, 0]
+                assert torch.equal(tokens, micro.input_ids[micro.attention_mask.bool()])
+
+
+def test_a_packed_step_is_one_pass_if_it_fits_with_equal_tokens_per_rank():
+    """The ranks differ by at most one sentence. The last pass has at most one sentence
+    less for each pass."""
+    split = sentences(500, longest=40)
+    options = {"batch_size": 100, "packing": True}
+    for index in range(3):
+        steps = all_ranks(split, index, 2, token_budget=5000, **options)
+        (first,), (second,) = (step.micro_batches for step in steps)
+        tokens = [int((each.labels >= 0).sum()) for each in (first, second)]
+        assert sum(tokens) == steps[0].tokens
+        assert 0 <= tokens[0] - tokens[1] <= 40
+        (step,) = all_ranks(split, index, 1, token_budget=900, **options)
+        each = [int((micro.labels >= 0).sum()) for micro in step.micro_batches]
+        assert len(each) == -(-step.tokens // 900)
+        assert max(each) - min(each) <= 3 * 40
+
+
+def test_draws_are_packed_too():
+    (step,) = all_ranks(sentences(40), 0, 1, token_budget=10_000, packing=True, draws=3)
+    (micro,) = step.micro_batches
+    expected = micro.labels.repeat_interleave(3, 0)
+    tokens = micro.packed_draws.labels.pack(expected)[:, 0]
+    assert torch.equal(tokens, expected[expected >= 0])
+    assert torch.equal(micro.packed_draws.input.rows, micro.packed.input.rows)
+
+
 def test_a_given_number_of_micro_batches_cuts_into_equal_parts():
     cut = cut_step(np.full(10, 7, dtype=np.int32), 1, 1, micro_batches=4)
     assert sorted(s.stop - s.start for s in cut) == [2, 2, 3, 3]

@@ -366,6 +366,14 @@ SPLITS = [
     ("disturbed chunks", "zero1", 2, 150),
     ("disturbed chunks", "zero3", 2, 150),
 ]
+SPLITS = [(*each, False) for each in SPLITS] + [
+    ("both", "zero2", 2, 150, True),
+    ("cross", "zero3", 2, 150, True),
+    ("spike_slab", "zero3", 2, 150, True),
+    ("lora", "zero1", 2, 10**6, True),
+    ("queries", "zero0", 1, 150, True),
+]
+"""System, ds_config, ranks, tokens of a micro-batch, and whether it is packed."""
 
 
 @pytest.fixture(scope="module")
@@ -378,14 +386,19 @@ def references(prepared, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(("system", "ds_config", "ranks", "tokens"), SPLITS)
+@pytest.mark.parametrize(("system", "ds_config", "ranks", "tokens", "packing"), SPLITS)
 def test_losses_and_weights_are_those_of_plain_torch(
-    system, ds_config, ranks, tokens, references, prepared, cache_dir, tmp_path
+    system, ds_config, ranks, tokens, packing, references, prepared, cache_dir, tmp_path
 ):
     start, losses, weights = references[system]
     config = {
         **TINY,
-        "data": {**TINY["data"], "cache_dir": str(cache_dir), "micro_batch_tokens": tokens},
+        "data": {
+            **TINY["data"],
+            "cache_dir": str(cache_dir),
+            "micro_batch_tokens": tokens,
+            "packing": packing,
+        },
         "model": {"name": str(start), "latent_dim": 6, "memory_slots": 2, **SYSTEMS[system]},
         "phase2": {
             **TINY["phase2"],
