@@ -737,7 +737,7 @@ def test_a_terminated_encode_leaves_nothing(model_dir, tmp_path):
 def test_train_becomes_the_launcher_of_deepspeed(monkeypatch, fail):
     calls = []
     monkeypatch.setattr(os, "execv", lambda program, words: calls.append((program, words)))
-    line = "train --ds_config zero2 --num_gpus 2 --hostfile=nodes --phase1.steps 5 --verbose"
+    line = "train --ds_config zero2 --num_gpus 2 --hostfile=nodes --phase1.steps 50 --verbose"
     assert main(line.split()) == 0
     ((program, words),) = calls
     assert program == words[0] == sys.executable
@@ -745,5 +745,5 @@ def test_train_becomes_the_launcher_of_deepspeed(monkeypatch, fail):
     script = next(i for i, word in enumerate(words) if word.endswith("dsvae/train.py"))
     assert sorted(words[3:script]) == ["--hostfile=nodes", "--num_gpus=2"]
     config = configuration.read(words[script + 1 :])
-    assert (config.ds_config, config.phase1.steps, config.verbose) == ("zero2", 5, True)
+    assert (config.ds_config, config.phase1.steps, config.verbose) == ("zero2", 50, True)
     assert "phase1.steps" in fail("train", "--phase1.step", "5")

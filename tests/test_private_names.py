@@ -142,7 +142,7 @@ def test_a_name_that_is_gone_is_refused(owner, name, monkeypatch, tmp_path):
 
 def test_a_run_does_not_start_without_a_name(monkeypatch, capsys):
     monkeypatch.delattr(sdpa_attention, "sdpa_attention_forward")
-    settings = types.SimpleNamespace(ds_config="x.json", hang_timeout=1.0)
+    settings = types.SimpleNamespace(ds_config="x.json", hang_timeout=1.0, report_to="none")
     monkeypatch.setattr(train.configuration, "read", lambda _: settings)
     monkeypatch.setattr(train.ds_config, "load", lambda _: {})
     monkeypatch.setattr(train, "join", lambda _: pytest.fail("the run has started"))
