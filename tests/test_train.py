@@ -62,7 +62,7 @@ def ended(monkeypatch, error, others, rank=0):
             signal.signal(number, handler)
 
 
-SETTINGS = {"ds_config": "x.json", "hang_timeout": 1.0, "output_dir": "runs/x"}
+SETTINGS = {"ds_config": "x.json", "hang_timeout": 1.0, "output_dir": "runs/x", "report_to": "none"}
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
