@@ -3,7 +3,7 @@
 #   docker build --tag dsvae .
 #   docker build --tag dsvae --build-arg BASE=nvidia/cuda:TAG-devel-ubuntu24.04 \
 #       --build-arg TORCH_INDEX= .
-#   docker run --rm --volume "$PWD/runs:/work/runs" dsvae train --ds_config zero2
+#   docker run --rm --volume "$PWD/runs:/home/dsvae/runs" dsvae train --ds_config zero2
 #
 # BASE is any Debian or Ubuntu with Python 3.10 or newer, TAG a release of CUDA. TORCH_INDEX is where pip finds torch;
 # empty: the package index, whose builds have CUDA 13.
@@ -27,5 +27,5 @@ RUN bounds=$(sed -n 's/^ *"torch\([<>=].*\)",$/\1/p' /src/pyproject.toml) \
     && pip install --no-cache-dir /src \
     && rm -rf /src \
     && dsvae --version
-WORKDIR /work
+WORKDIR /home/dsvae
 ENTRYPOINT ["dsvae"]
